@@ -1,0 +1,67 @@
+"""From a configuration to the parts of a run, shared by the commands."""
+
+from __future__ import annotations
+
+import torch
+
+from flowtrain import distributed
+from flowtrain.config import build
+from flowtrain.data import ordered
+from flowtrain.data.split import Split
+from flowtrain.engine.evaluate import Evaluation, evaluate
+from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.flow import Flow
+from flowtrain.plots.grid import grid
+
+EVALUATION_BATCH = 256  # fixed: dequantization noise in evaluation is a function of it
+
+
+def build_flow(cfg, device: torch.device | str) -> Flow:
+    """The flow of ``cfg``, its random start a function of ``cfg.seed`` alone.
+
+    Raises:
+        Refused: a constructor rejects one of its arguments.
+    """
+    if torch.device(device).type == "meta":
+        with torch.device("meta"):
+            return build(cfg.model.flow, allow=cfg.allow)
+    torch.manual_seed(cfg.seed)
+    return build(cfg.model.flow, allow=cfg.allow).to(device)
+
+
+def load_weights(flow: Flow, state: dict, weights: str = "auto") -> str:
+    """Load a checkpoint's averaged (``ema``) or ``raw`` weights, ``auto`` the averaged where there are; says which."""
+    if weights == "auto":
+        weights = "ema" if state["ema"] else "raw"
+    if weights == "ema" and not state["ema"]:
+        raise Refused("weights=ema: this checkpoint has none; weights=raw")
+    try:
+        flow.load_state_dict(state["ema" if weights == "ema" else "model"])
+    except RuntimeError as error:
+        raise FlowtrainError("the checkpoint's weights do not fit its model: " + " ".join(str(error).split())) from None
+    return weights
+
+
+def judge(flow: Flow, split: Split, examples: int | None = None, draws: int = 1, seed: int = 0) -> Evaluation:
+    """Evaluate ``flow`` on a split with every process taking its share."""
+    device = next(flow.parameters()).device
+    batches = ordered(split, EVALUATION_BATCH, device, distributed.rank(), distributed.world(), examples)
+    return evaluate(flow, batches, len(split), draws, seed)
+
+
+def is_picture(cfg) -> bool:
+    return len(cfg.dataset.shape) == 3
+
+
+def sample_grid(flow: Flow, latents: torch.Tensor, levels: int) -> torch.Tensor:
+    """The pictures of ``latents`` as one."""
+    return grid(decode(flow, latents), levels)
+
+
+def decode(flow: Flow, latents: torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """The data of latents, on the CPU, a batch at a time."""
+    was_training = flow.training
+    flow.eval()
+    parts = [flow.decode(part).cpu() for part in latents.split(batch)]
+    flow.train(was_training)
+    return torch.cat(parts)

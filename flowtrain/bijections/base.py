@@ -1,0 +1,143 @@
+"""The contract that every layer keeps, and the two ways of putting layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+
+class Bijection(nn.Module):
+    """An invertible map of events of ``shape`` to events of ``out_shape``.
+
+    ``forward`` runs from data to latent, ``inverse`` from latent to data. Both take ``(B, *shape)`` and return the
+    mapped batch with the log-determinant of the map just applied, ``(B,)``, in float32 at least. ``context`` is
+    ``(B, *context_shape)`` or None.
+    """
+
+    exact = True  # False for a surjection, whose log-determinant makes log_prob a lower bound
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__()
+        self.shape = tuple(int(n) for n in shape)
+        self.out_shape = self.shape
+        self.context_shape = None if context_shape is None else tuple(int(n) for n in context_shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        same = self.shape == self.out_shape
+        return f"{list(self.shape)}" if same else f"{list(self.shape)} -> {list(self.out_shape)}"
+
+
+def zero_log_det(x: Tensor) -> Tensor:
+    """The log-determinant of a map that keeps volume: zeros (B,)."""
+    return torch.zeros(len(x), device=x.device, dtype=at_least_float32(x.dtype))
+
+
+def constant_log_det(value: Tensor, x: Tensor) -> Tensor:
+    """One number, the same for every example: (B,)."""
+    return value.to(at_least_float32(x.dtype)).expand(len(x))
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """(B, …) -> (B,)."""
+    return x.flatten(1).sum(1)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A flow's own arithmetic stays out of autocast: only networks run in lower precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def built(name: str, factory: Callable, **kwargs) -> Bijection:
+    """``factory(**kwargs)``, with the layer's name in front of what it refuses."""
+    try:
+        return factory(**kwargs)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+class Chain(Bijection):
+    """Named layers one after the other, each built for the shape that the previous one leaves.
+
+    ``layers`` maps names to factories called as ``factory(shape=…, context_shape=…)``; a None is left out.
+    ``order`` lists the names in the order of ``forward`` where the mapping's own will not do, and ``repeat`` stacks
+    that many copies, each with parameters of its own, named 0, 1, ….
+    """
+
+    def __init__(
+        self,
+        shape,
+        layers: Mapping[str, Callable[..., Bijection] | None],
+        order: list[str] | None = None,
+        repeat: int = 1,
+        context_shape=None,
+    ):
+        super().__init__(shape, context_shape)
+        if repeat < 1:
+            raise ValueError(f"repeat={repeat} must be at least 1")
+        names = list(layers) if order is None else list(order)
+        if unknown := set(names) ^ set(layers):
+            raise ValueError(f"order must name each layer once; {sorted(unknown)} is in one of them only")
+        factories = {name: layers[name] for name in names if layers[name] is not None}
+        if repeat > 1:
+            factories = {str(i): lambda **kwargs: Chain(layers=factories_of_one, **kwargs) for i in range(repeat)}
+            factories_of_one = {name: layers[name] for name in names}
+        for name, factory in factories.items():
+            if hasattr(self, name):
+                raise ValueError(f"a layer cannot be named '{name}'")
+            layer = built(name, factory, shape=self.out_shape, context_shape=context_shape)
+            self.add_module(name, layer)
+            self.out_shape = layer.out_shape
+        self.exact = all(layer.exact for layer in self)
+
+    def __iter__(self):
+        return iter(self._modules.values())
+
+    def forward(self, x, context=None):
+        total = zero_log_det(x)
+        for layer in self:
+            x, log_det = layer(x, context)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, z, context=None):
+        total = zero_log_det(z)
+        for layer in reversed(self._modules.values()):
+            z, log_det = layer.inverse(z, context)
+            total = total + log_det
+        return z, total
+
+
+class Inverse(Bijection):
+    """A bijection run backwards: its ``forward`` is the other's ``inverse``. IAF is ``Inverse`` of MAF."""
+
+    def __init__(self, shape, bijection: Callable[..., Bijection], context_shape=None):
+        super().__init__(shape, context_shape)
+        self.bijection = bijection(shape=shape, context_shape=context_shape)
+        if self.bijection.out_shape != self.shape:
+            raise ValueError(f"Inverse takes a layer that keeps its shape, not {self.bijection.extra_repr()}")
+        if not self.bijection.exact:
+            raise ValueError("Inverse takes a bijection, not a surjection")
+
+    def forward(self, x, context=None):
+        return self.bijection.inverse(x, context)
+
+    def inverse(self, z, context=None):
+        return self.bijection(z, context)
+
+
+def size(shape) -> int:
+    """The number of dimensions D of an event of ``shape``."""
+    return prod(shape)

@@ -1,0 +1,139 @@
+"""Coupling: one part of an event sets the map of the other; and the ways of parting it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection, full_precision, sum_event
+from flowtrain.bijections.univariate import Univariate, per_element
+
+
+class Partition(nn.Module):
+    """Who sees and who moves. ``seen_shape`` is what the conditioner gets, ``moved_shape`` what its map acts on."""
+
+    seen_shape: tuple
+    moved_shape: tuple
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x -> seen, moved."""
+        raise NotImplementedError
+
+    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
+        """x with the moved part replaced."""
+        raise NotImplementedError
+
+    def count(self, log_derivative: Tensor) -> Tensor:
+        """The log-determinant (B,) from the log-derivative of every moved element."""
+        return sum_event(log_derivative)
+
+
+class Halves(Partition):
+    """Halves of the channels: the first sees and the second moves, or with ``swap`` the other way."""
+
+    def __init__(self, shape, swap: bool = False):
+        super().__init__()
+        channels, *rest = shape
+        if channels < 2:
+            raise ValueError(f"a shape of {list(shape)} has no two halves of channels; squeeze it first")
+        self.swap, self.first = swap, channels // 2
+        first, second = (self.first, *rest), (channels - self.first, *rest)
+        self.seen_shape, self.moved_shape = (second, first) if swap else (first, second)
+
+    def split(self, x):
+        first, second = x[:, : self.first], x[:, self.first :]
+        return (second, first) if self.swap else (first, second)
+
+    def merge(self, x, moved):
+        seen, _ = self.split(x)
+        return torch.cat((moved, seen) if self.swap else (seen, moved), 1)
+
+
+class Alternate(Partition):
+    """Every second channel (of a vector: dimension) moves, from number ``first`` on (NICE's partition)."""
+
+    def __init__(self, shape, first: int = 0):
+        super().__init__()
+        channels, *rest = shape
+        if channels < 2:
+            raise ValueError(f"a shape of {list(shape)} has no second channel")
+        if first not in (0, 1):
+            raise ValueError(f"first={first} must be 0 or 1")
+        self.first = first
+        moved = len(range(first, channels, 2))
+        self.seen_shape, self.moved_shape = (channels - moved, *rest), (moved, *rest)
+
+    def split(self, x):
+        return x[:, 1 - self.first :: 2], x[:, self.first :: 2]
+
+    def merge(self, x, moved):
+        out = x.clone()
+        out[:, self.first :: 2] = moved
+        return out
+
+
+class Checkerboard(Partition):
+    """Pixels of one colour of a checkerboard see, those of the other move (Dinh et al. 2017, section 3.4).
+
+    The conditioner works on the whole picture with the moving pixels at 0. ``colour`` 0 moves the pixels whose row
+    and column sum to an odd number, so that the top-left one is seen first, as in the reference code.
+    """
+
+    def __init__(self, shape, colour: int = 0):
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"a checkerboard needs pictures (channels, height, width), not {list(shape)}")
+        if colour not in (0, 1):
+            raise ValueError(f"colour={colour} must be 0 or 1")
+        _, height, width = shape
+        row, column = torch.arange(height)[:, None], torch.arange(width)
+        self.register_buffer("moves", (row + column + colour) % 2 == 1, persistent=False)
+        self.seen_shape = self.moved_shape = tuple(shape)
+
+    def split(self, x):
+        return x.masked_fill(self.moves, 0), x
+
+    def merge(self, x, moved):
+        return torch.where(self.moves, moved, x)
+
+    def count(self, log_derivative):
+        return sum_event(log_derivative.masked_fill(~self.moves, 0))
+
+
+class Coupling(Bijection):
+    """z_seen = x_seen, z_moved = τ(x_moved; net(x_seen)) (Dinh et al. 2015, 2017).
+
+    ``univariate`` is called with the moved shape, ``net`` as ``net(shape=seen, out=channels, context_shape=…)`` and
+    maps ``(B, *seen)`` to ``(B, out, …)``.
+    """
+
+    def __init__(
+        self,
+        shape,
+        univariate: Callable[..., Univariate],
+        net: Callable[..., nn.Module],
+        partition: Callable[..., Partition] = Halves,
+        context_shape=None,
+    ):
+        super().__init__(shape, context_shape)
+        self.partition = partition(shape=self.shape)
+        moved = self.partition.moved_shape
+        self.univariate = univariate(shape=moved)
+        self.net = net(
+            shape=self.partition.seen_shape, out=moved[0] * self.univariate.params, context_shape=context_shape
+        )
+
+    def forward(self, x, context=None):
+        return self._map(self.univariate, x, context)
+
+    def inverse(self, z, context=None):
+        return self._map(self.univariate.inverse, z, context)
+
+    def _map(self, univariate, x, context):
+        seen, moved = self.partition.split(x)
+        theta = per_element(self.net(seen, context).to(x.dtype), self.univariate.params)
+        with full_precision(x):
+            moved, log_derivative = univariate(moved, theta)
+            return self.partition.merge(x, moved), self.partition.count(log_derivative)

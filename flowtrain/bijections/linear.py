@@ -1,0 +1,180 @@
+"""Linear maps of the channels, the same at every pixel: invertible 1×1 convolutions, linear layers, permutations.
+
+On a vector they act on its dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowtrain.bijections.base import Bijection, constant_log_det, full_precision, zero_log_det
+
+
+def start_matrix(kind: str, n: int) -> Tensor:
+    """A random n×n ``rotation`` (Haar-distributed), ``permutation``, or the ``identity``, in float64 on the CPU."""
+    if kind in ("identity", "whitening"):
+        return torch.eye(n, dtype=torch.float64, device="cpu")
+    if kind == "permutation":
+        return torch.eye(n, dtype=torch.float64, device="cpu")[torch.randperm(n, device="cpu")]
+    if kind == "rotation":
+        q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu"))
+        q = q * r.diagonal().sign()  # QR alone is not Haar-distributed
+        q[:, 0] *= torch.linalg.det(q).sign()  # determinant +1
+        return q
+    raise ValueError(f"start='{kind}' must be rotation, permutation, identity or whitening")
+
+
+def whitening(x: Tensor) -> Tensor:
+    """The matrix that makes the channels of ``x`` uncorrelated, of variance 1, the most varying first; float64."""
+    rows = x.movedim(1, -1).flatten(0, -2).double()
+    variance, axes = torch.linalg.eigh(torch.cov(rows.T).reshape(x.shape[1], x.shape[1]))
+    variance, axes = variance.flip(0), axes.flip(1)
+    scale = variance.clamp(min=1e-6 * variance[0]).rsqrt()  # a batch may leave directions without variance
+    return scale[:, None] * axes.T
+
+
+class _Linear(Bijection):
+    """z = Wx for every pixel. ``start`` says what W is at first: a random rotation, a permutation, the identity, or
+    ``whitening``, computed from data by :meth:`flowtrain.flow.Flow.initialize`."""
+
+    def __init__(self, shape, start: str = "rotation", context_shape=None):
+        super().__init__(shape, context_shape)
+        self.channels, self.pixels = self.shape[0], math.prod(self.shape[1:])
+        self.register_buffer("started", torch.tensor(start != "whitening"))
+        self.allocate()
+        self.set_weight(start_matrix(start, self.channels))
+
+    def allocate(self) -> None:
+        """Make the parameters."""
+        raise NotImplementedError
+
+    def set_weight(self, matrix: Tensor) -> None:
+        """Make W ``matrix``, float64."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def log_abs_det(self) -> Tensor:
+        """log|det W|, a scalar."""
+        raise NotImplementedError
+
+    def weight_inverse(self) -> Tensor:
+        """W⁻¹, computed in float64: its error would grow with W's condition."""
+        return torch.linalg.inv(self.weight().double())
+
+    @torch.no_grad()
+    def start(self, x: Tensor, inverse: bool = False) -> None:
+        matrix = whitening(x)
+        self.set_weight(torch.linalg.inv(matrix) if inverse else matrix)
+        self.started.fill_(True)
+
+    def forward(self, x, context=None):
+        with full_precision(x):
+            return _mix(x, self.weight()), constant_log_det(self.pixels * self.log_abs_det(), x)
+
+    def inverse(self, z, context=None):
+        with full_precision(z):
+            return _mix(z, self.weight_inverse().to(z.dtype)), constant_log_det(-self.pixels * self.log_abs_det(), z)
+
+
+def _mix(x: Tensor, weight: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return F.linear(x, weight)
+    return (weight @ x.flatten(2)).view_as(x)  # as a matrix product: faster than a 1×1 convolution on a CPU
+
+
+class DenseLinear(_Linear):
+    """W itself is the parameter, its determinant from a float64 LU each time (Kingma & Dhariwal 2018, section 3.2)."""
+
+    def allocate(self):
+        self.matrix = nn.Parameter(torch.empty(self.channels, self.channels))
+
+    @torch.no_grad()
+    def set_weight(self, matrix):
+        self.matrix.copy_(matrix)
+
+    def weight(self):
+        return self.matrix
+
+    def log_abs_det(self):
+        return torch.linalg.slogdet(self.matrix.double())[1]
+
+
+class LULinear(_Linear):
+    """W = P·L·U with P and the signs of U's diagonal fixed (Kingma & Dhariwal 2018, eq. 10).
+
+    One matrix holds the parameters, as many as W has: L below its diagonal, U above, log|diag U| on it.
+    """
+
+    def allocate(self):
+        self.lu = nn.Parameter(torch.empty(self.channels, self.channels))
+        self.register_buffer("sign", torch.ones(self.channels))
+        self.register_buffer("order", torch.arange(self.channels))  # row i of W is row order[i] of L·U
+
+    @torch.no_grad()
+    def set_weight(self, matrix):
+        permutation, lower, upper = torch.linalg.lu(matrix)
+        diagonal = upper.diagonal()
+        self.lu.copy_(lower.tril(-1) + upper.triu(1) + diagonal.abs().log().diag())
+        self.sign.copy_(diagonal.sign())
+        self.order.copy_(permutation.argmax(1))
+
+    def weight(self):
+        lower = self.lu.tril(-1) + torch.eye(self.channels, device=self.lu.device, dtype=self.lu.dtype)
+        upper = self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
+        return (lower @ upper)[self.order]
+
+    def log_abs_det(self):
+        return self.lu.diagonal().sum()
+
+
+class Permutation(Bijection):
+    """z's channel i is x's channel ``order[i]``."""
+
+    def __init__(self, shape, order, context_shape=None):
+        super().__init__(shape, context_shape)
+        order = torch.as_tensor(order, device="cpu")
+        if order.sort().values.tolist() != list(range(self.shape[0])):
+            raise ValueError(f"order must name each of the {self.shape[0]} channels once")
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward(self, x, context=None):
+        return x[:, self.order], zero_log_det(x)
+
+    def inverse(self, z, context=None):
+        return z[:, self.back], zero_log_det(z)
+
+
+class Reverse(Permutation):
+    """The channels in reverse order."""
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, range(shape[0] - 1, -1, -1), context_shape)
+
+
+class Shuffle(Permutation):
+    """The channels in a random order, drawn when the layer is built and kept with its state."""
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, torch.randperm(shape[0], device="cpu"), context_shape)
+
+
+class DiagonalFirst(Permutation):
+    """The channels of a squeezed picture by position: both diagonal ones, then both others.
+
+    After it, the half of the channels that a multi-scale flow keeps is one colour of a checkerboard of the picture
+    before the squeeze (Dinh et al. 2017, section 3.6, and its reference code).
+    """
+
+    def __init__(self, shape, context_shape=None):
+        channels, odd = divmod(shape[0], 4)
+        if odd:
+            raise ValueError(f"{shape[0]} channels are not those of a squeezed picture")
+        order = [4 * channel + position for position in (0, 3, 1, 2) for channel in range(channels)]
+        super().__init__(shape, order, context_shape)

@@ -1,0 +1,80 @@
+"""From raw data to what a network likes: the first links of the chain, so that log_prob is that of the raw data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from flowtrain import globalbatch
+from flowtrain.bijections.base import Bijection, size, sum_event, zero_log_det
+
+
+class Dequantize(Bijection):
+    """Integers 0 … levels − 1 to (x + u)/levels in [0, 1), u uniform (Theis et al. 2016, section 3.1).
+
+    Its log-determinant is −D·log(levels), the density of u being 1: E[log p] bounds log P(x) from below. ``inverse``
+    rounds down to the integer whose bin holds the value, uint8 up to 256 levels and int64 above.
+    """
+
+    exact = False
+
+    def __init__(self, shape, levels: int, context_shape=None):
+        super().__init__(shape, context_shape)
+        if levels < 2:
+            raise ValueError(f"levels={levels} must be at least 2")
+        self.levels = int(levels)
+        self.log_det = -size(self.shape) * math.log(levels)
+        self.integers = torch.uint8 if levels <= 256 else torch.int64
+        # not a parameter: it makes .double() and .to(device) reach this layer
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+
+    def forward(self, x, context=None):
+        x = x.to(self.anchor.dtype)
+        u = globalbatch.uniform(x.shape, device=x.device, dtype=x.dtype)
+        # x + u rounds up to x + 1 now and then, and so may the division and the way back: stay two roundings inside
+        # the bin, or decoding returns another integer
+        margin = 2 * torch.finfo(x.dtype).eps
+        y = torch.clamp(x + u, x * (1 + margin), (x + 1) * (1 - margin)) / self.levels
+        return y, zero_log_det(x) + self.log_det
+
+    def inverse(self, z, context=None):
+        x = (z * self.levels).floor().clamp(0, self.levels - 1)
+        return x.to(self.integers), zero_log_det(z) - self.log_det
+
+
+class Center(Bijection):
+    """[0, 1] to [−½, ½]."""
+
+    def forward(self, x, context=None):
+        return x - 0.5, zero_log_det(x)
+
+    def inverse(self, z, context=None):
+        return z + 0.5, zero_log_det(z)
+
+
+class Logit(Bijection):
+    """logit(alpha + (1 − 2·alpha)·x): [0, 1] to the whole line (Dinh et al. 2017, section 4.1).
+
+    With alpha = 0 the ends map to ±∞, where a dequantized value can lie: values are kept ``margin`` away from them.
+    """
+
+    def __init__(self, shape, alpha: float = 0.05, context_shape=None):
+        super().__init__(shape, context_shape)
+        if not 0 <= alpha < 0.5:
+            raise ValueError(f"alpha={alpha} must be at least 0 and below 0.5")
+        self.alpha = alpha
+
+    def forward(self, x, context=None):
+        margin = torch.finfo(x.dtype).eps / 2
+        p = (self.alpha + (1 - 2 * self.alpha) * x).clamp(margin, 1 - margin)
+        z = p.log() - torch.log1p(-p)
+        return z, sum_event(self._log_derivative(z))
+
+    def inverse(self, z, context=None):
+        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        return x, -sum_event(self._log_derivative(z))
+
+    def _log_derivative(self, z):
+        return math.log(1 - 2 * self.alpha) + F.softplus(z) + F.softplus(-z)

@@ -1,0 +1,70 @@
+"""Rearrangements of an event into another shape."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection, size, zero_log_det
+
+
+def pixels_to_channels(x: Tensor) -> Tensor:
+    # not F.pixel_unshuffle: it loses the channels of an empty batch
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, 4 * channels, height // 2, width // 2)
+
+
+def channels_to_pixels(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(batch, channels // 4, 2 * height, 2 * width)
+
+
+class Squeeze(Bijection):
+    """2×2 pixels become 4 channels: (C, H, W) -> (4C, H/2, W/2), channel 4c + 2·row + column (Dinh et al. 2017)."""
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, context_shape)
+        if len(self.shape) != 3:
+            raise ValueError(f"a squeeze needs pictures (channels, height, width), not {list(self.shape)}")
+        channels, height, width = self.shape
+        if height % 2 or width % 2:
+            raise ValueError(f"sides of {height}×{width} cannot be halved; fewer levels are needed")
+        self.out_shape = (4 * channels, height // 2, width // 2)
+
+    def forward(self, x, context=None):
+        return pixels_to_channels(x), zero_log_det(x)
+
+    def inverse(self, z, context=None):
+        return channels_to_pixels(z), zero_log_det(z)
+
+
+class Unsqueeze(Bijection):
+    """4 channels become 2×2 pixels: the inverse of :class:`Squeeze`."""
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, context_shape)
+        channels, odd = divmod(self.shape[0], 4)
+        if odd:
+            raise ValueError(f"{self.shape[0]} channels are not those of a squeezed picture")
+        self.out_shape = (channels, 2 * self.shape[1], 2 * self.shape[2])
+
+    def forward(self, x, context=None):
+        return channels_to_pixels(x), zero_log_det(x)
+
+    def inverse(self, z, context=None):
+        return pixels_to_channels(z), zero_log_det(z)
+
+
+class Flatten(Bijection):
+    """Any shape becomes a vector."""
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, context_shape)
+        self.out_shape = (size(self.shape),)
+
+    def forward(self, x, context=None):
+        return x.flatten(1), zero_log_det(x)
+
+    def inverse(self, z, context=None):
+        return z.unflatten(1, self.shape), zero_log_det(z)

@@ -1,0 +1,121 @@
+"""Where ``conf/`` is, how its YAML becomes plain values, and how plain values become objects."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from flowtrain import runs
+from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.settings import ROOTS, known_keys, settled
+
+
+def conf_dir() -> Path:
+    """The checkout's ``conf/``, else the wheel's."""
+    here = Path(__file__).resolve().parent
+    for path in (here.parent / "conf", here / "conf"):
+        if (path / "train.yaml").is_file():
+            return path
+    raise FlowtrainError(f"conf/ is neither beside nor inside {here}: the installation is incomplete")
+
+
+def is_part(key: str) -> bool:
+    """Whether a root key is a part that model files choose and refer to, such as ``univariate``: it has a group."""
+    return key not in ("experiment", "launcher", "hydra", *known_keys("train")) and (conf_dir() / key).is_dir()
+
+
+def plain(cfg) -> dict:
+    """The resolved configuration as dicts, lists and scalars, to embed in a checkpoint."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def build(node: DictConfig, *, allow=(), **kwargs):
+    """The object that ``node`` describes; ``kwargs`` join or replace its arguments.
+
+    Every ``_target_`` in it must be in the allow-list, widened by the modules in ``allow``. An argument that a
+    constructor refuses (ValueError, TypeError) is a Refused that names the node.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    from flowtrain.allow import check_targets
+
+    where = node._get_full_key(None) if isinstance(node, DictConfig) else ""
+    check_targets(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, allow, where)
+    try:
+        return instantiate(node, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, FlowtrainError):
+            raise cause from None
+        _, found, full_key = str(error).rpartition("full_key: ")
+        where = full_key.strip() if found else where
+        if cause is None or isinstance(cause, ValueError | TypeError):
+            raise Refused(f"{where}: {cause or str(error).splitlines()[0]}") from error
+        raise cause from error
+
+
+def settle(cfg: DictConfig, command: str, restored: bool = False) -> dict:
+    """What a command is given: the composed tree without Hydra's node, resolved and with its types checked.
+
+    ``smoke=true`` is applied, except to what a checkpoint ``restored``, where it has been already.
+    """
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra", None)
+    if cfg.get("smoke") is True and not restored:
+        shrink(cfg)
+    return settled(ROOTS[command], plain(cfg), complete=not restored)
+
+
+_run_dirs: dict[str, str] = {}
+
+
+def run_dir(path: str, resume, *, _root_) -> str:
+    """A training run's directory: the one to continue, else a new one at ``path``; the same one at each reading."""
+    if path not in _run_dirs:
+        if resume is True:
+            found = runs.same_as(settle(_root_, "train"))
+        else:
+            found = runs.run_of(Path(resume)) if resume else None
+        _run_dirs[path] = str(found) if found else runs.claim(path)
+    return _run_dirs[path]
+
+
+def shrink(cfg: DictConfig) -> None:
+    """``smoke=true``: cut what ``conf/smoke.yaml`` names, where the configuration has it, down to its size."""
+    for key, size in OmegaConf.load(conf_dir() / "smoke.yaml").items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None:
+            OmegaConf.update(cfg, key, min(value, size))
+
+
+def levels(native: int, bits: int | None) -> int:
+    """Grey levels after keeping the ``bits`` highest bits of ``native`` levels."""
+    if bits is None:
+        return native
+    if native != 256:
+        raise Refused(f"dataset.bits={bits}: these data have {native} levels, not 256; leave dataset.bits=null")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise Refused(f"dataset.bits={bits}: must be a whole number from 1 to 8, or null")
+    return 2**bits
+
+
+def halvings(side: int) -> int:
+    """How often a picture's side can be halved and stay a whole number of at least 4."""
+    if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+        raise Refused(f"dataset.image_size={side}: must be a whole number of at least 1")
+    count = 0
+    while side % 2 == 0 and side // 2 >= 4:
+        side, count = side // 2, count + 1
+    return count
+
+
+OmegaConf.register_new_resolver("levels", levels, replace=True)
+OmegaConf.register_new_resolver("halvings", halvings, replace=True)
+OmegaConf.register_new_resolver("beside", runs.beside, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+# cached: a composed configuration has one directory, however often that is read
+OmegaConf.register_new_resolver("claim", runs.claim, replace=True, use_cache=True)

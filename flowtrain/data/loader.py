@@ -1,0 +1,156 @@
+"""Batches: in a resumable order for training, each example once for evaluation."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from flowtrain.data.order import permutation, shard
+from flowtrain.data.split import Split
+from flowtrain.errors import FlowtrainError, Refused
+
+
+class Loader:
+    """Global batches of training data, of which this process gets its slice.
+
+    The order is a pure function of (seed, epoch), augmentation one of (seed, step): the same for any number of
+    processes and workers, and from any step on. What is left of an epoch after its last whole batch is dropped.
+
+    Args:
+        batch_size: examples in a global batch; Refused if that is more than there are, or not shared evenly.
+        augment: called as ``augment(x, seed=, step=, rank=, world=)``, or None.
+        workers: processes that decode pictures, for a split that streams.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int = 0,
+        augment: Callable[..., Tensor] | None = None,
+        device="cpu",
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ):
+        if batch_size < 1:
+            raise Refused(f"batch_size={batch_size}: must be at least 1")
+        if batch_size > len(split):
+            raise Refused(f"batch_size={batch_size} is larger than the train split ({len(split)})")
+        if batch_size % world:
+            raise Refused(f"batch_size={batch_size} cannot be shared evenly by {world} devices")
+        self.split = split.to(device)
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.device, self.rank, self.world, self.workers = torch.device(device), rank, world, workers
+        self.steps_per_epoch = len(split) // batch_size
+
+    def batches(self, start_step: int = 0) -> Iterator[Tensor]:
+        """This process's slice of the batches of steps start_step, start_step + 1, …: (b, *shape), without an end."""
+        batches = _take(self.split, self._indices(start_step), self.workers, replace=True)
+        for step, (_, x) in enumerate(batches, start_step):
+            if len(x) < self.batch_size // self.world:
+                raise FlowtrainError("too many unreadable pictures one after another to replace them all")
+            if self.augment is not None:
+                x = self.augment(x, seed=self.seed, step=step, rank=self.rank, world=self.world)
+            yield x
+
+    def _indices(self, start_step: int) -> Iterator[Tensor]:
+        mine = shard(self.batch_size, self.rank, self.world)
+        epoch = None
+        for step in count(start_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = permutation(self.seed, epoch, len(self.split)).to(self.split.home)
+            start = step % self.steps_per_epoch * self.batch_size
+            yield order[start + mine.start : start + mine.stop]
+
+    def state_dict(self) -> dict[str, int]:
+        """What the order of the data depends on, to be kept with a step number."""
+        return {"examples": len(self.split), "batch_size": self.batch_size, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """FlowtrainError where a step number saved with ``state`` would mean other data here."""
+        for key, now in self.state_dict().items():
+            if state[key] != now:
+                what = "the train split's number of examples" if key == "examples" else key
+                raise FlowtrainError(f"cannot resume: {what} was {state[key]} and is now {now}; init=CKPT starts anew")
+
+
+def ordered(
+    split: Split,
+    batch_size: int,
+    device="cpu",
+    rank: int = 0,
+    world: int = 1,
+    examples: int | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (indices (b,) on the CPU, examples (b, *shape)): every example exactly once over all processes.
+
+    The batches are those of a single process, dealt out whole: what a batch's noise is need not depend on how many
+    processes there are, but some may get one batch fewer. ``examples`` takes that many, evenly spaced, since a folder
+    is often sorted by class. With ``on_bad=skip`` an unreadable picture is left out, not replaced.
+    """
+    length = len(split)
+    number = length if examples is None else min(examples, length)
+    chosen = torch.arange(number) * length // max(number, 1)
+    batches = chosen.split(batch_size)[rank::world] if number else ()
+    for index, x in _take(split.to(device), batches, workers):
+        if len(index):
+            yield index, x
+
+
+def _take(
+    split: Split, indices: Iterable[Tensor], workers: int, replace: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (index, examples) for each index, decoded by worker processes where the split streams."""
+    if not split.streams:
+        for index in indices:
+            yield index, split.take(index)
+        return
+    loader = DataLoader(
+        _Reader(split, replace),
+        sampler=(index.tolist() for index in indices),  # a tensor would travel with all of its epoch's order
+        batch_size=None,  # an item of the sampler is a whole batch
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        pin_memory=split.device.type == "cuda",
+        generator=torch.Generator(),  # or opening it would draw from the generator that makes the noise
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            index, x, problems = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if workers == 0:
+                raise
+            why = str(error).splitlines()[0]
+            raise FlowtrainError(f"a data worker ended early: {why}; trainer.workers=0 does without") from error
+        split.report(problems)
+        yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True)
+
+
+class _Reader:
+    """What a worker holds: reads a batch, and returns what went wrong as text, since exceptions travel badly."""
+
+    def __init__(self, split: Split, replace: bool):
+        self.split, self.replace = split, replace
+
+    def __getitem__(self, index: list[int]) -> tuple[list[int], Tensor, dict[int, str]]:
+        return self.split.read(index, self.replace)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C and a scheduler's warning reach every process of the job; the main one decides what they mean."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

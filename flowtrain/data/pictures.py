@@ -1,0 +1,231 @@
+"""Picture files: where they are (a folder, a .zip, a .tar), how one is decoded, and a split of them."""
+
+import io
+import logging
+import os
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flowtrain.data.split import Split
+from flowtrain.errors import FlowtrainError, Refused
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000  # a larger picture counts as unreadable: decoding it would take gigabytes
+_TRIES = 100  # pictures tried in place of an unreadable one
+
+
+class Folder:
+    """The pictures under a folder, by their paths within it, sorted."""
+
+    def __init__(self, path: Path):
+        self.path, names, seen = path, [], set()
+        try:
+            for here, folders, files in os.walk(path, followlinks=True, onerror=_raise):
+                identity = os.stat(here).st_dev, os.stat(here).st_ino
+                if identity in seen:  # a link to a folder above it
+                    folders.clear()
+                    continue
+                seen.add(identity)
+                names += [Path(here, file).relative_to(path).as_posix() for file in files if _is_picture(file)]
+        except OSError as error:
+            raise FlowtrainError(f"cannot list {error.filename or path}: {error.strerror}") from error
+        self.names = sorted(names)
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def open(self, name: str) -> BinaryIO:
+        return open(self.path / name, "rb")
+
+
+class Zip:
+    """The pictures in a .zip, read where they lie."""
+
+    def __init__(self, path: Path):
+        self.path, self._archive, self._pid = path, None, None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.names = sorted(name for name in archive.namelist() if _is_picture(name))
+        except (OSError, zipfile.BadZipFile) as error:
+            raise FlowtrainError(f"cannot read {path}: {error}") from error
+
+    def where(self, name: str) -> str:
+        return f"{self.path}:{name}"
+
+    def open(self, name: str) -> BinaryIO:
+        if self._pid != os.getpid():  # a worker that shared its parent's file would share its position too
+            self._archive, self._pid = zipfile.ZipFile(self.path), os.getpid()
+        return self._archive.open(name)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_archive": None, "_pid": None}
+
+
+class Tar:
+    """The pictures in a plain .tar, read where they lie (a compressed one has no place to jump to)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = [member for member in archive if member.isfile() and _is_picture(member.name)]
+        except (OSError, tarfile.TarError) as error:
+            raise FlowtrainError(f"cannot read {path} as an uncompressed .tar: {error}") from error
+        self._places = {member.name: (member.offset_data, member.size) for member in members}
+        self.names = sorted(self._places)
+
+    def where(self, name: str) -> str:
+        return f"{self.path}:{name}"
+
+    def open(self, name: str) -> BinaryIO:
+        offset, size = self._places[name]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+
+Source = Folder | Zip | Tar
+
+
+def source(path: Path) -> Source:
+    """The pictures at ``path``: a folder, a .zip or a .tar. Refused for anything else."""
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix.lower() == ".zip":
+        return Zip(path)
+    if path.suffix.lower() == ".tar":
+        return Tar(path)
+    raise Refused(f"{path} is neither a folder nor a .zip or .tar of pictures")
+
+
+def decode(
+    file: BinaryIO,
+    size: int,
+    channels: int,
+    box: tuple[int, int, int, int] | None = None,
+    exact: bool = False,
+) -> np.ndarray:
+    """A picture as uint8 (channels, size, size): grey for one channel, RGB for three.
+
+    The largest centred square, or ``box`` (left, top, right, bottom), is cut out and resized (bicubic, antialiased).
+    ``exact`` allows no resizing. Whatever is wrong with the file is raised as an Exception of some kind.
+    """
+    with Image.open(file) as picture:
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed")
+        if exact and (width, height) != (size, size):
+            raise ValueError(f"it is {width}x{height}, not {size}x{size}")
+        if picture.mode.startswith("I;16"):  # PIL would clip 16 bits to 255 instead of scaling them
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+    if box is None:
+        width, height = picture.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    if box[2] > picture.width or box[3] > picture.height:
+        raise ValueError(f"{picture.width}x{picture.height} pixels are too few for the crop {box}")
+    picture = picture.crop(box)  # first, so that nothing outside it has a share in its border
+    if picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+class PictureSplit(Split):
+    """Pictures decoded from their files whenever they are asked for.
+
+    Args:
+        source, names: where the pictures are and which ones they are.
+        shape: (channels, size, size) of one example.
+        shift: bits dropped from each of the 8, on the right.
+        on_bad: "stop" raises FlowtrainError at an unreadable picture; "skip" puts the next readable one in its
+            place, counts it in ``bad`` and warns once.
+        box, exact: see :func:`decode`.
+    """
+
+    streams = True
+
+    def __init__(
+        self,
+        source: Source,
+        names: Sequence[str],
+        shape: tuple[int, int, int],
+        shift: int = 0,
+        on_bad: str = "stop",
+        box: tuple[int, int, int, int] | None = None,
+        exact: bool = False,
+        description: str = "pictures",
+    ):
+        super().__init__(shape, description)
+        self.source, self.names, self.shift, self.on_bad = source, names, shift, on_bad
+        self.box, self.exact = box, exact
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device) -> "PictureSplit":
+        self.device = torch.device(device)
+        return self
+
+    def take(self, index: Tensor) -> Tensor:
+        _, pictures, problems = self.read(index.tolist(), replace=True)
+        self.report(problems)
+        if len(pictures) < len(index):
+            raise FlowtrainError("too many unreadable pictures one after another to replace them all")
+        return pictures.to(self.device)
+
+    def read(self, index: list[int], replace: bool) -> tuple[list[int], Tensor, dict[int, str]]:
+        """(index, pictures, problems): what was read, on the CPU, and why the rest could not be.
+
+        An unreadable picture is replaced by the next readable one, or left out of ``index`` and the pictures.
+        """
+        pictures, kept, problems = [], [], {}
+        for number in index:
+            tries = range(number, number + _TRIES) if replace and self.on_bad == "skip" else (number,)
+            for other in tries:
+                other %= len(self)
+                try:
+                    pictures.append(self._decode(other))
+                    kept.append(number)
+                    break
+                except Exception as error:  # whatever a damaged file makes PIL raise
+                    problems[other] = " ".join(f"{type(error).__name__}: {error}".split())
+        if not pictures:
+            return [], torch.empty((0, *self.shape), dtype=torch.uint8), problems
+        return kept, torch.from_numpy(np.stack(pictures)) >> self.shift, problems
+
+    def _decode(self, number: int) -> np.ndarray:
+        channels, size, _ = self.shape
+        with self.source.open(self.names[number]) as file:
+            return decode(file, size, channels, self.box, self.exact)
+
+    def report(self, problems: dict[int, str]) -> None:
+        """Stops at the first of ``problems``, or notes them and warns of the first ever."""
+        for number, why in problems.items():
+            line = f"cannot read the picture {self.source.where(self.names[number])} (index {number}): {why}"
+            if self.on_bad == "stop":
+                raise FlowtrainError(f"{line}; on_bad=skip would do without it")
+            if not self.bad:
+                log.warning("%s; on_bad=skip: doing without it and others like it", line)
+            self.bad[number] = why
+
+
+def _is_picture(name: str) -> bool:
+    hidden = os.path.basename(name).startswith(".") or name.startswith("__MACOSX/")
+    return name.lower().endswith(SUFFIXES) and not hidden
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,77 @@
+"""A split: examples to take by number. This one is held in memory; pictures.py has the one that reads files."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.errors import Refused
+
+
+class Split:
+    """Examples numbered from 0.
+
+    Attributes:
+        description: what it is and where it came from, one line for the run's log.
+        shape: the shape of one example.
+        streams: whether examples are decoded on demand (then a loader uses worker processes).
+        home: the device where ``take`` wants its index: giving it there costs no wait.
+        bad: number of example -> why it could not be read, for those met so far.
+    """
+
+    streams = False
+
+    def __init__(self, shape: tuple[int, ...], description: str):
+        self.shape, self.description = tuple(shape), description
+        self.home = torch.device("cpu")
+        self.bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def take(self, index: Tensor) -> Tensor:
+        """Examples ``index`` (B,) as integers, uint8 (B, *shape), on the device of the last ``to``."""
+        raise NotImplementedError
+
+    def to(self, device) -> "Split":
+        raise NotImplementedError
+
+
+class ArraySplit(Split):
+    """Examples held as one tensor (N, *shape), on the device where they fit there, else in the host's memory."""
+
+    def __init__(self, data: Tensor, description: str = "array"):
+        super().__init__(data.shape[1:], description)
+        self.data = data
+        self.device = self.home = data.device
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, index: Tensor) -> Tensor:
+        return self.data[index.to(self.home)].to(self.device, non_blocking=True)
+
+    def to(self, device) -> "ArraySplit":
+        self.device = torch.device(device)
+        if self.device.type != "cuda" or self.data.nbytes <= torch.cuda.mem_get_info(self.device)[0] // 2:
+            self.data = self.data.to(self.device)
+            self.home = self.data.device
+        return self
+
+
+def cut(length: int, val: float | int, test: float | int, seed: int) -> dict[str, np.ndarray]:
+    """The numbers of the examples in "train", "val" and "test".
+
+    ``val`` and ``test`` are counts, or fractions of ``length`` (rounded down, but at least one); 0 is none at all.
+    A permutation by numpy's ``default_rng(seed)`` gives its first part to test, the next to val, the rest to train.
+    Refused where nothing is left for train.
+    """
+    tests, vals = (max(1, int(length * part)) if 0 < part < 1 else int(part) for part in (test, val))
+    if tests + vals >= length:
+        raise Refused(
+            f"{length} examples are too few for a validation split of {vals}"
+            + (f" and a test split of {tests}" if tests else "")
+            + ": lower dataset.val_size"
+            + (" or dataset.test_size" if tests else "")
+        )
+    order = np.random.default_rng(seed).permutation(length)
+    return {"test": order[:tests], "val": order[tests : tests + vals], "train": order[tests + vals :]}

@@ -1,0 +1,133 @@
+"""The sets that torchvision knows, in its file layout under ``dataset.root``."""
+
+import pickle
+import struct
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+
+from flowtrain.data.base import ArrayImages
+from flowtrain.data.download import fetch, on_first_rank
+from flowtrain.errors import FlowtrainError, Refused
+
+
+class TorchvisionImages(ArrayImages):
+    """Base of the sets below: found files are used, missing ones fetched where that is allowed and possible."""
+
+    torchvision_class: str
+    default_val = 5000
+
+    def _files(self, part: str) -> list[str]:
+        """The files that torchvision wants for a part, under ``dataset.root``."""
+        raise NotImplementedError
+
+    def _hint(self) -> str:
+        """The same for a reader."""
+        raise NotImplementedError
+
+    def _build(self, root: str, part: str, download: bool):
+        import torchvision
+
+        return getattr(torchvision.datasets, self.torchvision_class)(root, train=part == "train", download=download)
+
+    def _load(self, part: str) -> tuple[Tensor, str]:
+        on_first_rank(lambda: self._fetch(part))
+        if not self._found(part):  # process 0 has them, on another machine's disk
+            raise Refused(self._missing(part, "the first process has them; share dataset.root between machines"))
+        try:
+            data = self._build(str(self.root), part, download=False).data
+        except (RuntimeError, OSError, ValueError, EOFError, struct.error, pickle.UnpicklingError) as error:
+            raise FlowtrainError(
+                f"dataset={self.name}: files under {self.root} are damaged ({_line(error)});"
+                f" remove {self._hint()} and get them again"
+            ) from error
+        data = torch.as_tensor(data)  # MNIST's is one already
+        if data.dim() == 3:
+            data = data[:, None]
+        elif data.shape[-1] == 3:
+            data = data.permute(0, 3, 1, 2).contiguous()
+        if tuple(data.shape[1:]) != self.shape:
+            raise FlowtrainError(f"dataset={self.name}: files under {self.root} hold shapes {list(data.shape[1:])}")
+        return data, f"from {self.root}"
+
+    def _found(self, part: str) -> bool:
+        return all((self.root / file).is_file() for file in self._files(part))
+
+    def _missing(self, part: str, why: str) -> str:
+        return f"dataset={self.name}: not found under {self.root}/; put {self._hint()} there ({why})"
+
+    def _fetch(self, part: str) -> None:
+        if self._found(part):
+            return
+        if not self.download:
+            raise Refused(self._missing(part, "dataset.download=false"))
+        absent = [file for file in self._files(part) if not (self.root / file).is_file()]
+        try:
+            fetch(self.root, absent, lambda folder: self._build(folder, part, download=True))
+        except (RuntimeError, OSError, URLError, EOFError) as error:
+            raise Refused(self._missing(part, f"downloading failed: {_line(error)}")) from error
+
+
+class MNIST(TorchvisionImages):
+    """Handwritten digits, 60,000 + 10,000, grey 28×28."""
+
+    native_name, torchvision_class = "mnist", "MNIST"
+    native_size, native_channels = 28, 1
+
+    def _files(self, part: str) -> list[str]:
+        kinds = ("images-idx3", "labels-idx1")
+        return [f"{self.torchvision_class}/raw/{p}-{kind}-ubyte" for p in ("train", "t10k") for kind in kinds]
+
+    def _hint(self) -> str:
+        return f"{self.torchvision_class}/raw/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte"
+
+
+class FashionMNIST(MNIST):
+    """Clothes, in the format of MNIST."""
+
+    native_name, torchvision_class = "fashion_mnist", "FashionMNIST"
+
+
+class KMNIST(MNIST):
+    """Cursive Japanese characters, in the format of MNIST."""
+
+    native_name, torchvision_class = "kmnist", "KMNIST"
+
+
+class CIFAR10(TorchvisionImages):
+    """Small photographs of ten classes, 50,000 + 10,000, RGB 32×32. All seven files are checked by digest."""
+
+    native_name, torchvision_class = "cifar10", "CIFAR10"
+    native_size, native_channels = 32, 3
+
+    def _files(self, part: str) -> list[str]:
+        names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+        return [f"cifar-10-batches-py/{name}" for name in names]
+
+    def _hint(self) -> str:
+        return "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
+
+
+class SVHN(TorchvisionImages):
+    """House numbers, 73,257 + 26,032 (without "extra"), RGB 32×32. Each file is checked by digest."""
+
+    native_name, torchvision_class = "svhn", "SVHN"
+    native_size, native_channels = 32, 3
+
+    def _files(self, part: str) -> list[str]:
+        return [f"{part}_32x32.mat"]
+
+    def _hint(self) -> str:
+        return "{train,test}_32x32.mat"
+
+    def _build(self, root: str, part: str, download: bool):
+        import torchvision
+
+        return torchvision.datasets.SVHN(root, split=part, download=download)
+
+
+def _line(error: Exception) -> str:
+    """An error's text on one line, not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "…"

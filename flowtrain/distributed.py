@@ -1,0 +1,167 @@
+"""This process among its equals. Who starts them (our own launcher, torchrun, srun) says so in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from datetime import timedelta
+from glob import glob
+
+from flowtrain.errors import Refused
+
+PATIENCE = timedelta(hours=1)  # for a slow rank 0 (a download); a dead one is the launcher's to notice
+
+
+def _adopt_slurm() -> None:
+    """``srun flowtrain …`` names ranks in its own way; give them torchrun's names."""
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    head, number = re.match(r"([^\[,]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups()
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env.setdefault("MASTER_ADDR", head + (number or ""))
+    env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 40000))
+
+
+_adopt_slurm()
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def gpus() -> int:
+    """Visible GPUs; answers without PyTorch where there is no driver."""
+    if sys.platform == "linux" and not (glob("/dev/nvidia[0-9]*") or glob("/dev/dxg") or glob("/dev/kfd")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes(devices: int | str) -> int:
+    """How many processes ``devices`` asks for on this machine. Raises Refused if there are fewer devices."""
+    if world() > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+        if devices not in ("auto", here, world()):
+            raise Refused(f"devices={devices}: this launcher started {world()} processes; leave devices=auto")
+        return world()
+    count = gpus()
+    if devices == "auto":
+        return max(1, count)
+    most, kind = (count, "GPU") if count else (os.cpu_count() or 1, "CPU core")
+    if devices > most:
+        raise Refused(f"devices={devices}: there {'is' if most == 1 else 'are'} {most} {kind}{'s' * (most > 1)}")
+    return devices
+
+
+def device():
+    """The torch.device of this rank."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise Refused(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
+    return torch.device("cuda", local_rank())
+
+
+def init() -> None:
+    """Join the process group, where there is more than one process: gloo for the CPU, NCCL for GPUs."""
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    where, backend = device(), "gloo"
+    if where.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(where)
+        backend = "cpu:gloo,cuda:nccl"
+    store = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{store}" if store else "env://",
+        rank=rank(),
+        world_size=world(),
+        timeout=PATIENCE,
+    )
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_gather_object(None)
+
+
+def broadcast_object(obj=None):
+    """Rank 0's ``obj``, on every rank."""
+    if world() == 1:
+        return obj
+    import torch
+    import torch.distributed as dist
+
+    init()
+    box = [obj]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def broadcast(tensors) -> None:
+    """Give every rank rank 0's values of ``tensors``, in place."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        init()
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def all_gather_object(obj) -> list:
+    """Every rank's ``obj``, on every rank, in the order of ranks."""
+    if world() == 1:
+        return [obj]
+    import torch.distributed as dist
+
+    init()
+    out = [None] * world()
+    dist.all_gather_object(out, obj)
+    return out
+
+
+def all_sum(tensor):
+    """``tensor`` summed over ranks, in place; returned."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        init()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def close() -> None:
+    """Leave the process group."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Training, evaluation and their records. Knows flows and data, but no configuration."""

@@ -1,0 +1,91 @@
+"""How good a flow is on a split, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flowtrain.data.order import mix
+from flowtrain.flow import Flow, to_bits_per_dim
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean and standard error over examples, each averaged over its draws of dequantization noise.
+
+    ``bits_per_dim_iw`` is that of the importance-weighted bound log(1/K Σ p_k), None for one draw.
+    """
+
+    bits_per_dim: float
+    bits_per_dim_stderr: float
+    bits_per_dim_iw: float | None
+    log_likelihood: float
+    log_likelihood_stderr: float
+    examples: int
+    draws: int
+
+
+@torch.no_grad()
+def evaluate(
+    flow: Flow, batches: Iterable[tuple[Tensor, Tensor]], total: int, draws: int = 1, seed: int = 0
+) -> Evaluation:
+    """Evaluate ``flow`` on (indices, x) batches that hold each of ``total`` examples at most once over all processes.
+
+    The noise is a function of (seed, first index of the batch, draw): the same in each evaluation, for any number of
+    processes.
+
+    Raises:
+        FloatingPointError: a likelihood is not a number.
+    """
+    was_training = flow.training
+    flow.eval()
+    device = next(flow.parameters()).device
+    mean, weighted, seen = torch.zeros(3, total, dtype=torch.float64, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _exact_arithmetic():
+        for index, x in batches:
+            first = int(index[0])
+            index = index.to(device)
+            best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=device)
+            for draw in range(draws):
+                torch.manual_seed(mix(seed, first, draw))
+                log_prob = flow(x).double()
+                mean[index] += log_prob / draws
+                best = torch.logaddexp(best, log_prob)
+            weighted[index] = best - math.log(draws)
+            seen[index] = 1
+    flow.train(was_training)
+    if dist.is_initialized():
+        for one in (mean, weighted, seen):
+            dist.all_reduce(one)
+    mean, weighted, total = mean[seen > 0], weighted[seen > 0], int(seen.sum())  # a bad picture may be left out
+    if not mean.isfinite().all():
+        bad = (~mean.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
+    nats, stderr = mean.mean().item(), mean.std(correction=1).item() / math.sqrt(total) if total > 1 else math.nan
+    return Evaluation(
+        bits_per_dim=to_bits_per_dim(nats, flow.dimensions),
+        bits_per_dim_stderr=-to_bits_per_dim(stderr, flow.dimensions),
+        bits_per_dim_iw=to_bits_per_dim(weighted.mean().item(), flow.dimensions) if draws > 1 else None,
+        log_likelihood=nats,
+        log_likelihood_stderr=stderr,
+        examples=total,
+        draws=draws,
+    )
+
+
+@contextmanager
+def _exact_arithmetic():
+    """Float32 means float32: TensorFloat-32 off."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before

@@ -1,0 +1,104 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from flowtrain.plots.grid import save_png
+
+log = logging.getLogger("flowtrain")
+
+
+class Reporter:
+    """The records of one run under ``run_dir``, of which what lies beyond ``step`` is cut."""
+
+    def __init__(self, run_dir: Path, step: int, max_steps: int | None, tensorboard: bool):
+        self.run_dir = Path(run_dir)
+        path = self.run_dir / "metrics.jsonl"
+        _cut(path, step)
+        self.file = path.open("a")
+        self.board = _board(self.run_dir / "tb", step) if tensorboard else None
+        self.bar = _bar(step, max_steps) if sys.stderr.isatty() else None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """A line of metrics.jsonl and the same in TensorBoard. Clocks and rates are named ``time/…``."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def progress(self, step: int, bits_per_dim: float, rate: float, left: float | None) -> None:
+        """Show where training stands: ``rate`` in examples a second, ``left`` in seconds."""
+        left = "" if left is None else f", {_clock(left)} left"
+        if self.bar is None:
+            log.info("step %d: %.4f bits/dim, %.0f examples/s%s", step, bits_per_dim, rate, left)
+        else:
+            self.bar.set_postfix_str(f"{bits_per_dim:.4f} bits/dim, {rate:.0f} examples/s{left}", refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def picture(self, step: int, name: str, picture: Tensor) -> Path:
+        """A (3, H, W) uint8 picture as samples/<name>_<step>.png and in TensorBoard."""
+        path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
+        save_png(picture, path)
+        if self.board:
+            self.board.add_image(name, picture, step)
+        return path
+
+    def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
+        """What TensorBoard's HParams page compares runs by."""
+        if self.board:
+            self.board.add_hparams(values, metrics, run_name=".")
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Silence:
+    """A reporter for every process but the first."""
+
+    def __getattr__(self, _name):
+        return lambda *args, **kwargs: None
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines beyond ``step``, and one that a kill left half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _board(directory: Path, step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+
+
+def _bar(step: int, max_steps: int | None):
+    from tqdm import tqdm
+
+    return tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,264 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain import distributed, globalbatch
+from flowtrain.data.order import mix
+from flowtrain.engine import checkpoint
+from flowtrain.engine.ema import EMA
+from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.reporter import Reporter, Silence
+from flowtrain.engine.signals import ASKED, remembered
+from flowtrain.errors import FlowtrainError, Interrupted
+from flowtrain.flow import Flow, to_bits_per_dim
+
+log = logging.getLogger("flowtrain")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; conf/trainer/default.yaml says what each means."""
+
+    seed: int
+    max_steps: int | None
+    max_minutes: float | None
+    accumulate: int
+    clip: float | None
+    warmup_steps: int
+    log_every: int
+    val_every: int
+    sample_every: int
+    save_every: int
+    save_minutes: float
+    patience: int | None
+    max_bad_steps: int
+    autocast: torch.dtype | None
+
+
+class Trainer:
+    """Fits ``flow`` to the batches of ``loader`` by maximum likelihood.
+
+    Args:
+        wrapped: what the loss runs through: ``flow`` itself, or DistributedDataParallel around it.
+        loader: its ``batches(step)`` are this process's slices of the global batches from ``step`` on.
+        schedule: gives the factor of each parameter group's first rate.
+        judge: validates a flow; the same result on every process.
+        draw: draws a picture of a flow's samples, or returns None.
+        config: what a checkpoint keeps so that the flow can be built again.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        wrapped: nn.Module,
+        loader,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[float, int], float],
+        settings: Settings,
+        ema: EMA | None,
+        judge: Callable[[Flow], Evaluation],
+        draw: Callable[[Flow], Tensor | None],
+        run_dir: Path,
+        config: dict,
+    ):
+        self.flow, self.wrapped, self.loader = flow, wrapped, loader
+        self.optimizer, self.schedule, self.settings, self.ema = optimizer, schedule, settings, ema
+        self.judge, self.draw, self.config = judge, draw, config
+        self.directory = Path(run_dir) / "checkpoints"
+        self.first_rates = [group["lr"] for group in optimizer.param_groups]
+        self.reporter: Reporter | Silence = Silence()
+        self.step, self.seconds = 0, 0.0
+        self.best, self.stale = math.inf, 0  # validation: the best so far, and how many since
+        self.skipped, self.bad_in_a_row = 0, 0
+        self.loss_sum, self.loss_count = 0.0, 0  # since the last report
+
+    def fit(self, reporter: Reporter | Silence) -> None:
+        """Train until the budget is spent or validation no longer improves; whatever ends it, the state is saved.
+
+        Raises:
+            Interrupted: a signal asked for it.
+            FlowtrainError: too many steps in a row were not finite.
+        """
+        self.reporter, settings = reporter, self.settings
+        began = time.monotonic() - self.seconds
+        saved = logged = time.monotonic()
+        validated = False
+        with remembered() as asked:
+            batches = self.loader.batches(self.step)
+            while self.progress() < 1 and not self.has_stalled():
+                bits, norm = self.gradient(next(batches))
+                bits, signum, self.seconds = self.agree(bits, asked.signum, time.monotonic() - began)
+                self.update(bits, norm)
+                self.step += 1
+                if self.every(settings.log_every):
+                    self.report(norm, elapsed=time.monotonic() - logged)
+                    logged = time.monotonic()
+                if validated := self.every(settings.val_every):
+                    self.validate()
+                if self.every(settings.sample_every):
+                    self.show()
+                if signum or self.every(settings.save_every) or time.monotonic() - saved > 60 * settings.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
+                if signum:
+                    raise Interrupted(signum)
+            if not validated and not self.has_stalled():
+                self.validate()
+            self.show()
+            self.save()
+
+    def gradient(self, x: Tensor) -> tuple[float, float]:
+        """The loss in bits/dim of this process's slice of a global batch, and the norm of the reduced gradient."""
+        settings = self.settings
+        self.wrapped.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = x.chunk(settings.accumulate)
+        row, loss = distributed.rank() * len(x), 0.0
+        for i, part in enumerate(parts):
+            torch.manual_seed(mix(settings.seed, self.step))  # noise is a function of (seed, step): nothing to restore
+            with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
+                part_loss = to_bits_per_dim(self.wrapped(part), self.flow.dimensions).sum() / len(x)
+            with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
+                part_loss.backward()
+            loss, row = loss + part_loss.detach(), row + len(part)
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip or math.inf)
+        return tuple(torch.stack([loss, norm]).tolist())  # the one read from the device in a step
+
+    def agree(self, bits: float, signum: int, seconds: float) -> tuple[float, int, float]:
+        """The mean loss, any process's signal and the first process's clock, the same on every process."""
+        world = distributed.world()
+        if world == 1:
+            return bits, signum, seconds
+        clock = seconds if distributed.rank() == 0 else 0.0
+        signals = [float(signum == one) for one in ASKED]
+        bits, clock, *counts = distributed.all_sum(torch.tensor([bits / world, clock, *signals], dtype=torch.float64)).tolist()
+        return bits, next((one for one, count in zip(ASKED, counts) if count), 0), clock
+
+    def update(self, bits: float, norm: float) -> None:
+        """Step the optimizer; a loss or gradient that is not finite never reaches it."""
+        if math.isfinite(bits) and math.isfinite(norm):
+            for group, first in zip(self.optimizer.param_groups, self.first_rates):
+                group["lr"] = first * self.rate_factor()
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.step)
+            self.bad_in_a_row = 0
+            self.loss_sum, self.loss_count = self.loss_sum + bits, self.loss_count + 1
+            return
+        if not self.skipped:
+            log.warning(
+                "step %d: loss %g, gradient norm %g: skipped, as will be others like it", self.step, bits, norm
+            )
+        self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
+        if self.bad_in_a_row >= self.settings.max_bad_steps:
+            self.save()
+            raise FlowtrainError(
+                f"stopped at step {self.step}: {self.bad_in_a_row} steps in a row had a loss or gradient that is not "
+                f"finite; the weights before them are in {self.directory / 'last.pt'}; "
+                "a lower optimizer.lr or a trainer.clip may help"
+            )
+
+    def validate(self) -> None:
+        """Judge the averaged weights where there are any; keep the best."""
+        result = self.judge(self.judged)
+        gained = result.bits_per_dim < self.best
+        log.info(
+            "step %d: validation %.4f ± %.4f bits/dim%s",
+            self.step, result.bits_per_dim, result.bits_per_dim_stderr, ", the best so far" if gained else "",
+        )  # fmt: skip
+        self.reporter.scalars(self.step, {"val/bits_per_dim": result.bits_per_dim})
+        self.stale = 0 if gained else self.stale + 1
+        if gained:
+            self.best = result.bits_per_dim
+            if distributed.is_main():
+                checkpoint.save(self.state(), self.directory / "best.pt")
+
+    def show(self) -> None:
+        """Samples from the same latents each time."""
+        if distributed.is_main() and (picture := self.draw(self.judged)) is not None:
+            self.reporter.picture(self.step, "samples", picture)
+
+    def report(self, norm: float, elapsed: float) -> None:
+        rate = self.settings.log_every * self.loader.batch_size / elapsed
+        spent = self.progress()
+        bits = self.loss_sum / self.loss_count if self.loss_count else math.nan
+        self.reporter.progress(self.step, bits, rate, self.seconds * (1 - spent) / spent)
+        self.reporter.scalars(
+            self.step,
+            {
+                "train/bits_per_dim": bits,
+                "train/gradient_norm": norm,
+                "train/lr": self.optimizer.param_groups[0]["lr"],
+                "train/skipped_steps": self.skipped,
+                "time/seconds": self.seconds,
+                "time/examples_per_second": rate,
+            },
+        )
+        self.loss_sum, self.loss_count = 0.0, 0
+
+    @property
+    def judged(self) -> Flow:
+        """The flow that is validated and sampled."""
+        return self.ema.model if self.ema else self.flow
+
+    def progress(self) -> float:
+        """The share of the budget that is spent: of its steps or of its minutes, whichever is more."""
+        steps, minutes = self.settings.max_steps, self.settings.max_minutes
+        return min(1.0, max(self.step / steps if steps else 0.0, self.seconds / (60 * minutes) if minutes else 0.0))
+
+    def rate_factor(self) -> float:
+        warm = min(1.0, (self.step + 1) / self.settings.warmup_steps) if self.settings.warmup_steps else 1.0
+        return warm * self.schedule(self.progress(), self.step)
+
+    def has_stalled(self) -> bool:
+        return self.settings.patience is not None and self.stale >= self.settings.patience
+
+    def every(self, steps: int | None) -> bool:
+        return bool(steps) and self.step % steps == 0
+
+    def autocast(self, device: str):
+        dtype = self.settings.autocast
+        return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+    # Everything that a run's future depends on; noise and the order of the data follow from the step.
+    _PLAIN = ("step", "seconds", "best", "stale", "skipped", "bad_in_a_row", "loss_sum", "loss_count")
+
+    def state(self) -> dict:
+        return {
+            "format": 1,
+            "config": self.config,
+            **{name: getattr(self, name) for name in self._PLAIN},
+            "order": self.loader.state_dict(),
+            "model": self.flow.state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Continue from what :meth:`state` returned.
+
+        Raises:
+            FlowtrainError: the data are not those that the state was trained on.
+        """
+        self.loader.load_state_dict(state["order"])
+        self.flow.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.model.load_state_dict(state["ema"] or state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+
+    def save(self) -> None:
+        if distributed.is_main():
+            checkpoint.save_last(self.state(), self.directory)

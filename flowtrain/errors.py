@@ -1,0 +1,26 @@
+"""The errors that a user meets: each is one clear line and an exit code."""
+
+
+class FlowtrainError(Exception):
+    """Something failed. Its text says in one line what, and what would be right."""
+
+    exit_code = 1
+
+
+class Refused(FlowtrainError):
+    """Refused before any data are touched: a bad key or value, a missing file, no such checkpoint."""
+
+    exit_code = 2
+
+
+class Interrupted(FlowtrainError):
+    """Ended by a signal: the exit code is 128 + `signum` (130 for SIGINT), but 143 for SIGTERM and SIGUSR1 alike."""
+
+    def __init__(self, signum: int):
+        import signal
+
+        signum = int(signum)
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+        graceful = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's two ways to say "save and leave"
+        self.exit_code = 143 if signum in graceful else 128 + signum

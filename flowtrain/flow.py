@@ -1,0 +1,121 @@
+"""A flow: a bijection from data to latent and the distribution of the latent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain import globalbatch
+from flowtrain.bijections.base import Bijection, at_least_float32, built, size
+from flowtrain.distributions import Distribution, StandardNormal
+
+
+class Flow(nn.Module):
+    """log p(x) = log p(z) + log|det ∂z/∂x|, z = bijection(x).
+
+    Args:
+        shape: of one example, as the data hold it (raw integers for pictures).
+        bijection: factory called with ``shape`` and ``context_shape``.
+        base: factory called with the bijection's ``out_shape``.
+
+    ``forward`` is ``log_prob``, so that whatever wraps a module (DDP, compile, hooks) wraps the likelihood.
+    """
+
+    def __init__(
+        self,
+        shape,
+        bijection: Callable[..., Bijection],
+        base: Callable[..., Distribution] = StandardNormal,
+        context_shape=None,
+    ):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.bijection = built("bijection", bijection, shape=self.shape, context_shape=context_shape)
+        self.base = base(shape=self.bijection.out_shape)
+
+    @property
+    def dimensions(self) -> int:
+        """D, the number of dimensions of one example."""
+        return size(self.shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) in nats, (B,), float32 at least; of raw integers, a bound where they are dequantized."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
+        z, log_det = self.bijection(x, context)
+        return self.base.log_prob(z, context) + log_det
+
+    log_prob = forward
+
+    def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """−log p(x)/(D ln 2), (B,)."""
+        return to_bits_per_dim(self(x, context), self.dimensions)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latent of x; integers go in at the centre of their bins, so that ``decode`` returns the very same."""
+        with globalbatch.centred():
+            return self.bijection(x, context)[0]
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data of a latent."""
+        return self.bijection.inverse(z, context)[0]
+
+    def latents(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """n draws from the base, made on the CPU so that a seed gives the same ones on every device."""
+        like = next(self.parameters(), torch.empty(0))
+        z = self.base.sample(n, temperature, generator=generator)
+        return z.to(like.device, at_least_float32(like.dtype))
+
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n examples, (n, *shape). ``temperature`` multiplies the latent (Kingma & Dhariwal 2018, section 6)."""
+        return self.decode(self.latents(n, temperature, generator), context)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Start what starts from data (each actnorm, also inside networks) from one batch, data to latent.
+
+        To be called once, before the flow is wrapped, averaged or compiled. What has started already is left alone.
+        """
+        waiting = [module for module in self.modules() if hasattr(module, "start") and not module.started]
+        for module in waiting:
+            _start_on_first_use(module)
+        was_training = self.training
+        self.eval()
+        try:
+            self(x, context)
+        finally:
+            self.train(was_training)
+            for module in waiting:
+                vars(module).pop("forward", None)
+                vars(module).pop("inverse", None)
+
+
+def _start_on_first_use(module: nn.Module) -> None:
+    """Shadow the module's two directions by ones that first start it from what they are given."""
+    kind = type(module)
+
+    def forward(x, *args):
+        module.start(x)
+        return kind.forward(module, x, *args)
+
+    def inverse(z, *args):
+        module.start(z, inverse=True)
+        return kind.inverse(module, z, *args)
+
+    vars(module).update(forward=forward, inverse=inverse)
+
+
+def to_bits_per_dim(log_prob, dimensions: int):
+    """Nats per example to bits per dimension: the one place where this is said."""
+    return -log_prob / (dimensions * math.log(2))

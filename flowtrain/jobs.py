@@ -1,0 +1,120 @@
+"""One job: what Hydra calls with a composed configuration, and how that runs on one process or on many."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from flowtrain import config, distributed, runs, workers
+from flowtrain.errors import Interrupted, Refused
+from flowtrain.restore import RESTORED
+from flowtrain.signals import end_at_once, end_in_kernel
+
+log = logging.getLogger("flowtrain")
+logging.raiseExceptions = False  # a reader of stdout that has left (| head) is no reason to stop
+failures: list[workers.Failed] = []  # of this process's job, for the command line to report
+
+
+def job(cfg: DictConfig):
+    """Hydra's task function, picklable by name for launchers that run elsewhere."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    command, run_dir = hydra.job.name, hydra.runtime.output_dir
+    row = {"job": hydra.job.get("num", 0), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
+    begun = time.monotonic()
+    try:
+        summary = _run(command, cfg, run_dir, hydra, sweep)
+        row = {"status": "finished", "seconds": round(time.monotonic() - begun, 3), **(summary or {}), **row}
+        return summary
+    except Exception as error:
+        from flowtrain.cli import explain
+
+        interrupted = isinstance(error, Interrupted)
+        text, code = explain(error, run_dir)
+        row |= {"status": "interrupted" if interrupted else "failed", "error": text}
+        if not sweep:
+            if code == Refused.exit_code:
+                _discard(Path(run_dir))
+            failures.append(workers.Failed(text, code))  # raised through Hydra it would bring Hydra's own lines
+            return None
+        print(f"flowtrain: job {row['job']}: {row['error']}", file=sys.stderr)
+        if interrupted:
+            raise SystemExit(code) from error  # not an Exception: Hydra would start the next job
+    finally:
+        if sweep:
+            from flowtrain import results
+
+            results.append(hydra.sweep.dir, row)
+
+
+def _run(command: str, cfg: DictConfig, run_dir: str, hydra, sweep: bool) -> dict | None:
+    restored = hydra.job.config_name in RESTORED
+    values = config.settle(cfg, command, restored)
+    if values.get("resume") is True:
+        file = runs.to_continue(Path(run_dir))
+        if file is None:
+            log.info("resume=true: no run of this configuration under %s/, so this is a new one", runs.OUTPUTS)
+        values["resume"] = str(file) if file else None
+    values["resume"] = values.get("resume") or None
+    if command == "train" and values["resume"] and runs.run_of(Path(values["resume"])):
+        summary = runs.finished(Path(run_dir), values, Path(values["resume"]))
+        if summary is not None:
+            log.info("%s has finished already", run_dir)
+            return summary
+        (Path(run_dir) / "summary.json").unlink(missing_ok=True)  # of a run that now gets more steps
+    if values.get("init"):
+        values["init"] = str(runs.checkpoint_in(values["init"], "init"))
+    arguments = {"command": command, "values": values, "run_dir": run_dir}
+    if distributed.world() > 1:  # torchrun: the other ranks wait for this in serve()
+        return execute(**distributed.broadcast_object(arguments))
+    count = distributed.processes(values["devices"])
+    if count == 1 and not sweep:
+        return execute(**arguments)
+    logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    return workers.launch({**arguments, "logging_config": logging_config}, count)
+
+
+def execute(command: str, values: dict, run_dir: str, logging_config: dict | None = None) -> dict:
+    """On every rank: join the others and call the command's ``main(cfg, run_dir)``."""
+    if not distributed.is_main():
+        logging.basicConfig(level=logging.WARNING, format=f"[rank {distributed.rank()}] %(message)s", force=True)
+    elif logging_config:
+        from hydra.core.utils import configure_log
+
+        configure_log(OmegaConf.create(logging_config))
+    distributed.init()
+    return importlib.import_module(f"flowtrain.{command}").main(OmegaConf.create(values), run_dir)
+
+
+def serve() -> None:
+    """A rank above 0 under torchrun or srun: take jobs from rank 0 until there are no more."""
+    while True:
+        end_in_kernel()
+        arguments = distributed.broadcast_object()
+        end_at_once(announce=False)
+        if arguments is None:
+            return distributed.close()
+        execute(**arguments)
+
+
+def dismiss() -> None:
+    """Rank 0 under torchrun or srun: there are no more jobs. Not after an error: then the launcher ends the others."""
+    distributed.broadcast_object(None)
+    distributed.close()
+
+
+def _discard(run_dir: Path) -> None:
+    """Remove a new run directory that holds only Hydra's record and the log of a refusal."""
+    if {item.name for item in run_dir.iterdir()} <= {".hydra", "train.log"}:
+        shutil.rmtree(run_dir)
+        if not any(run_dir.parent.iterdir()):
+            run_dir.parent.rmdir()

@@ -1,0 +1,51 @@
+"""Fully connected networks."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn import functional as F
+
+from flowtrain.nets.norm import Dropout
+
+
+class MLP(nn.Module):
+    """(B, n) -> (B, out): ``depth`` hidden layers of ``hidden`` rectified units, the last layer zero at the start.
+
+    A context vector is added, linearly, to the first hidden layer.
+    """
+
+    def __init__(self, shape, out: int, hidden: int = 256, depth: int = 2, dropout: float = 0.0, context_shape=None):
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(f"an MLP takes vectors, not {list(shape)}; flatten first")
+        if depth < 1:
+            raise ValueError(f"depth={depth} must be at least 1")
+        self.first = nn.Linear(shape[0], hidden)
+        self.context = context_to(hidden, context_shape)
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
+        self.dropout = Dropout(dropout)
+        self.last = zeroed(nn.Linear(hidden, out))
+
+    def forward(self, x, context=None):
+        h = self.first(x)
+        if self.context is not None:
+            h = h + self.context(context)
+        for layer in self.hidden:
+            h = layer(self.dropout(F.relu(h)))
+        return self.last(self.dropout(F.relu(h)))
+
+
+def context_to(channels: int, context_shape) -> nn.Linear | None:
+    """The layer through which a context vector enters a network, or None where there is no context."""
+    if context_shape is None:
+        return None
+    if len(context_shape) != 1:
+        raise ValueError(f"this network takes a context vector, not {list(context_shape)}")
+    return nn.Linear(context_shape[0], channels, bias=False)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """``layer`` with its parameters at zero, so that a new flow starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,0 +1,36 @@
+"""Grids of pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def grid(pictures: Tensor, levels: int, columns: int | None = None, side: int = 512) -> Tensor:
+    """Integer pictures (n, C, H, W) of ``levels`` levels as one (3, height, width) uint8 picture.
+
+    Small ones are enlarged by whole pixels until the grid is about ``side`` wide.
+    """
+    from torchvision.utils import make_grid
+
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    shown = (pictures.cpu().double() * 255 / (levels - 1)).round().to(torch.uint8)
+    times = max(1, round(side / (columns * pictures.shape[-1])))
+    shown = shown.repeat_interleave(times, -1).repeat_interleave(times, -2)
+    return make_grid(shown, columns, padding=max(1, times // 2), pad_value=64)
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a (3, H, W) uint8 picture; a half-written file never stands under ``path``."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

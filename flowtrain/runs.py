@@ -1,0 +1,130 @@
+"""Run directories under ``outputs/`` and the checkpoints in them.
+
+A run is ``outputs/<dataset>-<model>/<date>_<time>[_n]``, a job of a sweep ``outputs/sweeps/<date>_<time>/<job>_…``;
+``checkpoints/`` inside holds last, previous and best.pt, and ``summary.json`` appears when the run has finished.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+from flowtrain.errors import FlowtrainError, Refused
+
+OUTPUTS = Path("outputs")  # in the working directory
+BEST = ("best.pt", "last.pt", "previous.pt")
+LAST = ("last.pt", "previous.pt")
+FREE = ("resume", "devices", "max_steps", "max_minutes")  # may differ between a run and its continuation
+
+claiming = True  # false while a configuration is only looked at
+
+
+def claim(path: str) -> str:
+    """Make the directory ``path``, or ``path_2``, ``path_3`` … where it exists; its absolute path."""
+    n = 1
+    while claiming:
+        new = Path(path if n == 1 else f"{path}_{n}").absolute()
+        try:
+            new.mkdir(parents=True)
+        except FileExistsError:
+            n += 1
+        else:
+            return str(new)
+    return str(Path(path).absolute())
+
+
+def run_of(file: Path) -> Path | None:
+    """The run directory of a checkpoint, or None for a lone file."""
+    return file.parent.parent if file.parent.name == "checkpoints" else None
+
+
+def beside(file: str, command: str) -> str:
+    """Where a command puts what it makes of a checkpoint: into the checkpoint's run, else under outputs/."""
+    return str((run_of(Path(file)) or OUTPUTS) / command)
+
+
+def started(run: Path) -> tuple[float, int]:
+    """A key that sorts runs by when they started: the time in the name, else that of Hydra's record."""
+    name = re.fullmatch(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?", run.name)
+    if name:
+        return datetime.strptime(name[1], "%Y-%m-%d_%H-%M-%S").timestamp(), int(name[2] or 1)
+    record = run / ".hydra" / "config.yaml"
+    return (record if record.exists() else run).stat().st_mtime, 0
+
+
+def newest_first() -> list[Path]:
+    """Every run under ``outputs/`` that has checkpoints."""
+    return sorted((folder.parent for folder in OUTPUTS.rglob("checkpoints")), key=started, reverse=True)
+
+
+def verified(file: Path) -> bool:
+    from flowtrain.engine import checkpoint
+
+    return file.is_file() and checkpoint.verify(file)
+
+
+def checkpoint_in(path: str, key: str, names=BEST) -> Path:
+    """The checkpoint at ``path``: a file, or the first of ``names`` in a run directory. Raises Refused."""
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given.resolve()
+    if not given.is_dir():
+        siblings = [item.name for item in given.parent.iterdir()] if given.parent.is_dir() else []
+        near = difflib.get_close_matches(given.name, siblings, 1)
+        hint = f"; did you mean {given.parent / near[0]}?" if near else ""
+        raise Refused(f"{key}={path}: no such file or directory{hint}")
+    for name in names:
+        for file in (given / "checkpoints" / name, given / name):
+            if file.is_file():
+                return file.resolve()
+    raise Refused(f"{key}={path}: no run directory, for it has no checkpoints/{names[0]} or {names[1]}")
+
+
+def last_started() -> Path:
+    """The best checkpoint of the run under ``outputs/`` that started last and has a whole one."""
+    for run in newest_first():
+        for name in BEST:
+            if verified(run / "checkpoints" / name):
+                return (run / "checkpoints" / name).resolve()
+    raise Refused("there is no run with a checkpoint under outputs/ here: give ckpt=PATH, or train one first")
+
+
+def to_continue(run: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    return next((run / "checkpoints" / name for name in LAST if verified(run / "checkpoints" / name)), None)
+
+
+def same_as(config: dict) -> Path | None:
+    """The newest run under ``outputs/`` of this (settled) configuration, but for the keys in FREE."""
+    from flowtrain.engine import checkpoint
+
+    def fixed(config):
+        return {key: value for key, value in config.items() if key not in FREE}
+
+    for run in newest_first():
+        file = to_continue(run)
+        if file and fixed(checkpoint.read_config(file)) == fixed(config):
+            return run.resolve()
+    return None
+
+
+def finished(run: Path, config: dict, file: Path) -> dict | None:
+    """The summary of a run that has finished, unless ``config`` grants it more steps or minutes than it had."""
+    from flowtrain.engine import checkpoint
+
+    path = run / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        raise FlowtrainError(f"{path}: cannot be read ({error})") from error
+    had = checkpoint.read_config(file)
+
+    def more(key):
+        return had.get(key) is not None and (config.get(key) is None or config[key] > had[key])
+
+    return None if more("max_steps") or more("max_minutes") else summary

@@ -1,0 +1,256 @@
+"""``flowtrain train``: from a configuration to a trained flow, its checkpoints and its records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from flowtrain import __version__, distributed, globalbatch
+from flowtrain.assemble import build_flow, is_picture, judge, load_weights, sample_grid
+from flowtrain.bijections import Coupling
+from flowtrain.config import build, plain
+from flowtrain.data import Augment, Loader
+from flowtrain.engine import checkpoint
+from flowtrain.engine.ema import EMA
+from flowtrain.engine.reporter import Reporter, Silence
+from flowtrain.engine.trainer import Settings, Trainer
+from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.flow import Flow
+
+log = logging.getLogger("flowtrain")
+
+
+def main(cfg, run_dir: str) -> dict:
+    """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
+    build_flow(cfg, "meta")  # refuses a model that cannot be before any data are opened
+    device = distributed.device()
+    autocast = _autocast(cfg.precision, device)
+    data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)
+    train, val = data.split("train"), data.split("val")
+    loader = Loader(
+        train, cfg.batch_size, cfg.seed, _augment(cfg), device, distributed.rank(), distributed.world(),
+        cfg.trainer.workers,
+    )  # fmt: skip
+    if cfg.batch_size % (distributed.world() * cfg.trainer.accumulate):
+        raise Refused(
+            f"batch_size={cfg.batch_size} is not a multiple of devices × trainer.accumulate "
+            f"({distributed.world()} × {cfg.trainer.accumulate})"
+        )
+    settings = _settings(cfg, loader.steps_per_epoch, autocast)
+    flow = build_flow(cfg, device)
+    state = checkpoint.read(cfg.resume) if cfg.resume else None
+    if state is None:
+        _start(flow, cfg, train, device)
+    trainer = _trainer(cfg, flow, loader, val, settings, run_dir, device)
+    if state is not None:
+        trainer.load_state(state)
+    reporter = Silence()
+    if distributed.is_main():
+        _introduce(cfg, flow, train, val, settings, device, run_dir, trainer.step)
+        reporter = Reporter(run_dir, trainer.step, settings.max_steps, cfg.trainer.tensorboard)
+    try:
+        trainer.fit(reporter)
+        summary = _conclude(cfg, flow, trainer, val, run_dir)
+        reporter.hyperparameters(_flat(plain(cfg)), {"bits_per_dim": summary["bits_per_dim"]})
+    finally:
+        reporter.close()
+    return summary
+
+
+def _start(flow: Flow, cfg, train, device) -> None:
+    """Weights from ``init``, or a data-dependent start from the first global batch, the same on every process.
+
+    The first process sees the whole batch and hands the others its weights, and its buffers: DistributedDataParallel
+    would keep those apart.
+    """
+    if cfg.init:
+        log.info("weights from %s (%s)", cfg.init, load_weights(flow, checkpoint.read(cfg.init)))
+    elif distributed.is_main():
+        size = min(cfg.trainer.init_batch or cfg.batch_size, len(train))
+        torch.manual_seed(cfg.seed)
+        flow.initialize(next(Loader(train, size, cfg.seed, None, device).batches()))
+    distributed.broadcast(flow.state_dict().values())
+
+
+def _trainer(cfg, flow: Flow, loader: Loader, val, settings: Settings, run_dir: str, device) -> Trainer:
+    wrapped = flow
+    if distributed.world() > 1:
+        wrapped = DistributedDataParallel(
+            flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
+    if cfg.compile:
+        _compile(flow)
+    latents = flow.latents(cfg.trainer.sample_n, generator=torch.Generator().manual_seed(cfg.seed))
+
+    def validate(judged: Flow):
+        if globalbatch.has_moments(judged):
+            _remember_moments(judged, loader, cfg.trainer.val_examples)
+        return judge(judged, val, cfg.trainer.val_examples, cfg.trainer.val_draws, cfg.seed)
+
+    def draw(judged: Flow):
+        return sample_grid(judged, latents, cfg.dataset.levels) if is_picture(cfg) else None
+
+    return Trainer(
+        flow, wrapped, loader, _optimizer(cfg, flow), build(cfg.scheduler, allow=cfg.allow), settings, ema,
+        validate, draw, run_dir, plain(cfg),
+    )  # fmt: skip
+
+
+def _compile(flow: Flow) -> None:
+    """Compile each coupling in place: alike ones share their code, and names stay as they are."""
+    couplings = [module for module in flow.modules() if isinstance(module, Coupling)]
+    torch._dynamo.config.recompile_limit = 8 + len(couplings)
+    for coupling in couplings:
+        coupling.compile()
+
+
+def _remember_moments(flow: Flow, loader: Loader, rows: int) -> None:
+    """Batch normalization evaluates with the moments of about ``rows`` training rows under the present weights."""
+    batches = loader.batches()
+    with torch.no_grad(), globalbatch.reestimating(flow):
+        for _ in range(min(loader.steps_per_epoch, math.ceil(rows / loader.batch_size))):
+            flow(next(batches))
+
+
+def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
+    """Judge the best weights on all validation examples and write summary.json: the mark of a finished run."""
+    best = trainer.directory / "best.pt"
+    distributed.barrier()  # the first process has written it
+    load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
+    result = judge(flow, val, seed=cfg.seed)
+    summary = {
+        "bits_per_dim": result.bits_per_dim,
+        "bits_per_dim_stderr": result.bits_per_dim_stderr,
+        "log_likelihood": result.log_likelihood,
+        "steps": trainer.step,
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "seconds": round(trainer.seconds, 3),
+        "skipped_steps": trainer.skipped,
+        "checkpoint": str(best),
+        "run_dir": str(run_dir),
+    }
+    if distributed.is_main():
+        temporary = Path(run_dir) / ".summary.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(Path(run_dir) / "summary.json")
+        log.info(
+            "finished after %d steps, %.0f s: best validation %.4f ± %.4f bits/dim",
+            trainer.step, trainer.seconds, result.bits_per_dim, result.bits_per_dim_stderr,
+        )  # fmt: skip
+        if pictures := sorted((Path(run_dir) / "samples").glob("*.png")):
+            log.info("samples: %s", pictures[-1])
+        log.info("next: flowtrain eval ckpt='%s'", run_dir)
+    return summary
+
+
+def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settings:
+    trainer = cfg.trainer
+    limits = [cfg.max_steps, trainer.max_epochs and math.ceil(trainer.max_epochs * steps_per_epoch)]
+    max_steps = min((limit for limit in limits if limit), default=None)
+    if max_steps is None and cfg.max_minutes is None:
+        raise Refused("no end: give max_steps, max_minutes or trainer.max_epochs")
+    warmup = trainer.warmup_steps
+    if trainer.warmup_epochs:
+        warmup = math.ceil(trainer.warmup_epochs * steps_per_epoch)
+        log.info("trainer.warmup_epochs=%g is %d steps", trainer.warmup_epochs, warmup)
+    return Settings(
+        seed=cfg.seed, max_steps=max_steps, max_minutes=cfg.max_minutes, accumulate=trainer.accumulate,
+        clip=trainer.clip, warmup_steps=warmup, log_every=trainer.log_every, val_every=trainer.val_every,
+        sample_every=trainer.sample_every, save_every=trainer.save_every, save_minutes=trainer.save_minutes,
+        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast,
+    )  # fmt: skip
+
+
+def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
+    """The configured optimizer; weight decay reaches the parameters whose names match ``trainer.decay``."""
+    decays = re.compile(cfg.trainer.decay)
+    named = list(flow.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if decays.search(name)]},
+        {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
+    ]
+    return build(cfg.optimizer, allow=cfg.allow)([group for group in groups if group["params"]])
+
+
+def _augment(cfg) -> Augment | None:
+    if not (cfg.dataset.flip or cfg.dataset.shift):
+        return None
+    return Augment(cfg.dataset.flip, cfg.dataset.shift)
+
+
+def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of networks under ``precision``; only where the hardware has it, for elsewhere it costs time."""
+    if precision == "float32":
+        return None
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if not has:
+        raise Refused(f"precision={precision}: this {device.type} has no bfloat16 arithmetic; use precision=float32")
+    return torch.bfloat16
+
+
+def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir: str, step: int) -> None:
+    """The first lines of a run, and environment.json."""
+    world = distributed.world()
+    count = sum(parameter.numel() for parameter in flow.parameters())
+    parts = {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in flow.bijection.named_children()
+    }
+    spread = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
+    log.info("run: %s", run_dir)
+    log.info("device: %s × %d, precision %s", _name(device), world, cfg.precision)
+    log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
+    log.info("shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
+             "×".join(map(str, flow.shape)), flow.dimensions, cfg.dataset.levels, math.log2(cfg.dataset.levels))  # fmt: skip
+    log.info("model: %s parameters (%s)", f"{count:,}", spread)
+    if paper := cfg.get("paper"):
+        log.info("paper size: %s", paper)
+    log.info("batch: %d, %d a device in %d part(s); until %s", cfg.batch_size, cfg.batch_size // world,
+             cfg.trainer.accumulate, " or ".join(
+                 text for text in (settings.max_steps and f"step {settings.max_steps}",
+                                   settings.max_minutes and f"{settings.max_minutes:g} minutes") if text))  # fmt: skip
+    if step:
+        log.info("resumed at step %d", step)
+    if cfg.trainer.tensorboard:
+        log.info("watch: tensorboard --logdir '%s'", Path(run_dir).parent)
+    environment = {
+        "flowtrain": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "device": _name(device), "devices": world, "threads": torch.get_num_threads(),
+        "host": platform.node(), "platform": platform.platform(), "git": _commit(), "command": sys.argv,
+    }  # fmt: skip
+    (Path(run_dir) / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, if it is one."""
+    found = subprocess.run(
+        ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    """Nested knobs as dotted names; what TensorBoard's HParams can show."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str) and not key.startswith("_"):
+            flat[prefix + key] = value
+    return flat

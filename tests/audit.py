@@ -1,0 +1,59 @@
+"""The exactness checks that every bijection must pass, against the autograd Jacobian in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch.func import jacrev
+
+from flowtrain import globalbatch
+
+
+def randomized(module, scale=0.1, seed=0):
+    """The module in float64, every parameter nudged, so that nothing is at its neutral start."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for layer in module.modules():
+            if isinstance(layer, globalbatch.RunningMoments):
+                layer.mean.normal_(generator=generator)
+                layer.var.uniform_(0.5, 2, generator=generator)
+    return module
+
+
+def event(layer, batch=3, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *layer.shape, generator=generator, dtype=dtype)
+
+
+def context_for(layer, batch=3, seed=2, dtype=torch.float64):
+    if layer.context_shape is None:
+        return None
+    return torch.randn(batch, *layer.context_shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def jacobian_log_det(function, x, context):
+    """log|det ∂f/∂x| of each example by autograd: (B,)."""
+
+    def one(x, context):
+        context = None if context is None else context[None]
+        return function(x[None], context)[0].flatten()
+
+    jacobians = torch.stack([jacrev(one)(x[i], None if context is None else context[i]) for i in range(len(x))])
+    return torch.linalg.slogdet(jacobians.flatten(2))[1]
+
+
+def assert_exact(layer, x=None, tolerance=1e-8):
+    """Round trip both ways, and both log-determinants against the Jacobian; ``layer`` in float64."""
+    x = event(layer) if x is None else x
+    context = context_for(layer, len(x))
+    z, log_det = layer(x, context)
+    back, inverse_log_det = layer.inverse(z, context)
+    assert z.shape == (len(x), *layer.out_shape)
+    assert log_det.shape == inverse_log_det.shape == (len(x),)
+    torch.testing.assert_close(back, x, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(log_det, jacobian_log_det(layer, x, context), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        inverse_log_det, jacobian_log_det(layer.inverse, z.detach(), context), atol=tolerance, rtol=tolerance
+    )

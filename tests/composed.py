@@ -1,0 +1,29 @@
+"""Configurations composed in-process, for tests that need no command."""
+
+from __future__ import annotations
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from flowtrain.assemble import build_flow
+from flowtrain.config import conf_dir
+
+
+def configuration(*overrides: str):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", overrides=list(overrides))
+    OmegaConf.resolve(config)
+    return config
+
+
+def flow_of(*overrides: str, device: str = "cpu"):
+    return build_flow(configuration(*overrides), torch.device(device))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def parameters(flow) -> int:
+    return sum(parameter.numel() for parameter in flow.parameters())

@@ -1,0 +1,83 @@
+"""One constructor for every bijection: a new layer joins all tests of test_bijections.py with one line here."""
+
+from functools import partial
+
+from flowtrain import bijections as b
+from flowtrain import nets
+
+mlp = partial(nets.MLP, hidden=8)
+conv = partial(nets.ConvNet, hidden=6)
+causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
+residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
+picture, vector = (4, 4, 6), (5,)
+
+UNIVARIATE = {
+    "additive": b.Additive,
+    "scale": b.Scale,
+    "exp_affine": b.ExpAffine,
+    "sigmoid_affine": b.SigmoidAffine,
+    "tanh_affine": b.TanhAffine,
+    "piecewise_linear": partial(b.PiecewiseLinear, bins=5),
+}
+
+glow_step = partial(
+    b.Chain,
+    repeat=2,
+    layers={
+        "actnorm": b.ActNorm,
+        "mixing": b.LULinear,
+        "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=conv),
+    },
+)
+
+LAYERS = {
+    "actnorm": partial(b.ActNorm, picture),
+    "actnorm_vector": partial(b.ActNorm, vector),
+    "batchnorm": partial(b.BatchNorm, picture),
+    "dense_linear": partial(b.DenseLinear, picture),
+    "lu_linear": partial(b.LULinear, picture),
+    "lu_linear_vector": partial(b.LULinear, vector, start="permutation"),
+    "permutation": partial(b.Permutation, picture, order=[2, 0, 3, 1]),
+    "reverse": partial(b.Reverse, vector),
+    "shuffle": partial(b.Shuffle, picture),
+    "diagonal_first": partial(b.DiagonalFirst, (8, 2, 2)),
+    "squeeze": partial(b.Squeeze, picture),
+    "unsqueeze": partial(b.Unsqueeze, picture),
+    "flatten": partial(b.Flatten, picture),
+    "center": partial(b.Center, picture),
+    "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
+    "inverse": partial(b.Inverse, vector, b.ActNorm),
+    "chain": partial(
+        b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
+    ),
+    "glow_step": partial(glow_step, picture),
+    "coupling_swap": partial(b.Coupling, vector, b.SigmoidAffine, mlp, partial(b.Halves, swap=True)),
+    "coupling_context": partial(b.Coupling, vector, b.SigmoidAffine, mlp, context_shape=(3,)),
+    "coupling_conv_context": partial(b.Coupling, picture, b.TanhAffine, conv, context_shape=(3,)),
+    "coupling_residual_context": partial(
+        b.Coupling, picture, b.TanhAffine, residual, partial(b.Checkerboard, colour=1), context_shape=(3,)
+    ),
+    "alternate": partial(b.Coupling, vector, b.TanhAffine, mlp, b.Alternate),
+    "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),
+    "checkerboard": partial(b.Coupling, picture, b.TanhAffine, residual, b.Checkerboard),
+    "checkerboard_other": partial(b.Coupling, picture, b.Additive, conv, partial(b.Checkerboard, colour=1)),
+    "multiscale": partial(
+        b.MultiScale,
+        (1, 8, 8),
+        levels=3,
+        level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
+        exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
+    ),
+    "multiscale_last": partial(b.MultiScale, (2, 4, 4), levels=2, level=b.Squeeze, last=b.ActNorm),
+    **{
+        f"elementwise_{name}": partial(b.Elementwise, vector, univariate=map) for name, map in UNIVARIATE.items()
+    },
+    **{
+        f"autoregressive_{name}": partial(b.Autoregressive, vector, map, causal)
+        for name, map in UNIVARIATE.items()
+        if name != "tanh_affine"  # its rescale is one a channel, and a vector's elements come one by one
+    },
+    "autoregressive_context": partial(b.Autoregressive, vector, b.SigmoidAffine, causal, context_shape=(3,)),
+    "elementwise_shared": partial(b.Elementwise, picture, b.ExpAffine, share=[1, 2]),
+    **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},
+}

@@ -1,0 +1,274 @@
+"""The command line, judged by exit codes, files and the one line that it says."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flowtrain import __version__, cli, config, settings
+from flowtrain.errors import Refused
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["max_steps=2", "smoke=true", "trainer.tensorboard=false"]
+
+
+def flowtrain(*words, cwd, **env):
+    """The command in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, "-m", "flowtrain", *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """What the command line says when it refuses, in this process; nothing may have been made."""
+
+    def say(*words) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["flowtrain"])
+        with pytest.raises(Refused) as caught:
+            cli.run(list(words))
+        assert not (tmp_path / "outputs").exists()
+        text, code = cli.explain(caught.value)
+        assert code == 2 and "\n" not in text
+        return text
+
+    return say
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("modle=glow", "no key 'modle'; did you mean 'model'?"),
+        ("model=glwo", "did you mean 'glow'?"),
+        ("model=3", "there are"),
+        ("experiment=nowhere", "experiment=nowhere: no such option"),
+        ("lr=1", "did you mean 'optimizer.lr'?"),
+        ("model.stepz=2", "did you mean 'model.step"),
+        ("model.steps=two", "model.steps=two: must be a number"),
+        ("model.step=3", "model.step=3: model.step is a mapping"),
+        ("+model.foo=3", "model.foo: nothing in this model refers to it"),
+        ("~model.foo", "no key 'model.foo'"),
+        ("~seed", "seed: is missing"),
+        ("max_steps=abc", "max_steps=abc: must be a whole number of at least 1"),
+        ("batch_size=-1", "batch_size=-1"),
+        ("seed=", "seed="),
+        ("devices=0", "devices=0: must be auto, or a whole number"),
+        ("devices=9999", "devices=9999: there "),
+        ("trainer.clip=-1", "trainer.clip=-1"),
+        ("trainer.accumulate=7", "batch_size=63 does"),
+        ("dataset.bits=5", "dataset.bits=5: these data have 17 levels"),
+        ("dataset.shape=3", "must be a list"),
+        ("dataset.flip=1", "must be true or false"),
+        ("model=[1,", "cannot read"),
+        ("seed=1,2", "add --multirun"),
+        ("nonsense", "'nonsense' is not key=value"),
+        ("--multirn", "did you mean '--multirun'?"),
+        ("init=nowhere", "init=nowhere: no such file"),
+        ("resume=nowhere", "resume=nowhere: no such file"),
+        ("hydra.nonsense=1", "hydra.nonsense"),
+    ],
+)
+def test_train_refuses(refusal, word, says):
+    assert says in refusal("train", word)
+
+
+def test_other_refusals(refusal):
+    assert "did you mean 'train'?" in refusal("trian")
+    assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
+    assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
+    assert "under outputs/" in refusal("eval")
+    assert "ckpt=nowhere: no such file" in refusal("sample", "ckpt=nowhere")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("model: {stepz: 8}", "experiment/mine.yaml: no key 'model.stepz'; did you mean 'model.step"),
+        ("model: {steps: two}", "experiment/mine.yaml: model.steps=two"),
+        ("trainer: {clipp: 1}", "did you mean 'trainer.clip'?"),
+        ("batchsize: 8", "did you mean 'batch_size'?"),
+        ("batch_size: many", "batch_size=many"),
+        ("defaults: [{override /model: glwo}]", "did you mean 'glow'?"),
+        ("allow: [os]", "allow= comes from the command line only"),
+        ("published: {value: 1}", "published.unit: is missing"),
+    ],
+)
+def test_experiment_with_a_mistake(refusal, tmp_path, content, says):
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    assert says in refusal("train", "--config-dir", "mine", "experiment=mine")
+
+
+def test_own_files_with_a_mistake(refusal, tmp_path):
+    for group in ("experiment", "trainer"):
+        (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine/experiment/bare.yaml").write_text("batch_size: 8\n")
+    (tmp_path / "mine/trainer/typo.yaml").write_text("defaults: [default, _self_]\nclipp: 1\n")
+    (tmp_path / "mine/trainer/part.yaml").write_text("clip: 1\n")
+    assert "@package _global_" in refusal("train", "--config-dir", "mine", "experiment=bare")
+    assert "did you mean 'trainer.clip'?" in refusal("train", "--config-dir", "mine", "trainer=typo")
+    assert "trainer.accumulate: is missing" in refusal("train", "--config-dir", "mine", "trainer=part")
+    assert "no such directory" in refusal("train", "--config-dir", "nowhere")
+
+
+def test_one_line_and_code_of_the_process(tmp_path):
+    done = flowtrain("train", "modle=glow", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "flowtrain: no key 'modle'; did you mean 'model'?\n"
+    assert "Traceback" in flowtrain("train", "modle=glow", cwd=tmp_path, HYDRA_FULL_ERROR="1").stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version_without_torch(tmp_path):
+    code = (
+        "import sys; from flowtrain import cli; cli.run(sys.argv[1:]); assert not {'torch', 'hydra'} & set(sys.modules)"
+    )
+    for word in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__
+    code = code.replace("'torch', 'hydra'", "'torch'")
+    done = subprocess.run([sys.executable, "-c", code, "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    groups = [path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
+    for word in [f"{name}:" for name in groups] + [f"{name}=" for name in groups]:
+        assert word in done.stdout, word
+    for key in settings.known_keys("train"):
+        assert f"{key}:" in done.stdout, key
+    for command in ("eval", "sample"):
+        done = flowtrain(command, "--help", cwd=tmp_path)
+        own = set(settings.known_keys(command)) - set(settings.known_keys("train")) - {"run_dir"}
+        assert done.returncode == 0 and all(f"{key}=" in done.stdout for key in own)
+
+
+def test_completion(tmp_path):
+    def complete(line, shell="bash"):
+        return flowtrain("-sc", f"query={shell}", cwd=tmp_path, COMP_LINE=line).stdout.split()
+
+    (tmp_path / "outputs").mkdir()
+    assert complete("flowtrain tr") == ["train"]
+    assert {"model=glow", "model=nice"} <= set(complete("flowtrain train model=", "fish"))
+    assert "optimizer.momentum=" in complete("flowtrain train optimizer=sgd optimizer.m")
+    assert complete("flowtrain eval ckpt=out") == ["ckpt=outputs/"]
+    assert complete("flowtrain eval ckpt=nowhere dr") == []
+    for shell in ("bash", "zsh", "fish"):
+        assert "flowtrain" in flowtrain("-sc", f"install={shell}", cwd=tmp_path).stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one finished run."""
+    cwd = tmp_path_factory.mktemp("a folder with spaces")
+    done = flowtrain("train", *TINY, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+def test_a_run_its_evaluation_and_its_samples(trained):
+    (run,) = (trained / "outputs/digits-glow").iterdir()
+    for name in (".hydra/config.yaml", "train.log", "summary.json", "checkpoints/last.pt", "checkpoints/best.pt"):
+        assert (run / name).is_file(), name
+    done = flowtrain("eval", "json=true", "examples=20", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 20
+    assert done.stderr.startswith(f"ckpt={run.relative_to(trained)}/checkpoints/best.pt")
+    assert len(list(run.glob("eval/*/eval.json"))) == 1
+    assert flowtrain("sample", "n=4", f"ckpt={run}", cwd=trained).returncode == 0
+    assert len(list(run.glob("sample/*/samples.npy"))) == 1
+    refused = flowtrain("eval", "model.steps=3", cwd=trained)
+    assert refused.returncode == 2 and "fixed by the checkpoint" in refused.stderr
+
+
+def test_resume(trained):
+    def train(*words):
+        done = flowtrain("train", *TINY, *words, cwd=trained)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "has finished already" in train("resume=true")
+    assert "a new one" in train("resume=true", "seed=5")
+    first, second = sorted((trained / "outputs/digits-glow").iterdir())
+    assert flowtrain("train", f"resume={second}", "max_steps=4", cwd=trained).returncode == 0
+    assert json.loads((second / "summary.json").read_text())["steps"] == 4
+    assert len(list((trained / "outputs/digits-glow").iterdir())) == 2
+
+
+def test_a_damaged_checkpoint(trained):
+    (run, *_) = (trained / "outputs/digits-glow").iterdir()
+    whole = (run / "checkpoints/last.pt").read_bytes()
+    (trained / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    done = flowtrain("eval", "ckpt=cut.pt", cwd=trained)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cut.pt" in done.stderr
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_refusal_inside_the_job_leaves_no_run(tmp_path, devices):
+    words = ["dataset=mnist", "dataset.download=false", "dataset.root=nowhere", f"devices={devices}"]
+    done = flowtrain("train", *words, *TINY, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):
+    # the second job's data are missing
+    done = flowtrain(
+        "train", "--multirun", "dataset=digits,mnist,digits", "dataset.download=false", "dataset.root=nowhere", *TINY,
+        cwd=tmp_path,
+    )  # fmt: skip
+    (sweep,) = (tmp_path / "outputs/sweeps").iterdir()
+    rows = list(csv.DictReader(open(sweep / "results.csv", newline="")))
+    assert done.returncode == 1
+    assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
+    assert rows[1]["error"] and float(rows[2]["bits_per_dim"]) > 0 and rows[0]["steps"] == "2"
+    assert "Traceback" not in done.stderr and str(sweep / "results.csv") in done.stdout
+
+
+def test_two_processes_leave_one_run(tmp_path):
+    done = flowtrain("train", "devices=2", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs/digits-glow").iterdir()
+    assert (run / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("number, code, devices", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
+def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
+    words = ["train", "max_steps=1000000", f"devices={devices}", "trainer.tensorboard=false", "smoke=false"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowtrain", *words], cwd=tmp_path, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    (run,) = (tmp_path / "outputs/digits-glow").iterdir()
+    assert (run / "checkpoints/last.pt").is_file() and not (run / "summary.json").exists()
+
+
+def test_a_signal_before_the_first_step(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowtrain", "train"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(0.8)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "flowtrain: interrupted by SIGTERM\n"
+    assert process.returncode == 143
+
+
+def test_every_option_composes(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for group in ("model", "dataset", "optimizer", "scheduler", "experiment"):
+        for path in sorted((config.conf_dir() / group).glob("*.yaml")):
+            monkeypatch.setattr(sys, "argv", ["flowtrain"])
+            assert cli.run(["train", f"{group}={path.stem}", "--cfg", "job"]) == 0, path
+    assert not (tmp_path / "outputs").exists()

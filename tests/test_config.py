@@ -1,0 +1,121 @@
+"""Configuration as values and as objects: types, ranges, the allow-list, run directories."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from flowtrain import config, restore, runs
+from flowtrain.allow import check_targets
+from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.settings import Sample, Trainer, settled
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"clip": "abc"}, "clip=abc: must be a number above 0, or null"),
+        ({"clip": -1}, "clip=-1: must be a number above 0"),
+        ({"ema": 1}, "ema=1: must be a number of at least 0 and below 1"),
+        ({"accumulate": 1.5}, "accumulate=1.5: must be a whole number of at least 1"),
+        ({"accumulate": True}, "accumulate=true: must be a whole number"),
+        ({"tensorboard": 1}, "tensorboard=1: must be true or false"),
+    ],
+)
+def test_settings_name_the_key_and_what_is_right(values, message):
+    with pytest.raises(Refused) as caught:
+        settled(Trainer, values, complete=False)
+    assert message in str(caught.value)
+
+
+def test_settings_convert_and_complete():
+    assert settled(Trainer, {"clip": 1}, complete=False) == {"clip": 1.0}
+    assert settled(Sample, {"temperature": [1, 0.5]}, complete=False) == {"temperature": [1.0, 0.5]}
+    with pytest.raises(Refused, match="trainer.accumulate: is missing"):
+        settled(Trainer, {"clip": 1}, "trainer.")
+    with pytest.raises(Refused, match="no key 'trainer.clipp'; did you mean 'trainer.clip'"):
+        settled(Trainer, {"clipp": 1}, "trainer.")
+
+
+@pytest.mark.parametrize("side, count", [(1, 0), (7, 0), (8, 1), (28, 2), (32, 3), (64, 4), (256, 6)])
+def test_halvings(side, count):
+    assert config.halvings(side) == count
+
+
+def test_levels():
+    assert config.levels(17, None) == 17
+    assert config.levels(256, None) == 256
+    assert config.levels(256, 5) == 32
+    for native, bits in ((17, 4), (256, 0), (256, 9), (256, 2.5)):
+        with pytest.raises(Refused, match="dataset.bits"):
+            config.levels(native, bits)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "torch.optim.adam.torch.hub.os.mkdir", "torch.optim.Optimizer", "flowtrain.flow.math.exp", ["a"], 3],
+)
+def test_allow_list_is_exact(target):
+    with pytest.raises(Refused, match="model.part"):
+        check_targets({"model": {"part": {"_target_": target}}})
+
+
+def test_allow_list_knows_public_classes_and_what_a_module_defines(tmp_path, monkeypatch):
+    check_targets({"a": [{"_target_": "flowtrain.bijections.Chain"}, {"_target_": "torch.optim.AdamW"}]})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ownparts.py").write_text("from os import system\nclass Mine: pass\n")
+    check_targets({"_target_": "ownparts.Mine"}, allow=["ownparts"])
+    with pytest.raises(Refused):
+        check_targets({"_target_": "ownparts.system"}, allow=["ownparts"])
+    with pytest.raises(Refused, match="nowhere_at_all"):
+        check_targets({}, allow=["nowhere_at_all"])
+
+
+def test_build_names_the_node_that_is_refused():
+    cfg = OmegaConf.create({"model": {"part": {"_target_": "flowtrain.bijections.Squeeze", "shape": [3]}}})
+    with pytest.raises(Refused, match="model.part: "):
+        config.build(cfg.model)
+    with pytest.raises(Refused, match="model: .*nonsense"):
+        config.build(OmegaConf.create({"model": {"_target_": "flowtrain.bijections.Squeeze", "nonsense": 1}}).model)
+
+
+def test_claim_gives_each_run_its_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "claiming", True)  # an earlier test's --cfg has switched it off
+    path = str(tmp_path / "outputs" / "2026-01-01_00-00-00")
+    assert [runs.claim(path) for _ in range(3)] == [path, path + "_2", path + "_3"]
+
+
+def test_runs_are_sorted_by_their_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a/2026-01-02_00-00-00", "b/2026-01-01_23-59-59", "a/2026-01-02_00-00-00_2", "a/2026-01-02_00-00-00_10"]
+    for name in names:
+        (tmp_path / "outputs" / name / "checkpoints").mkdir(parents=True)
+    found = [str(run.relative_to("outputs")) for run in runs.newest_first()]
+    assert found == [names[3], names[2], names[0], names[1]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hydra": {"callbacks": {}}},
+        {"unknown": 1},
+        {"seed": "${oc.env:HOME}"},
+        {"seed": object()},
+        {"paper": "x" * 10_000_000},
+        {1: 2},
+        "nest",
+    ],
+)
+def test_a_checkpoints_configuration_is_only_plain_data(change):
+    if change == "nest":
+        change = {"paper": {}}
+        node = change["paper"]
+        for _ in range(100):
+            node["a"] = {}
+            node = node["a"]
+    with pytest.raises(ValueError):
+        restore._check_plain({"seed": 1, **change})
+
+
+def test_checkpoint_of_another_kind(tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(FlowtrainError, match="text.pt"):
+        restore.embedded(tmp_path / "text.pt")

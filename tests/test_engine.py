@@ -1,0 +1,341 @@
+"""The training loop on flows of a few parameters: state, averages, bad steps, signals, evaluation, checkpoints."""
+
+import json
+import math
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+from flowtrain import bijections as b
+from flowtrain import nets
+from flowtrain.data.order import generator, mix
+from flowtrain.engine import checkpoint
+from flowtrain.engine.ema import EMA
+from flowtrain.engine.evaluate import evaluate
+from flowtrain.engine.reporter import Reporter, Silence
+from flowtrain.engine.schedules import Constant, Cosine, Exponential, Linear, Steps
+from flowtrain.engine.trainer import Settings, Trainer
+from flowtrain.errors import FlowtrainError, Interrupted
+from flowtrain.flow import Flow
+
+LEVELS, SHAPE, BATCH = 8, (6,), 16
+
+
+def small_flow(dropout=0.2):
+    torch.manual_seed(0)
+    layers = {
+        "dequantize": partial(b.Dequantize, levels=LEVELS),
+        "actnorm": b.ActNorm,
+        "mixing": b.LULinear,
+        "coupling": partial(
+            b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=dropout)
+        ),
+        "norm": b.BatchNorm,
+    }
+    return Flow(SHAPE, partial(b.Chain, layers=layers))
+
+
+class Batches:
+    """A loader of made-up integers, a function of the step as the real one is."""
+
+    batch_size, steps_per_epoch = BATCH, 100
+
+    def __init__(self, poison=()):
+        self.poison = poison
+
+    def batches(self, step=0):
+        while True:
+            x = torch.randint(0, LEVELS, (BATCH, *SHAPE), generator=generator(step)).cumsum(1).clamp(max=LEVELS - 1)
+            yield torch.full(x.shape, math.nan) if step in self.poison else x
+            step += 1
+
+    def state_dict(self):
+        return {"batch_size": BATCH}
+
+    def load_state_dict(self, state):
+        assert state == self.state_dict()
+
+
+def settings(**changes):
+    base = dict(
+        seed=1, max_steps=30, max_minutes=None, accumulate=1, clip=1.0, warmup_steps=5, log_every=4, val_every=10,
+        sample_every=1000, save_every=10, save_minutes=60, patience=None, max_bad_steps=4, autocast=None,
+    )  # fmt: skip
+    return Settings(**{**base, **changes})
+
+
+def trainer(run_dir, loader=None, ema=0.9, flow=None, **changes):
+    flow = flow or small_flow()
+    test = next(Batches().batches(10_000))
+
+    def judge(judged):
+        return evaluate(judged, [(torch.arange(BATCH), test)], BATCH)
+
+    return Trainer(
+        flow, flow, loader or Batches(), torch.optim.Adam(flow.parameters(), 1e-2), Cosine(), settings(**changes),
+        EMA(flow, ema) if ema else None, judge, lambda _flow: None, run_dir, {"some": "config"},
+    )  # fmt: skip
+
+
+def same(a, b):
+    """Two states equal bit for bit, whatever the clock said."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def lines(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def run(one, run_dir):
+    reporter = Reporter(run_dir, one.step, None, tensorboard=False)
+    try:
+        one.fit(reporter)
+    finally:
+        reporter.close()
+    return one
+
+
+def test_a_resumed_run_continues_bit_for_bit(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = run(trainer(tmp_path / "whole"), tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(self, step=0):
+        for i, x in enumerate(Batches.batches(self, step), step):
+            if i == 17:
+                raise Killed
+            yield x
+
+    loader = type("Dying", (Batches,), {"batches": kill})()
+    with pytest.raises(Killed):
+        run(trainer(tmp_path / "parts", loader), tmp_path / "parts")
+    resumed = trainer(tmp_path / "parts", flow=small_flow())
+    resumed.load_state(checkpoint.read(tmp_path / "parts/checkpoints/last.pt"))
+    assert resumed.step == 10
+    run(resumed, tmp_path / "parts")
+    assert same(whole.state(), resumed.state())
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer", "step"])
+def test_each_part_of_the_state_matters(tmp_path, part):
+    one = trainer(tmp_path, max_steps=20)
+    one.fit(Silence())
+    state = one.state()
+    fresh = trainer(tmp_path).state()
+    spoiled = trainer(tmp_path)
+    spoiled.load_state({**state, part: fresh[part]})
+    good = trainer(tmp_path)
+    good.load_state(state)
+    for each in (spoiled, good):
+        each.fit(Silence())
+    assert not same(spoiled.state(), good.state())
+
+
+def test_accumulated_parts_equal_the_whole_batch(tmp_path):
+    flows = []
+    for parts in (1, 4):
+        layers = {"dequantize": partial(b.Dequantize, levels=LEVELS), "coupling": partial(
+            b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=0.3))}  # fmt: skip
+        torch.manual_seed(0)
+        flow = Flow(SHAPE, partial(b.Chain, layers=layers))
+        trainer(tmp_path, flow=flow, accumulate=parts, max_steps=5).fit(Silence())
+        flows.append(torch.cat([parameter.flatten() for parameter in flow.parameters()]))
+    torch.testing.assert_close(*flows, atol=1e-5, rtol=1e-4)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    one = run(trainer(tmp_path, max_steps=200), tmp_path)
+    values = [row["train/bits_per_dim"] for row in lines(tmp_path) if "train/bits_per_dim" in row]
+    assert values[-1] < values[0] - 0.3
+    assert one.best < math.log2(LEVELS)
+
+
+# ---- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_step_is_skipped_and_counted(tmp_path):
+    one = trainer(tmp_path, Batches(poison=[3, 7]))
+    run(one, tmp_path)
+    assert (one.step, one.skipped, one.bad_in_a_row) == (30, 2, 0)
+    assert all(value.isfinite().all() for value in one.flow.state_dict().values())
+    assert lines(tmp_path)[-2]["train/skipped_steps"] == 2
+
+
+def test_too_many_bad_steps_stop_with_the_last_good_state_saved(tmp_path):
+    one = trainer(tmp_path, Batches(poison=range(6, 99)))
+    with pytest.raises(FlowtrainError, match=r"stopped at step 9: 4 steps in a row.*last\.pt"):
+        one.fit(Silence())
+    saved = checkpoint.read(tmp_path / "checkpoints/last.pt")
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    good = trainer(tmp_path, max_steps=30)
+    for x in [next(Batches().batches(step)) for step in range(6)]:
+        good.update(*good.gradient(x))
+        good.step += 1
+    assert same(good.flow.state_dict(), saved["model"])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_with_its_code(tmp_path, signum):
+    class Signalled(Batches):
+        def batches(self, step=0):
+            for i, x in enumerate(super().batches(step), step):
+                if i == 5:
+                    os.kill(os.getpid(), signum)
+                yield x
+
+    one = trainer(tmp_path, Signalled())
+    with pytest.raises(Interrupted) as caught:
+        one.fit(Silence())
+    assert caught.value.exit_code == {signal.SIGINT: 130}.get(signum, 143)
+    saved = checkpoint.read(tmp_path / "checkpoints/last.pt")
+    assert saved["step"] == one.step == 6
+    assert same(saved["model"], one.flow.state_dict())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_patience_ends_a_run_that_no_longer_gains(tmp_path):
+    one = trainer(tmp_path, patience=3, val_every=1, max_steps=1000)
+    one.judge = lambda flow, result=iter([3.0, 2.0, *[2.5] * 99]): type(
+        "Result", (), {"bits_per_dim": next(result), "bits_per_dim_stderr": 0.1}
+    )()
+    one.fit(Silence())
+    assert (one.step, one.best) == (5, 2.0)
+
+
+def test_minutes_are_a_budget(tmp_path):
+    one = trainer(tmp_path, max_steps=None, max_minutes=0.01)
+    one.fit(Silence())
+    assert 0.6 <= one.seconds < 5
+    assert (tmp_path / "checkpoints/last.pt").exists()
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_ema_is_the_average_it_says():
+    live = torch.nn.Linear(2, 1)
+    ema, expected = EMA(live, 0.9), live.weight.detach().clone()
+    for step in range(200):
+        with torch.no_grad():
+            live.weight.add_(0.1)
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * live.weight.detach()
+    torch.testing.assert_close(ema.model.weight, expected)
+
+
+def test_schedules():
+    at = [0.0, 0.5, 1.0]
+    assert [Constant()(p, 0) for p in at] == [1, 1, 1]
+    assert [Linear(floor=0.2)(p, 0) for p in at] == pytest.approx([1, 0.6, 0.2])
+    assert [Cosine()(p, 0) for p in at] == pytest.approx([1, 0.5, 0])
+    assert [Cosine(floor=0.1, flat=0.5)(p, 0) for p in (0, 0.5, 0.75, 1)] == pytest.approx([1, 1, 0.55, 0.1])
+    assert Exponential(0.5, 10)(0, 20) == 0.25
+    assert [Steps((0.5, 0.75), 0.1)(p, 0) for p in (0, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])
+    with pytest.raises(ValueError, match="floor=2"):
+        Cosine(floor=2)
+
+
+def evaluation_batches(size, n=40):
+    x = torch.randint(0, LEVELS, (n, *SHAPE), generator=generator(0))
+    return [(index, x[index]) for index in torch.arange(n).split(size)], n
+
+
+def test_evaluation_is_reproducible_and_leaves_the_generator_alone():
+    flow = small_flow()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = evaluate(flow, *evaluation_batches(8), draws=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert evaluate(flow, *evaluation_batches(8), draws=3) == first
+    assert evaluate(flow, *evaluation_batches(8), draws=3, seed=1) != first
+    assert flow.training
+
+
+def test_evaluation_against_its_definitions():
+    flow = small_flow().eval()
+    batches, n = evaluation_batches(40)
+    result = evaluate(flow, batches, n, draws=4)
+    values = []
+    for draw in range(4):
+        torch.manual_seed(mix(0, 0, draw))
+        values.append(flow(batches[0][1]).double())
+    values = torch.stack(values)
+    assert result.log_likelihood == pytest.approx(values.mean().item())
+    assert result.bits_per_dim == pytest.approx(-values.mean().item() / (6 * math.log(2)))
+    assert result.bits_per_dim_stderr == pytest.approx(values.mean(0).std().item() / math.sqrt(40) / (6 * math.log(2)))
+    weighted = (values.logsumexp(0) - math.log(4)).mean().item()
+    assert result.bits_per_dim_iw == pytest.approx(-weighted / (6 * math.log(2)))
+    assert result.bits_per_dim_iw < result.bits_per_dim
+
+
+def test_evaluation_names_examples_without_a_likelihood():
+    flow = Flow((1,), b.ActNorm)
+    x = torch.tensor([[0.0], [math.nan], [1.0]])
+    with pytest.raises(FloatingPointError, match=r"1 of 3 examples.*\[1\]"):
+        evaluate(flow, [(torch.arange(3), x)], 3)
+
+
+def test_checkpoints_verify_themselves(tmp_path):
+    path = tmp_path / "a.pt"
+    state = {"config": {"model": {"steps": 3}}, "model": {"w": torch.randn(1000)}, "step": 7}
+    checkpoint.save(state, path)
+    assert checkpoint.verify(path)
+    assert same(checkpoint.read(path), state)
+    assert checkpoint.read_config(path) == state["config"]
+    assert torch.load(path, weights_only=True)["step"] == 7  # torch opens it as it is
+    whole = path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    rng = generator(0)
+    for _ in range(100):
+        at = torch.randint(len(whole) * 8, (), generator=rng).item()
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(FlowtrainError, match=r"a\.pt"):
+            checkpoint.read(path)
+    for length in (0, 1, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FlowtrainError, match=r"a\.pt"):
+            checkpoint.read_config(path)
+    with pytest.raises(FlowtrainError, match="cannot be read"):
+        checkpoint.read(tmp_path / "missing.pt")
+
+
+def test_a_checkpoint_by_torch_save_alone_is_no_checkpoint(tmp_path):
+    torch.save({"config": {}}, tmp_path / "x.pt")
+    with pytest.raises(FlowtrainError, match="no flowtrain checkpoint"):
+        checkpoint.read(tmp_path / "x.pt")
+
+
+def test_last_becomes_previous(tmp_path):
+    for step in range(3):
+        checkpoint.save_last({"step": step}, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert [checkpoint.read(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [2, 1]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save({"step": 1}, tmp_path / "a.pt")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        checkpoint.save({"step": 2}, tmp_path / "a.pt")
+    monkeypatch.undo()
+    assert checkpoint.read(tmp_path / "a.pt")["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
