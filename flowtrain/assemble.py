@@ -38,15 +38,24 @@ def load_weights(flow: Flow, state: dict, weights: str = "auto") -> str:
     try:
         flow.load_state_dict(state["ema" if weights == "ema" else "model"])
     except RuntimeError as error:
-        raise FlowtrainError("the checkpoint's weights do not fit its model: " + " ".join(str(error).split())) from None
+        reason = " ".join(str(error).split())[:300]
+        raise FlowtrainError(f"the checkpoint's weights do not fit its model: {reason} …") from None
     return weights
 
 
-def judge(flow: Flow, split: Split, examples: int | None = None, draws: int = 1, seed: int = 0) -> Evaluation:
-    """Evaluate ``flow`` on a split with every process taking its share."""
+def judge(flow: Flow, split: Split, cfg, examples: int | None = None, draws: int = 1) -> Evaluation:
+    """Evaluate ``flow`` on a split with every process taking its share.
+
+    Raises:
+        FlowtrainError: a likelihood is not finite.
+    """
     device = next(flow.parameters()).device
-    batches = ordered(split, EVALUATION_BATCH, device, distributed.rank(), distributed.world(), examples)
-    return evaluate(flow, batches, len(split), draws, seed)
+    rank, world = distributed.rank(), distributed.world()
+    batches = ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
+    try:
+        return evaluate(flow, batches, len(split), draws, cfg.seed)
+    except FloatingPointError as error:
+        raise FlowtrainError(str(error)) from error
 
 
 def is_picture(cfg) -> bool:

@@ -46,9 +46,20 @@ def main() -> None:
     except Exception as error:
         text, code = explain(error)
         print(f"flowtrain: {text}", file=sys.stderr)
-    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)  # the other ranks are the launcher's to end
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        leave(code)
     sys.exit(code)
+
+
+def leave(code: int) -> None:
+    """End a process of a group at once. After an error the other ranks are the launcher's to end; after none, gloo's
+    thread may still hold a tensor while the interpreter finalizes, and abort."""
+    import logging
+
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def explain(error: BaseException, run_dir: str | None = None) -> tuple[str, int]:

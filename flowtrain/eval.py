@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -13,15 +12,13 @@ from flowtrain.config import build
 from flowtrain.engine import checkpoint
 from flowtrain.engine.evaluate import Evaluation
 
-log = logging.getLogger("flowtrain")
-
 
 def main(cfg, run_dir: str) -> dict:
     """Evaluate ``cfg.ckpt``, print a table (or JSON), write eval.json into ``run_dir``; returns what it holds."""
     flow = build_flow(cfg, distributed.device())
     weights = load_weights(flow, checkpoint.read(cfg.ckpt), cfg.weights)
     split = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad).split(cfg.split)
-    result = judge(flow, split, cfg.examples, cfg.draws, cfg.seed)
+    result = judge(flow, split, cfg, cfg.examples, cfg.draws)
     report = {
         "bits_per_dim": result.bits_per_dim,
         "bits_per_dim_stderr": result.bits_per_dim_stderr,

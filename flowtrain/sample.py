@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,18 @@ import torch
 from flowtrain import distributed
 from flowtrain.assemble import build_flow, decode, is_picture, load_weights
 from flowtrain.engine import checkpoint
-from flowtrain.errors import FlowtrainError
+from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.plots.grid import grid, save_png
-
-log = logging.getLogger("flowtrain")
 
 
 def main(cfg, run_dir: str) -> dict:
     """Draw ``cfg.n`` samples at each temperature; write samples.png and samples.npy; returns their paths."""
     flow = build_flow(cfg, distributed.device())
     load_weights(flow, checkpoint.read(cfg.ckpt), cfg.weights)
-    temperatures = cfg.temperature if isinstance(cfg.temperature, list) else [cfg.temperature]
+    if cfg.label is not None:
+        raise Refused(f"label={cfg.label}: this model is of no labels; leave label=null")
+    rows = not isinstance(cfg.temperature, float)
+    temperatures = list(cfg.temperature) if rows else [cfg.temperature]
     if not distributed.is_main():
         return {}
     # one set of latents for all temperatures: the rows differ in nothing else
@@ -33,8 +33,7 @@ def main(cfg, run_dir: str) -> dict:
     np.save(paths["npy"], samples.numpy())
     if is_picture(cfg):
         paths["png"] = str(Path(run_dir) / "samples.png")
-        columns = cfg.n if len(temperatures) > 1 else None
-        save_png(grid(samples, cfg.dataset.levels, columns), Path(paths["png"]))
+        save_png(grid(samples, cfg.dataset.levels, cfg.n if rows else None), Path(paths["png"]))
     for path in paths.values():
         print(path)
     return paths

@@ -56,7 +56,7 @@ class Train:
     max_minutes: float | None = bounded(above=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-    memory: Literal["none", "checkpoint", "reversible"] = "none"
+    memory: Literal["none"] = "none"
     resume: bool | str | None = None
     init: str | None = None
     smoke: bool = False
@@ -68,7 +68,6 @@ class Train:
     scheduler: Any = None
     trainer: Trainer = field(default_factory=Trainer)
     published: Published | None = None
-    paper: str | None = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,13 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, is_picture, judge, load_weights, sample_grid
 from flowtrain.bijections import Coupling
-from flowtrain.config import build, plain
+from flowtrain.config import build, conf_dir, plain
 from flowtrain.data import Augment, Loader
 from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.trainer import Settings, Trainer
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import Refused
 from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
@@ -86,9 +86,7 @@ def _start(flow: Flow, cfg, train, device) -> None:
 def _trainer(cfg, flow: Flow, loader: Loader, val, settings: Settings, run_dir: str, device) -> Trainer:
     wrapped = flow
     if distributed.world() > 1:
-        wrapped = DistributedDataParallel(
-            flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        wrapped = _parallel(flow, device)
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
     if cfg.compile:
         _compile(flow)
@@ -97,7 +95,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, settings: Settings, run_dir: 
     def validate(judged: Flow):
         if globalbatch.has_moments(judged):
             _remember_moments(judged, loader, cfg.trainer.val_examples)
-        return judge(judged, val, cfg.trainer.val_examples, cfg.trainer.val_draws, cfg.seed)
+        return judge(judged, val, cfg, cfg.trainer.val_examples, cfg.trainer.val_draws)
 
     def draw(judged: Flow):
         return sample_grid(judged, latents, cfg.dataset.levels) if is_picture(cfg) else None
@@ -106,6 +104,15 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, settings: Settings, run_dir: 
         flow, wrapped, loader, _optimizer(cfg, flow), build(cfg.scheduler, allow=cfg.allow), settings, ema,
         validate, draw, run_dir, plain(cfg),
     )  # fmt: skip
+
+
+def _parallel(flow: Flow, device: torch.device) -> DistributedDataParallel:
+    """Buffers are equal on all processes from the start and change alike: none are sent while training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it, older ones only this
+        return DistributedDataParallel(
+            flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
 
 
 def _compile(flow: Flow) -> None:
@@ -119,9 +126,12 @@ def _compile(flow: Flow) -> None:
 def _remember_moments(flow: Flow, loader: Loader, rows: int) -> None:
     """Batch normalization evaluates with the moments of about ``rows`` training rows under the present weights."""
     batches = loader.batches()
+    torch.manual_seed(loader.seed)
     with torch.no_grad(), globalbatch.reestimating(flow):
         for _ in range(min(loader.steps_per_epoch, math.ceil(rows / loader.batch_size))):
-            flow(next(batches))
+            x = next(batches)
+            with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
+                flow(x)
 
 
 def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
@@ -129,7 +139,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
     best = trainer.directory / "best.pt"
     distributed.barrier()  # the first process has written it
     load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
-    result = judge(flow, val, seed=cfg.seed)
+    result = judge(flow, val, cfg, draws=cfg.trainer.val_draws)
     summary = {
         "bits_per_dim": result.bits_per_dim,
         "bits_per_dim_stderr": result.bits_per_dim_stderr,
@@ -215,8 +225,9 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     log.info("shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
              "×".join(map(str, flow.shape)), flow.dimensions, cfg.dataset.levels, math.log2(cfg.dataset.levels))  # fmt: skip
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
-    if paper := cfg.get("paper"):
-        log.info("paper size: %s", paper)
+    preset = f"{cfg.model.name}_{cfg.dataset.name}"
+    if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
+        log.info("paper size: experiment=%s", preset)
     log.info("batch: %d, %d a device in %d part(s); until %s", cfg.batch_size, cfg.batch_size // world,
              cfg.trainer.accumulate, " or ".join(
                  text for text in (settings.max_steps and f"step {settings.max_steps}",

@@ -139,10 +139,7 @@ def main() -> None:
         result = {"error": text, "exit_code": code, "ours": isinstance(error, FlowtrainError)}
     file.with_suffix(".tmp").write_text(json.dumps(result))
     file.with_suffix(".tmp").replace(file)
-    sys.stdout.flush()
-    if code and distributed.world() > 1:
-        os._exit(code)  # other ranks may be gone: no farewell
-    sys.exit(code)
+    cli.leave(code)
 
 
 def _follow_parent() -> None:

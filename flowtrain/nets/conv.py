@@ -57,9 +57,9 @@ class ConvNet(nn.Module):
         if norm:
             for conv in (self.first, self.second):
                 nn.init.normal_(conv.weight, std=0.05)
+        self.to(memory_format=torch.channels_last)  # on a CPU several times faster, and what tensor cores want
 
     def forward(self, x, context=None):
-        # channels last: on a CPU several times faster, and what tensor cores want
         h = self.norm_first(self.first(x.contiguous(memory_format=torch.channels_last)))
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]

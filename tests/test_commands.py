@@ -1,0 +1,151 @@
+"""train, eval and sample, called as the command line calls them, for every model; and the same on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from composed import configuration, flow_of, options
+from omegaconf import OmegaConf
+from PIL import Image
+
+import flowtrain
+from flowtrain import eval as evaluation
+from flowtrain import sample, train
+from flowtrain.config import settle
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["smoke=true", "trainer.tensorboard=false"]
+EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
+SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "weights": "auto"}
+
+
+def trained(run_dir, *overrides):
+    run_dir.mkdir(exist_ok=True)
+    cfg = OmegaConf.create(settle(configuration(*overrides), "train", False))
+    return cfg, train.main(cfg, str(run_dir))
+
+
+def of_checkpoint(cfg, summary, folder, **keys):
+    folder.mkdir()
+    return OmegaConf.create({**OmegaConf.to_container(cfg), "ckpt": summary["checkpoint"], **keys}), str(folder)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_trains_evaluates_and_samples(model, tmp_path):
+    cfg, summary = trained(tmp_path, f"model={model}", *TINY)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["steps"] == 3 and 2 < summary["bits_per_dim"] < 8
+    pictures = sorted((tmp_path / "samples").glob("*.png"))
+    assert Image.open(pictures[-1]).size[0] > 200
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 3
+
+    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **EVAL))
+    assert json.loads((tmp_path / "eval/eval.json").read_text()) == report
+    assert report["examples"] == 40 and report["draws"] == 2 and report["weights"] == "ema"
+    assert report["bits_per_dim_iw"] <= report["bits_per_dim"]
+
+    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **SAMPLE))
+    integers = np.load(paths["npy"])
+    assert integers.shape == (6, 1, 8, 8) and integers.dtype == np.uint8 and integers.max() <= 16
+    again = sample.main(*of_checkpoint(cfg, summary, tmp_path / "again", **SAMPLE))
+    assert (np.load(again["npy"]) == integers).all()
+
+    flow = flowtrain.load(str(tmp_path))
+    x = torch.from_numpy(integers)
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+    assert flow.log_prob(x).shape == (6,)
+
+
+def test_a_list_of_temperatures_draws_rows(tmp_path):
+    cfg, summary = trained(tmp_path, *TINY)
+    keys = {**SAMPLE, "temperature": [0.0, 0.5, 1.0]}
+    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **keys))
+    integers = np.load(paths["npy"])
+    assert len(integers) == 18
+    assert (integers[:6] == integers[0]).all() and not (integers[12:] == integers[12]).all()
+    width, height = Image.open(paths["png"]).size
+    assert abs(width / height - 2) < 0.2
+
+
+def test_initial_weights_come_from_a_checkpoint(tmp_path):
+    _, summary = trained(tmp_path / "first", *TINY)
+    _, second = trained(tmp_path / "second", *TINY, "max_steps=1", "optimizer.lr=0.0", f"init={summary['checkpoint']}")
+    assert second["bits_per_dim"] == pytest.approx(summary["bits_per_dim"], abs=1e-6)
+
+
+def test_compiled_training_gives_the_same_losses(tmp_path):
+    words = [*TINY, "model.dropout=0.0"]
+    _, eager = trained(tmp_path / "eager", *words)
+    _, compiled = trained(tmp_path / "compiled", *words, "compile=true")
+    assert compiled["bits_per_dim"] == pytest.approx(eager["bits_per_dim"], abs=1e-4)
+
+
+PUBLISHED = {"split": "test", "source": "a paper", "from_memory": False}
+
+
+@pytest.mark.parametrize(
+    ("published", "ours"),
+    [
+        ({"value": 3.35, "unit": "bits_per_dim", "space": "integers"}, 4.0),
+        ({"value": -1.0, "unit": "nats", "space": "integers"}, -2129.35),
+        ({"value": 1980.5, "unit": "nats", "space": "unit"}, 2129.35),  # 8 bits a dimension less
+        ({"value": 1.0, "unit": "nats", "space": "logit"}, None),
+        ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "split": "val"}, None),
+    ],
+)
+def test_published_figures_are_compared_in_their_own_unit(published, ours):
+    nats = -4.0 * 768 * np.log(2)
+    result = evaluation.Evaluation(4.0, 0.1, None, nats, 1.0, 10, 1)
+    row = evaluation.compare(OmegaConf.create({**PUBLISHED, **published}), result, 768, "test", 256)
+    assert row["ours"] == (pytest.approx(ours, abs=0.01) if ours else None)
+    assert bool(row["not_comparable"]) == (ours is None)
+
+
+def process(*words, cwd):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flowtrain", "train", *words, "trainer.tensorboard=false"]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (metrics,) = cwd.glob("outputs/*/*/metrics.jsonl")
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("words", [
+    ["model=glow", "model.steps=2", "model.hidden=16", "model.dropout=0.3", "mixing.start=whitening"],
+    ["model=realnvp", "model.hidden=4", "dataset.shift=1"],
+], ids=["glow", "realnvp"])  # fmt: skip
+def test_one_and_two_processes_give_the_same_losses(words, tmp_path):
+    """Order, dequantization, dropout, augmentation, the start from data and batch norm's moments are the global batch's."""
+    words = [*words, "max_steps=6", "trainer.log_every=1", "trainer.val_every=3", "trainer.val_examples=64"]
+    runs = []
+    for devices in (1, 2):
+        (tmp_path / str(devices)).mkdir()
+        runs.append(process(*words, f"devices={devices}", cwd=tmp_path / str(devices)))
+    assert len(runs[0]) == len(runs[1]) == 8
+    for one, two in zip(*runs):
+        for key in ("train/bits_per_dim", "val/bits_per_dim"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], abs=2e-5), (one["step"], key)
+
+
+@pytest.mark.long
+def test_all_cifar10_test_pictures_survive_encoding():
+    data = Path(os.environ.get("FLOWTRAIN_DATA", "data"))
+    if not (data / "cifar-10-batches-py").exists():
+        pytest.skip("CIFAR-10 is not there: set FLOWTRAIN_DATA to a folder that holds cifar-10-batches-py")
+    from flowtrain.data import CIFAR10
+
+    cfg = configuration("dataset=cifar10", "dataset.download=false", f"dataset.root={data}")
+    keys = {key: value for key, value in OmegaConf.to_container(cfg.dataset).items() if key != "_target_"}
+    pictures = CIFAR10(**keys).split("test")
+    flow = flow_of("dataset=cifar10", "model.steps=4").eval()
+    flow.initialize(pictures.take(torch.arange(256)))
+    for index in torch.arange(len(pictures)).split(500):
+        x = pictures.take(index)
+        assert torch.equal(flow.decode(flow.encode(x)), x)
