@@ -123,12 +123,14 @@ def _compile(flow: Flow) -> None:
         coupling.compile()
 
 
-def _remember_moments(flow: Flow, loader: Loader, rows: int) -> None:
-    """Batch normalization evaluates with the moments of about ``rows`` training rows under the present weights."""
+def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
+    """Batch normalization evaluates with the moments of about ``rows`` training rows (None: all) under the present
+    weights."""
     batches = loader.batches()
+    steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
     with torch.no_grad(), globalbatch.reestimating(flow):
-        for _ in range(min(loader.steps_per_epoch, math.ceil(rows / loader.batch_size))):
+        for _ in range(min(loader.steps_per_epoch, steps)):
             x = next(batches)
             with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x)
