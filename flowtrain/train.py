@@ -224,8 +224,10 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     log.info("run: %s", run_dir)
     log.info("device: %s × %d, precision %s", _name(device), world, cfg.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
+    levels = cfg.dataset.levels
+    shape = "×".join(map(str, flow.shape))
     log.info("shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
-             "×".join(map(str, flow.shape)), flow.dimensions, cfg.dataset.levels, math.log2(cfg.dataset.levels))  # fmt: skip
+             shape, flow.dimensions, levels, math.log2(levels))  # fmt: skip
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
     preset = f"{cfg.model.name}_{cfg.dataset.name}"
     if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():

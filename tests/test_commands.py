@@ -121,7 +121,7 @@ def process(*words, cwd):
     ["model=realnvp", "model.hidden=4", "dataset.shift=1"],
 ], ids=["glow", "realnvp"])  # fmt: skip
 def test_one_and_two_processes_give_the_same_losses(words, tmp_path):
-    """Order, dequantization, dropout, augmentation, the start from data and batch norm's moments are the global batch's."""
+    """Order, noise, dropout, augmentation, the start from data and batch norm's moments are the global batch's."""
     words = [*words, "max_steps=6", "trainer.log_every=1", "trainer.val_every=3", "trainer.val_examples=64"]
     runs = []
     for devices in (1, 2):

@@ -162,7 +162,7 @@ def test_training_lowers_the_loss(tmp_path):
     assert one.best < math.log2(LEVELS)
 
 
-# ---- what goes wrong --------------------------------------------------------------------------------------------------
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 
 def test_a_bad_step_is_skipped_and_counted(tmp_path):
@@ -221,7 +221,7 @@ def test_minutes_are_a_budget(tmp_path):
     assert (tmp_path / "checkpoints/last.pt").exists()
 
 
-# ---- parts ------------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------------------------
 
 
 def test_ema_is_the_average_it_says():

@@ -36,7 +36,7 @@ def noise(monkeypatch):
     return set_noise
 
 
-# ---- probabilities ----------------------------------------------------------------------------------------------------
+# ---- probabilities -------------------------------------------------------------------------------------------------
 
 two_pixels = partial(
     b.Chain,
@@ -109,7 +109,7 @@ def test_base_samples_follow_their_density(base):
     assert Logistic((2,)).log_prob(torch.tensor([[1e4, -1e4]])).isfinite().all()
 
 
-# ---- bits per dimension -----------------------------------------------------------------------------------------------
+# ---- bits per dimension --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [5, 8])
@@ -136,7 +136,7 @@ def test_uniform_codes_are_log2_levels():
     assert to_bits_per_dim(torch.tensor(-64 * math.log(17.0)), 64).item() == pytest.approx(4.0875, abs=1e-4)
 
 
-# ---- nothing is lost --------------------------------------------------------------------------------------------------
+# ---- nothing is lost -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -202,7 +202,7 @@ def test_every_latent_depends_on_every_pixel():
     assert (total.sum(0) > 0).all() and (total.sum(1) > 0).all()
 
 
-# ---- the start from data ----------------------------------------------------------------------------------------------
+# ---- the start from data -------------------------------------------------------------------------------------------
 
 
 def test_initialize_standardizes_every_actnorm_once():
@@ -271,7 +271,7 @@ def test_a_constant_channel_starts_finite():
     assert flow(x).isfinite().all()
 
 
-# ---- the global batch -------------------------------------------------------------------------------------------------
+# ---- the global batch ----------------------------------------------------------------------------------------------
 
 
 def test_slices_of_a_global_batch_draw_its_noise():
@@ -315,7 +315,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
     assert layer.running.mean.isfinite().all() and layer.running.var.isfinite().all()
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +24,13 @@ class Reporter:
         _cut(path, step)
         self.file = path.open("a")
         self.board = _board(self.run_dir / "tb", step) if tensorboard else None
-        self.bar = _bar(step, max_steps) if sys.stderr.isatty() else None
+        self.bar, self.open = None, ExitStack()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self.open.enter_context(logging_redirect_tqdm())  # lines above the bar
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl and the same in TensorBoard. Clocks and rates are named ``time/…``."""
@@ -61,6 +68,7 @@ class Reporter:
             self.board.close()
         if self.bar is not None:
             self.bar.close()
+        self.open.close()
 
 
 class Silence:
@@ -90,12 +98,6 @@ def _board(directory: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory), purge_step=step + 1 if step else None)
-
-
-def _bar(step: int, max_steps: int | None):
-    from tqdm import tqdm
-
-    return tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
 
 def _clock(seconds: float) -> str:

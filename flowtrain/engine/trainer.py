@@ -126,7 +126,7 @@ class Trainer:
         parts = x.chunk(settings.accumulate)
         row, loss = distributed.rank() * len(x), 0.0
         for i, part in enumerate(parts):
-            torch.manual_seed(mix(settings.seed, self.step))  # noise is a function of (seed, step): nothing to restore
+            torch.manual_seed(mix(settings.seed, self.step))  # nothing to restore but the step
             with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
                 part_loss = to_bits_per_dim(self.wrapped(part), self.flow.dimensions).sum() / len(x)
             with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
