@@ -35,7 +35,7 @@ def build(node: DictConfig, *, allow=(), **kwargs):
     """The object that ``node`` describes; ``kwargs`` join or replace its arguments.
 
     Every ``_target_`` in it must be in the allow-list, widened by the modules in ``allow``. An argument that a
-    constructor refuses (ValueError, TypeError) is a Refused that names the node.
+    constructor refuses (ValueError, TypeError, RuntimeError) is a Refused that names the node.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -52,9 +52,9 @@ def build(node: DictConfig, *, allow=(), **kwargs):
             raise cause from None
         _, found, full_key = str(error).rpartition("full_key: ")
         where = full_key.strip() if found else where
-        if cause is None or isinstance(cause, ValueError | TypeError):
+        if cause is None or isinstance(cause, ValueError | TypeError | RuntimeError):
             raise Refused(f"{where}: {cause or str(error).splitlines()[0]}") from error
-        raise cause from error
+        raise cause from None  # not from error, whose cause it is: the chain would have no end
 
 
 def settle(cfg: DictConfig, command: str, restored: bool = False) -> dict:

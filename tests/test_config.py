@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from flowtrain import config, restore, runs
+from flowtrain import cli, config, restore, runs
 from flowtrain.allow import check_targets
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.settings import Sample, Trainer, settled
@@ -67,6 +67,15 @@ def test_allow_list_knows_public_classes_and_what_a_module_defines(tmp_path, mon
         check_targets({"_target_": "ownparts.system"}, allow=["ownparts"])
     with pytest.raises(Refused, match="nowhere_at_all"):
         check_targets({}, allow=["nowhere_at_all"])
+
+
+def test_an_unforeseen_error_of_a_constructor_is_one_line(tmp_path, monkeypatch):
+    """Its chain of causes must have an end: explain() follows it."""
+    (tmp_path / "odd_module.py").write_text("class Odd:\n    def __init__(self):\n        raise KeyError('odd')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyError) as caught:
+        config.build(OmegaConf.create({"_target_": "odd_module.Odd"}), allow=["odd_module"])
+    assert cli.explain(caught.value) == ("KeyError: 'odd' (HYDRA_FULL_ERROR=1 shows where)", 1)
 
 
 def test_build_names_the_node_that_is_refused():

@@ -339,6 +339,11 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
         (lambda: conv(shape=(4,), out=2), "takes pictures"),
         (lambda: residual(shape=(4, 2, 2), out=2, context_shape=(2, 2)), "takes a context vector"),
         (lambda: nets.Dropout(1.0), "dropout=1.0"),
+        (lambda: conv(shape=(1, 2, 2), out=2, hidden=-3), "hidden=-3 must be at least 1"),
+        (lambda: nets.MLP((4,), 2, depth=0), "depth=0 must be at least 1"),
+        (lambda: nets.CausalTransformer((4,), 2, hidden=6), "hidden=6 is not a multiple of heads=4"),
+        (lambda: nets.CausalTransformer((4,), 2, offsets=[0]), "cannot see itself"),
+        (lambda: b.PiecewiseLinear((4,), bins=1), "bins=1"),
     ],
 )
 def test_constructors_name_what_they_refuse(make, says):

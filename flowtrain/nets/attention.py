@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.mlp import context_to, zeroed
+from flowtrain.nets.mlp import at_least_one, context_to, zeroed
 from flowtrain.nets.norm import Dropout
 
 
@@ -34,6 +34,7 @@ class CausalTransformer(nn.Module):
         super().__init__()
         if len(shape) != 1:
             raise ValueError(f"a causal transformer takes vectors, not {list(shape)}; flatten first")
+        at_least_one(hidden=hidden, depth=depth, heads=heads, expand=expand)
         if hidden % heads:
             raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}")
         self.offsets = list(offsets or [1])

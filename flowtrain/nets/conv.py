@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowtrain.nets.mlp import context_to, zeroed
+from flowtrain.nets.mlp import at_least_one, context_to, zeroed
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 
 
@@ -47,6 +47,7 @@ class ConvNet(nn.Module):
         context_shape=None,
     ):
         super().__init__()
+        at_least_one(hidden=hidden)
         self.first = nn.Conv2d(channels_of(shape), hidden, 3, padding=1, bias=norm is None)
         self.norm_first = norm(hidden) if norm else nn.Identity()
         self.context = context_to(hidden, context_shape)
@@ -88,6 +89,7 @@ class ResidualConvNet(nn.Module):
         context_shape=None,
     ):
         super().__init__()
+        at_least_one(hidden=hidden, blocks=blocks)
         norm = norm or nn.Identity
         channels = channels_of(shape)
         hidden = hidden * (full_side or shape[-1]) // shape[-1]

@@ -18,8 +18,7 @@ class MLP(nn.Module):
         super().__init__()
         if len(shape) != 1:
             raise ValueError(f"an MLP takes vectors, not {list(shape)}; flatten first")
-        if depth < 1:
-            raise ValueError(f"depth={depth} must be at least 1")
+        at_least_one(hidden=hidden, depth=depth)
         self.first = nn.Linear(shape[0], hidden)
         self.context = context_to(hidden, context_shape)
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
@@ -33,6 +32,13 @@ class MLP(nn.Module):
         for layer in self.hidden:
             h = layer(self.dropout(F.relu(h)))
         return self.last(self.dropout(F.relu(h)))
+
+
+def at_least_one(**sizes: int) -> None:
+    """Refuse a size below 1 by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
 
 
 def context_to(channels: int, context_shape) -> nn.Linear | None:
