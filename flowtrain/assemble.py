@@ -8,7 +8,7 @@ from flowtrain import distributed
 from flowtrain.config import build
 from flowtrain.data import ordered
 from flowtrain.data.split import Split
-from flowtrain.engine.evaluate import Evaluation, evaluate
+from flowtrain.engine.evaluate import Evaluation, evaluate, exact_arithmetic
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.flow import Flow
 from flowtrain.plots.grid import grid
@@ -71,6 +71,7 @@ def decode(flow: Flow, latents: torch.Tensor, batch: int = 64) -> torch.Tensor:
     """The data of latents, on the CPU, a batch at a time."""
     was_training = flow.training
     flow.eval()
-    parts = [flow.decode(part).cpu() for part in latents.split(batch)]
+    with exact_arithmetic():
+        parts = [flow.decode(part).cpu() for part in latents.split(batch)]
     flow.train(was_training)
     return torch.cat(parts)

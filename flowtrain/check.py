@@ -9,6 +9,7 @@ import difflib
 import re
 from argparse import Namespace
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path
@@ -88,7 +89,7 @@ class _Job:
             cfg = self.loader.load_configuration(self.config_name, self.overrides, RunMode.RUN)
         except MissingConfigException as error:
             raise self._missing(error) from error
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise one_line(error) from error
         self._check_whole(cfg)
 
@@ -149,6 +150,13 @@ class _Job:
             if not item.is_delete():
                 _check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False), "")
 
+    def _drops_a_layer(self) -> bool:
+        """Then what it referred to may stay behind without a use."""
+        return any(
+            item.key_or_group.startswith("model.") and (item.is_delete() or item.value() is None)
+            for item in parse(self.overrides)
+        )
+
     def _names(self, tree) -> list[str]:
         """Every key of the tree, and every group."""
         return [*_keys(tree), *self.loader.get_group_options("", ObjectType.GROUP)]
@@ -161,7 +169,7 @@ class _Job:
             if key not in known and not is_part(key) and key != "hydra":
                 hint = _suggestion(key, known) or "its file needs '# @package _global_' as its first line; "
                 raise Refused(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
-        if not self.restored:
+        if not self.restored and not self._drops_a_layer():
             _check_references(cfg)
         try:
             values = settle(cfg, self.command, self.restored)
@@ -185,6 +193,8 @@ def one_line(error: BaseException) -> FlowtrainError:
         if isinstance(seen, FlowtrainError):
             return seen
         seen = seen.__cause__ or seen.__context__
+    if isinstance(error, yaml.YAMLError):
+        return Refused(f"a YAML file cannot be read: {' '.join(str(error).split())}")
     no_place = re.search(r"Could not override '(.*?)'.*No match in the defaults list", str(error))
     if no_place:
         return Refused(f"{no_place[1]}: nothing here takes it; --cfg job shows what the other choices leave to choose")

@@ -87,9 +87,9 @@ def run_dir(path: str, resume, *, _root_) -> str:
 def shrink(cfg: DictConfig) -> None:
     """``smoke=true``: cut what ``conf/smoke.yaml`` names, where the configuration has it, down to its size."""
     for key, size in OmegaConf.load(conf_dir() / "smoke.yaml").items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None:
-            OmegaConf.update(cfg, key, min(value, size))
+        value = OmegaConf.select(cfg, key, default="absent")
+        if value != "absent":  # null is no bound
+            OmegaConf.update(cfg, key, size if value is None else min(value, size))
 
 
 def levels(native: int, bits: int | None) -> int:

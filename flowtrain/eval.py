@@ -28,22 +28,29 @@ def main(cfg, run_dir: str) -> dict:
         "examples": result.examples,
         "draws": result.draws,
         "split": cfg.split,
+        "data": split.description,
         "weights": weights,
         "checkpoint": str(cfg.ckpt),
     }
     if cfg.get("published"):
-        report["published"] = compare(cfg.published, result, flow.dimensions, cfg.split, cfg.dataset.levels)
+        report["published"] = compare(
+            cfg.published, result, flow.dimensions, cfg.split, cfg.dataset.levels, split.description
+        )
     if distributed.is_main():
         (Path(run_dir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report, indent=2) if cfg.json else table(report))
     return report
 
 
-def compare(published, result: Evaluation, dimensions: int, split: str, levels: int) -> dict:
+def compare(published, result: Evaluation, dimensions: int, split: str, levels: int, description: str) -> dict:
     """The published figure with ours in its unit and space, or why they cannot be compared."""
     ours, why = None, None
     if published.split != split:
         why = f"it is of the {published.split} split"
+    elif published.data not in description:
+        why = f"it is of other data ({published.data})"
+    elif published.levels != levels:
+        why = f"it is of {published.levels} levels, not {levels}"
     elif published.unit == "bits_per_dim" and published.space == "integers":
         ours = result.bits_per_dim
     elif published.unit == "nats" and published.space == "integers":

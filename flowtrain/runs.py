@@ -124,7 +124,9 @@ def finished(run: Path, config: dict, file: Path) -> dict | None:
         raise FlowtrainError(f"{path}: cannot be read ({error})") from error
     had = checkpoint.read_config(file)
 
-    def more(key):
-        return had.get(key) is not None and (config.get(key) is None or config[key] > had[key])
+    def more(now, then):
+        return then is not None and (now is None or now > then)
 
-    return None if more("max_steps") or more("max_minutes") else summary
+    limits = [(config.get(key), had.get(key)) for key in ("max_steps", "max_minutes")]
+    limits += [(config["trainer"].get(key), had["trainer"].get(key)) for key in ("max_epochs", "patience")]
+    return None if any(more(now, then) for now, then in limits) else summary

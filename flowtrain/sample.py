@@ -22,6 +22,8 @@ def main(cfg, run_dir: str) -> dict:
         raise Refused(f"label={cfg.label}: this model is of no labels; leave label=null")
     rows = not isinstance(cfg.temperature, float)
     temperatures = list(cfg.temperature) if rows else [cfg.temperature]
+    if not temperatures:
+        raise Refused("temperature=[]: give at least one, such as [0.5,0.7]")
     if not distributed.is_main():
         return {}
     # one set of latents for all temperatures: the rows differ in nothing else

@@ -28,7 +28,7 @@ class Trainer:
     sample_every: int | None = bounded(least=1)
     sample_n: int = bounded(least=1)
     save_every: int = bounded(least=1)
-    save_minutes: float | None = bounded(above=0)
+    save_minutes: float = bounded(above=0)
     patience: int | None = bounded(least=1)
     max_bad_steps: int = bounded(least=1)
     decay: str = ""
@@ -43,6 +43,8 @@ class Published:
     unit: Literal["bits_per_dim", "nats"]
     space: Literal["integers", "unit", "logit", "standardized"]
     split: str
+    data: str  # what the description of the split must say to be the same data
+    levels: int
     source: str
     from_memory: bool
 
@@ -76,7 +78,7 @@ class Eval(Train):
     run_dir: str = ""
     split: Literal["train", "val", "test"] = "test"
     draws: int = bounded(least=1)
-    examples: int | None = bounded(least=1)
+    examples: int | None = bounded(least=2)
     weights: Literal["auto", "ema", "raw"] = "auto"
     json: bool = False
 

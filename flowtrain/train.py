@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -20,12 +21,12 @@ from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, is_picture, judge, load_weights, sample_grid
 from flowtrain.bijections import Coupling
 from flowtrain.config import build, conf_dir, plain
-from flowtrain.data import Augment, Loader
+from flowtrain.data import Loader
 from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.trainer import Settings, Trainer
-from flowtrain.errors import Refused
+from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
@@ -33,13 +34,15 @@ log = logging.getLogger("flowtrain")
 
 def main(cfg, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
-    build_flow(cfg, "meta")  # refuses a model that cannot be before any data are opened
+    _optimizer(cfg, build_flow(cfg, "meta"))  # refuses what cannot be before any data are opened
+    schedule = build(cfg.scheduler, allow=cfg.allow)
+    lock = _lock(run_dir) if distributed.is_main() else None
     device = distributed.device()
     autocast = _autocast(cfg.precision, device)
     data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)
     train, val = data.split("train"), data.split("val")
     loader = Loader(
-        train, cfg.batch_size, cfg.seed, _augment(cfg), device, distributed.rank(), distributed.world(),
+        train, cfg.batch_size, cfg.seed, data.augment, device, distributed.rank(), distributed.world(),
         cfg.trainer.workers,
     )  # fmt: skip
     if cfg.batch_size % (distributed.world() * cfg.trainer.accumulate):
@@ -52,7 +55,7 @@ def main(cfg, run_dir: str) -> dict:
     state = checkpoint.read(cfg.resume) if cfg.resume else None
     if state is None:
         _start(flow, cfg, train, device)
-    trainer = _trainer(cfg, flow, loader, val, settings, run_dir, device)
+    trainer = _trainer(cfg, flow, loader, val, schedule, settings, run_dir, device)
     if state is not None:
         trainer.load_state(state)
     reporter = Silence()
@@ -63,9 +66,31 @@ def main(cfg, run_dir: str) -> dict:
         trainer.fit(reporter)
         summary = _conclude(cfg, flow, trainer, val, run_dir)
         reporter.hyperparameters(_flat(plain(cfg)), {"bits_per_dim": summary["bits_per_dim"]})
+    except torch.OutOfMemoryError as error:
+        raise FlowtrainError(
+            f"out of memory on {_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
+            f"(peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB): a smaller batch_size, a larger "
+            "trainer.accumulate, more devices or precision=bfloat16 would need less"
+        ) from error
     finally:
         reporter.close()
+        if lock:
+            lock.close()
     return summary
+
+
+def _lock(run_dir: str):
+    """Hold the run directory while this process lives: two writers would spoil each other's records."""
+    lock = (Path(run_dir) / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        raise Refused(f"{run_dir}: is being trained by {lock.read().strip() or 'another process'}") from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
 
 
 def _start(flow: Flow, cfg, train, device) -> None:
@@ -83,7 +108,7 @@ def _start(flow: Flow, cfg, train, device) -> None:
     distributed.broadcast(flow.state_dict().values())
 
 
-def _trainer(cfg, flow: Flow, loader: Loader, val, settings: Settings, run_dir: str, device) -> Trainer:
+def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings, run_dir: str, device) -> Trainer:
     wrapped = flow
     if distributed.world() > 1:
         wrapped = _parallel(flow, device)
@@ -101,7 +126,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, settings: Settings, run_dir: 
         return sample_grid(judged, latents, cfg.dataset.levels) if is_picture(cfg) else None
 
     return Trainer(
-        flow, wrapped, loader, _optimizer(cfg, flow), build(cfg.scheduler, allow=cfg.allow), settings, ema,
+        flow, wrapped, loader, _optimizer(cfg, flow), schedule, settings, ema,
         validate, draw, run_dir, plain(cfg),
     )  # fmt: skip
 
@@ -163,8 +188,14 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         )  # fmt: skip
         if pictures := sorted((Path(run_dir) / "samples").glob("*.png")):
             log.info("samples: %s", pictures[-1])
-        log.info("next: flowtrain eval ckpt='%s'", run_dir)
+        places = "".join(f" dataset.{key}='{cfg.dataset[key]}'" for key in ("root", "path") if _is_ours(cfg, key))
+        log.info("next: flowtrain eval ckpt='%s'%s", run_dir, places)
     return summary
+
+
+def _is_ours(cfg, key: str) -> bool:
+    """Whether a place of the data came from the command line, and so must be given again: no checkpoint tells it."""
+    return cfg.dataset[key] not in (None, os.environ.get("FLOWTRAIN_DATA", "data"))
 
 
 def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settings:
@@ -187,19 +218,19 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
 
 def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
     """The configured optimizer; weight decay reaches the parameters whose names match ``trainer.decay``."""
-    decays = re.compile(cfg.trainer.decay)
+    try:
+        decays = re.compile(cfg.trainer.decay)
+    except re.error as error:
+        raise Refused(f"trainer.decay={cfg.trainer.decay}: no regular expression ({error})") from error
     named = list(flow.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays.search(name)]},
         {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
     ]
-    return build(cfg.optimizer, allow=cfg.allow)([group for group in groups if group["params"]])
-
-
-def _augment(cfg) -> Augment | None:
-    if not (cfg.dataset.flip or cfg.dataset.shift):
-        return None
-    return Augment(cfg.dataset.flip, cfg.dataset.shift)
+    try:
+        return build(cfg.optimizer, allow=cfg.allow)([group for group in groups if group["params"]])
+    except (TypeError, ValueError) as error:
+        raise Refused(f"optimizer: {error}") from error
 
 
 def _autocast(precision: str, device: torch.device) -> torch.dtype | None:

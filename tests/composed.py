@@ -10,9 +10,15 @@ from flowtrain.assemble import build_flow
 from flowtrain.config import conf_dir
 
 
-def configuration(*overrides: str):
+def composed(*overrides: str):
+    """With its interpolations."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train", overrides=list(overrides))
+        return compose("train", overrides=list(overrides))
+
+
+def configuration(*overrides: str):
+    """Without them."""
+    config = composed(*overrides)
     OmegaConf.resolve(config)
     return config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from composed import configuration, flow_of, options
+from composed import composed, configuration, flow_of, options
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -17,6 +17,7 @@ import flowtrain
 from flowtrain import eval as evaluation
 from flowtrain import sample, train
 from flowtrain.config import settle
+from flowtrain.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["smoke=true", "trainer.tensorboard=false"]
@@ -26,7 +27,7 @@ SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "weights": "auto"}
 
 def trained(run_dir, *overrides):
     run_dir.mkdir(exist_ok=True)
-    cfg = OmegaConf.create(settle(configuration(*overrides), "train", False))
+    cfg = OmegaConf.create(settle(composed(*overrides), "train", False))
     return cfg, train.main(cfg, str(run_dir))
 
 
@@ -86,7 +87,42 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
     assert compiled["bits_per_dim"] == pytest.approx(eager["bits_per_dim"], abs=1e-4)
 
 
-PUBLISHED = {"split": "test", "source": "a paper", "from_memory": False}
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
+    channels = configuration(f"experiment={experiment}").dataset.channels
+    small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"]
+    cfg, summary = trained(tmp_path, f"experiment={experiment}", *small, *TINY)
+    assert summary["steps"] == 3
+    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "draws": 1}))
+    assert report["bits_per_dim"] > 0
+    if "published" in report:
+        assert "other data (" in report["published"]["not_comparable"]
+    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **SAMPLE))
+    assert np.load(paths["npy"]).shape == (6, channels, 16, 16)
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    lock = train._lock(str(tmp_path))
+    with pytest.raises(Refused, match=f"is being trained by process {os.getpid()} on"):
+        trained(tmp_path, *TINY)
+    lock.close()
+    trained(tmp_path, *TINY)
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["optimizer.lr=-1.0"], "optimizer: Invalid learning rate"),
+    (["+optimizer.foo=1"], "optimizer: .*foo"),
+    (["scheduler=exponential", "scheduler.every=0"], "scheduler: .*every=0 at least 1"),
+    (["trainer.decay='['"], "trainer.decay=.*no regular expression"),
+    (["batch_size=5000"], "batch_size=5000 is larger than the train split"),
+    (["dataset.image_size=8", "model.levels=4"], "sides of 1×1 cannot be halved"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(words, says, tmp_path):
+    with pytest.raises(Refused, match=says):
+        trained(tmp_path, *words)
+
+
+PUBLISHED = {"split": "test", "data": "mnist", "levels": 256, "source": "a paper", "from_memory": False}
 
 
 @pytest.mark.parametrize(
@@ -97,12 +133,14 @@ PUBLISHED = {"split": "test", "source": "a paper", "from_memory": False}
         ({"value": 1980.5, "unit": "nats", "space": "unit"}, 2129.35),  # 8 bits a dimension less
         ({"value": 1.0, "unit": "nats", "space": "logit"}, None),
         ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "split": "val"}, None),
+        ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "levels": 32}, None),
+        ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "data": "cifar10"}, None),
     ],
 )
 def test_published_figures_are_compared_in_their_own_unit(published, ours):
     nats = -4.0 * 768 * np.log(2)
     result = evaluation.Evaluation(4.0, 0.1, None, nats, 1.0, 10, 1)
-    row = evaluation.compare(OmegaConf.create({**PUBLISHED, **published}), result, 768, "test", 256)
+    row = evaluation.compare(OmegaConf.create({**PUBLISHED, **published}), result, 768, "test", 256, "mnist test")
     assert row["ours"] == (pytest.approx(ours, abs=0.01) if ours else None)
     assert bool(row["not_comparable"]) == (ours is None)
 

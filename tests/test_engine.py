@@ -214,6 +214,20 @@ def test_patience_ends_a_run_that_no_longer_gains(tmp_path):
     assert (one.step, one.best) == (5, 2.0)
 
 
+def test_a_validation_that_fails_loses_nothing(tmp_path):
+    one = trainer(tmp_path, max_steps=25)
+    good = one.judge
+
+    def judge(flow):
+        if one.step == 10:
+            raise FlowtrainError("the likelihood of 1 of 16 examples is not finite")
+        return good(flow)
+
+    one.judge = judge
+    one.fit(Silence())
+    assert one.step == 25 and math.isfinite(one.best)
+
+
 def test_minutes_are_a_budget(tmp_path):
     one = trainer(tmp_path, max_steps=None, max_minutes=0.01)
     one.fit(Silence())
@@ -246,6 +260,8 @@ def test_schedules():
     assert [Steps((0.5, 0.75), 0.1)(p, 0) for p in (0, 0.5, 0.8)] == pytest.approx([1, 0.1, 0.01])
     with pytest.raises(ValueError, match="floor=2"):
         Cosine(floor=2)
+    with pytest.raises(ValueError, match="every=0"):
+        Exponential(every=0)
 
 
 def evaluation_batches(size, n=40):

@@ -162,6 +162,12 @@ def test_logit_is_finite_at_the_ends():
         assert z.isfinite().all() and log_det.isfinite().all()
 
 
+def test_logit_of_what_lies_outside_is_no_number():
+    """Clamped, many points would share a latent, and the density would not integrate to one."""
+    z, log_det = b.Logit((1,), 0.0)(torch.tensor([[-0.1], [1.1]]))
+    assert z.isnan().all() and log_det.isnan().all()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.05])
 def test_logit_is_exact(alpha):
     x = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -325,6 +331,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
         (lambda: b.Halves((1, 4, 4)), "no two halves"),
         (lambda: b.Checkerboard((4,)), "needs pictures"),
         (lambda: b.Chain((4,), {"a": b.ActNorm}, order=["b"]), "order must name each layer once"),
+        (lambda: b.Chain((4,), {"a": b.ActNorm}, order=["a", "a"]), "order must name each layer once"),
         (lambda: b.Chain((4,), {"forward": b.ActNorm}), "cannot be named 'forward'"),
         (lambda: b.Chain((4,), {"a": b.ActNorm}, repeat=0), "repeat=0"),
         (lambda: b.MultiScale((4, 4, 4), 2, {"level0": b.Squeeze}), "needs level1"),
@@ -344,6 +351,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
         (lambda: nets.CausalTransformer((4,), 2, hidden=6), "hidden=6 is not a multiple of heads=4"),
         (lambda: nets.CausalTransformer((4,), 2, offsets=[0]), "cannot see itself"),
         (lambda: b.PiecewiseLinear((4,), bins=1), "bins=1"),
+        (lambda: b.Autoregressive((4,), b.TanhAffine, nets.CausalTransformer), "TanhAffine has weights of its own"),
     ],
 )
 def test_constructors_name_what_they_refuse(make, says):

@@ -24,6 +24,8 @@ class Autoregressive(Bijection):
         if len(self.shape) != 1:
             raise ValueError(f"an autoregressive layer takes vectors, not {list(self.shape)}; flatten first")
         self.univariate = univariate(shape=self.shape)
+        if list(self.univariate.parameters()):  # those belong to elements, and the inverse maps one at a time
+            raise ValueError(f"{type(self.univariate).__name__} has weights of its own; an autoregressive map takes none")
         self.net = net(shape=self.shape, out=self.univariate.params, context_shape=context_shape)
 
     def forward(self, x, context=None):

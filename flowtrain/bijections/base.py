@@ -88,8 +88,8 @@ class Chain(Bijection):
         if repeat < 1:
             raise ValueError(f"repeat={repeat} must be at least 1")
         names = list(layers) if order is None else list(order)
-        if unknown := set(names) ^ set(layers):
-            raise ValueError(f"order must name each layer once; {sorted(unknown)} is in one of them only")
+        if sorted(names) != sorted(layers):
+            raise ValueError(f"order must name each layer once: {sorted(layers)}")
         factories = {name: layers[name] for name in names if layers[name] is not None}
         if repeat > 1:
             factories = {str(i): lambda **kwargs: Chain(layers=factories_of_one, **kwargs) for i in range(repeat)}

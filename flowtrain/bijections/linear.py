@@ -31,10 +31,14 @@ def start_matrix(kind: str, n: int) -> Tensor:
 def whitening(x: Tensor) -> Tensor:
     """The matrix that makes the channels of ``x`` uncorrelated, of variance 1, the most varying first; float64."""
     rows = x.movedim(1, -1).flatten(0, -2).double()
-    variance, axes = torch.linalg.eigh(torch.cov(rows.T).reshape(x.shape[1], x.shape[1]))
+    channels = x.shape[1]
+    covariance = torch.cov(rows.T, correction=0).reshape(channels, channels)
+    # fewer rows than channels leave directions without variance: shrink towards equal variances, hardly with many rows
+    doubt = min(1.0, (channels / len(rows)) ** 2)
+    even = covariance.diagonal().mean() * torch.eye(channels, dtype=covariance.dtype, device=x.device)
+    variance, axes = torch.linalg.eigh(covariance.lerp(even, doubt))
     variance, axes = variance.flip(0), axes.flip(1)
-    scale = variance.clamp(min=1e-6 * variance[0]).rsqrt()  # a batch may leave directions without variance
-    return scale[:, None] * axes.T
+    return variance.clamp(min=1e-6 * variance[0]).rsqrt()[:, None] * axes.T
 
 
 class _Linear(Bijection):

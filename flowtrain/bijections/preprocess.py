@@ -58,6 +58,7 @@ class Logit(Bijection):
     """logit(alpha + (1 − 2·alpha)·x): [0, 1] to the whole line (Dinh et al. 2017, section 4.1).
 
     With alpha = 0 the ends map to ±∞, where a dequantized value can lie: values are kept ``margin`` away from them.
+    What lies outside [0, 1] has no logit and becomes NaN: to clamp it would be to map many points to one.
     """
 
     def __init__(self, shape, alpha: float = 0.05, context_shape=None):
@@ -69,7 +70,7 @@ class Logit(Bijection):
     def forward(self, x, context=None):
         margin = torch.finfo(x.dtype).eps / 2
         p = (self.alpha + (1 - 2 * self.alpha) * x).clamp(margin, 1 - margin)
-        z = p.log() - torch.log1p(-p)
+        z = torch.where((x >= 0) & (x <= 1), p.log() - torch.log1p(-p), math.nan)
         return z, sum_event(self._log_derivative(z))
 
     def inverse(self, z, context=None):

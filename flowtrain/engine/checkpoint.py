@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
-from flowtrain.errors import FlowtrainError
+from flowtrain.errors import FlowtrainError, Refused
 
 _MARK = b"flowtrain sha256 "
 _COMMENT = len(_MARK) + 64  # mark and hexadecimal digest
@@ -43,7 +44,10 @@ def save_last(state: dict, directory: Path) -> Path:
     if last.exists():
         link = previous.with_name(f".previous.{os.getpid()}.tmp")
         link.unlink(missing_ok=True)
-        os.link(last, link)  # last.pt stays in its place until the new one replaces it
+        try:
+            os.link(last, link)  # last.pt stays in its place until the new one replaces it
+        except OSError:  # a file system without hard links
+            shutil.copy2(last, link)
         os.replace(link, previous)
     save(state, last)
     return last
@@ -72,6 +76,8 @@ def check(path: Path) -> None:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
+            if size >= 2 and file.read(2) != b"PK":  # how the archives of torch.save begin
+                raise Refused(f"{path}: not a flowtrain checkpoint")
             file.seek(max(0, size - _COMMENT))
             comment = file.read()
             found = _digest(file, size - _COMMENT) if comment.startswith(_MARK) else None

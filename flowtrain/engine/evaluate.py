@@ -47,7 +47,7 @@ def evaluate(
     flow.eval()
     device = next(flow.parameters()).device
     mean, weighted, seen = torch.zeros(3, total, dtype=torch.float64, device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _exact_arithmetic():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
         for index, x in batches:
             first = int(index[0])
             index = index.to(device)
@@ -80,7 +80,7 @@ def evaluate(
 
 
 @contextmanager
-def _exact_arithmetic():
+def exact_arithmetic():
     """Float32 means float32: TensorFloat-32 off."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, conv.allow_tf32

@@ -49,6 +49,10 @@ class Exponential:
     factor: float = 0.99
     every: int = 1000
 
+    def __post_init__(self):
+        if not (self.factor > 0 and self.every >= 1):
+            raise ValueError(f"factor={self.factor} must be positive and every={self.every} at least 1")
+
     def __call__(self, progress: float, step: int) -> float:
         return self.factor ** (step / self.every)
 

@@ -127,9 +127,9 @@ class Trainer:
         row, loss = distributed.rank() * len(x), 0.0
         for i, part in enumerate(parts):
             torch.manual_seed(mix(settings.seed, self.step))  # nothing to restore but the step
-            with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
-                part_loss = to_bits_per_dim(self.wrapped(part), self.flow.dimensions).sum() / len(x)
             with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
+                with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
+                    part_loss = to_bits_per_dim(self.wrapped(part), self.flow.dimensions).sum() / len(x)
                 part_loss.backward()
             loss, row = loss + part_loss.detach(), row + len(part)
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip or math.inf)
@@ -171,7 +171,12 @@ class Trainer:
 
     def validate(self) -> None:
         """Judge the averaged weights where there are any; keep the best."""
-        result = self.judge(self.judged)
+        try:
+            result = self.judge(self.judged)
+        except FlowtrainError as error:  # no reason to lose what was learned
+            log.warning("step %d: no validation: %s", self.step, error)
+            self.stale += 1
+            return
         gained = result.bits_per_dim < self.best
         log.info(
             "step %d: validation %.4f ± %.4f bits/dim%s",

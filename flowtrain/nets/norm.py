@@ -51,20 +51,16 @@ class BatchNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is drawn for the global batch, the same for any number of processes.
+    """Dropout whose mask is drawn for the global batch, the same for any number of processes."""
 
-    ``channels`` drops whole channels instead of single units.
-    """
-
-    def __init__(self, p: float, channels: bool = False):
+    def __init__(self, p: float):
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"dropout={p} must be at least 0 and below 1")
-        self.p, self.channels = p, channels
+        self.p = p
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        shape = (*x.shape[:2], *[1] * (x.dim() - 2)) if self.channels else x.shape
-        keep = uniform(shape, device=x.device) >= self.p
+        keep = uniform(x.shape, device=x.device) >= self.p
         return x * keep.to(x.dtype).div_(1 - self.p)
