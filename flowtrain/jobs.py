@@ -113,8 +113,8 @@ def dismiss() -> None:
 
 
 def _discard(run_dir: Path) -> None:
-    """Remove a new run directory that holds only Hydra's record and the log of a refusal."""
-    if {item.name for item in run_dir.iterdir()} <= {".hydra", "train.log"}:
+    """Remove a new run directory that holds only Hydra's record, the lock and the log of a refusal."""
+    if {item.name for item in run_dir.iterdir()} <= {".hydra", ".lock", "train.log"}:
         shutil.rmtree(run_dir)
         if not any(run_dir.parent.iterdir()):
             run_dir.parent.rmdir()
