@@ -98,12 +98,12 @@ class _Job:
     def _check_options(self) -> None:
         for item in parse(self.overrides):
             group, value = item.key_or_group, item.value()
-            if (
-                isinstance(value, str | int | float)
-                and not item.is_delete()
-                and self.loader.repository.group_exists(group)
-            ):
-                options = self.loader.get_group_options(group)
+            if item.is_delete() or not self.loader.repository.group_exists(group):
+                continue
+            options = self.loader.get_group_options(group)
+            if value is None:
+                raise Refused(f"{group}=null: choose one of {', '.join(options)}")
+            if isinstance(value, str | int | float):
                 if shown(value) not in options and not group.startswith("hydra/"):
                     raise _no_option(group, shown(value), options)
 

@@ -48,6 +48,8 @@ def refusal(tmp_path, monkeypatch):
         ("modle=glow", "no key 'modle'; did you mean 'model'?"),
         ("model=glwo", "did you mean 'glow'?"),
         ("model=3", "there are"),
+        ("norm=null", "norm=null: choose one of actnorm, batchnorm"),
+        ("optimizer=none", "there are adam"),
         ("experiment=nowhere", "experiment=nowhere: no such option"),
         ("lr=1", "did you mean 'optimizer.lr'?"),
         ("model.stepz=2", "did you mean 'model.step"),
