@@ -128,7 +128,7 @@ def compose(command: str, words: list[str]) -> int:
     from hydra.errors import HydraException
 
     from flowtrain import distributed, jobs, runs
-    from flowtrain.check import check, one_line
+    from flowtrain.commandline import check, one_line
 
     parser = get_args_parser()
     parser.error = lambda message: _refuse_flag(parser, message)
@@ -172,7 +172,7 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
     others = [word for word in overrides if word != given]
     if command == "train" and all(not isinstance(path, str) for path in paths):
         return "train", overrides
-    from flowtrain.check import parse
+    from flowtrain.commandline import parse
 
     keys = {item.key_or_group: item.value() for item in parse(others) if not item.is_sweep_override()}
     allow = keys["allow"] if isinstance(keys.get("allow"), list) else []
@@ -191,7 +191,7 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
 
 def _values(word: str, key: str) -> list:
     """The value of ``key=value``: as it stands where such a path exists, else by Hydra's grammar, a sweep as a list."""
-    from flowtrain.check import parse
+    from flowtrain.commandline import parse
 
     text = word.partition("=")[2]
     if os.path.exists(os.path.expanduser(text)):
