@@ -1,4 +1,4 @@
-"""Standard base distributions: densities without parameters that a flow maps data to."""
+"""Base distributions: the densities that a flow maps data to."""
 
 from __future__ import annotations
 
@@ -11,30 +11,55 @@ from torch.nn import functional as F
 
 
 class Distribution(nn.Module):
-    """A distribution of events of ``shape``, its coordinates independent and alike."""
+    """A distribution of events of ``shape``, which may depend on a context of ``context_shape``.
 
-    def __init__(self, shape):
+    Its parameters, where it has any, are learned with the flow's.
+    """
+
+    def __init__(self, shape, context_shape=None):
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = tuple(int(n) for n in shape)
+        self.context_shape = None if context_shape is None else tuple(int(n) for n in context_shape)
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats of each of ``z`` (B, *shape): (B,)."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n draws, (n, *shape), one for each row of ``context`` (n, *context_shape) where that matters.
+
+        ``temperature`` multiplies how far each draw lies from its mean and changes nothing else: with the same seed
+        the noise is the same at every temperature. It is drawn on the CPU from ``generator``, so that a seed gives the
+        same numbers on every device.
+        """
+        raise NotImplementedError
+
+
+class Standard(Distribution):
+    """Independent coordinates, all alike, around 0: nothing to learn."""
+
+    def log_prob(self, z, context=None):
         return self.log_density(z).flatten(1).sum(1)
+
+    def sample(self, n, temperature=1.0, context=None, generator=None):
+        return temperature * self.noise((n, *self.shape), generator)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Log-density of each coordinate, of z's shape."""
         raise NotImplementedError
 
-    def draw(self, shape, **where) -> Tensor:
-        """Coordinates drawn at temperature 1; ``where`` holds generator, device and dtype."""
+    def noise(self, shape, generator: torch.Generator | None) -> Tensor:
+        """Coordinates drawn at temperature 1."""
         raise NotImplementedError
 
-    def sample(self, n: int, temperature: float = 1.0, **where) -> Tensor:
-        """(n, *shape), each coordinate multiplied by ``temperature``."""
-        return temperature * self.draw((n, *self.shape), **where)
 
-
-class StandardNormal(Distribution):
+class StandardNormal(Standard):
     """N(0, I)."""
 
     def log_prob(self, z, context=None):
@@ -44,17 +69,94 @@ class StandardNormal(Distribution):
     def log_density(self, z):
         return -0.5 * (z.square() + math.log(2 * math.pi))
 
-    def draw(self, shape, **where):
-        return torch.randn(shape, **where)
+    def noise(self, shape, generator):
+        return _normal(shape, generator)
 
 
-class Logistic(Distribution):
+class Logistic(Standard):
     """The logistic distribution with location 0 and scale 1, NICE's prior (Dinh et al. 2015, section 3.4)."""
 
     def log_density(self, z):
         return -F.softplus(z) - F.softplus(-z)
 
-    def draw(self, shape, **where):
+    def noise(self, shape, generator):
         # rand can return 0, whose logit is infinite
-        u = torch.rand(shape, **where).clamp(min=torch.finfo(torch.float32).tiny)
+        u = torch.rand(shape, generator=generator, device="cpu").clamp(min=torch.finfo(torch.float32).tiny)
         return u.log() - torch.log1p(-u)
+
+
+class ConditionalNormal(Distribution):
+    """N(μ(c), diag σ(c)²), with μ and log σ affine in the context vector c and 0 at the start.
+
+    Of one-hot labels it is a normal with a mean and scales for each class.
+
+    Raises:
+        ValueError: no context vector to depend on.
+    """
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, context_shape)
+        if self.context_shape is None:
+            raise ValueError("context_shape=null: a conditional normal needs a context; nothing here gives one")
+        if len(self.context_shape) != 1:
+            raise ValueError(f"context_shape={list(self.context_shape)}: a conditional normal takes a context vector")
+        self.affine = nn.Linear(*self.context_shape, 2 * prod(self.shape))
+        nn.init.zeros_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+
+    def moments(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log of the standard deviation for each row of ``context``, both (B, *shape)."""
+        if context is None:
+            raise ValueError(f"a conditional normal needs a context (B, {self.context_shape[0]})")
+        with torch.autocast(context.device.type, enabled=False):
+            return self.affine(context.to(self.affine.weight.dtype)).unflatten(1, (2, *self.shape)).unbind(1)
+
+    def log_prob(self, z, context=None):
+        return _normal_log_density(z, *self.moments(context)).flatten(1).sum(1)
+
+    def sample(self, n, temperature=1.0, context=None, generator=None):
+        mean, log_scale = self.moments(context)
+        if len(mean) != n:
+            raise ValueError(f"{n} draws need a context of {n} rows, not {len(mean)}")
+        return mean + temperature * log_scale.exp() * _normal((n, *self.shape), generator).to(mean)
+
+
+class Mixture(Distribution):
+    """Σₖ wₖ N(μₖ, diag σₖ²): ``components`` normals with learned weights, means and scales.
+
+    At the start the means are drawn from N(0, spread²) and every variance is 1 − spread², so that components differ
+    while the whole has about the moments of N(0, I). A draw's mean, which temperature leaves alone, is that of the
+    component it comes from.
+
+    Raises:
+        ValueError: ``components`` below 1, or ``spread`` outside [0, 1).
+    """
+
+    def __init__(self, shape, components: int = 10, spread: float = 0.8, context_shape=None):
+        super().__init__(shape, context_shape)
+        if components < 1:
+            raise ValueError(f"components={components} must be at least 1")
+        if not 0 <= spread < 1:
+            raise ValueError(f"spread={spread} must lie in [0, 1)")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.mean = nn.Parameter(spread * torch.randn(components, *self.shape))
+        self.log_scale = nn.Parameter(torch.full((components, *self.shape), 0.5 * math.log1p(-(spread**2))))
+
+    def log_prob(self, z, context=None):
+        each = _normal_log_density(z[:, None], self.mean, self.log_scale).flatten(2).sum(2)
+        return torch.logsumexp(each + self.logits.log_softmax(0), 1)
+
+    def sample(self, n, temperature=1.0, context=None, generator=None):
+        weights = self.logits.detach().float().softmax(0).cpu()
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator).to(self.mean.device)
+        noise = _normal((n, *self.shape), generator).to(self.mean)
+        return self.mean[chosen] + temperature * self.log_scale[chosen].exp() * noise
+
+
+def _normal(shape, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")
+
+
+def _normal_log_density(z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Of each coordinate; all three broadcast."""
+    return -0.5 * ((z - mean) * torch.exp(-log_scale)).square() - log_scale - 0.5 * math.log(2 * math.pi)

@@ -19,7 +19,8 @@ class Flow(nn.Module):
     Args:
         shape: of one example, as the data hold it (raw integers for pictures).
         bijection: factory called with ``shape`` and ``context_shape``.
-        base: factory called with the bijection's ``out_shape``.
+        base: factory called with the bijection's ``out_shape`` as ``shape`` and with ``context_shape``.
+        context_shape: of the context that comes with each example, or None.
 
     ``forward`` is ``log_prob``, so that whatever wraps a module (DDP, compile, hooks) wraps the likelihood.
     """
@@ -34,7 +35,7 @@ class Flow(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.bijection = built("bijection", bijection, shape=self.shape, context_shape=context_shape)
-        self.base = base(shape=self.bijection.out_shape)
+        self.base = built("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
 
     @property
     def dimensions(self) -> int:
@@ -65,10 +66,22 @@ class Flow(nn.Module):
         """The data of a latent."""
         return self.bijection.inverse(z, context)[0]
 
-    def latents(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """n draws from the base, made on the CPU so that a seed gives the same ones on every device."""
+    @torch.no_grad()
+    def latents(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """n draws from the base as it is now, float32 at least, on the flow's device.
+
+        Their noise is made on the CPU and does not depend on ``temperature``: a seed gives the same on every device,
+        and draws at several temperatures that differ in nothing else. A base that depends on the context needs one,
+        (n, *context_shape).
+        """
         like = next(self.parameters(), torch.empty(0))
-        z = self.base.sample(n, temperature, generator=generator)
+        z = self.base.sample(n, temperature, context, generator)
         return z.to(like.device, at_least_float32(like.dtype))
 
     def sample(
@@ -78,8 +91,9 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n examples, (n, *shape). ``temperature`` multiplies the latent (Kingma & Dhariwal 2018, section 6)."""
-        return self.decode(self.latents(n, temperature, generator), context)
+        """n examples, (n, *shape). ``temperature`` scales how far the latents lie from their means, which are 0 for the
+        standard bases (Kingma & Dhariwal 2018, section 6); see ``Distribution.sample``."""
+        return self.decode(self.latents(n, temperature, generator, context), context)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
