@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from flowtrain import distributed
@@ -11,7 +13,6 @@ from flowtrain.data.split import Split
 from flowtrain.engine.evaluate import Evaluation, evaluate, exact_arithmetic
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.flow import Flow
-from flowtrain.plots.grid import grid
 
 EVALUATION_BATCH = 256  # fixed: dequantization noise in evaluation is a function of it
 
@@ -43,8 +44,10 @@ def load_weights(flow: Flow, state: dict, weights: str = "auto") -> str:
     return weights
 
 
-def judge(flow: Flow, split: Split, cfg, examples: int | None = None, draws: int = 1) -> Evaluation:
-    """Evaluate ``flow`` on a split with every process taking its share.
+def judge(
+    flow: Flow, split: Split, cfg, examples: int | None = None, draws: int = 1, exact: bool = False
+) -> Evaluation:
+    """Evaluate ``flow`` on a split with every process taking its share; ``exact``: with the exact trace of its ODEs.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
@@ -52,8 +55,10 @@ def judge(flow: Flow, split: Split, cfg, examples: int | None = None, draws: int
     device = next(flow.parameters()).device
     rank, world = distributed.rank(), distributed.world()
     batches = ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
+    from flowtrain.bijections.ode import exact_trace
     try:
-        return evaluate(flow, batches, len(split), draws, cfg.seed)
+        with exact_trace() if exact else nullcontext():
+            return evaluate(flow, batches, len(split), draws, cfg.seed)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 
@@ -62,16 +67,12 @@ def is_picture(cfg) -> bool:
     return len(cfg.dataset.shape) == 3
 
 
-def sample_grid(flow: Flow, latents: torch.Tensor, levels: int) -> torch.Tensor:
-    """The pictures of ``latents`` as one."""
-    return grid(decode(flow, latents), levels)
-
-
-def decode(flow: Flow, latents: torch.Tensor, batch: int = 64) -> torch.Tensor:
+def decode(flow: Flow, latents: torch.Tensor, context: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:
     """The data of latents, on the CPU, a batch at a time."""
+    contexts = [None] * len(latents) if context is None else context.split(batch)
     was_training = flow.training
     flow.eval()
     with exact_arithmetic():
-        parts = [flow.decode(part).cpu() for part in latents.split(batch)]
+        parts = [flow.decode(*pair).cpu() for pair in zip(latents.split(batch), contexts)]
     flow.train(was_training)
     return torch.cat(parts)

@@ -113,6 +113,20 @@ def halvings(side: int) -> int:
     return count
 
 
+def one_hot(context, classes: int) -> list[int] | None:
+    """The shape of a context that is a class, or None."""
+    if context not in (None, "label"):
+        raise Refused(f"dataset.context={context}: must be label, or null")
+    return None if context is None else [classes]
+
+
+def side(shape) -> int:
+    """The width of a picture; of a vector its length, which what needs pictures then refuses."""
+    return shape[-1]
+
+
+OmegaConf.register_new_resolver("side", side, replace=True)
+OmegaConf.register_new_resolver("one_hot", one_hot, replace=True)
 OmegaConf.register_new_resolver("levels", levels, replace=True)
 OmegaConf.register_new_resolver("halvings", halvings, replace=True)
 OmegaConf.register_new_resolver("beside", runs.beside, replace=True)

@@ -44,7 +44,7 @@ class Published:
     space: Literal["integers", "unit", "logit", "standardized"]
     split: str
     data: str  # what the description of the split must say to be the same data
-    levels: int
+    levels: int | None  # null: real numbers
     source: str
     from_memory: bool
 
@@ -78,7 +78,7 @@ class Eval(Train):
     run_dir: str = ""
     split: Literal["train", "val", "test"] = "test"
     draws: int = bounded(least=1)
-    examples: int | None = bounded(least=2)
+    examples: Literal["auto"] | int | None = bounded(least=2)
     weights: Literal["auto", "ema", "raw"] = "auto"
     json: bool = False
 
@@ -90,6 +90,8 @@ class Sample(Train):
     n: int = bounded(least=1)
     temperature: float | list[float] = bounded(least=0)
     label: int | list[int] | None = bounded(least=0)
+    context: Any = None
+    plot: bool = True
     weights: Literal["auto", "ema", "raw"] = "auto"
 
 

@@ -18,16 +18,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain import __version__, distributed, globalbatch
-from flowtrain.assemble import build_flow, is_picture, judge, load_weights, sample_grid
+from flowtrain.assemble import build_flow, judge, load_weights
 from flowtrain.bijections import Coupling
 from flowtrain.config import build, conf_dir, plain
 from flowtrain.data import Loader
 from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
+from flowtrain.engine.measure import measure_of
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.trainer import Settings, Trainer
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.flow import Flow
+from flowtrain.views import View
 
 log = logging.getLogger("flowtrain")
 
@@ -65,7 +67,8 @@ def main(cfg, run_dir: str) -> dict:
     try:
         trainer.fit(reporter)
         summary = _conclude(cfg, flow, trainer, val, run_dir)
-        reporter.hyperparameters(_flat(plain(cfg)), {"bits_per_dim": summary["bits_per_dim"]})
+        key = trainer.measure.key
+        reporter.hyperparameters(_flat(plain(cfg)), {key: summary[key]})
     except torch.OutOfMemoryError as error:
         raise FlowtrainError(
             f"out of memory on {_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
@@ -102,9 +105,12 @@ def _start(flow: Flow, cfg, train, device) -> None:
     if cfg.init:
         log.info("weights from %s (%s)", cfg.init, load_weights(flow, checkpoint.read(cfg.init)))
     elif distributed.is_main():
+        for module in flow.modules():
+            if hasattr(module, "fit"):  # what a table's columns say: units, and which of them hold integers
+                module.fit(train.columns)
         size = min(cfg.trainer.init_batch or cfg.batch_size, len(train))
         torch.manual_seed(cfg.seed)
-        flow.initialize(next(Loader(train, size, cfg.seed, None, device).batches()))
+        flow.initialize(*next(Loader(train, size, cfg.seed, None, device).batches()))
     distributed.broadcast(flow.state_dict().values())
 
 
@@ -115,19 +121,17 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
     if cfg.compile:
         _compile(flow)
-    latents = flow.latents(cfg.trainer.sample_n, generator=torch.Generator().manual_seed(cfg.seed))
+    view = View(val, cfg) if distributed.is_main() else None
 
     def validate(judged: Flow):
         if globalbatch.has_moments(judged):
             _remember_moments(judged, loader, cfg.trainer.val_examples)
         return judge(judged, val, cfg, cfg.trainer.val_examples, cfg.trainer.val_draws)
 
-    def draw(judged: Flow):
-        return sample_grid(judged, latents, cfg.dataset.levels) if is_picture(cfg) else None
-
+    columns = loader.split.columns
     return Trainer(
-        flow, wrapped, loader, _optimizer(cfg, flow), schedule, settings, ema,
-        validate, draw, run_dir, plain(cfg),
+        flow, wrapped, loader, _optimizer(cfg, flow), schedule, settings, ema, validate, view, run_dir,
+        measure_of(cfg.dataset.levels), plain(cfg), columns.record() if columns else None,
     )  # fmt: skip
 
 
@@ -156,9 +160,9 @@ def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     torch.manual_seed(loader.seed)
     with torch.no_grad(), globalbatch.reestimating(flow):
         for _ in range(min(loader.steps_per_epoch, steps)):
-            x = next(batches)
+            x, context = next(batches)
             with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
-                flow(x)
+                flow(x, context)
 
 
 def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
@@ -167,10 +171,11 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
     distributed.barrier()  # the first process has written it
     load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
     result = judge(flow, val, cfg, draws=cfg.trainer.val_draws)
+    bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     summary = {
-        "bits_per_dim": result.bits_per_dim,
-        "bits_per_dim_stderr": result.bits_per_dim_stderr,
+        **(bits if cfg.dataset.levels or val.columns and val.columns.all_integer else {}),
         "log_likelihood": result.log_likelihood,
+        "log_likelihood_stderr": result.log_likelihood_stderr,
         "steps": trainer.step,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "seconds": round(trainer.seconds, 3),
@@ -182,10 +187,8 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         temporary = Path(run_dir) / ".summary.tmp"
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
         temporary.replace(Path(run_dir) / "summary.json")
-        log.info(
-            "finished after %d steps, %.0f s: best validation %.4f ± %.4f bits/dim",
-            trainer.step, trainer.seconds, result.bits_per_dim, result.bits_per_dim_stderr,
-        )  # fmt: skip
+        best = trainer.measure.judged(result)[2]
+        log.info("finished after %d steps, %.0f s: best validation %s", trainer.step, trainer.seconds, best)
         if pictures := sorted((Path(run_dir) / "samples").glob("*.png")):
             log.info("samples: %s", pictures[-1])
         places = "".join(f" dataset.{key}='{cfg.dataset[key]}'" for key in ("root", "path") if _is_ours(cfg, key))
@@ -257,8 +260,13 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
     levels = cfg.dataset.levels
     shape = "×".join(map(str, flow.shape))
-    log.info("shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
-             shape, flow.dimensions, levels, math.log2(levels))  # fmt: skip
+    if levels:
+        log.info("shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
+                 shape, flow.dimensions, levels, math.log2(levels))  # fmt: skip
+    else:
+        log.info("shape %s, D = %d, real numbers: likelihoods in nats", shape, flow.dimensions)
+    if flow.bijection.context_shape:
+        log.info("context: %s, shape %s", cfg.dataset.context, "×".join(map(str, flow.bijection.context_shape)))
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
     preset = f"{cfg.model.name}_{cfg.dataset.name}"
     if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():

@@ -25,7 +25,7 @@ from flowtrain.errors import FlowtrainError, Refused
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted((CONF / "dataset").glob("*.yaml"))
 KEYS = (  # in this order
-    "defaults _target_ name root path download image_size channels shape bits levels halvings context_shape"
+    "defaults _target_ name root path download image_size channels shape bits levels halvings context context_shape"
     " flip shift val_size test_size split_seed"
 ).split()
 
@@ -73,7 +73,7 @@ def test_every_file_has_the_same_keys_and_builds_without_data(file, tmp_path):
     assert list(node) == KEYS and node["name"] == file.stem
     module, _, cls = node.pop("_target_").rpartition(".")
     node.pop("defaults")
-    node |= {"shape": [node["channels"], node["image_size"], node["image_size"]], "levels": None, "halvings": None}
+    node |= {"context_shape": None, "shape": [node["channels"], node["image_size"], node["image_size"]], "levels": None, "halvings": None}
     built = getattr(importlib.import_module(module), cls)(**node | {"root": str(tmp_path / "none")})
     assert built.shape == tuple(node["shape"]) and built.levels in (17, 256)
     assert not (tmp_path / "none").exists()
@@ -117,7 +117,7 @@ def test_digits():
     assert (digits.shape, digits.levels) == ((1, 8, 8), 17)
     parts = {name: digits.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 1259, "val": 179, "test": 359}
-    test = parts["test"].take(torch.arange(359))
+    test = parts["test"].take(torch.arange(359))[0]
     assert test.dtype == torch.uint8 and test.max() == 16 and "1,797" not in parts["test"].description
     from sklearn.datasets import load_digits
 
@@ -172,7 +172,7 @@ def numbered(length=23, size=4):
 
 def steps(loader, start, number):
     batches = loader.batches(start)
-    return [next(batches) for _ in range(number)]
+    return [next(batches)[0] for _ in range(number)]
 
 
 def test_loader_goes_on_from_any_step():
@@ -215,15 +215,15 @@ def test_a_resumed_run_needs_the_same_data():
 @pytest.mark.parametrize(("length", "world"), [(23, 1), (23, 2), (23, 3), (5, 8), (0, 2)])
 def test_ordered_gives_every_example_once(length, world):
     shares = [list(data.ordered(numbered(length), 4, rank=rank, world=world)) for rank in range(world)]
-    batches = sorted(index.tolist() for share in shares for index, _ in share)
+    batches = sorted(index.tolist() for share in shares for index, _, _ in share)
     assert batches == [list(range(length))[i : i + 4] for i in range(0, length, 4)]  # whole, for any world
-    assert all(x[:, 0, 0, 0].tolist() == index.tolist() for share in shares for index, x in share)
+    assert all(x[:, 0, 0, 0].tolist() == index.tolist() for share in shares for index, x, _ in share)
 
 
 def test_ordered_takes_some_evenly():
-    index = torch.cat([index for index, _ in data.ordered(numbered(20), 4, examples=5)])
+    index = torch.cat([index for index, _, _ in data.ordered(numbered(20), 4, examples=5)])
     assert index.tolist() == [0, 4, 8, 12, 16]
-    assert sum(len(i) for i, _ in data.ordered(numbered(20), 4, examples=100)) == 20
+    assert sum(len(i) for i, _, _ in data.ordered(numbered(20), 4, examples=100)) == 20
 
 
 # ------------------------------------------------------------------ augmentation
@@ -260,10 +260,10 @@ def test_image_folder(folder):
     parts = {name: images.split(name) for name in ("train", "val", "test")}
     assert [len(split) for split in parts.values()] == [13, 3, 4]
     assert len({name for split in parts.values() for name in split.names}) == 20
-    x = parts["train"].take(torch.arange(13))
+    x = parts["train"].take(torch.arange(13))[0]
     assert x.shape == (13, 3, 8, 8) and x.dtype == torch.uint8
     assert str(folder) in parts["train"].description and parts["train"].streams
-    grey = data.ImageFolder(path=str(folder), image_size=8, channels=1, bits=5).split("train").take(torch.tensor([0]))
+    grey = data.ImageFolder(path=str(folder), image_size=8, channels=1, bits=5).split("train").take(torch.tensor([0]))[0]
     assert grey.shape == (1, 1, 8, 8) and grey.max() < 32
 
 
@@ -312,9 +312,9 @@ def test_archives_are_read_where_they_lie(folder, tmp_path, kind):
     )
     assert there.names == packed.names
     index = torch.arange(len(there))
-    assert torch.equal(there.take(index), packed.take(index))
-    streamed = torch.cat([x for _, x in data.ordered(packed, 4, workers=2)])
-    assert torch.equal(streamed, there.take(index))
+    assert torch.equal(there.take(index)[0], packed.take(index)[0])
+    streamed = torch.cat([x for _, x, _ in data.ordered(packed, 4, workers=2)])
+    assert torch.equal(streamed, there.take(index)[0])
 
 
 def test_streaming_is_the_same_for_any_workers_and_ranks(folder):
@@ -369,7 +369,7 @@ def test_an_unreadable_picture(folder, caplog, workers):
     first, second = (steps(data.Loader(split, 5, workers=workers), 0, 8) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(split.bad) == 2 and sum("cannot read" in record.message for record in caplog.records) == 1
-    index = torch.cat([index for index, _ in data.ordered(opened("skip"), 4, workers=workers)])
+    index = torch.cat([index for index, _, _ in data.ordered(opened("skip"), 4, workers=workers)])
     assert len(index) == 18 and names.index("class0/03.png") not in index.tolist()  # evaluation repeats nothing
 
 
@@ -411,7 +411,7 @@ def test_celeba(tmp_path):
     table.write_text("".join(f"{i:06d}.png {max(0, i - 3)}\n" for i in range(6)))
     celeba = data.CelebA(root=str(tmp_path), flip=True)
     assert [len(celeba.split(name)) for name in ("train", "val", "test")] == [4, 1, 1]
-    assert (celeba.split("test").take(torch.tensor([0])) == 77).all()
+    assert (celeba.split("test").take(torch.tensor([0]))[0] == 77).all()
     table.write_text(table.read_text() + "000009.png 2\n")
     one_line(lambda: celeba.split("test"), "1 of the 2 pictures")
 
@@ -450,7 +450,7 @@ def test_imagenet_png_folders(tmp_path):
     parts = {name: images.split(name) for name in ("train", "val", "test")}
     assert [len(split) for split in parts.values()] == [4, 2, 3]
     assert "van den Oord" in parts["train"].description
-    assert parts["test"].take(torch.arange(3))[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert parts["test"].take(torch.arange(3))[0][:, 0, 0, 0].tolist() == [0, 1, 2]
     Image.new("RGB", (32, 32)).save(tmp_path / "valid_64x64" / "0.png")
     one_line(lambda: parts["test"].take(torch.tensor([0])), "32x32, not 64x64", error=FlowtrainError)
     write_batches(tmp_path, 64)
@@ -556,3 +556,17 @@ def test_genuine_cifar10():
     assert [len(split) for split in parts] == [45_000, 5_000, 10_000]
     mean = torch.cat([split.data for split in parts[:2]]).float().mean((0, 2, 3)) / 255
     assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465]), atol=1e-4)
+
+
+def test_labels_come_as_a_one_hot_context():
+    from sklearn.datasets import load_digits
+
+    split = data.Digits(context="label", context_shape=[10]).split("test")
+    x, context = split.take(torch.arange(5))
+    order = np.random.default_rng(0).permutation(1797)[:5]
+    assert context.dtype == torch.float32 and context.sum(1).tolist() == [1] * 5
+    assert context.argmax(1).tolist() == load_digits().target[order].tolist()
+    assert next(data.Loader(split, 4).batches())[1].shape == (4, 10)
+    assert [c.shape for _, _, c in data.ordered(split, 200)] == [(200, 10), (159, 10)]
+    one_line(lambda: data.Digits(context="colour"), "dataset.context=colour", "label, or null")
+    one_line(lambda: data.Synthetic(context="label"), "dataset.context=label", "no labels")

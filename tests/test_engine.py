@@ -15,6 +15,7 @@ from flowtrain.data.order import generator, mix
 from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import evaluate
+from flowtrain.engine.measure import BitsPerDim, NatsPerRow
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.schedules import Constant, Cosine, Exponential, Linear, Steps
 from flowtrain.engine.trainer import Settings, Trainer
@@ -49,7 +50,7 @@ class Batches:
     def batches(self, step=0):
         while True:
             x = torch.randint(0, LEVELS, (BATCH, *SHAPE), generator=generator(step)).cumsum(1).clamp(max=LEVELS - 1)
-            yield torch.full(x.shape, math.nan) if step in self.poison else x
+            yield torch.full(x.shape, math.nan) if step in self.poison else x, None
             step += 1
 
     def state_dict(self):
@@ -69,14 +70,14 @@ def settings(**changes):
 
 def trainer(run_dir, loader=None, ema=0.9, flow=None, **changes):
     flow = flow or small_flow()
-    test = next(Batches().batches(10_000))
+    test, _ = next(Batches().batches(10_000))
 
     def judge(judged):
-        return evaluate(judged, [(torch.arange(BATCH), test)], BATCH)
+        return evaluate(judged, [(torch.arange(BATCH), test, None)], BATCH)
 
     return Trainer(
         flow, flow, loader or Batches(), torch.optim.Adam(flow.parameters(), 1e-2), Cosine(), settings(**changes),
-        EMA(flow, ema) if ema else None, judge, lambda _flow: None, run_dir, {"some": "config"},
+        EMA(flow, ema) if ema else None, judge, lambda _flow: None, run_dir, BitsPerDim(), {"some": "config"},
     )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def test_too_many_bad_steps_stop_with_the_last_good_state_saved(tmp_path):
     assert all(value.isfinite().all() for value in saved["model"].values())
     good = trainer(tmp_path, max_steps=30)
     for x in [next(Batches().batches(step)) for step in range(6)]:
-        good.update(*good.gradient(x))
+        good.update(*good.gradient(*x))
         good.step += 1
     assert same(good.flow.state_dict(), saved["model"])
 
@@ -267,7 +268,7 @@ def test_schedules():
 
 def evaluation_batches(size, n=40):
     x = torch.randint(0, LEVELS, (n, *SHAPE), generator=generator(0))
-    return [(index, x[index]) for index in torch.arange(n).split(size)], n
+    return [(index, x[index], None) for index in torch.arange(n).split(size)], n
 
 
 def test_evaluation_is_reproducible_and_leaves_the_generator_alone():
@@ -302,7 +303,7 @@ def test_evaluation_names_examples_without_a_likelihood():
     flow = Flow((1,), b.ActNorm)
     x = torch.tensor([[0.0], [math.nan], [1.0]])
     with pytest.raises(FloatingPointError, match=r"1 of 3 examples.*\[1\]"):
-        evaluate(flow, [(torch.arange(3), x)], 3)
+        evaluate(flow, [(torch.arange(3), x, None)], 3)
 
 
 def test_checkpoints_verify_themselves(tmp_path):
@@ -356,3 +357,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert checkpoint.read(tmp_path / "a.pt")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_what_is_reported_is_what_is_minimized():
+    log_prob = torch.tensor([-4.0, -8.0])
+    assert BitsPerDim().loss(log_prob, 2).tolist() == pytest.approx([2 / math.log(2), 4 / math.log(2)])
+    nats = NatsPerRow()
+    assert nats.loss(log_prob, 2).tolist() == [2, 4]
+    assert nats.reported(nats.loss(log_prob, 2).mean().item(), 2) == -6
+    result = evaluate(small_flow(), *evaluation_batches(40))
+    loss, figure, text = nats.judged(result)
+    assert -loss == figure == result.log_likelihood
+    assert f"± {2 * result.log_likelihood_stderr:.4f} nats (2 standard errors)" in text

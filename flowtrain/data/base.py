@@ -39,6 +39,7 @@ class Images:
         shape: (channels, image_size, image_size); left out, those two decide.
         bits: keep this many of the 8, floor(x / 2^(8 − bits)); None keeps all.
         levels: the number of integer values that follows from ``bits``; only checked here.
+        context: "label" for examples that come with their class, one-hot, or None.
         halvings, context_shape: what models ask about these data; not used here.
         flip, shift: augmentation of the train split (see Augment).
         val_size, test_size: count or fraction cut off with a fixed seed; None where a set has such a split itself.
@@ -52,6 +53,7 @@ class Images:
     native_size: int | None = None  # None: any
     native_channels: int | None = None
     native_levels = 256
+    classes: int | None = None  # of the labels, where there are any
     own_splits: tuple[str, ...] = ("test",)  # besides train, those that the files themselves distinguish
     uses_path = True
     default_size, default_channels = 64, 3
@@ -71,6 +73,7 @@ class Images:
         bits: int | None = None,
         levels: int | None = None,
         halvings: int | None = None,
+        context: str | None = None,
         context_shape: tuple[int, ...] | None = None,
         flip: bool = False,
         shift: int = 0,
@@ -89,6 +92,7 @@ class Images:
         self.path = None if path is None else Path(os.path.expanduser(path))
         self.download, self.split_seed, self.on_bad = download, split_seed, on_bad
         self.halvings, self.context_shape = halvings, context_shape
+        self.labelled = context is not None
         self.shape = self._shape(image_size, channels, shape)
         self.levels, self._drop = self._levels(bits, levels)
         self.flip, self.shift = flip, shift
@@ -97,6 +101,8 @@ class Images:
 
         if path is not None and not self.uses_path:
             self._refuse("path", path, f"{self.name}'s files are looked for under dataset.root")
+        if self.labelled and (context != "label" or not self.classes):
+            self._refuse("context", context, "must be label, or null" if self.classes else f"{self.name} has no labels")
         if on_bad not in ("stop", "skip"):
             raise Refused(f"on_bad={on_bad}: must be stop or skip")
         if (flip or shift) and len(self.shape) != 3:
@@ -159,14 +165,22 @@ class ArrayImages(Images):
 
     uses_path = False
 
-    def _load(self, part: str) -> tuple[Tensor, str]:
-        """The pictures of "train" or "test" as the files have them, uint8 (N, C, H, W), and where they came from."""
+    def _load(self, part: str) -> tuple[Tensor, Tensor | None, str]:
+        """The pictures of "train" or "test" as the files have them, uint8 (N, C, H, W), their labels, int64 (N,), where
+        they have any, and where they came from."""
         raise NotImplementedError
 
     def _open(self, name: str) -> ArraySplit:
         own = name in self.own_splits
-        data, origin = self._load(name if own else "train")
+        data, labels, origin = self._load(name if own else "train")
+        context = one_hot(labels, self.classes) if self.labelled else None
         if not own:
             chosen = cut(len(data), self.val_size, self.test_size or 0, self.split_seed)[name]
-            data = data[torch.from_numpy(np.ascontiguousarray(chosen))]
-        return ArraySplit(data >> self._drop, f"{self.name} {name}: {len(data):,} examples, {origin}")
+            chosen = torch.from_numpy(np.ascontiguousarray(chosen))
+            data, context = data[chosen], None if context is None else context[chosen]
+        return ArraySplit(data >> self._drop, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Labels (N,) as the context of a conditional flow, float32 (N, classes)."""
+    return torch.nn.functional.one_hot(labels, classes).float()

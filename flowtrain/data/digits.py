@@ -13,10 +13,12 @@ class Digits(ArrayImages):
     native_name = "digits"
     native_size, native_channels, native_levels = 8, 1, 17
     own_splits = ()
+    classes = 10
     default_val, default_test = 0.1, 0.2
 
-    def _load(self, part: str) -> tuple[Tensor, str]:
+    def _load(self, part: str) -> tuple[Tensor, Tensor, str]:
         from sklearn.datasets import load_digits
 
-        images = load_digits().images.astype(np.uint8)
-        return torch.from_numpy(images)[:, None], "held in scikit-learn"
+        digits = load_digits()
+        pictures = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
+        return pictures, torch.from_numpy(digits.target), "held in scikit-learn"

@@ -47,15 +47,16 @@ class Loader:
         self.device, self.rank, self.world, self.workers = torch.device(device), rank, world, workers
         self.steps_per_epoch = len(split) // batch_size
 
-    def batches(self, start_step: int = 0) -> Iterator[Tensor]:
-        """This process's slice of the batches of steps start_step, start_step + 1, …: (b, *shape), without an end."""
+    def batches(self, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's slice of the batches of steps start_step, start_step + 1, …, without an end: examples
+        (b, *shape) and their context (b, *context_shape) or None."""
         batches = _take(self.split, self._indices(start_step), self.workers, replace=True)
-        for step, (_, x) in enumerate(batches, start_step):
+        for step, (_, x, context) in enumerate(batches, start_step):
             if len(x) < self.batch_size // self.world:
                 raise FlowtrainError("too many unreadable pictures one after another to replace them all")
             if self.augment is not None:
                 x = self.augment(x, seed=self.seed, step=step, rank=self.rank, world=self.world)
-            yield x
+            yield x, context
 
     def _indices(self, start_step: int) -> Iterator[Tensor]:
         mine = shard(self.batch_size, self.rank, self.world)
@@ -87,8 +88,9 @@ def ordered(
     world: int = 1,
     examples: int | None = None,
     workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (indices (b,) on the CPU, examples (b, *shape)): every example exactly once over all processes.
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yields (indices (b,) on the CPU, examples (b, *shape), context (b, *context_shape) or None): every example
+    exactly once over all processes.
 
     The batches are those of a single process, dealt out whole: what a batch's noise is need not depend on how many
     processes there are, but some may get one batch fewer. ``examples`` takes that many, evenly spaced, since a folder
@@ -98,18 +100,18 @@ def ordered(
     number = length if examples is None else min(examples, length)
     chosen = torch.arange(number) * length // max(number, 1)
     batches = chosen.split(batch_size)[rank::world] if number else ()
-    for index, x in _take(split.to(device), batches, workers):
+    for index, x, context in _take(split.to(device), batches, workers):
         if len(index):
-            yield index, x
+            yield index, x, context
 
 
 def _take(
     split: Split, indices: Iterable[Tensor], workers: int, replace: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (index, examples) for each index, decoded by worker processes where the split streams."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yields (index, examples, context) for each index, decoded by worker processes where the split streams."""
     if not split.streams:
         for index in indices:
-            yield index, split.take(index)
+            yield index, *split.take(index)
         return
     loader = DataLoader(
         _Reader(split, replace),
@@ -133,7 +135,7 @@ def _take(
             why = str(error).splitlines()[0]
             raise FlowtrainError(f"a data worker ended early: {why}; trainer.workers=0 does without") from error
         split.report(problems)
-        yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True)
+        yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
 
 
 class _Reader:

@@ -179,12 +179,12 @@ class PictureSplit(Split):
         self.device = torch.device(device)
         return self
 
-    def take(self, index: Tensor) -> Tensor:
+    def take(self, index: Tensor) -> tuple[Tensor, None]:
         _, pictures, problems = self.read(index.tolist(), replace=True)
         self.report(problems)
         if len(pictures) < len(index):
             raise FlowtrainError("too many unreadable pictures one after another to replace them all")
-        return pictures.to(self.device)
+        return pictures.to(self.device), None
 
     def read(self, index: list[int], replace: bool) -> tuple[list[int], Tensor, dict[int, str]]:
         """(index, pictures, problems): what was read, on the CPU, and why the rest could not be.

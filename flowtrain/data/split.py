@@ -15,10 +15,12 @@ class Split:
         shape: the shape of one example.
         streams: whether examples are decoded on demand (then a loader uses worker processes).
         home: the device where ``take`` wants its index: giving it there costs no wait.
+        columns: of a table, what its columns are (a Columns record), else None.
         bad: number of example -> why it could not be read, for those met so far.
     """
 
     streams = False
+    columns = None
 
     def __init__(self, shape: tuple[int, ...], description: str):
         self.shape, self.description = tuple(shape), description
@@ -28,8 +30,9 @@ class Split:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def take(self, index: Tensor) -> Tensor:
-        """Examples ``index`` (B,) as integers, uint8 (B, *shape), on the device of the last ``to``."""
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Examples ``index`` (B,), uint8 or float32 (B, *shape), and their context, float32 (B, *context_shape) or
+        None, on the device of the last ``to``."""
         raise NotImplementedError
 
     def to(self, device) -> "Split":
@@ -39,21 +42,27 @@ class Split:
 class ArraySplit(Split):
     """Examples held as one tensor (N, *shape), on the device where they fit there, else in the host's memory."""
 
-    def __init__(self, data: Tensor, description: str = "array"):
+    def __init__(self, data: Tensor, description: str = "array", context: Tensor | None = None, columns=None):
         super().__init__(data.shape[1:], description)
-        self.data = data
+        self.data, self.context, self.columns = data, context, columns
         self.device = self.home = data.device
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def take(self, index: Tensor) -> Tensor:
-        return self.data[index.to(self.home)].to(self.device, non_blocking=True)
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        index = index.to(self.home)
+        return tuple(
+            None if rows is None else rows[index].to(self.device, non_blocking=True)
+            for rows in (self.data, self.context)
+        )
 
     def to(self, device) -> "ArraySplit":
         self.device = torch.device(device)
-        if self.device.type != "cuda" or self.data.nbytes <= torch.cuda.mem_get_info(self.device)[0] // 2:
+        size = self.data.nbytes + (0 if self.context is None else self.context.nbytes)
+        if self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 2:
             self.data = self.data.to(self.device)
+            self.context = None if self.context is None else self.context.to(self.device)
             self.home = self.data.device
         return self
 

@@ -29,7 +29,7 @@ class Synthetic(ArrayImages):
             self._refuse("shape", list(shape), "must be one or more sides of at least 1")
         return tuple(shape)
 
-    def _load(self, part: str) -> tuple[Tensor, str]:
+    def _load(self, part: str) -> tuple[Tensor, None, str]:
         dims = int(np.prod(self.shape))
         number = min(max(_BYTES // dims, _EXAMPLES[0]), _EXAMPLES[-1])
         ramp = sum(np.meshgrid(*(np.linspace(-1, 1, side) for side in self.shape), indexing="ij")) / len(self.shape)
@@ -38,4 +38,4 @@ class Synthetic(ArrayImages):
         for example in data:
             brightness, noise = draw.normal(0, 32), draw.integers(-12, 13, self.shape)
             example[...] = np.clip(128 + 48 * ramp + brightness + noise, 0, 255)
-        return torch.from_numpy(data), f"made up from dataset.split_seed={self.split_seed}"
+        return torch.from_numpy(data), None, f"made up from dataset.split_seed={self.split_seed}"

@@ -17,6 +17,7 @@ class TorchvisionImages(ArrayImages):
 
     torchvision_class: str
     default_val = 5000
+    classes = 10
 
     def _files(self, part: str) -> list[str]:
         """The files that torchvision wants for a part, under ``dataset.root``."""
@@ -31,25 +32,29 @@ class TorchvisionImages(ArrayImages):
 
         return getattr(torchvision.datasets, self.torchvision_class)(root, train=part == "train", download=download)
 
-    def _load(self, part: str) -> tuple[Tensor, str]:
+    def _labels(self, found):
+        return found.targets
+
+    def _load(self, part: str) -> tuple[Tensor, Tensor, str]:
         on_first_rank(lambda: self._fetch(part))
         if not self._found(part):  # process 0 has them, on another machine's disk
             raise Refused(self._missing(part, "the first process has them; share dataset.root between machines"))
         try:
-            data = self._build(str(self.root), part, download=False).data
+            found = self._build(str(self.root), part, download=False)
+            data, labels = found.data, self._labels(found)
         except (RuntimeError, OSError, ValueError, EOFError, struct.error, pickle.UnpicklingError) as error:
             raise FlowtrainError(
                 f"dataset={self.name}: files under {self.root} are damaged ({_line(error)});"
                 f" remove {self._hint()} and get them again"
             ) from error
-        data = torch.as_tensor(data)  # MNIST's is one already
+        data, labels = torch.as_tensor(data), torch.as_tensor(labels).long()  # MNIST's are tensors already
         if data.dim() == 3:
             data = data[:, None]
         elif data.shape[-1] == 3:
             data = data.permute(0, 3, 1, 2).contiguous()
         if tuple(data.shape[1:]) != self.shape:
             raise FlowtrainError(f"dataset={self.name}: files under {self.root} hold shapes {list(data.shape[1:])}")
-        return data, f"from {self.root}"
+        return data, labels, f"from {self.root}"
 
     def _found(self, part: str) -> bool:
         return all((self.root / file).is_file() for file in self._files(part))
@@ -125,6 +130,9 @@ class SVHN(TorchvisionImages):
         import torchvision
 
         return torchvision.datasets.SVHN(root, split=part, download=download)
+
+    def _labels(self, found):
+        return found.labels
 
 
 def _line(error: Exception) -> str:

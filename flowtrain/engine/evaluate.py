@@ -19,7 +19,8 @@ from flowtrain.flow import Flow, to_bits_per_dim
 class Evaluation:
     """Mean and standard error over examples, each averaged over its draws of dequantization noise.
 
-    ``bits_per_dim_iw`` is that of the importance-weighted bound log(1/K Σ p_k), None for one draw.
+    ``bits_per_dim_iw`` is that of the importance-weighted bound log(1/K Σ p_k), None for one draw. It bounds only
+    where a draw's p_k is an unbiased estimate: not that of an ODE's stochastic trace, which is unbiased for log p_k.
     """
 
     bits_per_dim: float
@@ -33,9 +34,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    flow: Flow, batches: Iterable[tuple[Tensor, Tensor]], total: int, draws: int = 1, seed: int = 0
+    flow: Flow,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    total: int,
+    draws: int = 1,
+    seed: int = 0,
 ) -> Evaluation:
-    """Evaluate ``flow`` on (indices, x) batches that hold each of ``total`` examples at most once over all processes.
+    """Evaluate ``flow`` on (indices, x, context) batches that hold each of ``total`` examples at most once over all
+    processes.
 
     The noise is a function of (seed, first index of the batch, draw): the same in each evaluation, for any number of
     processes.
@@ -48,13 +54,13 @@ def evaluate(
     device = next(flow.parameters()).device
     mean, weighted, seen = torch.zeros(3, total, dtype=torch.float64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
-        for index, x in batches:
+        for index, x, context in batches:
             first = int(index[0])
             index = index.to(device)
             best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=device)
             for draw in range(draws):
                 torch.manual_seed(mix(seed, first, draw))
-                log_prob = flow(x).double()
+                log_prob = flow(x, context).double()
                 mean[index] += log_prob / draws
                 best = torch.logaddexp(best, log_prob)
             weighted[index] = best - math.log(draws)

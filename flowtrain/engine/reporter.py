@@ -40,13 +40,13 @@ class Reporter:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
-    def progress(self, step: int, bits_per_dim: float, rate: float, left: float | None) -> None:
-        """Show where training stands: ``rate`` in examples a second, ``left`` in seconds."""
+    def progress(self, step: int, figure: str, rate: float, left: float | None) -> None:
+        """Show where training stands: ``figure`` with its unit, ``rate`` in examples a second, ``left`` in seconds."""
         left = "" if left is None else f", {_clock(left)} left"
         if self.bar is None:
-            log.info("step %d: %.4f bits/dim, %.0f examples/s%s", step, bits_per_dim, rate, left)
+            log.info("step %d: %s, %.0f examples/s%s", step, figure, rate, left)
         else:
-            self.bar.set_postfix_str(f"{bits_per_dim:.4f} bits/dim, {rate:.0f} examples/s{left}", refresh=False)
+            self.bar.set_postfix_str(f"{figure}, {rate:.0f} examples/s{left}", refresh=False)
             self.bar.update(step - self.bar.n)
 
     def picture(self, step: int, name: str, picture: Tensor) -> Path:

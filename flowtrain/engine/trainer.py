@@ -18,10 +18,11 @@ from flowtrain.data.order import mix
 from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.measure import Measure
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.signals import ASKED, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
-from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
 
@@ -55,7 +56,9 @@ class Trainer:
         schedule: gives the factor of each parameter group's first rate.
         judge: validates a flow; the same result on every process.
         draw: draws a picture of a flow's samples, or returns None.
+        measure: what is minimized and reported.
         config: what a checkpoint keeps so that the flow can be built again.
+        columns: what it keeps of a table's columns, plain data, or None.
     """
 
     def __init__(
@@ -70,16 +73,19 @@ class Trainer:
         judge: Callable[[Flow], Evaluation],
         draw: Callable[[Flow], Tensor | None],
         run_dir: Path,
+        measure: Measure,
         config: dict,
+        columns: dict | None = None,
     ):
         self.flow, self.wrapped, self.loader = flow, wrapped, loader
         self.optimizer, self.schedule, self.settings, self.ema = optimizer, schedule, settings, ema
-        self.judge, self.draw, self.config = judge, draw, config
+        self.judge, self.draw, self.measure = judge, draw, measure
+        self.config, self.columns = config, columns
         self.directory = Path(run_dir) / "checkpoints"
         self.first_rates = [group["lr"] for group in optimizer.param_groups]
         self.reporter: Reporter | Silence = Silence()
         self.step, self.seconds = 0, 0.0
-        self.best, self.stale = math.inf, 0  # validation: the best so far, and how many since
+        self.best, self.stale = math.inf, 0  # validation: the least loss so far, and how many since
         self.skipped, self.bad_in_a_row = 0, 0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
 
@@ -97,9 +103,9 @@ class Trainer:
         with remembered() as asked:
             batches = self.loader.batches(self.step)
             while self.progress() < 1 and not self.has_stalled():
-                bits, norm = self.gradient(next(batches))
-                bits, signum, self.seconds = self.agree(bits, asked.signum, time.monotonic() - began)
-                self.update(bits, norm)
+                loss, norm = self.gradient(*next(batches))
+                loss, signum, self.seconds = self.agree(loss, asked.signum, time.monotonic() - began)
+                self.update(loss, norm)
                 self.step += 1
                 if self.every(settings.log_every):
                     self.report(norm, elapsed=time.monotonic() - logged)
@@ -118,47 +124,50 @@ class Trainer:
             self.show()
             self.save()
 
-    def gradient(self, x: Tensor) -> tuple[float, float]:
-        """The loss in bits/dim of this process's slice of a global batch, and the norm of the reduced gradient."""
+    def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[float, float]:
+        """The loss on this process's slice of a global batch, and the norm of the reduced gradient."""
         settings = self.settings
         self.wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = x.chunk(settings.accumulate)
+        contexts = [None] * len(parts) if context is None else context.chunk(settings.accumulate)
         row, loss = distributed.rank() * len(x), 0.0
-        for i, part in enumerate(parts):
+        for i, (part, context) in enumerate(zip(parts, contexts)):
             torch.manual_seed(mix(settings.seed, self.step))  # nothing to restore but the step
             with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
                 with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
-                    part_loss = to_bits_per_dim(self.wrapped(part), self.flow.dimensions).sum() / len(x)
+                    log_prob = self.wrapped(part, context)
+                    part_loss = self.measure.loss(log_prob, self.flow.dimensions).sum() / len(x)
                 part_loss.backward()
             loss, row = loss + part_loss.detach(), row + len(part)
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip or math.inf)
         return tuple(torch.stack([loss, norm]).tolist())  # the one read from the device in a step
 
-    def agree(self, bits: float, signum: int, seconds: float) -> tuple[float, int, float]:
+    def agree(self, loss: float, signum: int, seconds: float) -> tuple[float, int, float]:
         """The mean loss, any process's signal and the first process's clock, the same on every process."""
         world = distributed.world()
         if world == 1:
-            return bits, signum, seconds
+            return loss, signum, seconds
         clock = seconds if distributed.rank() == 0 else 0.0
         signals = [float(signum == one) for one in ASKED]
-        bits, clock, *counts = distributed.all_sum(torch.tensor([bits / world, clock, *signals], dtype=torch.float64)).tolist()
-        return bits, next((one for one, count in zip(ASKED, counts) if count), 0), clock
+        mine = torch.tensor([loss / world, clock, *signals], dtype=torch.float64)
+        loss, clock, *counts = distributed.all_sum(mine).tolist()
+        return loss, next((one for one, count in zip(ASKED, counts) if count), 0), clock
 
-    def update(self, bits: float, norm: float) -> None:
+    def update(self, loss: float, norm: float) -> None:
         """Step the optimizer; a loss or gradient that is not finite never reaches it."""
-        if math.isfinite(bits) and math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
             for group, first in zip(self.optimizer.param_groups, self.first_rates):
                 group["lr"] = first * self.rate_factor()
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.step)
             self.bad_in_a_row = 0
-            self.loss_sum, self.loss_count = self.loss_sum + bits, self.loss_count + 1
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
             return
         if not self.skipped:
             log.warning(
-                "step %d: loss %g, gradient norm %g: skipped, as will be others like it", self.step, bits, norm
+                "step %d: loss %g, gradient norm %g: skipped, as will be others like it", self.step, loss, norm
             )
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.settings.max_bad_steps:
@@ -177,32 +186,33 @@ class Trainer:
             log.warning("step %d: no validation: %s", self.step, error)
             self.stale += 1
             return
-        gained = result.bits_per_dim < self.best
-        log.info(
-            "step %d: validation %.4f ± %.4f bits/dim%s",
-            self.step, result.bits_per_dim, result.bits_per_dim_stderr, ", the best so far" if gained else "",
-        )  # fmt: skip
-        self.reporter.scalars(self.step, {"val/bits_per_dim": result.bits_per_dim})
+        loss, figure, text = self.measure.judged(result)
+        gained = loss < self.best
+        log.info("step %d: validation %s%s", self.step, text, ", the best so far" if gained else "")
+        self.reporter.scalars(self.step, {f"val/{self.measure.key}": figure})
         self.stale = 0 if gained else self.stale + 1
         if gained:
-            self.best = result.bits_per_dim
+            self.best = loss
             if distributed.is_main():
                 checkpoint.save(self.state(), self.directory / "best.pt")
 
     def show(self) -> None:
-        """Samples from the same latents each time."""
+        """What the flow makes of the same latents each time, or its density."""
         if distributed.is_main() and (picture := self.draw(self.judged)) is not None:
             self.reporter.picture(self.step, "samples", picture)
 
     def report(self, norm: float, elapsed: float) -> None:
         rate = self.settings.log_every * self.loader.batch_size / elapsed
         spent = self.progress()
-        bits = self.loss_sum / self.loss_count if self.loss_count else math.nan
-        self.reporter.progress(self.step, bits, rate, self.seconds * (1 - spent) / spent)
+        loss = self.loss_sum / self.loss_count if self.loss_count else math.nan
+        figure = self.measure.reported(loss, self.flow.dimensions)
+        left = self.seconds * (1 - spent) / spent
+        self.reporter.progress(self.step, f"{figure:.4f} {self.measure.unit}", rate, left)
         self.reporter.scalars(
             self.step,
             {
-                "train/bits_per_dim": bits,
+                f"train/{self.measure.key}": figure,
+                **_statistics(self.flow),
                 "train/gradient_norm": norm,
                 "train/lr": self.optimizer.param_groups[0]["lr"],
                 "train/skipped_steps": self.skipped,
@@ -243,6 +253,7 @@ class Trainer:
         return {
             "format": 1,
             "config": self.config,
+            "columns": self.columns,
             **{name: getattr(self, name) for name in self._PLAIN},
             "order": self.loader.state_dict(),
             "model": self.flow.state_dict(),
@@ -267,3 +278,13 @@ class Trainer:
     def save(self) -> None:
         if distributed.is_main():
             checkpoint.save_last(self.state(), self.directory)
+
+
+def _statistics(flow: Flow) -> dict[str, float]:
+    """What layers count while they run, such as an ODE's evaluations, summed over the layers."""
+    total: dict[str, float] = {}
+    for module in flow.modules():
+        if hasattr(module, "statistics"):
+            for name, value in module.statistics().items():
+                total[name] = total.get(name, 0) + value
+    return total
