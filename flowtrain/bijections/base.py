@@ -19,6 +19,11 @@ class Bijection(nn.Module):
 
     exact = True  # False for a surjection, whose log-determinant makes log_prob a lower bound
 
+    def __new__(cls, *args, **kwargs):
+        layer = super().__new__(cls)
+        vars(layer)["made"] = args, kwargs  # how: an audit makes it again for smaller events
+        return layer
+
     def __init__(self, shape, context_shape=None):
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
