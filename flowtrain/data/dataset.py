@@ -1,0 +1,85 @@
+"""What every set of data has in common: the keys of its YAML file that all share, checked, and three splits."""
+
+import os
+from pathlib import Path
+
+from flowtrain.data.split import Split
+from flowtrain.errors import Refused
+
+SPLITS = ("train", "val", "test")
+COUNT_OR_FRACTION = "a number of examples, or a fraction below 1"
+
+
+class Dataset:
+    """Building one touches no file; :meth:`split` does.
+
+    Args:
+        name: what messages call it.
+        root: the folder of all data, where downloads go too.
+        path: this set's own folder or file, where it has one.
+        download: whether missing files may be fetched.
+        val_size, test_size: count or fraction cut off with a fixed seed; None where a set has such a split itself.
+        split_seed: the seed of that cut.
+        on_bad: "stop" or "skip" at an unreadable picture.
+
+    Raises Refused, naming the key, for what does not fit.
+    """
+
+    native_name: str
+    own_splits: tuple[str, ...] = ()  # besides train, those that the files themselves distinguish
+    uses_path = True
+    default_val: float | int | None = 0.1
+    default_test: float | int | None = None
+    augment = None  # for the train split's Loader
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        root: str = "data",
+        path: str | None = None,
+        download: bool = True,
+        val_size: float | int | None = None,
+        test_size: float | int | None = None,
+        split_seed: int = 0,
+        on_bad: str = "stop",
+    ):
+        self._check("download", download, bool, "true or false")
+        self._check("split_seed", split_seed, int, "a whole number")
+        self.name = name or self.native_name
+        self.root = Path(os.path.expanduser(root))
+        self.path = None if path is None else Path(os.path.expanduser(path))
+        self.download, self.split_seed, self.on_bad = download, split_seed, on_bad
+        self.val_size = self.default_val if val_size is None else val_size
+        self.test_size = self.default_test if test_size is None else test_size
+
+        if path is not None and not self.uses_path:
+            self._refuse("path", path, f"{self.name}'s files are looked for under dataset.root")
+        if on_bad not in ("stop", "skip"):
+            raise Refused(f"on_bad={on_bad}: must be stop or skip")
+        for part, size in (("val", self.val_size), ("test", self.test_size)):
+            self._check(f"{part}_size", size, (int, float), COUNT_OR_FRACTION)
+            if part in self.own_splits and size is not None:
+                self._refuse(f"{part}_size", size, f"{self.name} has its own {part} split; leave it null")
+            if part not in self.own_splits and not (0 < size < 1 or (size >= 1 and size == int(size))):
+                self._refuse(f"{part}_size", size, f"must be {COUNT_OR_FRACTION}")
+
+    def split(self, name: str) -> Split:
+        """Opens "train", "val" or "test"; every process must ask, since the first one downloads for all.
+
+        Refused where files are missing, FlowtrainError where they cannot be read.
+        """
+        if name not in SPLITS:
+            raise Refused(f"split={name}: must be one of {', '.join(SPLITS)}")
+        return self._open(name)
+
+    def _open(self, name: str) -> Split:
+        raise NotImplementedError
+
+    def _check(self, key, value, kind, words) -> None:
+        """The command line makes anything of anything."""
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            self._refuse(key, value, f"must be {words}")
+
+    def _refuse(self, key, value, why) -> None:
+        raise Refused(f"dataset.{key}={value}: {why}")
