@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from flowtrain.bijections.base import Bijection, full_precision, sum_event
+from flowtrain.bijections.base import Bijection, Inverse, full_precision, sum_event
 from flowtrain.bijections.univariate import Univariate
 
 
@@ -15,33 +15,80 @@ class Autoregressive(Bijection):
     """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector (Papamakarios et al. 2017, section 3.1).
 
     ``net`` is built as ``net(shape=…, out=parameters per element, context_shape=…)``. It gives the parameters of all
-    elements at once, ``(B, D, out)``, and one after the other by ``begin()`` and ``step(x, memory)``, where x holds the
-    elements so far; the inverse goes through them once, each step at the cost of one element.
+    elements at once, ``(B, D, out)``, and one after the other: ``memory = begin(z, context)``, then ``step(x, memory)``
+    takes the element found last, (B, 1), at first none, (B, 0), and gives the next one's parameters. The inverse goes
+    through the elements once, each step at the cost of one element.
+
+    ``order`` says which element comes first: "sequential", "reversed" or "random", drawn when the layer is built.
     """
 
-    def __init__(self, shape, univariate: Callable[..., Univariate], net: Callable[..., nn.Module], context_shape=None):
+    def __init__(
+        self,
+        shape,
+        univariate: Callable[..., Univariate],
+        net: Callable[..., nn.Module],
+        order: str = "sequential",
+        context_shape=None,
+    ):
         super().__init__(shape, context_shape)
         if len(self.shape) != 1:
-            raise ValueError(f"an autoregressive layer takes vectors, not {list(self.shape)}; flatten first")
+            raise ValueError(f"an autoregressive layer takes vectors, not {list(shape)}; flatten first")
+        if order not in ("sequential", "reversed", "random"):
+            raise ValueError(f"order='{order}' must be sequential, reversed or random")
         self.univariate = univariate(shape=self.shape)
         if list(self.univariate.parameters()):  # those belong to elements, and the inverse maps one at a time
             raise ValueError(f"{type(self.univariate).__name__} has weights of its own; an autoregressive map takes none")
         self.net = net(shape=self.shape, out=self.univariate.params, context_shape=context_shape)
+        self.sequential = order == "sequential"
+        if not self.sequential:
+            (n,) = self.shape
+            drawn = torch.arange(n, device="cpu").flip(0) if order == "reversed" else torch.randperm(n, device="cpu")
+            self.register_buffer("order", drawn)  # the element that comes first, second, …
+            self.register_buffer("back", drawn.argsort())
 
     def forward(self, x, context=None):
+        x = self._ordered(x)
         theta = self.net(x, context).to(x.dtype)
         with full_precision(x):
             z, log_derivative = self.univariate(x, theta)
-            return z, sum_event(log_derivative)
+            return self._back(z), sum_event(log_derivative)
 
     def inverse(self, z, context=None):
-        memory = self.net.begin()
-        elements, log_derivatives = [], []
+        z = self._ordered(z)
+        memory = self.net.begin(z, context)
+        elements, log_derivatives = [z[:, :0]], []
         for column in z.unbind(1):
-            so_far = torch.stack(elements, 1) if elements else z[:, :0]
-            theta = self.net.step(so_far, memory, context).to(z.dtype)
+            theta = self.net.step(elements[-1], memory).to(z.dtype)
             with full_precision(z):
                 element, log_derivative = self.univariate.inverse(column, theta)
-            elements.append(element)
+            elements.append(element[:, None])
             log_derivatives.append(log_derivative)
-        return torch.stack(elements, 1), sum_event(torch.stack(log_derivatives, 1))
+        return self._back(torch.cat(elements, 1)), sum_event(torch.stack(log_derivatives, 1))
+
+    def _ordered(self, x):
+        return x if self.sequential else x[:, self.order]
+
+    def _back(self, z):
+        return z if self.sequential else z[:, self.back]
+
+
+def sequential_layers(module: nn.Module, inverted: bool = False) -> Iterator[Autoregressive]:
+    """The autoregressive layers in ``module`` whose ``forward`` goes through the elements one by one: those under an
+    odd number of ``Inverse``."""
+    if isinstance(module, Autoregressive):
+        if inverted:
+            yield module
+        return
+    for child in module.children():
+        yield from sequential_layers(child, inverted != isinstance(module, Inverse))
+
+
+def cost_of_likelihood(module: nn.Module) -> str | None:
+    """What ``train`` says of a flow, such as IAF, whose likelihood takes as many steps as there are elements; or None."""
+    if not (found := list(sequential_layers(module))):
+        return None
+    steps = max(layer.shape[0] for layer in found)
+    return (
+        f"likelihood: {steps} sequential steps a layer ({len(found)} layers): sampling takes one pass; "
+        "model=maf is the other way round"
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, full_precision, sum_event
+from flowtrain.bijections.base import Bijection, full_precision, size, sum_event
 from flowtrain.bijections.univariate import Univariate, per_element
 
 
@@ -21,8 +21,8 @@ class Partition(nn.Module):
         """x -> seen, moved."""
         raise NotImplementedError
 
-    def merge(self, x: Tensor, moved: Tensor) -> Tensor:
-        """x with the moved part replaced."""
+    def merge(self, seen: Tensor, moved: Tensor) -> Tensor:
+        """Of both parts one event again."""
         raise NotImplementedError
 
     def count(self, log_derivative: Tensor) -> Tensor:
@@ -46,8 +46,7 @@ class Halves(Partition):
         first, second = x[:, : self.first], x[:, self.first :]
         return (second, first) if self.swap else (first, second)
 
-    def merge(self, x, moved):
-        seen, _ = self.split(x)
+    def merge(self, seen, moved):
         return torch.cat((moved, seen) if self.swap else (seen, moved), 1)
 
 
@@ -68,9 +67,9 @@ class Alternate(Partition):
     def split(self, x):
         return x[:, 1 - self.first :: 2], x[:, self.first :: 2]
 
-    def merge(self, x, moved):
-        out = x.clone()
-        out[:, self.first :: 2] = moved
+    def merge(self, seen, moved):
+        out = moved.new_empty(len(moved), seen.shape[1] + moved.shape[1], *moved.shape[2:])
+        out[:, 1 - self.first :: 2], out[:, self.first :: 2] = seen, moved
         return out
 
 
@@ -95,8 +94,8 @@ class Checkerboard(Partition):
     def split(self, x):
         return x.masked_fill(self.moves, 0), x
 
-    def merge(self, x, moved):
-        return torch.where(self.moves, moved, x)
+    def merge(self, seen, moved):
+        return torch.where(self.moves, moved, seen)
 
     def count(self, log_derivative):
         return sum_event(log_derivative.masked_fill(~self.moves, 0))
@@ -106,7 +105,8 @@ class Coupling(Bijection):
     """z_seen = x_seen, z_moved = τ(x_moved; net(x_seen)) (Dinh et al. 2015, 2017).
 
     ``univariate`` is called with the moved shape, ``net`` as ``net(shape=seen, out=channels, context_shape=…)`` and
-    maps ``(B, *seen)`` to ``(B, out, …)``.
+    maps ``(B, *seen)`` to ``(B, out, …)``. ``seen``, where given, builds a bijection of the seen shape that maps that
+    part too, once it has been seen: z_seen = seen(x_seen) (Durkan et al. 2019, appendix B.1).
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Coupling(Bijection):
         univariate: Callable[..., Univariate],
         net: Callable[..., nn.Module],
         partition: Callable[..., Partition] = Halves,
+        seen: Callable[..., Bijection] | None = None,
         context_shape=None,
     ):
         super().__init__(shape, context_shape)
@@ -124,16 +125,28 @@ class Coupling(Bijection):
         self.net = net(
             shape=self.partition.seen_shape, out=moved[0] * self.univariate.params, context_shape=context_shape
         )
+        if seen is not None and size(self.partition.seen_shape) + size(moved) > size(self.shape):
+            raise ValueError(f"seen: {type(self.partition).__name__} gives the conditioner what moves too, at 0")
+        self.seen = seen and seen(shape=self.partition.seen_shape, context_shape=context_shape)
 
     def forward(self, x, context=None):
-        return self._map(self.univariate, x, context)
+        seen, moved = self.partition.split(x)
+        moved, log_det = self._map(self.univariate, seen, moved, context)
+        if self.seen is not None:
+            seen, log_det_seen = self.seen(seen, context)
+            log_det = log_det + log_det_seen
+        return self.partition.merge(seen, moved), log_det
 
     def inverse(self, z, context=None):
-        return self._map(self.univariate.inverse, z, context)
+        seen, moved = self.partition.split(z)
+        log_det_seen = 0
+        if self.seen is not None:
+            seen, log_det_seen = self.seen.inverse(seen, context)
+        moved, log_det = self._map(self.univariate.inverse, seen, moved, context)
+        return self.partition.merge(seen, moved), log_det + log_det_seen
 
-    def _map(self, univariate, x, context):
-        seen, moved = self.partition.split(x)
-        theta = per_element(self.net(seen, context).to(x.dtype), self.univariate.params)
-        with full_precision(x):
+    def _map(self, univariate, seen, moved, context):
+        theta = per_element(self.net(seen, context).to(moved.dtype), self.univariate.params)
+        with full_precision(moved):
             moved, log_derivative = univariate(moved, theta)
-            return self.partition.merge(x, moved), self.partition.count(log_derivative)
+            return moved, self.partition.count(log_derivative)

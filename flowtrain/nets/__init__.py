@@ -1,12 +1,16 @@
 """Conditioners: networks that make the parameters of univariate maps. Everything in ``__all__`` can be named in YAML.
 
 A conditioner is built as ``net(shape=…, out=…, context_shape=…)`` and maps (B, *shape) to (B, out, …), a picture
-keeping its size.
+keeping its size; that of an autoregressive map gives (B, D, out).
 """
 
 from flowtrain.nets.attention import CausalTransformer
 from flowtrain.nets.conv import ConvNet, ResidualConvNet, ZeroConv
-from flowtrain.nets.mlp import MLP
+from flowtrain.nets.made import MADE, ResidualMADE
+from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 
-__all__ = ["ActNorm", "BatchNorm", "CausalTransformer", "ConvNet", "Dropout", "MLP", "ResidualConvNet", "ZeroConv"]
+__all__ = [
+    "MADE", "MLP", "ActNorm", "BatchNorm", "CausalTransformer", "ConvNet", "Dropout", "ResidualConvNet", "ResidualMADE",
+    "ResidualMLP", "ZeroConv",
+]  # fmt: skip

@@ -54,16 +54,16 @@ class CausalTransformer(nn.Module):
         before = [F.pad(x, (offset, 0))[:, : x.shape[1]] for offset in self.offsets]
         return self._rows(torch.stack(before, -1), slice(None), [None] * len(self.blocks), context)
 
-    def begin(self) -> list[dict]:
-        """The memory of a pass over the elements: each block's keys and values."""
-        return [{} for _ in self.blocks]
+    def begin(self, x: Tensor, context: Tensor | None = None) -> dict:
+        """The memory of a pass over the elements of a batch like ``x``: those so far, and the blocks' keys and values."""
+        return {"elements": x[:, :0], "context": context, "blocks": [{} for _ in self.blocks]}
 
-    def step(self, x: Tensor, memory: list[dict], context: Tensor | None = None) -> Tensor:
-        """(B, i), the elements so far -> (B, out), the row of the next one; called for i = 0, 1, … in turn."""
-        i = x.shape[1]
-        none = x.new_zeros(len(x))
-        token = torch.stack([x[:, i - offset] if offset <= i else none for offset in self.offsets], -1)
-        return self._rows(token[:, None], slice(i, i + 1), memory, context)[:, 0]
+    def step(self, x: Tensor, memory: dict) -> Tensor:
+        """The newest element, (B, 1), or none yet, (B, 0) -> (B, out), the row of the next one."""
+        memory["elements"] = elements = torch.cat((memory["elements"], x), 1)
+        i, none = elements.shape[1], elements.new_zeros(len(elements))
+        token = torch.stack([elements[:, i - offset] if offset <= i else none for offset in self.offsets], -1)
+        return self._rows(token[:, None], slice(i, i + 1), memory["blocks"], memory["context"])[:, 0]
 
     def _rows(self, tokens, where, memory, context):
         h = self.embed(tokens) + self.position[where]

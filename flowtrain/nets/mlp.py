@@ -34,6 +34,34 @@ class MLP(nn.Module):
         return self.last(self.dropout(F.relu(h)))
 
 
+class ResidualMLP(nn.Module):
+    """(B, n) -> (B, out): ``blocks`` pre-activated residual blocks of two layers of ``hidden`` rectified units, the last
+    layer zero at the start (Durkan et al. 2019, appendix B.1).
+
+    A context vector is added, linearly, to the first hidden layer.
+    """
+
+    def __init__(self, shape, out: int, hidden: int = 64, blocks: int = 2, dropout: float = 0.0, context_shape=None):
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(f"a ResidualMLP takes vectors, not {list(shape)}; flatten first")
+        at_least_one(hidden=hidden, blocks=blocks)
+        self.first = nn.Linear(shape[0], hidden)
+        self.context = context_to(hidden, context_shape)
+        self.ones = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(blocks))
+        self.others = nn.ModuleList(nearly_zero(nn.Linear(hidden, hidden)) for _ in range(blocks))
+        self.dropout = Dropout(dropout)
+        self.last = zeroed(nn.Linear(hidden, out))
+
+    def forward(self, x, context=None):
+        h = self.first(x)
+        if self.context is not None:
+            h = h + self.context(context)
+        for one, other in zip(self.ones, self.others):
+            h = h + other(self.dropout(F.relu(one(F.relu(h)))))
+        return self.last(h)
+
+
 def at_least_one(**sizes: int) -> None:
     """Refuse a size below 1 by its name."""
     for name, size in sizes.items():
@@ -54,4 +82,11 @@ def zeroed(layer: nn.Module) -> nn.Module:
     """``layer`` with its parameters at zero, so that a new flow starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+    return layer
+
+
+def nearly_zero(layer: nn.Module) -> nn.Module:
+    """``layer`` with small parameters, for the second layer of a residual block: the block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1e-3, 1e-3)
     return layer

@@ -1,0 +1,175 @@
+"""Masked networks, the conditioners of autoregressive maps (Germain et al. 2015, section 4).
+
+Every unit has a degree, the number of first elements that it may depend on: element i (from 0) has degree i + 1, row i
+of the output degree i, and a unit sees those of the layer before whose degree is no greater than its own. Units are
+sorted by degree. So a mask is block-triangular, and the network can also be run by degrees: once the elements before i
+are known, the units of degree i are all that row i still lacks, and a whole inverse computes each unit once.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowtrain.nets.mlp import at_least_one, context_to, nearly_zero, zeroed
+from flowtrain.nets.norm import Dropout
+
+ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer whose outputs see the inputs of no greater degree, both given in ascending order."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.register_buffer("mask", torch.ones(outputs, inputs), persistent=False)
+
+    def connect(self, before: Tensor, after: Tensor, degrees: int) -> None:
+        """Set the mask from the degrees of the inputs and of the outputs, the latter 0 … ``degrees`` − 1."""
+        self.mask.copy_(before <= after[:, None])
+        self.sizes = torch.bincount(after, minlength=degrees).tolist()
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class _ByDegree:
+    """A masked layer run by degrees: given its inputs of degree 0, 1, … in turn, (B, n), its outputs of that degree.
+
+    What it was given lies in rows, (n, B): all so far are one block of memory. Where gradients are asked for, none of it
+    is written over.
+    """
+
+    def __init__(self, layer: MaskedLinear, batch: int):
+        self.weights = iter(layer.weight.split(layer.sizes))
+        self.biases = iter(layer.bias[:, None].split(layer.sizes))
+        self.grows = torch.is_grad_enabled()
+        self.rows = layer.weight.new_empty(0 if self.grows else layer.in_features, batch)
+        self.count = 0
+
+    def __call__(self, x):
+        start, self.count = self.count, self.count + x.shape[1]
+        if self.grows:
+            self.rows = torch.cat((self.rows, x.T))
+        else:
+            self.rows[start : self.count] = x.T
+        return torch.addmm(next(self.biases), next(self.weights)[:, : self.count], self.rows[: self.count]).T
+
+
+class _Masked(nn.Module):
+    """What both networks share: ``depth`` hidden layers of units of the same degrees, run at once or by degrees."""
+
+    def __init__(self, shape, out, hidden, depth, degrees, activation, dropout, context_shape):
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(f"a masked network takes vectors, not {list(shape)}; flatten first")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation='{activation}' must be {' or '.join(ACTIVATIONS)}")
+        at_least_one(hidden=hidden)
+        (self.dimensions,), self.out = shape, out
+        # units of degree 0 see the context alone; without one they would be constants, wanted only where D = 1
+        least = 0 if context_shape is not None or self.dimensions == 1 else 1
+        self.register_buffer("degrees", degrees_of(hidden, least, self.dimensions - 1, degrees), degrees == "random")
+        widths = [self.dimensions, *[hidden] * depth, self.dimensions * out]
+        self.linears = nn.ModuleList(MaskedLinear(*pair) for pair in zip(widths, widths[1:]))
+        zeroed(self.linears[-1])
+        self.context = context_to(hidden, context_shape)
+        self.activation, self.dropout = ACTIVATIONS[activation], Dropout(dropout)
+        self._connect()
+        self.register_load_state_dict_post_hook(lambda module, _: module._connect())
+
+    def _connect(self):
+        elements = torch.arange(1, self.dimensions + 1, device="cpu")
+        rows = torch.arange(self.dimensions, device="cpu").repeat_interleave(self.out)
+        degrees = [elements, *[self.degrees.cpu()] * (len(self.linears) - 1), rows]
+        for linear, before, after in zip(self.linears, degrees, degrees[1:]):
+            linear.connect(before, after, self.dimensions)
+
+    def forward(self, x, context=None):
+        """(B, D) -> (B, D, out), row i a function of the elements before i."""
+        context = 0 if self.context is None else self.context(context)
+        return self._network(x, self.linears, context).unflatten(1, (self.dimensions, self.out))
+
+    def begin(self, x: Tensor, context: Tensor | None = None):
+        """The memory of a pass over the elements of a batch like ``x``."""
+        linears = [_ByDegree(linear, len(x)) for linear in self.linears]
+        if self.context is None:
+            return linears, repeat(0)
+        return linears, iter(self.context(context).split(self.linears[0].sizes, 1))
+
+    def step(self, x: Tensor, memory) -> Tensor:
+        """The newest element, (B, 1), or none yet, (B, 0) -> (B, out), the row of the next one."""
+        linears, contexts = memory
+        return self._network(x, linears, next(contexts))
+
+    def _network(self, h, linears, context):
+        """The network's body; each of ``linears`` maps all units of its layer or those of one degree."""
+        raise NotImplementedError
+
+
+class MADE(_Masked):
+    """(B, D) -> (B, D, out): ``depth`` masked hidden layers of ``hidden`` units, the last layer zero at the start.
+
+    ``degrees`` are spread evenly ("sequential") or drawn once ("random"). With a context, which is added linearly to the
+    first hidden layer, they start at 0, so that the parameters of the first element depend on it too.
+    """
+
+    def __init__(
+        self,
+        shape,
+        out: int,
+        hidden: int = 64,
+        depth: int = 2,
+        degrees: str = "sequential",
+        activation: str = "relu",
+        dropout: float = 0.0,
+        context_shape=None,
+    ):
+        at_least_one(depth=depth)
+        super().__init__(shape, out, hidden, depth, degrees, activation, dropout, context_shape)
+
+    def _network(self, h, linears, context):
+        first, *others = linears
+        h = first(h) + context
+        for linear in others:
+            h = linear(self.dropout(self.activation(h)))
+        return h
+
+
+class ResidualMADE(_Masked):
+    """A MADE of ``blocks`` pre-activated residual blocks of two masked layers (Durkan et al. 2019, appendix B.1)."""
+
+    def __init__(
+        self,
+        shape,
+        out: int,
+        hidden: int = 64,
+        blocks: int = 2,
+        degrees: str = "sequential",
+        activation: str = "relu",
+        dropout: float = 0.0,
+        context_shape=None,
+    ):
+        at_least_one(blocks=blocks)
+        super().__init__(shape, out, hidden, 1 + 2 * blocks, degrees, activation, dropout, context_shape)
+        for linear in self.linears[2:-1:2]:
+            nearly_zero(linear)
+
+    def _network(self, h, linears, context):
+        first, *inner, last = linears
+        h = first(h) + context
+        for one, other in zip(inner[::2], inner[1::2]):
+            h = h + other(self.dropout(self.activation(one(self.activation(h)))))
+        return last(h)
+
+
+def degrees_of(units: int, least: int, most: int, how: str) -> Tensor:
+    """Degrees from ``least`` to ``most`` for so many units, ascending; spread evenly, all have their share."""
+    if how == "sequential":
+        return most - (torch.arange(units, device="cpu") * (most - least + 1) // units).flip(0)
+    if how == "random":
+        return torch.randint(least, most + 1, (units,), device="cpu").sort().values
+    raise ValueError(f"degrees='{how}' must be sequential or random")
