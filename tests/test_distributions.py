@@ -245,7 +245,7 @@ def test_a_seed_draws_the_same_on_every_device(name):
         (lambda: ConditionalNormal((2,), (3, 4, 4)), r"context_shape=\[3, 4, 4\]: .* takes a context vector"),
         (lambda: Flow((2,), b.Flatten, ConditionalNormal), "base: context_shape=null"),
         (lambda: ConditionalNormal((2,), (3,)).log_prob(torch.zeros(1, 2)), r"needs a context \(B, 3\)"),
-        (lambda: ConditionalNormal((2,), (3,)).sample(4, context=torch.eye(3)), "4 draws need a context of 4 rows, not 3"),
+        (lambda: ConditionalNormal((2,), (3,)).sample(4, context=torch.eye(3)), "need a context of 4 rows, not 3"),
         (lambda: Mixture((2,), components=0), "components=0 must be at least 1"),
         (lambda: Mixture((2,), spread=1.0), r"spread=1.0 must lie in \[0, 1\)"),
     ],
