@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import torch
 
 from flowtrain import distributed
+from flowtrain.bijections.ode import exact_trace
 from flowtrain.config import build
-from flowtrain.data import ordered
+from flowtrain.data import Columns, ordered
 from flowtrain.data.split import Split
 from flowtrain.engine.evaluate import Evaluation, evaluate, exact_arithmetic
 from flowtrain.errors import FlowtrainError, Refused
@@ -52,15 +53,23 @@ def judge(
     Raises:
         FlowtrainError: a likelihood is not finite.
     """
-    device = next(flow.parameters()).device
-    rank, world = distributed.rank(), distributed.world()
-    batches = ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
-    from flowtrain.bijections.ode import exact_trace
+    batches = shares(split, cfg, next(flow.parameters()).device, examples)
     try:
         with exact_trace() if exact else nullcontext():
             return evaluate(flow, batches, len(split), draws, cfg.seed)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
+
+
+def shares(split: Split, cfg, device, examples: int | None = None):
+    """This process's batches of a split for evaluation: (indices, examples, context)."""
+    rank, world = distributed.rank(), distributed.world()
+    return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
+
+
+def has_bits(cfg, columns: dict | None) -> bool:
+    """Whether the data are integers, of which bits per dimension mean something; ``columns`` is a table's record."""
+    return cfg.dataset.levels is not None or columns is not None and Columns.from_record(columns).all_integer
 
 
 def is_picture(cfg) -> bool:

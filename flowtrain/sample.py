@@ -1,41 +1,99 @@
-"""``flowtrain sample``: a grid of a checkpoint's samples, and the samples themselves."""
+"""``flowtrain sample``: a checkpoint's samples, as a grid of pictures or as a table, and the numbers themselves."""
 
 from __future__ import annotations
 
+import csv
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowtrain import distributed
 from flowtrain.assemble import build_flow, decode, is_picture, load_weights
+from flowtrain.conditions import contexts
+from flowtrain.config import build
+from flowtrain.data import Columns
 from flowtrain.engine import checkpoint
 from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.flow import Flow
 from flowtrain.plots.grid import grid, save_png
+from flowtrain.plots.pairs import pairs
+from flowtrain.views import density_of
+
+log = logging.getLogger("flowtrain")
+POINTS = 20_000  # of the data, in a plot beside the samples
 
 
 def main(cfg, run_dir: str) -> dict:
-    """Draw ``cfg.n`` samples at each temperature; write samples.png and samples.npy; returns their paths."""
+    """Draw ``cfg.n`` samples at each temperature and write them into ``run_dir``; returns the files' paths.
+
+    Pictures become samples.png. Rows become samples.csv, in the columns and units of the data's file, and with
+    ``cfg.plot`` pairs.png, of two columns density.png too. All become samples.npy.
+    """
     flow = build_flow(cfg, distributed.device())
-    load_weights(flow, checkpoint.read(cfg.ckpt), cfg.weights)
-    if cfg.label is not None:
-        raise Refused(f"label={cfg.label}: this model is of no labels; leave label=null")
+    state = checkpoint.read(cfg.ckpt)
+    load_weights(flow, state, cfg.weights)
+    columns = Columns.from_record(state["columns"]) if state.get("columns") else None
     rows = not isinstance(cfg.temperature, float)
     temperatures = list(cfg.temperature) if rows else [cfg.temperature]
     if not temperatures:
         raise Refused("temperature=[]: give at least one, such as [0.5,0.7]")
+    context = contexts(cfg, flow, columns)
     if not distributed.is_main():
         return {}
-    # one set of latents for all temperatures: the rows differ in nothing else
-    latents = flow.latents(cfg.n, generator=torch.Generator().manual_seed(cfg.seed))
-    samples = torch.cat([decode(flow, t * latents) for t in temperatures])
+    samples = torch.cat([_samples(flow, cfg.n, t, context, cfg.seed) for t in temperatures])
     if not samples.float().isfinite().all():
         raise FlowtrainError("some samples are not finite; a lower temperature may help")
-    paths = {"npy": str(Path(run_dir) / "samples.npy")}
+    folder = Path(run_dir)
+    paths = {"npy": folder / "samples.npy"}
     np.save(paths["npy"], samples.numpy())
     if is_picture(cfg):
-        paths["png"] = str(Path(run_dir) / "samples.png")
-        save_png(grid(samples, cfg.dataset.levels, cfg.n if rows else None), Path(paths["png"]))
+        paths["png"] = folder / "samples.png"
+        save_png(grid(samples, cfg.dataset.levels, cfg.n if rows else None), paths["png"])
+    else:
+        paths |= _write_rows(flow, samples, columns or Columns.of(samples.numpy()), cfg, folder)
     for path in paths.values():
         print(path)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _samples(flow: Flow, n: int, temperature: float, context: Tensor | None, seed: int) -> Tensor:
+    """The same draws for every temperature: rows of a grid differ in nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    return decode(flow, flow.latents(n, temperature, generator, context), context)
+
+
+def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path) -> dict[str, Path]:
+    paths = {"csv": folder / "samples.csv"}
+    table = columns.decode(samples)
+    with paths["csv"].open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(table)
+        writer.writerows(zip(*(values.tolist() for values in table.values())))
+    if not cfg.plot:
+        return paths
+    points, context = _data(cfg)
+    data = None if points is None else _matrix(columns.decode(points))
+    paths["pairs"] = folder / "pairs.png"
+    pairs(paths["pairs"], _matrix(table), data, columns.names, f"{cfg.dataset.name}: data and samples")
+    if points is not None and flow.dimensions <= 2:
+        paths["density"] = folder / "density.png"
+        device = next(flow.parameters()).device
+        save_png(density_of(flow, points.to(device), None if context is None else context.to(device)), paths["density"])
     return paths
+
+
+def _data(cfg) -> tuple[Tensor | None, Tensor | None]:
+    """Rows of the train split and their context, where the data are at hand."""
+    try:
+        split = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad).split("train")
+    except Refused as error:
+        log.info("the plot is of the samples alone: %s", error)
+        return None, None
+    return split.take(torch.arange(min(POINTS, len(split))))
+
+
+def _matrix(table: dict) -> np.ndarray:
+    return np.stack([np.asarray(values, dtype=object) for values in table.values()], 1)

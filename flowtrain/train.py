@@ -18,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain import __version__, distributed, globalbatch
-from flowtrain.assemble import build_flow, judge, load_weights
+from flowtrain.assemble import build_flow, has_bits, judge, load_weights
 from flowtrain.bijections import Coupling
 from flowtrain.config import build, conf_dir, plain
 from flowtrain.data import Loader
@@ -173,7 +173,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
     result = judge(flow, val, cfg, draws=cfg.trainer.val_draws)
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     summary = {
-        **(bits if cfg.dataset.levels or val.columns and val.columns.all_integer else {}),
+        **(bits if has_bits(cfg, trainer.columns) else {}),
         "log_likelihood": result.log_likelihood,
         "log_likelihood_stderr": result.log_likelihood_stderr,
         "steps": trainer.step,
@@ -252,7 +252,7 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     count = sum(parameter.numel() for parameter in flow.parameters())
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())
-        for name, part in flow.bijection.named_children()
+        for name, part in [*flow.bijection.named_children(), ("base", flow.base)]
     }
     spread = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
     log.info("run: %s", run_dir)

@@ -11,9 +11,11 @@ from flowtrain.assemble import decode, is_picture
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.flow import Flow
+from flowtrain.plots.density import density
 from flowtrain.plots.grid import grid
 
 POINTS = 20_000  # of the data, beside a density
+CELLS = 200  # a side, where a density is evaluated
 CONTEXTS = 16  # that the density of a conditional flow is averaged over
 
 
@@ -38,18 +40,24 @@ class View:
             return grid(decode(flow, latents, self.context), self.levels)
         if flow.dimensions > 2:
             return None
-        from flowtrain.plots.density import panels
-        was_training = flow.training
-        flow.eval()
-        with torch.no_grad(), exact_arithmetic():
-            picture = panels(self.points.cpu(), lambda points: self._log_prob(flow, points.to(self.points.device)))
-        flow.train(was_training)
-        return picture
+        return density_of(flow, self.points, self.context)
 
-    def _log_prob(self, flow: Flow, points: Tensor) -> Tensor:
-        """Of a conditional flow, the density of the mixture over some of the data's contexts."""
-        if self.context is None:
-            return flow(points)
-        some = self.context[:CONTEXTS]
-        each = [flow(points, one.expand(len(points), *one.shape)) for one in some]
+
+def density_of(flow: Flow, points: Tensor, context: Tensor | None = None) -> Tensor:
+    """Points of the data beside the flow's density, one picture; that of a conditional flow is the mixture over some
+    of the points' contexts."""
+
+    def log_prob(at: Tensor) -> Tensor:
+        at = at.to(points.device)
+        if context is None:
+            return flow(at)
+        some = context[:: max(1, len(context) // CONTEXTS)][:CONTEXTS]
+        each = [flow(at, one.expand(len(at), *one.shape)) for one in some]
         return torch.stack(each).logsumexp(0) - math.log(len(some))
+
+    was_training = flow.training
+    flow.eval()
+    with exact_arithmetic():
+        picture = density(log_prob, points, cells=CELLS)
+    flow.train(was_training)
+    return picture

@@ -31,5 +31,10 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
+PICTURES = [name for name in options("dataset") if "image_size: null" not in (conf_dir() / f"dataset/{name}.yaml").read_text()]
+VECTORS = sorted({*options("dataset")} - {*PICTURES, "table"})  # but a table of one's own, which needs a file
+ONLY_PICTURES = ("autoregressive", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
+
+
 def parameters(flow) -> int:
     return sum(parameter.numel() for parameter in flow.parameters())

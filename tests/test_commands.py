@@ -16,13 +16,14 @@ from PIL import Image
 import flowtrain
 from flowtrain import eval as evaluation
 from flowtrain import sample, train
+from flowtrain.conditions import contexts
 from flowtrain.config import settle
 from flowtrain.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["smoke=true", "trainer.tensorboard=false"]
 EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
-SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "weights": "auto"}
+SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "plot": True, "weights": "auto"}
 
 
 def trained(run_dir, *overrides):
@@ -61,6 +62,19 @@ def test_every_model_trains_evaluates_and_samples(model, tmp_path):
     x = torch.from_numpy(integers)
     assert torch.equal(flow.decode(flow.encode(x)), x)
     assert flow.log_prob(x).shape == (6,)
+
+
+def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
+    cfg, summary = trained(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
+    flow = flowtrain.load(str(tmp_path))
+    for label, classes in ((None, [0, 1, 2, 3, 4, 5]), (3, [3] * 6), ([1, 7], [1, 7] * 3)):
+        asked, folder = of_checkpoint(cfg, summary, tmp_path / f"{label}", **{**SAMPLE, "label": label})
+        assert contexts(asked, flow, None).argmax(1).tolist() == classes
+        assert np.load(sample.main(asked, folder)["npy"]).shape == (6, 1, 8, 8)
+    assert evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **EVAL))["examples"] == 40
+    for label, says in ((10, "the classes are 0 to 9"), ([], "the classes are")):
+        with pytest.raises(Refused, match=says):
+            sample.main(*of_checkpoint(cfg, summary, tmp_path / f"bad{label}", **{**SAMPLE, "label": label}))
 
 
 def test_a_list_of_temperatures_draws_rows(tmp_path):
@@ -183,7 +197,7 @@ def test_all_cifar10_test_pictures_survive_encoding():
     keys = {key: value for key, value in OmegaConf.to_container(cfg.dataset).items() if key != "_target_"}
     pictures = CIFAR10(**keys).split("test")
     flow = flow_of("dataset=cifar10", "model.steps=4").eval()
-    flow.initialize(pictures.take(torch.arange(256)))
+    flow.initialize(pictures.take(torch.arange(256))[0])
     for index in torch.arange(len(pictures)).split(500):
-        x = pictures.take(index)
+        x, _ = pictures.take(index)
         assert torch.equal(flow.decode(flow.encode(x)), x)

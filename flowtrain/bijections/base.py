@@ -65,7 +65,7 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def built(name: str, factory: Callable, **kwargs) -> Bijection:
+def built(name: str, factory: Callable, **kwargs) -> nn.Module:
     """``factory(**kwargs)``, with the layer's name in front of what it refuses."""
     try:
         return factory(**kwargs)

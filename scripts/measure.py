@@ -1,0 +1,63 @@
+"""Train, evaluate and record each figure of results/plan.yaml that has no results/<name>.json yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+RESULTS = Path("results")
+PLAN = yaml.safe_load((RESULTS / "plan.yaml").read_text())
+
+
+def flowtrain(*words: str) -> str:
+    """The command's stdout, shown as it comes."""
+    command = [sys.executable, "-m", "flowtrain", *words]
+    print("$", shlex.join(["flowtrain", *words]), flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(f"{shlex.join(command)}: exit code {process.returncode}")
+    return "".join(lines)
+
+
+def measure(name: str) -> None:
+    entry = PLAN[name]
+    words = os.path.expandvars(entry["command"]).split()
+    run_dir = re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]
+    places = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
+    report = json.loads(flowtrain("eval", f"ckpt={run_dir}", "json=true", *places, *entry.get("eval", "").split()))
+    summary = json.loads((Path(run_dir) / "summary.json").read_text())
+    environment = json.loads((Path(run_dir) / "environment.json").read_text())
+    cores = environment["devices"] * environment["threads"]
+    result = {
+        "command": f"flowtrain train {entry['command']}",
+        "table": entry["table"],
+        "model": entry["model"],
+        **{key: report[key] for key in FIGURES if key in report},
+        "draws": report["draws"],
+        **({"trace": report["trace"]} if "trace" in report else {}),
+        "steps": summary["steps"],
+        "parameters": summary["parameters"],
+        "budget": f"{summary['seconds'] / 60:.0f} minutes, {summary['steps']:,} steps",
+        "machine": f"{cores} core{'s' * (cores > 1)}" + entry.get("shared", ""),
+        "published": entry.get("published"),
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+FIGURES = ("bits_per_dim", "bits_per_dim_stderr", "log_likelihood", "log_likelihood_stderr", "examples")
+
+for name in sys.argv[1:] or [name for name in PLAN if not (RESULTS / f"{name}.json").exists()]:
+    if name not in PLAN:
+        sys.exit(f"{name}: not in results/plan.yaml, which has {', '.join(PLAN)}")
+    measure(name)
