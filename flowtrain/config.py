@@ -125,6 +125,22 @@ def side(shape) -> int:
     return shape[-1]
 
 
+def table_shape(path, columns, context) -> list[int]:
+    """[D] of a table's file, from its header. Refused without one, or for a column that it lacks."""
+    from flowtrain import tablefile  # brings numpy
+
+    return tablefile.table_shape(path, columns, context)
+
+
+def table_context_shape(path, context) -> list[int] | None:
+    """[C] of a table's context columns, or None."""
+    from flowtrain import tablefile
+
+    return tablefile.table_context_shape(path, context)
+
+
+OmegaConf.register_new_resolver("table_shape", table_shape, replace=True)
+OmegaConf.register_new_resolver("table_context_shape", table_context_shape, replace=True)
 OmegaConf.register_new_resolver("side", side, replace=True)
 OmegaConf.register_new_resolver("one_hot", one_hot, replace=True)
 OmegaConf.register_new_resolver("levels", levels, replace=True)

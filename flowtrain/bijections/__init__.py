@@ -2,6 +2,7 @@
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Bijection, Chain, Inverse
+from flowtrain.bijections.columns import DequantizeColumns, Standardize
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
@@ -9,12 +10,13 @@ from flowtrain.bijections.multiscale import MultiScale
 from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
-from flowtrain.bijections.spline import PiecewiseLinear
+from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
 
 __all__ = [
     "ActNorm", "Additive", "Alternate", "Autoregressive", "BatchNorm", "Bijection", "Center", "Chain",
-    "Checkerboard", "Conditional", "Coupling", "DenseLinear", "Dequantize", "DiagonalFirst", "Elementwise",
-    "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit", "MultiScale", "Permutation",
-    "PiecewiseLinear", "Reverse", "Scale", "Shuffle", "SigmoidAffine", "Squeeze", "TanhAffine", "Unsqueeze",
+    "Checkerboard", "Conditional", "Coupling", "DenseLinear", "Dequantize", "DequantizeColumns", "DiagonalFirst",
+    "Elementwise", "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit", "MultiScale", "Permutation",
+    "PiecewiseLinear", "RationalQuadratic", "Reverse", "Scale", "Shuffle", "SigmoidAffine", "Squeeze", "Standardize", "TanhAffine",
+    "Unsqueeze",
 ]  # fmt: skip

@@ -1,12 +1,14 @@
 """Data: sets of pictures, their splits, and loaders. They know nothing of flows."""
 
 from flowtrain.data.augment import Augment
+from flowtrain.data.columns import Columns
 from flowtrain.data.digits import Digits
 from flowtrain.data.folders import CelebA, CelebAHQ, ImageFolder
 from flowtrain.data.imagenet import DownsampledImageNet
 from flowtrain.data.loader import Loader, ordered
 from flowtrain.data.split import ArraySplit, Split
 from flowtrain.data.synthetic import Synthetic
+from flowtrain.data.tabular import Table
 from flowtrain.data.torchvision_sets import CIFAR10, KMNIST, MNIST, SVHN, FashionMNIST
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Augment",
     "CelebA",
     "CelebAHQ",
+    "Columns",
     "Digits",
     "DownsampledImageNet",
     "FashionMNIST",
@@ -25,5 +28,6 @@ __all__ = [
     "Loader",
     "Split",
     "Synthetic",
+    "Table",
     "ordered",
 ]

@@ -1,0 +1,105 @@
+"""A user's own table: columns chosen, told apart by kind, and cut into splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from flowtrain.data.columns import Columns, raw
+from flowtrain.data.split import ArraySplit, cut
+from flowtrain.data.vectors import Vectors
+from flowtrain.errors import Refused
+from flowtrain.tablefile import BLOCK, TableFile
+
+
+class Table(Vectors):
+    """A .csv, .npy or .parquet of numbers and texts, of which chosen columns are modelled.
+
+    Rows stay in the file's units (``preprocess=standardize`` belongs to it); the splits' ``columns`` know what each
+    column is. Whole numbers are integers, text and true/false are categories, everything else is real; each decided
+    by all rows of the file. A missing value is refused, naming its column and row. Rows are held in memory once.
+
+    Args:
+        columns: the names of the columns to model, of an array numbers will do; None is all but those of ``context``.
+        context: the names of the columns to be conditional on, or None. They are standardized by the train split's
+            moments; categories become one-hot.
+        val_size, test_size: count or fraction of rows.
+    """
+
+    native_name = "table"
+
+    def __init__(self, *, columns: list | None = None, **keys):
+        super().__init__(**keys)
+        self._list("columns", columns)
+        self.columns = columns
+        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
+
+    def _condition(self, context) -> None:
+        self._list("context", context)
+        self.context = context
+
+    def _list(self, key, value) -> None:
+        if value is not None and not isinstance(value, list | tuple):
+            self._refuse(key, value, "must be a list of columns, such as [age,income]")
+
+    def _open(self, name: str) -> ArraySplit:
+        if not self._parts:
+            self._read()
+        rows, context = self._parts[name]
+        return ArraySplit(torch.from_numpy(rows), self._description(name, len(rows)), context, self._known)
+
+    def _description(self, name: str, rows: int) -> str:
+        kinds = self._known.kinds
+        counts = [f"{kinds.count(kind)} {kind}" for kind in ("real", "integer", "categorical") if kind in kinds]
+        given = f", conditional on {', '.join(self._known.context_names)}" if self._known.context else ""
+        return (
+            f"{self.name} {name}: {rows:,} rows of {self.path}, {' + '.join(counts)} columns{given},"
+            f" cut with seed {self.split_seed}"
+        )
+
+    def _read(self) -> None:
+        """Goes through the file twice: to see what its columns are, then to take their values."""
+        if self.path is None:
+            raise Refused(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
+        file = TableFile(self.path)
+        names, context_names = file.choose(self.columns, self.context)
+        if self.shape not in (None, (len(names),)):
+            self._refuse("shape", list(self.shape), f"{len(names)} columns of {self.path} are chosen")
+        count, found = file.survey([*names, *context_names])
+        columns = Columns(
+            tuple(found[: len(names)]),
+            tuple(column if column.categories else replace(column, kind="real") for column in found[len(names) :]),
+        )
+        if self.context_shape is not None and list(self.context_shape) != columns.context_shape:
+            self._refuse("context_shape", list(self.context_shape), f"{self.path} makes it {columns.context_shape}")
+
+        rows = np.empty((count, len(names)), dtype=np.float32)
+        context = np.empty((count, len(context_names)), dtype=np.float32)
+        start = 0
+        for block in file.blocks([*names, *context_names]):
+            size = len(block[names[0]])
+            rows[start : start + size] = raw(columns.modelled, block, start + 1)
+            if context_names:
+                context[start : start + size] = raw(columns.context, block, start + 1)
+            start += size
+
+        parts = cut(count, self.val_size, self.test_size, self.split_seed)
+        chosen = {part: np.sort(index) for part, index in parts.items()}
+        rows, context = _divided(rows, chosen), _divided(context, chosen)
+        self._known = columns.fitted(rows["train"], context["train"])
+        self._parts = {
+            part: (rows[part], self._known.standardized(context[part]) if context_names else None) for part in chosen
+        }
+
+
+def _divided(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``rows`` cut by the sorted numbers of each part's. Those of train move together in place, since a table of
+    gigabytes should not be held twice; ``rows`` is used up."""
+    out = {name: rows[index] for name, index in parts.items() if name != "train"}
+    train = parts["train"]
+    for start in range(0, len(train), BLOCK):
+        some = train[start : start + BLOCK]
+        rows[start : start + len(some)] = rows[some]  # from places not before these: none is overwritten unread
+    return out | {"train": rows[: len(train)]}

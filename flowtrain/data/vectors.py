@@ -1,0 +1,65 @@
+"""What sets of vectors have in common: rows of real numbers, of a table or of points in the plane."""
+
+import numpy as np
+import torch
+
+from flowtrain.data.columns import Columns
+from flowtrain.data.dataset import Dataset
+from flowtrain.data.split import ArraySplit
+
+
+class Vectors(Dataset):
+    """Rows of ``shape`` [D], float32. Beside those of :class:`Dataset` it takes the keys of pictures, all unset.
+
+    Args:
+        shape: [D]; left out, what the set is by nature.
+        context: what a conditional flow is given; only a user's table has any.
+        halvings, context_shape: what models ask about these data; not used here.
+        image_size, channels, bits, levels, flip, shift: of pictures.
+    """
+
+    dims: int | None = None  # D; None: the data decide
+    names: tuple[str, ...] | None = None  # of the columns; None: x0, x1, …
+    default_test = 0.1
+
+    def __init__(
+        self,
+        *,
+        shape=None,
+        context=None,
+        context_shape=None,
+        halvings=None,
+        image_size=None,
+        channels=None,
+        bits=None,
+        levels=None,
+        flip=False,
+        shift=0,
+        **common,
+    ):
+        super().__init__(**common)
+        pictures = {"image_size": image_size, "channels": channels, "bits": bits, "levels": levels}
+        for key, value in (pictures | {"flip": flip or None, "shift": shift or None}).items():
+            if value is not None:
+                self._refuse(key, value, f"only pictures have it, not {self.name}")
+        if self.dims and tuple(shape or [self.dims]) != (self.dims,):
+            self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
+        self.shape = (self.dims,) if self.dims else None if shape is None else tuple(shape)
+        self.levels, self.halvings, self.context_shape = None, halvings, context_shape
+        self._condition(context)
+
+    def _condition(self, context) -> None:
+        if context is not None:
+            self._refuse("context", context, f"{self.name} has nothing to be conditional on")
+
+    def _count(self, key: str, value, least: int = 1) -> int:
+        """A key of a set's own that must be a number of rows."""
+        self._check(key, value, int, f"a whole number of at least {least}")
+        if value is None or value < least:
+            self._refuse(key, value, f"must be a whole number of at least {least}")
+        return value
+
+    def _rows(self, name: str, rows: np.ndarray, how: str) -> ArraySplit:
+        """A split of ``rows`` (N, D); the train split knows its moments."""
+        columns = Columns.of(rows, self.names) if name == "train" else None
+        return ArraySplit(torch.from_numpy(rows), f"{self.name} {name}: {len(rows):,} rows {how}", columns=columns)
