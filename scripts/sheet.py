@@ -1,0 +1,45 @@
+"""The densities of a sweep over models and data of the plane, on one sheet: docs/toys.png."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+import flowtrain
+from flowtrain.bijections.ode import exact_trace
+from flowtrain.config import build
+from flowtrain.plots.density import data_panel, model_panel, sheet, view_of
+from flowtrain.plots.grid import save_png
+from flowtrain.restore import embedded
+
+SIDE = 160
+sweep, models, toys = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
+with (sweep / "results.csv").open() as file:
+    runs = {tuple(row["overrides"].split()[:2]): row for row in csv.DictReader(file) if row["status"] == "finished"}
+
+
+def data(toy: str) -> torch.Tensor:
+    row = next(row for (_, name), row in runs.items() if name == f"dataset={toy}")
+    config = embedded(Path(row["run_dir"]) / "checkpoints" / "best.pt")
+    return build(OmegaConf.create(config["dataset"])).split("train").data[:30_000]
+
+
+points = {toy: data(toy) for toy in toys}
+views = {toy: view_of(points[toy]) for toy in toys}
+rows = [[data_panel(points[toy], views[toy], SIDE) for toy in toys]]
+for model in models:
+    rows.append([])
+    for toy in toys:
+        run = runs.get((f"model={model}", f"dataset={toy}"))
+        panel = None
+        if run:
+            flow = flowtrain.load(run["run_dir"])
+            with torch.no_grad(), exact_trace():
+                panel = model_panel(flow, views[toy], SIDE)
+        rows[-1].append(panel)
+save_png(sheet(rows, ["data", *models], toys), Path("docs/toys.png"))
+print("docs/toys.png")
