@@ -20,12 +20,10 @@ def start_matrix(kind: str, n: int) -> Tensor:
         return torch.eye(n, dtype=torch.float64, device="cpu")
     if kind == "permutation":
         return torch.eye(n, dtype=torch.float64, device="cpu")[torch.randperm(n, device="cpu")]
-    if kind == "rotation":
-        q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu"))
-        q = q * r.diagonal().sign()  # QR alone is not Haar-distributed
-        q[:, 0] *= torch.linalg.det(q).sign()  # determinant +1
-        return q
-    raise ValueError(f"start='{kind}' must be rotation, permutation, identity or whitening")
+    q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, device="cpu"))
+    q = q * r.diagonal().sign()  # QR alone is not Haar-distributed
+    q[:, 0] *= torch.linalg.det(q).sign()  # determinant +1
+    return q
 
 
 def whitening(x: Tensor) -> Tensor:
@@ -48,9 +46,12 @@ class _Linear(Bijection):
     def __init__(self, shape, start: str = "rotation", context_shape=None):
         super().__init__(shape, context_shape)
         self.channels, self.pixels = self.shape[0], math.prod(self.shape[1:])
+        if start not in ("rotation", "permutation", "identity", "whitening"):
+            raise ValueError(f"start='{start}' must be rotation, permutation, identity or whitening")
         self.register_buffer("started", torch.tensor(start != "whitening"))
         self.allocate()
-        self.set_weight(start_matrix(start, self.channels))
+        if not next(self.parameters()).is_meta:  # a flow built to be looked at has no numbers
+            self.set_weight(start_matrix(start, self.channels))
 
     def allocate(self) -> None:
         """Make the parameters."""
