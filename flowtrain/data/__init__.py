@@ -1,17 +1,22 @@
-"""Data: sets of pictures, their splits, and loaders. They know nothing of flows."""
+"""Data: sets of pictures and of vectors, their splits, and loaders. They know nothing of flows."""
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.columns import Columns
+from flowtrain.data.density_picture import Picture
 from flowtrain.data.digits import Digits
 from flowtrain.data.folders import CelebA, CelebAHQ, ImageFolder
 from flowtrain.data.imagenet import DownsampledImageNet
 from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.maf_tables import BSDS300, Gas, Hepmass, Miniboone, Power
+from flowtrain.data.patches import Patches
 from flowtrain.data.split import ArraySplit, Split
 from flowtrain.data.synthetic import Synthetic
 from flowtrain.data.tabular import Table
 from flowtrain.data.torchvision_sets import CIFAR10, KMNIST, MNIST, SVHN, FashionMNIST
+from flowtrain.data.toys import Checkerboard, EightGaussians, Moons, Pinwheel, Rings, Spirals
 
 __all__ = [
+    "BSDS300",
     "CIFAR10",
     "KMNIST",
     "MNIST",
@@ -20,12 +25,24 @@ __all__ = [
     "Augment",
     "CelebA",
     "CelebAHQ",
+    "Checkerboard",
     "Columns",
     "Digits",
     "DownsampledImageNet",
+    "EightGaussians",
     "FashionMNIST",
+    "Gas",
+    "Hepmass",
     "ImageFolder",
     "Loader",
+    "Miniboone",
+    "Moons",
+    "Patches",
+    "Picture",
+    "Pinwheel",
+    "Power",
+    "Rings",
+    "Spirals",
     "Split",
     "Synthetic",
     "Table",

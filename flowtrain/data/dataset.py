@@ -54,7 +54,7 @@ class Dataset:
         self.test_size = self.default_test if test_size is None else test_size
 
         if path is not None and not self.uses_path:
-            self._refuse("path", path, f"{self.name}'s files are looked for under dataset.root")
+            self._refuse("path", path, f"{self.name} takes none; its files, if any, are under dataset.root")
         if on_bad not in ("stop", "skip"):
             raise Refused(f"on_bad={on_bad}: must be stop or skip")
         for part, size in (("val", self.val_size), ("test", self.test_size)):

@@ -108,6 +108,20 @@ def source(path: Path) -> Source:
     raise Refused(f"{path} is neither a folder nor a .zip or .tar of pictures")
 
 
+def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
+    """A whole picture, upright, in PIL's ``mode``; ``exact`` is the only size allowed. Raises an Exception of some
+    kind for whatever is wrong with the file."""
+    with Image.open(file) as picture:
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed")
+        if exact and (width, height) != exact:
+            raise ValueError(f"it is {width}x{height}, not {exact[0]}x{exact[1]}")
+        if picture.mode.startswith("I;16"):  # PIL would clip 16 bits to 255 instead of scaling them
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        return ImageOps.exif_transpose(picture).convert(mode)
+
+
 def decode(
     file: BinaryIO,
     size: int,
@@ -118,17 +132,9 @@ def decode(
     """A picture as uint8 (channels, size, size): grey for one channel, RGB for three.
 
     The largest centred square, or ``box`` (left, top, right, bottom), is cut out and resized (bicubic, antialiased).
-    ``exact`` allows no resizing. Whatever is wrong with the file is raised as an Exception of some kind.
+    ``exact`` allows no resizing. Raises what :func:`opened` does.
     """
-    with Image.open(file) as picture:
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed")
-        if exact and (width, height) != (size, size):
-            raise ValueError(f"it is {width}x{height}, not {size}x{size}")
-        if picture.mode.startswith("I;16"):  # PIL would clip 16 bits to 255 instead of scaling them
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+    picture = opened(file, "L" if channels == 1 else "RGB", (size, size) if exact else None)
     if box is None:
         width, height = picture.size
         side = min(width, height)

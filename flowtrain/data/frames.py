@@ -1,0 +1,46 @@
+"""Tables that pandas pickled, by whichever pandas, read without letting the pickle run anything else."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+
+_PLACES = {  # name -> where today's libraries have it; the file says where the libraries of its time had it
+    "DataFrame": "pandas",
+    "BlockManager": "pandas.core.internals",
+    "_unpickle_block": "pandas._libs.internals",
+    "_new_Index": "pandas.core.indexes.base",
+    "Index": "pandas",
+    "RangeIndex": "pandas",
+    "StringDtype": "pandas",
+    "ArrowStringArray": "pandas.arrays",
+    "_restore_array": "pyarrow.lib",
+    "type_for_alias": "pyarrow.lib",
+    "py_buffer": "pyarrow",
+    "ndarray": "numpy",
+    "dtype": "numpy",
+    "_reconstruct": "numpy._core.multiarray",
+    "scalar": "numpy._core.multiarray",
+    "_frombuffer": "numpy._core.numeric",
+    "_reconstructor": "copyreg",
+    "encode": "_codecs",
+    "object": "builtins",
+    "slice": "builtins",
+    "bytearray": "builtins",
+}
+_NOW = {"Int64Index": "Index", "UInt64Index": "Index", "Float64Index": "Index", "new_block": "_unpickle_block"}
+
+
+def read(path: Path):
+    """The pandas table in ``path``. pickle.UnpicklingError where it holds anything but tables of numbers and text."""
+    with open(path, "rb") as file:
+        return _Frames(file, encoding="latin1").load()  # Python 2 left its texts as bytes
+
+
+class _Frames(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        name = _NOW.get(name, name)
+        if name not in _PLACES:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}, not only tables")
+        return getattr(importlib.import_module(_PLACES[name]), name)

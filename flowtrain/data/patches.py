@@ -1,0 +1,103 @@
+"""Patches of photographs as a table of 63 columns, drawn as those of BSDS300 were."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from flowtrain.data.dataset import SPLITS
+from flowtrain.data.pictures import SUFFIXES, Source, opened, source
+from flowtrain.data.split import ArraySplit, cut
+from flowtrain.data.vectors import Vectors
+from flowtrain.errors import FlowtrainError, Refused
+
+log = logging.getLogger(__name__)
+
+SIDE = 8
+
+
+class Patches(Vectors):
+    """8×8 grey patches at random places of the pictures at ``dataset.path``: each pixel x of 256 levels becomes
+    (x + u)/256, u uniform; the patch's mean is subtracted; the last pixel, which now is −Σ of the others, is dropped
+    (as MAF describes BSDS300's: Papamakarios et al. 2017, appendix D).
+
+    ``path`` is a folder, or a .tar or .zip, of pictures. One that holds train and test, each a folder or an archive,
+    is split that way, and val patches come from the train pictures, as in BSDS300; else the pictures, not the patches,
+    are cut by ``val_size`` and ``test_size``.
+
+    Args:
+        train_patches, val_patches, test_patches: how many to draw for each split. Each picture is as likely as any
+            other, and each place in it.
+        split_seed: of the cut, the places and the noise.
+    """
+
+    native_name, dims = "bsds_patches", SIDE * SIDE - 1
+
+    def __init__(self, *, train_patches=1_000_000, val_patches=50_000, test_patches=250_000, **keys):
+        super().__init__(**keys)
+        counts = {"train_patches": train_patches, "val_patches": val_patches, "test_patches": test_patches}
+        self.counts = {key.removesuffix("_patches"): self._count(key, value) for key, value in counts.items()}
+
+    def _open(self, name: str) -> ArraySplit:
+        pictures, names = self._pictures(name)
+        if not names:
+            raise Refused(f"dataset.path: {pictures.path} holds no pictures ({' '.join(SUFFIXES)})")
+        random = np.random.default_rng([self.split_seed, SPLITS.index(name)])
+        shares = random.multinomial(self.counts[name], np.full(len(names), 1 / len(names)))
+        rows, at = np.empty((self.counts[name], self.dims), dtype=np.float32), 0
+        bad = 0
+        for picture, share in zip(names, shares, strict=True):
+            try:
+                with pictures.open(picture) as file:
+                    grey = np.asarray(opened(file, "L"))
+                if min(grey.shape) < SIDE:
+                    raise ValueError(f"{grey.shape[1]}x{grey.shape[0]} pixels hold no patch of {SIDE}x{SIDE}")
+            except Exception as error:  # whatever a damaged file makes PIL raise
+                bad += 1
+                self._report(f"{pictures.where(picture)}: {type(error).__name__}: {error}", bad)
+                continue
+            rows[at : at + share] = _patches(grey, share, random)
+            at += share
+        if not at:
+            raise FlowtrainError(f"dataset.path: none of the {len(names)} pictures of {pictures.path} can be read")
+        how = f"of {SIDE}x{SIDE} patches from {len(names) - bad:,} pictures of {pictures.path}, drawn with seed"
+        return self._rows(name, rows[:at], f"{how} {self.split_seed} as BSDS300's were: near, not equal to, its data")
+
+    def _pictures(self, name: str) -> tuple[Source, list[str]]:
+        """Where the pictures are, and the names of those of a split."""
+        if self.path is None:
+            raise Refused(f"dataset={self.name} needs dataset.path=FOLDER of pictures (or a .zip or .tar of them)")
+        if not self.path.exists():
+            raise Refused(f"dataset.path={self.path} does not exist: give a folder of pictures, or a .zip or .tar")
+        own = {part: _own(self.path, part) for part in ("train", "test")}
+        if all(own.values()):
+            pictures = source(own["test" if name == "test" else "train"])
+            return pictures, pictures.names
+        pictures = source(self.path)
+        if not pictures.names:
+            return pictures, []
+        chosen = cut(len(pictures.names), self.val_size, self.test_size, self.split_seed)[name]
+        return pictures, [pictures.names[i] for i in np.sort(chosen)]
+
+    def _report(self, problem: str, number: int) -> None:
+        line = f"cannot read the picture {' '.join(problem.split())}"
+        if self.on_bad == "stop":
+            raise FlowtrainError(f"{line}; on_bad=skip would do without it")
+        if number == 1:
+            log.warning("%s; on_bad=skip: doing without it and others like it", line)
+
+
+def _own(path: Path, part: str) -> Path | None:
+    places = (path / f"{part}{end}" for end in ("", ".tar", ".zip"))
+    return next((place for place in places if place.exists()), None)
+
+
+def _patches(grey: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
+    """``number`` patches of a picture (H, W) as rows (number, 63)."""
+    views = np.lib.stride_tricks.sliding_window_view(grey, (SIDE, SIDE))
+    down, right = (random.integers(0, side, number) for side in views.shape[:2])
+    x = views[down, right].reshape(number, SIDE * SIDE)
+    y = (x + random.random(x.shape, dtype=np.float32)) / 256
+    return (y - y.mean(1, keepdims=True))[:, :-1]
