@@ -6,6 +6,7 @@ from flowtrain.bijections.columns import DequantizeColumns, Standardize
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
+from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
 from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
@@ -16,7 +17,7 @@ from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidA
 __all__ = [
     "ActNorm", "Additive", "Alternate", "Autoregressive", "BatchNorm", "Bijection", "Center", "Chain",
     "Checkerboard", "Conditional", "Coupling", "DenseLinear", "Dequantize", "DequantizeColumns", "DiagonalFirst",
-    "Elementwise", "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit", "MultiScale", "Permutation",
-    "PiecewiseLinear", "RationalQuadratic", "Reverse", "Scale", "Shuffle", "SigmoidAffine", "Squeeze", "Standardize", "TanhAffine",
-    "Unsqueeze",
+    "Elementwise", "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit", "MixtureLogistic",
+    "MixtureNormal", "MultiScale", "Permutation", "PiecewiseLinear", "RationalQuadratic", "Reverse", "Scale",
+    "Shuffle", "SigmoidAffine", "Squeeze", "Standardize", "TanhAffine", "Unsqueeze",
 ]  # fmt: skip

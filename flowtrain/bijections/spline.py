@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from flowtrain.bijections.univariate import Univariate
 
@@ -49,3 +54,123 @@ class PiecewiseLinear(Univariate):
         index = index[..., None]
         own = weight.gather(-1, index)[..., 0]
         return weight.cumsum(-1).gather(-1, index)[..., 0] - own, own
+
+
+class RationalQuadratic(Univariate):
+    """A monotone rational-quadratic spline on [−bound, bound], the identity outside (Durkan et al. 2019, section 3.1).
+
+    θ holds the logits of ``bins`` widths, of as many heights, and a number for the slope at each inner knot; at both
+    ends the slope is 1. No width or height is below ``min_width`` or ``min_height`` of the whole interval and no slope
+    below ``min_derivative``. With θ = 0 it is the identity.
+    """
+
+    steepest = 1e4  # slope of a knot, far above what data ask for: unbounded, one odd θ overflows
+
+    def __init__(
+        self,
+        shape,
+        bins: int = 8,
+        bound: float = 3.0,
+        min_width: float = 1e-3,
+        min_height: float = 1e-3,
+        min_derivative: float = 1e-3,
+    ):
+        super().__init__(shape)
+        if bins < 2:
+            raise ValueError(f"bins={bins} must be at least 2")
+        if not bound > 0:
+            raise ValueError(f"bound={bound} must be positive")
+        for name, least in {"min_width": min_width, "min_height": min_height}.items():
+            if not 0 < least < 1 / bins:
+                raise ValueError(f"{name}={least} must lie between 0 and 1/bins")
+        if not 0 < min_derivative < 1:
+            raise ValueError(f"min_derivative={min_derivative} must lie between 0 and 1")
+        self.params, self.bins, self.bound = 3 * bins - 1, bins, bound
+        self.least = [2 * bound * least for least in (min_width, min_height)]
+        self.share = [2 * bound - bins * least for least in self.least]  # what the softmax shares out
+        self.min_derivative = min_derivative
+        self.shift = math.log(math.expm1(1 - min_derivative))  # its softplus makes a slope of 1
+
+    def forward(self, x, theta):
+        inside = x.clamp(-self.bound, self.bound)
+        piece = self._find(inside, theta, axis=0)
+        t = ((inside - piece.left) / piece.width).clamp(0, 1)
+        y = piece.bottom + piece.height * piece.rise(t)
+        is_inside = x == inside
+        return torch.where(is_inside, y, x), torch.where(is_inside, piece.log_slope(t), 0.0)
+
+    def inverse(self, y, theta):
+        inside = y.clamp(-self.bound, self.bound)
+        piece = self._find(inside, theta, axis=1)
+        t = piece.position(((inside - piece.bottom) / piece.height).clamp(0, 1))
+        x = piece.left + piece.width * t
+        is_inside = y == inside
+        return torch.where(is_inside, x, y), torch.where(is_inside, -piece.log_slope(t), 0.0)
+
+    def _find(self, value: Tensor, theta: Tensor, axis: int) -> _Bin:
+        """The bin whose side on ``axis`` (0: x, 1: y) holds ``value``, in [−bound, bound]."""
+        sizes, slopes = theta.split([2 * self.bins, self.bins - 1], -1)
+        sizes = sizes.unflatten(-1, (2, self.bins))
+        # a softmax, divided by its total only once one bin is taken of each element: passes over all bins are the cost
+        mass = (sizes - sizes.detach().amax(-1, keepdim=True)).exp()
+        total = mass.sum(-1)
+        number = torch.arange(self.bins, device=value.device, dtype=value.dtype)
+        with torch.no_grad():
+            mine, least, share = mass.select(-2, axis), self.least[axis], self.share[axis]
+            passed = mine[..., :-1].cumsum(-1) * (share / total[..., axis, None]) + least * number[1:] - self.bound
+            index = (value[..., None] >= passed).sum(-1, keepdim=True)
+        own = mass.gather(-1, index[..., None].expand(*total.shape, 1))[..., 0] / total
+        before = torch.where((number < index)[..., None, :], mass, 0.0).sum(-1) / total
+        start, size = [], []
+        for share, least, before, own in zip(self.share, self.least, before.unbind(-1), own.unbind(-1)):
+            start.append(share * before + (least * index[..., 0].to(value.dtype) - self.bound))
+            size.append(share * own + least)
+
+        knots = torch.cat((index - 1, index), -1)
+        inner = knots.clamp(0, self.bins - 2)
+        slope = (F.softplus(slopes.gather(-1, inner) + self.shift) + self.min_derivative).clamp(max=self.steepest)
+        slope = torch.where(inner == knots, slope, 1.0)
+        return _Bin(*start, *size, *slope.unbind(-1))
+
+
+class _Bin(NamedTuple):
+    """A piece of the spline: where it starts, how wide and high it is, and its slope at both ends.
+
+    The slopes are those of the whole map; t and ``rise`` go from 0 to 1 across the bin.
+    """
+
+    left: Tensor
+    bottom: Tensor
+    width: Tensor
+    height: Tensor
+    slope0: Tensor
+    slope1: Tensor
+
+    def rise(self, t: Tensor) -> Tensor:
+        """Durkan et al. 2019, eq. 4."""
+        mean = self.height / self.width
+        return t * (mean * t + self.slope0 * (1 - t)) / self._divisor(t, mean)
+
+    def log_slope(self, t: Tensor) -> Tensor:
+        """The logarithm of eq. 5."""
+        mean, u = self.height / self.width, 1 - t
+        bend = self.slope1 * t * t + 2 * mean * t * u + self.slope0 * u * u
+        return ((mean / self._divisor(t, mean)).square() * bend).log()
+
+    def position(self, rise: Tensor) -> Tensor:
+        """The t of a rise: the root of eq. 6–8.
+
+        With a = mean − b, the discriminant is the sum of squares below, which rounding cannot make negative, and t : 1 − t
+        is a ratio of positive terms: nothing cancels.
+        """
+        mean = self.height / self.width
+        tilt = self.slope0 * (1 - rise) - self.slope1 * rise
+        root = (tilt * tilt + 4 * mean * mean * rise * (1 - rise)).sqrt()
+        leans_left = tilt >= 0
+        size = root + torch.where(leans_left, tilt, -tilt)
+        done = torch.where(leans_left, 2 * mean * rise, size)
+        rest = torch.where(leans_left, size, 2 * mean * (1 - rise))
+        return done / (done + rest)
+
+    def _divisor(self, t, mean):
+        return mean + (self.slope0 + self.slope1 - 2 * mean) * t * (1 - t)
