@@ -10,6 +10,8 @@ mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
+masked = partial(nets.MADE, hidden=12)
+residual_masked = partial(nets.ResidualMADE, hidden=12)
 picture, vector = (4, 4, 6), (5,)
 
 UNIVARIATE = {
@@ -19,6 +21,9 @@ UNIVARIATE = {
     "sigmoid_affine": b.SigmoidAffine,
     "tanh_affine": b.TanhAffine,
     "piecewise_linear": partial(b.PiecewiseLinear, bins=5),
+    "rational_quadratic": partial(b.RationalQuadratic, bins=5),
+    "mixture_logistic": partial(b.MixtureLogistic, components=3),
+    "mixture_normal": partial(b.MixtureNormal, components=3),
 }
 
 glow_step = partial(
@@ -89,6 +94,16 @@ LAYERS = {
         if name != "tanh_affine"  # its rescale is one a channel, and a vector's elements come one by one
     },
     "autoregressive_context": partial(b.Autoregressive, vector, b.SigmoidAffine, causal, context_shape=(3,)),
+    "masked_reversed": partial(b.Autoregressive, vector, b.ExpAffine, masked, order="reversed"),
+    "masked_random_context": partial(
+        b.Autoregressive, vector, b.SigmoidAffine, partial(masked, degrees="random"), order="random", context_shape=(3,)
+    ),
+    "masked_residual": partial(b.Autoregressive, vector, b.ExpAffine, residual_masked),
+    "iaf": partial(b.Inverse, vector, partial(b.Autoregressive, univariate=b.ExpAffine, net=masked), context_shape=(3,)),
+    "coupling_seen": partial(
+        b.Coupling, vector, b.SigmoidAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate,
+        seen=partial(b.Elementwise, univariate=b.ExpAffine), context_shape=(3,),
+    ),
     "elementwise_shared": partial(b.Elementwise, picture, b.ExpAffine, share=[1, 2]),
     **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},
 }

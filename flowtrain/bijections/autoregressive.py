@@ -87,8 +87,8 @@ def cost_of_likelihood(module: nn.Module) -> str | None:
     """What ``train`` says of a flow, such as IAF, whose likelihood takes as many steps as there are elements; or None."""
     if not (found := list(sequential_layers(module))):
         return None
-    steps = max(layer.shape[0] for layer in found)
+    steps, layers = max(layer.shape[0] for layer in found), f"{len(found)} layer{'s' * (len(found) > 1)}"
     return (
-        f"likelihood: {steps} sequential steps a layer ({len(found)} layers): sampling takes one pass; "
+        f"likelihood: {steps} sequential steps a layer ({layers}): sampling takes one pass; "
         "model=maf is the other way round"
     )

@@ -167,9 +167,12 @@ class ResidualMADE(_Masked):
 
 
 def degrees_of(units: int, least: int, most: int, how: str) -> Tensor:
-    """Degrees from ``least`` to ``most`` for so many units, ascending; spread evenly, all have their share."""
+    """Degrees from ``least`` to ``most`` for so many units, ascending: spread evenly, both ends among them, or drawn."""
+    count = most - least + 1
+    if how == "sequential" and units < count:
+        return torch.linspace(least, most, units, device="cpu").round().long()
     if how == "sequential":
-        return most - (torch.arange(units, device="cpu") * (most - least + 1) // units).flip(0)
+        return least + torch.arange(units, device="cpu") * count // units
     if how == "random":
         return torch.randint(least, most + 1, (units,), device="cpu").sort().values
     raise ValueError(f"degrees='{how}' must be sequential or random")
