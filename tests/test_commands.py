@@ -1,5 +1,6 @@
 """train, eval and sample, called as the command line calls them, for every model; and the same on two processes."""
 
+import csv
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from composed import composed, configuration, flow_of, options
+from composed import ONLY_PICTURES, composed, configuration, flow_of, options
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -64,6 +65,55 @@ def test_every_model_trains_evaluates_and_samples(model, tmp_path):
     assert flow.log_prob(x).shape == (6,)
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table of real, whole and named columns, as a file."""
+    draw = np.random.default_rng(0)
+    age, sort = draw.integers(18, 80, 200), draw.choice(["red", "green", "blue"], 200)
+    lines = [f"{a},{a * 900 + draw.normal(0, 5000):.2f},{draw.normal():.4f},{s}" for a, s in zip(age, sort)]
+    path = tmp_path_factory.mktemp("table") / "people.csv"
+    path.write_text("age,income,score,sort\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_PICTURES}))
+def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, table, tmp_path):
+    words = [f"model={model}", "dataset=table", f"dataset.path={table}", "dataset.context=[sort]", *TINY]
+    cfg, summary = trained(tmp_path, *words)
+    assert np.isfinite(summary["log_likelihood"]) and "bits_per_dim" not in summary
+    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "examples": 15}))
+    assert report["examples"] == 15 and "bits_per_dim" not in report
+    keys = {**SAMPLE, "n": 40, "context": {"sort": "green"}}
+    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **keys))
+    rows = list(csv.DictReader(open(paths["csv"])))
+    assert list(rows[0]) == ["age", "income", "score"] and len(rows) == 40
+    assert all(row["age"].lstrip("-").isdigit() for row in rows)  # whole, as in the file
+    ages, incomes = (np.array([float(row[name]) for row in rows]) for name in ("age", "income"))
+    assert 0 < ages.mean() < 100 and 1e4 < incomes.mean() < 1e5  # in its units
+    assert Image.open(paths["pairs"]).size[0] > 300
+    with pytest.raises(Refused, match="conditional on sort: give context="):
+        sample.main(*of_checkpoint(cfg, summary, tmp_path / "none", **SAMPLE))
+
+
+def test_points_of_the_plane_come_with_their_density(tmp_path):
+    cfg, summary = trained(tmp_path, "model=realnvp_vector", "dataset=moons", *TINY)
+    assert Image.open(sorted((tmp_path / "samples").glob("*.png"))[-1]).size == (806, 400)
+    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **SAMPLE))
+    assert Image.open(paths["density"]).size == (806, 400)
+    flow = flowtrain.load(str(tmp_path))
+    assert flow.log_prob(torch.from_numpy(np.load(paths["npy"]))).isfinite().all()
+
+
+def test_integers_alone_are_reported_in_bits_too(tmp_path):
+    draw = np.random.default_rng(0)
+    np.save(tmp_path / "dice.npy", draw.integers(1, 7, (300, 4)))
+    words = ["model=maf", "dataset=table", f"dataset.path={tmp_path / 'dice.npy'}", *TINY]
+    cfg, summary = trained(tmp_path / "run", *words)
+    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "examples": None}))
+    assert report["bits_per_dim"] == pytest.approx(-report["log_likelihood"] / (4 * np.log(2)))
+    assert report["bits_per_dim"] > np.log2(6) - 0.1  # no model beats the dice
+
+
 def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
     cfg, summary = trained(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
     flow = flowtrain.load(str(tmp_path))
@@ -103,16 +153,16 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
-    channels = configuration(f"experiment={experiment}").dataset.channels
-    small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"]
+    channels = configuration(f"experiment={experiment}").dataset.channels  # None: a table
+    small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"] if channels else ["dataset=moons"]
     cfg, summary = trained(tmp_path, f"experiment={experiment}", *small, *TINY)
     assert summary["steps"] == 3
     report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "draws": 1}))
-    assert report["bits_per_dim"] > 0
+    assert np.isfinite(report["log_likelihood"])
     if "published" in report:
         assert "other data (" in report["published"]["not_comparable"]
-    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **SAMPLE))
-    assert np.load(paths["npy"]).shape == (6, channels, 16, 16)
+    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **{**SAMPLE, "plot": False}))
+    assert np.load(paths["npy"]).shape == ((6, channels, 16, 16) if channels else (6, 2))
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):
