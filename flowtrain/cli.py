@@ -13,7 +13,9 @@ from flowtrain.signals import end_at_once
 COMMANDS = {
     "train": "fit a flow to data",
     "eval": "bits per dimension of a run",
-    "sample": "pictures out of a run",
+    "sample": "draws from a run",
+    "check": "audit of a run's flow, or of a new one",
+    "score": "a likelihood for each row or picture",
 }
 USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
 
@@ -26,6 +28,8 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain train --multirun model=nice,realnvp,glow seed=1,2
   flowtrain eval                                     the run that started last; or ckpt=outputs/…
   flowtrain sample n=64 temperature=0.7
+  flowtrain check                                    is its flow exact? or check model=glow, a new one
+  flowtrain score input=table.csv                    or a folder of pictures
   flowtrain train resume=true                        go on where it stopped
   torchrun --nproc-per-node=8 -m flowtrain train     or, on one machine, devices=8
   eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
@@ -37,6 +41,8 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 def main() -> None:
     end_at_once(announce=True)
+    # before torch starts its threads: ones that spin while they wait make a shared machine ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -162,7 +168,8 @@ def _refuse_flag(parser, message: str):
 def restored(command: str, overrides: list[str], stub: bool, running: bool) -> tuple[str, list[str]]:
     """The root configuration, and the overrides with checkpoints' paths replaced by options that hold their configs.
 
-    Without ``ckpt=``, eval and sample take the run that started last, and say which; or none, where a ``stub`` will do.
+    Without ``ckpt=``, commands take the run that started last, and say which; or none, where a ``stub`` will do. But
+    check takes a new model where a group, such as ``model=``, asks for one.
     """
     from flowtrain import restore, runs
 
@@ -174,7 +181,10 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
         return "train", overrides
     from flowtrain.commandline import parse
 
-    keys = {item.key_or_group: item.value() for item in parse(others) if not item.is_sweep_override()}
+    parsed = parse(others)
+    if command == "check" and not given and (stub or any(_builds(item.key_or_group) for item in parsed)):
+        return "check_model", overrides
+    keys = {item.key_or_group: item.value() for item in parsed if not item.is_sweep_override()}
     allow = keys["allow"] if isinstance(keys.get("allow"), list) else []
     if given:
         names = runs.LAST if command == "train" else runs.BEST
@@ -187,6 +197,13 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
         print(f"ckpt={os.path.relpath(files[0])}", file=out, flush=True)
     options = ",".join(restore.as_option(key, file, allow) for file in files)
     return ("resume" if command == "train" else command), [f"{key}={options}", *others]
+
+
+def _builds(group: str) -> bool:
+    """Whether choosing an option of ``group`` builds another flow than a checkpoint's."""
+    from flowtrain.config import conf_dir
+
+    return group not in ("hydra", "launcher") and (conf_dir() / group).is_dir()
 
 
 def _values(word: str, key: str) -> list:
