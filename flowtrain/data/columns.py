@@ -120,8 +120,11 @@ class Columns:
     def from_record(cls, record: dict) -> Columns:
         """FlowtrainError for what :meth:`record` has not made."""
         try:
-            parts = (record[key] for key in ("modelled", "context"))
-            return cls(*(tuple(Column(**item | {"categories": tuple(item["categories"])}) for item in p) for p in parts))
+            modelled, context = (
+                tuple(Column(**item | {"categories": tuple(item["categories"])}) for item in record[key])
+                for key in ("modelled", "context")
+            )
+            return cls(modelled, context)
         except (KeyError, TypeError) as error:
             raise FlowtrainError(f"the record of a table's columns is damaged: {error}") from error
 
@@ -170,8 +173,10 @@ def _text(value) -> str | None:
     """A category as the file's text, None where it is missing."""
     if isinstance(value, bool | np.bool_):
         return str(value).lower()
-    if value is None or value == "" or isinstance(value, float | np.floating) and np.isnan(value):
+    if value is None or value == "":
         return None
+    if isinstance(value, float | np.floating):  # a file's column of 1, 2, … was read as numbers
+        return None if np.isnan(value) else f"{value:.15g}"
     return str(value)
 
 

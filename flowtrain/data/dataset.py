@@ -73,6 +73,10 @@ class Dataset:
             raise Refused(f"split={name}: must be one of {', '.join(SPLITS)}")
         return self._open(name)
 
+    def use(self, columns) -> None:
+        """Take what a checkpoint knows of a table's columns in place of what the file itself would say. To be called
+        before :meth:`split`; only a user's table minds."""
+
     def _open(self, name: str) -> Split:
         raise NotImplementedError
 

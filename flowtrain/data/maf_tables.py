@@ -20,6 +20,7 @@ from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, Refused
 
 Parts = dict[str, np.ndarray]  # of SPLITS
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 class MafTable(Vectors):
@@ -45,7 +46,7 @@ class MafTable(Vectors):
                 parts = prepare(file)
             except ModuleNotFoundError as error:
                 raise Refused(f"dataset={self.name} needs more packages: pip install 'flowtrain[tables]'") from error
-            except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+            except _UNREADABLE as error:
                 raise FlowtrainError(f"cannot read {file}: {' '.join(str(error).split())}") from error
             self._opened = file, parts
         file, parts = self._opened

@@ -34,7 +34,13 @@ class Table(Vectors):
         super().__init__(**keys)
         self._list("columns", columns)
         self.columns = columns
+        self._known: Columns | None = None
         self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
+
+    def use(self, columns: Columns | None) -> None:
+        """Another file than that of training may have other categories and moments: its rows are encoded by
+        ``columns``, and an unknown category is refused."""
+        self._known = columns
 
     def _condition(self, context) -> None:
         self._list("context", context)
@@ -64,34 +70,44 @@ class Table(Vectors):
         if self.path is None:
             raise Refused(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
         file = TableFile(self.path)
-        names, context_names = file.choose(self.columns, self.context)
-        if self.shape not in (None, (len(names),)):
-            self._refuse("shape", list(self.shape), f"{len(names)} columns of {self.path} are chosen")
-        count, found = file.survey([*names, *context_names])
-        columns = Columns(
-            tuple(found[: len(names)]),
-            tuple(column if column.categories else replace(column, kind="real") for column in found[len(names) :]),
-        )
+        count, columns = self._survey(file)
         if self.context_shape is not None and list(self.context_shape) != columns.context_shape:
             self._refuse("context_shape", list(self.context_shape), f"{self.path} makes it {columns.context_shape}")
-
-        rows = np.empty((count, len(names)), dtype=np.float32)
-        context = np.empty((count, len(context_names)), dtype=np.float32)
-        start = 0
-        for block in file.blocks([*names, *context_names]):
-            size = len(block[names[0]])
-            rows[start : start + size] = raw(columns.modelled, block, start + 1)
-            if context_names:
-                context[start : start + size] = raw(columns.context, block, start + 1)
-            start += size
-
         parts = cut(count, self.val_size, self.test_size, self.split_seed)
-        chosen = {part: np.sort(index) for part, index in parts.items()}
-        rows, context = _divided(rows, chosen), _divided(context, chosen)
-        self._known = columns.fitted(rows["train"], context["train"])
+        parts = {part: np.sort(chosen) for part, chosen in parts.items()}
+        rows, context = (_divided(values, parts) for values in _values(file, columns, count))
+        self._known = self._known or columns.fitted(rows["train"], context["train"])
         self._parts = {
-            part: (rows[part], self._known.standardized(context[part]) if context_names else None) for part in chosen
+            part: (rows[part], self._known.standardized(context[part]) if columns.context else None) for part in parts
         }
+
+    def _survey(self, file: TableFile) -> tuple[int, Columns]:
+        """The number of rows, and the columns, without their moments if they are not known yet."""
+        known = self._known
+        if known is None:
+            names, context = file.choose(self.columns, self.context)
+        else:
+            names, context = file.known("columns", known.names), file.known("context", known.context_names)
+        if self.shape not in (None, (len(names),)):
+            self._refuse("shape", list(self.shape), f"{len(names)} columns of {self.path} are chosen")
+        count, found = file.survey([*names, *context])
+        modelled, given = found[: len(names)], found[len(names) :]
+        given = [column if column.categories else replace(column, kind="real") for column in given]
+        return count, known or Columns(tuple(modelled), tuple(given))
+
+
+def _values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The modelled columns and those of the context, float32 (N, columns), numbers less offsets and codes."""
+    kinds = (columns.modelled, columns.context)
+    out = tuple(np.empty((count, len(kind)), dtype=np.float32) for kind in kinds)
+    start = 0
+    for block in file.blocks([*columns.names, *columns.context_names]):
+        size = len(next(iter(block.values())))
+        for values, kind in zip(out, kinds, strict=True):
+            if kind:
+                values[start : start + size] = raw(kind, block, start + 1)
+        start += size
+    return out
 
 
 def _divided(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

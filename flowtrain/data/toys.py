@@ -1,4 +1,4 @@
-"""Toy distributions over the plane, within about ±4: six shapes that flows are tried on (as in Grathwohl et al. 2019)."""
+"""Toy distributions over the plane, within about ±4: six shapes that flows are tried on (Grathwohl et al. 2019)."""
 
 from __future__ import annotations
 
