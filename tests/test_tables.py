@@ -168,6 +168,9 @@ def write_collisions(folder, gz=""):
         label = random.integers(0, 2, (rows, 1))
         discrete = random.integers(0, 3, (rows, 6))
         tables.append(np.hstack((label, random.normal(size=(rows, 10)), discrete, random.normal(size=(rows, 11)))))
+    signal = np.flatnonzero(tables[0][:, 0] == 1)
+    tables[0][signal[:5], 1] = -9  # five times the least value: the column stays
+    tables[0][signal[:6], 11] = -9  # six times: it goes, as the next five do
     tables[1] = np.hstack((tables[1], np.full((200, 1), 1000.0)))
     names = ["# label", *(f"f{i}" for i in range(27))]
     for part, table in zip(("train", "test"), tables, strict=True):
