@@ -8,6 +8,7 @@ from flowtrain import nets
 
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
+ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10)
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
@@ -103,6 +104,17 @@ LAYERS = {
     "coupling_seen": partial(
         b.Coupling, vector, b.SigmoidAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate,
         seen=partial(b.Elementwise, univariate=b.ExpAffine), context_shape=(3,),
+    ),
+    "continuous": partial(ode, vector, partial(nets.ODENet, hidden=6, depth=1)),
+    "continuous_context": partial(
+        ode, vector, partial(nets.ODENet, hidden=6, depth=1, layer="concat", activation="softplus"),
+        learn_time=True, context_shape=(3,),
+    ),
+    "continuous_picture": partial(
+        ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1), solver="dopri8", context_shape=(3,)
+    ),
+    "continuous_picture_squash": partial(
+        ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1, layer="concatsquash", activation="tanh")
     ),
     "elementwise_shared": partial(b.Elementwise, picture, b.ExpAffine, share=[1, 2]),
     **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},

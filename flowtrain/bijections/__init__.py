@@ -9,6 +9,7 @@ from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Pe
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
 from flowtrain.bijections.norm import ActNorm, BatchNorm
+from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
@@ -16,8 +17,8 @@ from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidA
 
 __all__ = [
     "ActNorm", "Additive", "Alternate", "Autoregressive", "BatchNorm", "Bijection", "Center", "Chain",
-    "Checkerboard", "Conditional", "Coupling", "DenseLinear", "Dequantize", "DequantizeColumns", "DiagonalFirst",
-    "Elementwise", "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit", "MixtureLogistic",
-    "MixtureNormal", "MultiScale", "Permutation", "PiecewiseLinear", "RationalQuadratic", "Reverse", "Scale",
-    "Shuffle", "SigmoidAffine", "Squeeze", "Standardize", "TanhAffine", "Unsqueeze",
+    "Checkerboard", "Conditional", "Continuous", "Coupling", "DenseLinear", "Dequantize", "DequantizeColumns",
+    "DiagonalFirst", "Elementwise", "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit",
+    "MixtureLogistic", "MixtureNormal", "MultiScale", "Permutation", "PiecewiseLinear", "RationalQuadratic",
+    "Reverse", "Scale", "Shuffle", "SigmoidAffine", "Squeeze", "Standardize", "TanhAffine", "Unsqueeze",
 ]  # fmt: skip

@@ -1,0 +1,157 @@
+"""The dynamics of continuous-time flows: networks f(t, x) with the shape of x.
+
+They are smooth, as an adaptive solver wants them, and their last layer is zero at the start, so that a new flow is the
+identity.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flowtrain.nets.conv import channels_of
+from flowtrain.nets.mlp import at_least_one, context_to, zeroed
+
+
+class Concat(nn.Module):
+    """W·[t, x] + b, the time a further input: a linear layer."""
+
+    def __init__(self, n: int, out: int):
+        super().__init__()
+        self.linear = nn.Linear(n + 1, out)
+
+    def forward(self, t, x):
+        return self.linear(with_time(t, x))
+
+
+class ConcatConv(nn.Module):
+    """The same for pictures: a 3×3 convolution with the time as a further channel."""
+
+    def __init__(self, n: int, out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(n + 1, out, 3, padding=1)
+
+    def forward(self, t, x):
+        return self.conv(with_time(t, x))
+
+
+class Squash(nn.Module):
+    """h ↦ h·σ(g·t + c) + d·t for each channel: how time enters a layer in FFJORD's tables (its reference code)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gate, self.gate_bias, self.shift = (nn.Parameter(torch.empty(channels)) for _ in range(3))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1, 1)  # as a linear layer of one input starts
+
+    def forward(self, t, h):
+        gate = torch.sigmoid(torch.addcmul(self.gate_bias, self.gate, t))
+        shape = -1, *[1] * (h.dim() - 2)
+        return torch.addcmul((self.shift * t).view(shape), h, gate.view(shape))
+
+
+class ConcatSquash(nn.Module):
+    """(W·x + b)·σ(g·t + c) + d·t: a linear layer."""
+
+    def __init__(self, n: int, out: int):
+        super().__init__()
+        self.linear, self.squash = nn.Linear(n, out), Squash(out)
+
+    def forward(self, t, x):
+        return self.squash(t, self.linear(x))
+
+
+class ConcatSquashConv(nn.Module):
+    """The same for pictures: a 3×3 convolution."""
+
+    def __init__(self, n: int, out: int):
+        super().__init__()
+        self.conv, self.squash = nn.Conv2d(n, out, 3, padding=1), Squash(out)
+
+    def forward(self, t, x):
+        return self.squash(t, self.conv(x))
+
+
+class Dynamics(nn.Module):
+    """``depth`` hidden layers of ``hidden`` channels between layers that know the time.
+
+    ``activation`` is ``tanh`` or ``softplus``. A context vector is added, linearly, to the first hidden layer.
+    """
+
+    layers_by_name: dict[str, type[nn.Module]]
+
+    def __init__(self, channels: int, hidden: int, depth: int, layer: str, activation: str, context_shape):
+        super().__init__()
+        at_least_one(hidden=hidden, depth=depth)
+        kind = chosen("layer", layer, self.layers_by_name)
+        self.activation = chosen("activation", activation, {"tanh": torch.tanh, "softplus": F.softplus})
+        widths = [channels, *[hidden] * depth, channels]
+        self.layers = nn.ModuleList(kind(n, out) for n, out in pairwise(widths))
+        self.context = context_to(hidden, context_shape)
+        zeroed(self.layers[-1])
+
+    def forward(self, t, x, context=None):
+        """dx/dt at time ``t``, a scalar: (B, *shape)."""
+        first, *others = self.layers
+        h = first(t, x)
+        if self.context is not None:
+            h = h + self.context(context).view(*h.shape[:2], *[1] * (h.dim() - 2))
+        for layer in others:
+            h = layer(t, self.activation(h))
+        return h
+
+
+class ODENet(Dynamics):
+    """Fully connected dynamics of vectors, (B, D) -> (B, D) (Grathwohl et al. 2019, reference code).
+
+    ``layer`` is ``concatsquash`` (FFJORD's tables) or ``concat``.
+    """
+
+    layers_by_name = {"concat": Concat, "concatsquash": ConcatSquash}
+
+    def __init__(
+        self,
+        shape,
+        hidden: int = 64,
+        depth: int = 3,
+        layer: str = "concatsquash",
+        activation: str = "tanh",
+        context_shape=None,
+    ):
+        if len(shape) != 1:
+            raise ValueError(f"an ODENet takes vectors, not {list(shape)}; flatten first")
+        super().__init__(shape[0], hidden, depth, layer, activation, context_shape)
+
+
+class ConvODENet(Dynamics):
+    """Convolutional dynamics of pictures, (B, C, H, W) -> (B, C, H, W) (Grathwohl et al. 2019, reference code).
+
+    ``layer`` is ``concat`` (FFJORD's pictures) or ``concatsquash``; every convolution is 3×3.
+    """
+
+    layers_by_name = {"concat": ConcatConv, "concatsquash": ConcatSquashConv}
+
+    def __init__(
+        self,
+        shape,
+        hidden: int = 64,
+        depth: int = 3,
+        layer: str = "concat",
+        activation: str = "softplus",
+        context_shape=None,
+    ):
+        super().__init__(channels_of(shape), hidden, depth, layer, activation, context_shape)
+
+
+def with_time(t, x):
+    """(B, C, …) -> (B, 1 + C, …), the time first."""
+    return torch.cat((t.to(x.dtype).expand_as(x[:, :1]), x), 1)
+
+
+def chosen(argument: str, name: str, options: dict):
+    if name not in options:
+        raise ValueError(f"{argument}='{name}' must be {' or '.join(options)}")
+    return options[name]
