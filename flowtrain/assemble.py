@@ -67,6 +67,14 @@ def shares(split: Split, cfg, device, examples: int | None = None):
     return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
 
 
+def open_as(columns: dict | None, cfg):
+    """The data set of ``cfg``, a table's columns read as a checkpoint's record says: in its categories and units."""
+    data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)
+    if columns:
+        data.use(Columns.from_record(columns))
+    return data
+
+
 def has_bits(cfg, columns: dict | None) -> bool:
     """Whether the data are integers, of which bits per dimension mean something; ``columns`` is a table's record."""
     return cfg.dataset.levels is not None or columns is not None and Columns.from_record(columns).all_integer

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from flowtrain import distributed
-from flowtrain.assemble import build_flow, has_bits, judge, load_weights, shares
+from flowtrain.assemble import build_flow, has_bits, judge, load_weights, open_as, shares
 from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers
-from flowtrain.config import build
 from flowtrain.data import Split
 from flowtrain.data.order import mix
 from flowtrain.engine import checkpoint
@@ -28,7 +27,7 @@ def main(cfg, run_dir: str) -> dict:
     flow = build_flow(cfg, distributed.device())
     state = checkpoint.read(cfg.ckpt)
     weights = load_weights(flow, state, cfg.weights)
-    split = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad).split(cfg.split)
+    split = open_as(state.get("columns"), cfg).split(cfg.split)
     has_ode = bool(continuous_layers(flow))
     exact = has_ode and flow.dimensions <= EXACT_LIMIT
     examples = cfg.examples

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed
-from flowtrain.assemble import build_flow, decode, is_picture, load_weights
+from flowtrain.assemble import build_flow, decode, is_picture, load_weights, open_as
 from flowtrain.conditions import contexts
-from flowtrain.config import build
 from flowtrain.data import Columns
 from flowtrain.engine import checkpoint
 from flowtrain.errors import FlowtrainError, Refused
@@ -74,7 +73,7 @@ def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path
         writer.writerows(zip(*(values.tolist() for values in table.values())))
     if not cfg.plot:
         return paths
-    points, context = _data(cfg)
+    points, context = _data(columns, cfg)
     data = None if points is None else _matrix(columns.decode(points))
     paths["pairs"] = folder / "pairs.png"
     pairs(paths["pairs"], _matrix(table), data, columns.names, f"{cfg.dataset.name}: data and samples")
@@ -85,10 +84,10 @@ def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path
     return paths
 
 
-def _data(cfg) -> tuple[Tensor | None, Tensor | None]:
+def _data(columns: Columns, cfg) -> tuple[Tensor | None, Tensor | None]:
     """Rows of the train split and their context, where the data are at hand."""
     try:
-        split = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad).split("train")
+        split = open_as(columns.record(), cfg).split("train")
     except Refused as error:
         log.info("the plot is of the samples alone: %s", error)
         return None, None

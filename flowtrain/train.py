@@ -105,13 +105,21 @@ def _start(flow: Flow, cfg, train, device) -> None:
     if cfg.init:
         log.info("weights from %s (%s)", cfg.init, load_weights(flow, checkpoint.read(cfg.init)))
     elif distributed.is_main():
-        for module in flow.modules():
-            if hasattr(module, "fit"):  # what a table's columns say: units, and which of them hold integers
-                module.fit(train.columns)
+        _fit(flow, train.columns)
         size = min(cfg.trainer.init_batch or cfg.batch_size, len(train))
         torch.manual_seed(cfg.seed)
         flow.initialize(*next(Loader(train, size, cfg.seed, None, device).batches()))
     distributed.broadcast(flow.state_dict().values())
+
+
+def _fit(flow: Flow, columns) -> None:
+    """Set the links that keep what the train split says of a table: its units, and which columns hold integers."""
+    for module in flow.modules():
+        if hasattr(module, "fit"):
+            try:
+                module.fit(columns)
+            except ValueError as error:
+                raise Refused(f"preprocess: {type(module).__name__} {error}") from error
 
 
 def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings, run_dir: str, device) -> Trainer:

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from flowtrain.assemble import build_flow
-from flowtrain.config import conf_dir
+from flowtrain.config import conf_dir, plain
 
 
 def composed(*overrides: str):
@@ -18,9 +18,7 @@ def composed(*overrides: str):
 
 def configuration(*overrides: str):
     """Without them."""
-    config = composed(*overrides)
-    OmegaConf.resolve(config)
-    return config
+    return OmegaConf.create(plain(composed(*overrides)))
 
 
 def flow_of(*overrides: str, device: str = "cpu"):
