@@ -5,7 +5,7 @@ keeping its size; that of an autoregressive map gives (B, D, out).
 """
 
 from flowtrain.nets.attention import CausalTransformer
-from flowtrain.nets.conv import ConvNet, ResidualConvNet, ZeroConv
+from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, ZeroConv
 from flowtrain.nets.dynamics import ConvODENet, ODENet
 from flowtrain.nets.made import MADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
@@ -13,5 +13,5 @@ from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 
 __all__ = [
     "MADE", "MLP", "ActNorm", "BatchNorm", "CausalTransformer", "ConvNet", "ConvODENet", "Dropout", "ODENet",
-    "ResidualConvNet", "ResidualMADE", "ResidualMLP", "ZeroConv",
+    "PreactivatedConvNet", "ResidualConvNet", "ResidualMADE", "ResidualMLP", "ZeroConv",
 ]  # fmt: skip

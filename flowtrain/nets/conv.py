@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowtrain.nets.mlp import at_least_one, context_to, zeroed
+from flowtrain.nets.mlp import at_least_one, context_to, nearly_zero, zeroed
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 
 
@@ -123,6 +123,54 @@ class _Residual(nn.Module):
         self.norm_first, self.norm_second = norm(hidden), norm(hidden)
         self.first = weight_norm(nn.Conv2d(hidden, hidden, 3, padding=1, bias=False))
         self.second = weight_norm(nn.Conv2d(hidden, hidden, 3, padding=1))
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x):
+        h = self.first(F.relu(self.norm_first(x)))
+        return x + self.second(self.dropout(F.relu(self.norm_second(h))))
+
+
+class PreactivatedConvNet(nn.Module):
+    """Neural spline flows' conditioner of pictures (Durkan et al. 2019, reference code).
+
+    A 1×1 convolution, ``blocks`` pre-activated residual blocks of two 3×3 convolutions, and a 1×1 convolution that
+    starts at zero, where theirs does not. ``norm`` stands before each rectifier. A context vector is added after the
+    first convolution.
+    """
+
+    def __init__(
+        self,
+        shape,
+        out: int,
+        hidden: int = 96,
+        blocks: int = 3,
+        norm: Callable[[int], nn.Module] | None = BatchNorm,
+        dropout: float = 0.0,
+        context_shape=None,
+    ):
+        super().__init__()
+        at_least_one(hidden=hidden, blocks=blocks)
+        self.first = nn.Conv2d(channels_of(shape), hidden, 1)
+        self.context = context_to(hidden, context_shape)
+        self.blocks = nn.ModuleList(_Preactivated(hidden, norm or nn.Identity, dropout) for _ in range(blocks))
+        self.last = zeroed(nn.Conv2d(hidden, out, 1))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, context=None):
+        h = self.first(x.contiguous(memory_format=torch.channels_last))
+        if self.context is not None:
+            h = h + self.context(context)[:, :, None, None]
+        for block in self.blocks:
+            h = block(h)
+        return self.last(h)
+
+
+class _Preactivated(nn.Module):
+    def __init__(self, hidden, norm, dropout):
+        super().__init__()
+        self.norm_first, self.norm_second = norm(hidden), norm(hidden)
+        self.first = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.second = nearly_zero(nn.Conv2d(hidden, hidden, 3, padding=1))
         self.dropout = Dropout(dropout)
 
     def forward(self, x):
