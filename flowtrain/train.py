@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, has_bits, judge, load_weights
 from flowtrain.bijections import Coupling
+from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.config import build, conf_dir, plain
 from flowtrain.data import Loader
 from flowtrain.engine import checkpoint
@@ -279,6 +280,8 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     preset = f"{cfg.model.name}_{cfg.dataset.name}"
     if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
+    if cost := cost_of_likelihood(flow):
+        log.info("%s", cost)
     log.info("batch: %d, %d a device in %d part(s); until %s", cfg.batch_size, cfg.batch_size // world,
              cfg.trainer.accumulate, " or ".join(
                  text for text in (settings.max_steps and f"step {settings.max_steps}",

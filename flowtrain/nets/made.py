@@ -90,14 +90,14 @@ class _Masked(nn.Module):
 
     def forward(self, x, context=None):
         """(B, D) -> (B, D, out), row i a function of the elements before i."""
-        context = 0 if self.context is None else self.context(context)
+        context = None if self.context is None else self.context(context)
         return self._network(x, self.linears, context).unflatten(1, (self.dimensions, self.out))
 
     def begin(self, x: Tensor, context: Tensor | None = None):
         """The memory of a pass over the elements of a batch like ``x``."""
         linears = [_ByDegree(linear, len(x)) for linear in self.linears]
         if self.context is None:
-            return linears, repeat(0)
+            return linears, repeat(None)
         return linears, iter(self.context(context).split(self.linears[0].sizes, 1))
 
     def step(self, x: Tensor, memory) -> Tensor:
@@ -133,7 +133,7 @@ class MADE(_Masked):
 
     def _network(self, h, linears, context):
         first, *others = linears
-        h = first(h) + context
+        h = _plus(first(h), context)
         for linear in others:
             h = linear(self.dropout(self.activation(h)))
         return h
@@ -160,10 +160,14 @@ class ResidualMADE(_Masked):
 
     def _network(self, h, linears, context):
         first, *inner, last = linears
-        h = first(h) + context
+        h = _plus(first(h), context)
         for one, other in zip(inner[::2], inner[1::2]):
             h = h + other(self.dropout(self.activation(one(self.activation(h)))))
         return last(h)
+
+
+def _plus(h: Tensor, context: Tensor | None) -> Tensor:
+    return h if context is None else h + context
 
 
 def degrees_of(units: int, least: int, most: int, how: str) -> Tensor:
