@@ -74,6 +74,10 @@ LAYERS = {
     "coupling_residual_context": partial(
         b.Coupling, picture, b.TanhAffine, residual, partial(b.Checkerboard, colour=1), context_shape=(3,)
     ),
+    "coupling_preactivated_context": partial(
+        b.Coupling, picture, b.RationalQuadratic, partial(nets.PreactivatedConvNet, hidden=4, blocks=2),
+        partial(b.Halves, swap=True), context_shape=(3,),
+    ),
     "alternate": partial(b.Coupling, vector, b.TanhAffine, mlp, b.Alternate),
     "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),
     "checkerboard": partial(b.Coupling, picture, b.TanhAffine, residual, b.Checkerboard),
