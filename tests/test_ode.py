@@ -258,6 +258,24 @@ def test_evaluations_are_counted_those_of_the_adjoint_too():
     assert type(layer.evaluations) is int
 
 
+def test_in_evaluation_no_example_has_more_than_its_share_of_the_error():
+    """One example in 500 moves fast: a mean over the batch would not see it."""
+
+    class Fast(Growing):
+        def forward(self, t, x, context=None):
+            return x.square() * x.sign()
+
+    layer = Continuous((1,), Fast, rtol=1e-4, atol=1e-4).double()
+    x = torch.full((500, 1), 1e-3, dtype=DOUBLE)
+    x[7] = 0.95
+    errors = []
+    for mode in (False, True):
+        with torch.no_grad():
+            z, _ = layer.train(mode)(x)
+        errors.append((z / (x / (1 - x)) - 1).abs().max().item())
+    assert errors[0] < 1e-3 < errors[1]
+
+
 def test_the_training_solver_is_of_training_alone():
     layer = layer_of(solver="dopri5", train_solver="rk4", steps=2).train()
     x = event(layer)
@@ -371,3 +389,13 @@ def test_whole_models_invert_and_their_equations_are_found(overrides, sizes):
         back, inverse_log_det = bijection.inverse(z)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
     torch.testing.assert_close(log_det, -inverse_log_det, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_it_computes_the_same():
+    """Outside the graph: the number of a solver's steps depends on values."""
+    layer = layer_of(trace="exact", adjoint=False).float()
+    x = event(layer, dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, layer(x), rtol=0, atol=0)
+    compiled[1].sum().backward()

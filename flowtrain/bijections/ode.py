@@ -51,9 +51,10 @@ class Continuous(Bijection):
     Args:
         net: factory ``net(shape=…, context_shape=…)`` of f, called as ``f(t, x, context)``.
         time: T, or where it starts if ``learn_time``.
-        solver: of torchdiffeq: adaptive (dopri5, dopri8, bosh3, adaptive_heun) with tolerances ``rtol`` and ``atol``
-            on the root mean square over the batch, or fixed (rk4, heun3, midpoint, euler) with ``steps`` equal steps.
-            An ``rtol`` below 8 roundings of the state's precision is taken as that.
+        solver: of torchdiffeq: adaptive (dopri5, dopri8, bosh3, adaptive_heun) with tolerances ``rtol`` and ``atol``,
+            or fixed (rk4, heun3, midpoint, euler) with ``steps`` equal steps. The tolerances bound the root mean square
+            over the batch in training, and that of each example in evaluation. An ``rtol`` below 8 roundings of the
+            state's precision is taken as that.
         train_solver: another one for training mode. Few fixed steps train cheaply, and what is evaluated and sampled
             is still the ODE's own solution.
         adjoint: gradients by a second solve backwards in time, in constant memory (Chen et al. 2018), with the error
@@ -140,6 +141,8 @@ class Continuous(Bijection):
 
     def _solve(self, x, context, start, end):
         """The state at ``end`` of one that is x at ``start``, in units of T, and the integral of the trace."""
+        if torch.compiler.is_compiling():  # how many steps there are depends on values: no graph
+            return torch.compiler.disable(Continuous._solve)(self, x, context, start, end)
         from torchdiffeq import odeint, odeint_adjoint  # brings all of scipy
 
         self.evaluations = 0
@@ -167,7 +170,7 @@ class Continuous(Bijection):
             rtol=max(self.rtol, 8 * torch.finfo(x.dtype).eps),
             atol=self.atol,
             method=method,
-            options=forth | {"norm": _error_norm},
+            options=forth | {"norm": _mean_error if self.training else _greatest_error},
         )
         with full_precision(x):
             for one in penalty:
@@ -242,9 +245,14 @@ class _Watch:
         )
 
 
-def _error_norm(state: tuple[Tensor, ...]) -> Tensor:
-    """What a step is accepted by: the root mean square over the batch, of state and log-determinant; no penalty."""
-    return torch.stack([part.square().mean().sqrt() for part in state[:2]]).max()
+def _mean_error(state: tuple[Tensor, ...]) -> Tensor:
+    """Of state and log-determinant, the greater root mean square over the batch. A penalty needs no control."""
+    return torch.stack([part.square().mean() for part in state[:2]]).max().sqrt()
+
+
+def _greatest_error(state: tuple[Tensor, ...]) -> Tensor:
+    """The greatest of any example's."""
+    return torch.stack([part.flatten(1).square().mean(1).max() for part in (state[0], state[1][:, None])]).max().sqrt()
 
 
 def _sum(v: Tensor, many: bool) -> Tensor:
