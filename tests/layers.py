@@ -104,7 +104,9 @@ LAYERS = {
         b.Autoregressive, vector, b.SigmoidAffine, partial(masked, degrees="random"), order="random", context_shape=(3,)
     ),
     "masked_residual": partial(b.Autoregressive, vector, b.ExpAffine, residual_masked),
-    "iaf": partial(b.Inverse, vector, partial(b.Autoregressive, univariate=b.ExpAffine, net=masked), context_shape=(3,)),
+    "iaf": partial(
+        b.Inverse, vector, partial(b.Autoregressive, univariate=b.ExpAffine, net=masked), context_shape=(3,)
+    ),
     "coupling_seen": partial(
         b.Coupling, vector, b.SigmoidAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate,
         seen=partial(b.Elementwise, univariate=b.ExpAffine), context_shape=(3,),

@@ -1,5 +1,5 @@
-"""Masked networks, autoregressive layers and vector couplings: that masks are right, that an inverse costs one pass, and
-that other people's code with the same weights gives the same numbers."""
+"""Masked networks, autoregressive layers and vector couplings: that masks are right, that an inverse costs one pass,
+and that other people's code with the same weights gives the same numbers."""
 
 from functools import partial
 

@@ -37,7 +37,8 @@ class Autoregressive(Bijection):
             raise ValueError(f"order='{order}' must be sequential, reversed or random")
         self.univariate = univariate(shape=self.shape)
         if list(self.univariate.parameters()):  # those belong to elements, and the inverse maps one at a time
-            raise ValueError(f"{type(self.univariate).__name__} has weights of its own; an autoregressive map takes none")
+            name = type(self.univariate).__name__
+            raise ValueError(f"{name} has weights of its own; an autoregressive map takes none")
         self.net = net(shape=self.shape, out=self.univariate.params, context_shape=context_shape)
         self.sequential = order == "sequential"
         if not self.sequential:
@@ -84,7 +85,7 @@ def sequential_layers(module: nn.Module, inverted: bool = False) -> Iterator[Aut
 
 
 def cost_of_likelihood(module: nn.Module) -> str | None:
-    """What ``train`` says of a flow, such as IAF, whose likelihood takes as many steps as there are elements; or None."""
+    """What ``train`` says of a flow whose likelihood takes as many steps as elements, such as IAF; or None."""
     if not (found := list(sequential_layers(module))):
         return None
     steps, layers = max(layer.shape[0] for layer in found), f"{len(found)} layer{'s' * (len(found) > 1)}"

@@ -39,8 +39,8 @@ class MaskedLinear(nn.Linear):
 class _ByDegree:
     """A masked layer run by degrees: given its inputs of degree 0, 1, … in turn, (B, n), its outputs of that degree.
 
-    What it was given lies in rows, (n, B): all so far are one block of memory. Where gradients are asked for, none of it
-    is written over.
+    What it was given lies in rows, (n, B): all so far are one block of memory. Where gradients are asked for, none of
+    it is written over.
     """
 
     def __init__(self, layer: MaskedLinear, batch: int):
@@ -113,8 +113,8 @@ class _Masked(nn.Module):
 class MADE(_Masked):
     """(B, D) -> (B, D, out): ``depth`` masked hidden layers of ``hidden`` units, the last layer zero at the start.
 
-    ``degrees`` are spread evenly ("sequential") or drawn once ("random"). With a context, which is added linearly to the
-    first hidden layer, they start at 0, so that the parameters of the first element depend on it too.
+    ``degrees`` are spread evenly ("sequential") or drawn once ("random"). With a context, which is added linearly to
+    the first hidden layer, they start at 0, so that the parameters of the first element depend on it too.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ def _plus(h: Tensor, context: Tensor | None) -> Tensor:
 
 
 def degrees_of(units: int, least: int, most: int, how: str) -> Tensor:
-    """Degrees from ``least`` to ``most`` for so many units, ascending: spread evenly, both ends among them, or drawn."""
+    """Degrees from ``least`` to ``most`` for so many units, ascending: spread evenly, both ends included, or drawn."""
     count = most - least + 1
     if how == "sequential" and units < count:
         return torch.linspace(least, most, units, device="cpu").round().long()

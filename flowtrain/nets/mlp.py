@@ -35,8 +35,8 @@ class MLP(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """(B, n) -> (B, out): ``blocks`` pre-activated residual blocks of two layers of ``hidden`` rectified units, the last
-    layer zero at the start (Durkan et al. 2019, appendix B.1).
+    """(B, n) -> (B, out): ``blocks`` pre-activated residual blocks of two layers of ``hidden`` rectified units, the
+    last layer zero at the start (Durkan et al. 2019, appendix B.1).
 
     A context vector is added, linearly, to the first hidden layer.
     """
