@@ -100,6 +100,8 @@ class _Job:
             group, value = item.key_or_group, item.value()
             if item.is_delete() or not self.loader.repository.group_exists(group):
                 continue
+            if self.restored and (group in ("model", "dataset", "experiment") or is_part(group)):
+                raise _fixed(group)
             options = self.loader.get_group_options(group)
             if value is None:
                 raise Refused(f"{group}=null: choose one of {', '.join(options)}")
@@ -131,7 +133,7 @@ class _Job:
 
     def _is_overlay(self, item) -> bool:
         top = item.config_path.split("/")[0]
-        return not item.primary and not item.package and top not in ("base", "hydra", "ckpt", "resume")
+        return not item.primary and not item.package and top not in ("base", "train", "hydra", "ckpt", "resume")
 
     # -- the words of the command line
 
@@ -144,7 +146,7 @@ class _Job:
                 continue
             root = key.split(".")[0]
             if self.restored and (root in ("model", "dataset") or is_part(root)) and key not in PLACES:
-                raise Refused(f"{key} is fixed by the checkpoint; only {', '.join(PLACES)} can be given")
+                raise _fixed(key)
             if not (item.is_add() or item.is_force_add()):
                 _exists(key, tree, self._names(tree), "")
             if not item.is_delete():
@@ -180,6 +182,10 @@ class _Job:
             _check_shares(values["batch_size"], count, values["trainer"]["accumulate"])
         if values.get("init"):
             runs.checkpoint_in(values["init"], "init")
+
+
+def _fixed(key: str) -> Refused:
+    return Refused(f"{key} is fixed by the checkpoint; only {', '.join(PLACES)} can be given")
 
 
 def _no_option(group: str, name: str, options) -> Refused:

@@ -31,7 +31,7 @@ def prepare(argv: list[str], commands) -> str | None:
         return _answer(query, words, [key + path + "/" * os.path.isdir(path) for path in sorted(found)])
     from flowtrain.cli import restored
 
-    _, words[:-1] = restored(command, words[:-1], stub=True, running=False)
+    command, words[:-1] = restored(command, words[:-1], stub=True, running=False)
     os.environ["COMP_LINE"] = " ".join(["flowtrain", *words])
     return command
 

@@ -12,7 +12,7 @@ from flowtrain.config import build, is_part
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.settings import known_keys
 
-RESTORED = ("eval", "sample", "resume")  # root configurations on top of a checkpoint's
+RESTORED = ("eval", "sample", "check", "score", "resume")  # root configurations on top of a checkpoint's
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100
 # of this machine and this command, never of the file
 OURS = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}

@@ -95,7 +95,31 @@ class Sample(Train):
     weights: Literal["auto", "ema", "raw"] = "auto"
 
 
-ROOTS = {"train": Train, "eval": Eval, "sample": Sample}
+@dataclass
+class Check(Train):
+    ckpt: str | None = None
+    run_dir: str | None = None
+    examples: int = bounded(least=1)
+    jacobian: int = bounded(least=1)
+    tolerance: float = bounded(above=0)
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    json: bool = False
+
+
+@dataclass
+class Score(Train):
+    ckpt: str = ""
+    run_dir: str = ""
+    input: str | None = None
+    output: str | None = None
+    draws: int = bounded(least=1)
+    batch: int = bounded(least=1, below=257)
+    label: int | None = bounded(least=0)
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    json: bool = False
+
+
+ROOTS = {"train": Train, "eval": Eval, "sample": Sample, "check": Check, "score": Score}
 
 
 def known_keys(command: str) -> list[str]:

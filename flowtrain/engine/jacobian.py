@@ -1,0 +1,131 @@
+"""Log-determinants from Jacobians that autograd builds, and layers made small enough for that."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.base import size
+from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
+
+_AT_ONCE = 2**16  # numbers in a batch of copies
+_SIDES = (4, 8, 16, 32, 64, 2, 1)  # of smaller pictures, by preference: on 1×1 pixel a wrong count of pixels is right
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bijection, or a module that has its shape and its two methods, with events and contexts to try it on."""
+
+    name: str
+    layer: nn.Module
+    x: Tensor
+    context: Tensor | None
+
+    @property
+    def dimensions(self) -> int:
+        return size(self.layer.shape)
+
+    def first(self, n: int) -> Piece:
+        """With ``n`` of its events."""
+        return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
+
+
+def log_abs_det(function: Callable, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """log|det ∂y/∂x| of ``y, _ = function(x, context)`` for each example, (B,), by autograd and LU.
+
+    The Jacobian's rows are built in chunks: copies of one example make a batch, and each is asked for the gradient of
+    another output. A singular Jacobian gives −inf.
+    """
+    contexts = [None] * len(x) if context is None else context
+    return torch.stack([_log_abs_det(function, *pair) for pair in zip(x, contexts)])
+
+
+def _log_abs_det(function: Callable, x: Tensor, context: Tensor | None) -> Tensor:
+    dims = x.numel()
+    copies = max(1, min(dims, _AT_ONCE // dims))
+    at = x.expand(copies, *x.shape).clone().requires_grad_()
+    with torch.enable_grad():
+        y = function(at, None if context is None else context.expand(copies, *context.shape))[0].flatten(1)
+    rows = []
+    for first in range(0, dims, copies):
+        here = min(copies, dims - first)
+        chosen = torch.zeros_like(y)
+        chosen[range(here), range(first, first + here)] = 1
+        (gradient,) = torch.autograd.grad(y, at, chosen, retain_graph=first + here < dims)
+        rows.append(gradient.flatten(1)[:here])
+    return torch.linalg.slogdet(torch.cat(rows))[1]
+
+
+def disagreement(piece: Piece) -> tuple[Tensor, Tensor]:
+    """How far the log-determinants of ``forward`` and of ``inverse`` are from the Jacobian's, in nats per dimension.
+
+    One Jacobian serves both, that of the direction which is cheaper to differentiate: where the round trip is right,
+    the other one's is its inverse. An ODE's trace is exact, and its Jacobian that of the solver's steps.
+    """
+    layer, x, context, dims = piece.layer, piece.x, piece.context, piece.dimensions
+    with exact_trace():
+        z, log_det = layer.forward(x, context)
+        _, inverse_log_det = layer.inverse(z, context)
+    for ode in continuous_layers(layer):
+        ode.adjoint = False
+    if dims > 64 and 4 * _seconds(layer.inverse, z, context) < _seconds(layer.forward, x, context):
+        true = -log_abs_det(layer.inverse, z, context)
+    else:
+        true = log_abs_det(layer.forward, x, context)
+    return (log_det - true).abs() / dims, (inverse_log_det + true).abs() / dims
+
+
+def _seconds(function: Callable, x: Tensor, context: Tensor | None) -> float:
+    begun = time.perf_counter()
+    function(x[:1], None if context is None else context[:1])[0].sum().item()
+    return time.perf_counter() - begun
+
+
+def affordable(piece: Piece, limit: int) -> Piece | None:
+    """``piece`` itself, or its layer with the same weights on the corner of its events that is cheapest to audit.
+
+    A layer of pictures is made again, as it was made, for sides of 4 pixels where it takes those. None where the layer
+    takes only events of more than ``limit`` dimensions, or where an ODE's exact trace is beyond reason.
+    """
+    layer, shape = piece.layer, piece.layer.shape
+    limit = bound(layer, limit)
+    if isinstance(layer, Bijection) and len(shape) == 3:
+        for side in (2, *_SIDES) if continuous_layers(layer) else _SIDES:  # an ODE is dear
+            if side < max(shape[1:]) and shape[0] * side**2 <= limit and (small := _made_again(layer, side)):
+                context = piece.context
+                if context is not None and _follows(small):
+                    context = context[..., :side, :side]
+                return Piece(piece.name, small, piece.x[..., :side, :side], context)
+    return piece if piece.dimensions <= limit else None
+
+
+def bound(layer: nn.Module, limit: int) -> int:
+    """The most dimensions of a Jacobian of ``layer``."""
+    return min(limit, EXACT_LIMIT) if continuous_layers(layer) else limit
+
+
+def _made_again(layer: Bijection, side: int) -> Bijection | None:
+    """The layer for square events of ``side`` pixels, in float64; None where its weights depend on the sides."""
+    args, kwargs = layer.made
+    given = inspect.signature(type(layer)).bind(*args, **kwargs)
+    given.arguments["shape"] = (layer.shape[0], side, side)
+    if _follows(layer):
+        given.arguments["context_shape"] = (layer.context_shape[0], side, side)
+    like = next(iter(layer.state_dict().values()), torch.zeros(()))
+    try:
+        small = type(layer)(*given.args, **given.kwargs).double().to(like.device).eval()
+        small.load_state_dict(layer.state_dict())
+    except (ValueError, RuntimeError):  # sides that cannot be halved; weights of another shape
+        return None
+    return small.requires_grad_(False)
+
+
+def _follows(layer: Bijection) -> bool:
+    """Whether the layer's context is a map of its own sides."""
+    return layer.context_shape is not None and tuple(layer.context_shape[1:]) == tuple(layer.shape[1:])
