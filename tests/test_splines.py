@@ -1,4 +1,4 @@
-"""Rational-quadratic splines: other people's code, hostile parameters, gradients; and the model of pictures made of them."""
+"""Rational-quadratic splines: other people's code, hostile parameters, gradients; the model of pictures made of them."""
 
 import math
 

@@ -158,10 +158,10 @@ class _Bin(NamedTuple):
         return ((mean / self._divisor(t, mean)).square() * bend).log()
 
     def position(self, rise: Tensor) -> Tensor:
-        """The t of a rise: the root of eq. 6–8.
+        """The t of a rise: the root of eq. 6–8, in a form where nothing cancels.
 
-        With a = mean − b, the discriminant is the sum of squares below, which rounding cannot make negative, and t : 1 − t
-        is a ratio of positive terms: nothing cancels.
+        The discriminant b² − 4ac is (slope0·(1 − rise) − slope1·rise)² + 4·mean²·rise·(1 − rise) times height², which
+        rounding cannot make negative, and t : (1 − t) is a ratio of positive numbers.
         """
         mean = self.height / self.width
         tilt = self.slope0 * (1 - rise) - self.slope1 * rise
