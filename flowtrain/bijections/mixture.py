@@ -24,9 +24,9 @@ class _Mixture(Univariate):
     """y = logit F(x), F the distribution function of a mixture; the classes below say of what.
 
     θ holds the components' logits, means and log-scales. log F and log(1 − F) are each a log-sum-exp, so that y stays
-    exact where F rounds to 0 or 1. With θ = 0 the means spread over [−1, 1] (equal components would have equal gradients
-    and stay equal for ever), their common scale such that F has the variance of the standard logistic distribution,
-    whose logit is the identity. Log-scales stay within ``bound`` of that one.
+    exact where F rounds to 0 or 1. With θ = 0 the means spread over [−1, 1] (equal components would have equal
+    gradients and stay equal for ever), their common scale such that F has the variance of the standard logistic
+    distribution, whose logit is the identity. Log-scales stay within ``bound`` of that one.
     """
 
     variance: float  # of a component of scale 1
