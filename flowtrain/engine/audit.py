@@ -367,17 +367,18 @@ def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> t
 
 
 def _large(flow: Flow, x: Tensor, context: Tensor | None, levels: int | None) -> Iterator[Check]:
-    """Large latents, large real data and the extremes of integer data map to finite numbers, or raise an error."""
+    """Samples, large latents, large real data and the extremes of integer data give finite numbers, or an error."""
     context = _as_weights(flow, context)
     if levels is None:
         extremes = _as_weights(flow, LARGE * torch.randn(x.shape, device=x.device))
     else:
         extremes = torch.randint(0, 2, x.shape, device=x.device) * (levels - 1)
         extremes[0], extremes[-1] = 0, levels - 1
-    latents = LARGE * _as_weights(flow, torch.randn(len(x), *flow.bijection.out_shape, device=x.device))
+    latents = _as_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
     for name, method, start in (
+        ("numbers not finite in samples", flow.bijection.inverse, latents),
         ("numbers not finite from extreme data", flow.bijection.forward, extremes),
-        (f"numbers not finite from latents of {LARGE:g}", flow.bijection.inverse, latents),
+        (f"numbers not finite from latents of {LARGE:g}", flow.bijection.inverse, LARGE * latents),
     ):
         note = ""
         with watching(flow.bijection) as calls:
