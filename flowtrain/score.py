@@ -60,6 +60,8 @@ def main(cfg, run_dir: str) -> dict:
             for names, log_probs, problems in turns if write else ():
                 tally.add(log_probs, problems)
                 write([[name, *_figures(value, len(figures), flow)] for name, value in zip(names, log_probs)])
+    if not distributed.is_main():
+        return {}
     report = {
         "rows": tally.scored + tally.skipped,
         "skipped": tally.skipped,
@@ -72,9 +74,8 @@ def main(cfg, run_dir: str) -> dict:
         "weights": weights,
         "checkpoint": str(cfg.ckpt),
     }
-    if distributed.is_main():
-        (Path(run_dir) / "score.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report, indent=2) if cfg.json else table(report))
+    (Path(run_dir) / "score.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2) if cfg.json else table(report), flush=True)
     return report
 
 
@@ -97,7 +98,7 @@ def _source(cfg, flow: Flow, columns: Columns | None) -> Input:
     if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
         raise Refused(f"input={cfg.input}: this model takes a folder, .zip or .tar of pictures, a picture or an npy")
     if levels & (levels - 1) or levels > 256:
-        raise Refused(f"input={cfg.input}: this model's pictures have {levels} levels: give an npy of 0 … {levels - 1}")
+        raise Refused(f"input={cfg.input}: this model's data have {levels} levels: give an npy of 0 … {levels - 1}")
     data = build(cfg.dataset, allow=cfg.allow)
     return PictureFiles(
         path, flow.shape, 8 - int(math.log2(levels)), cfg.on_bad,

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from inprocess import flowtrain
 from layers import conv, glow_step, mlp
 
 from flowtrain import bijections as b
-from flowtrain import cli, jobs, nets
+from flowtrain import cli, nets
 from flowtrain.bijections.ode import Continuous
 from flowtrain.engine import checkpoint
 from flowtrain.engine.audit import audit, unsettle
@@ -64,14 +65,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def command(folder, monkeypatch):
-    def run(*words) -> int:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["flowtrain"])
-        jobs.failures.clear()
-        return cli.run(list(words))
-
-    return run
+def command(folder):
+    return partial(flowtrain, folder)
 
 
 def newest(folder) -> dict:
@@ -199,19 +194,19 @@ def test_a_checkpoint_fixes_its_model(command, folder):
 
 
 def test_completion_and_help(folder):
-    def flowtrain(*words, **env):
+    def say(*words, **env):
         env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
         command = [sys.executable, "-m", "flowtrain", *words]
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
 
-    assert "model=glow" in flowtrain("-sc", "query=bash", COMP_LINE="flowtrain check model=gl")
-    assert flowtrain("-sc", "query=bash", COMP_LINE="flowtrain check ckpt=out").split() == ["ckpt=outputs/"]
+    assert "model=glow" in say("-sc", "query=bash", COMP_LINE="flowtrain check model=gl")
+    assert say("-sc", "query=bash", COMP_LINE="flowtrain check ckpt=out").split() == ["ckpt=outputs/"]
     for name in ("check", "score"):
-        out = flowtrain(name, "--help")
+        out = say(name, "--help")
         own = {"check": "examples jacobian tolerance", "score": "input output draws label batch on_bad"}[name].split()
         for key in ("ckpt", *own, "weights", "seed", "json", "devices", "allow"):
             assert f"{key}=" in out, key
-    assert "dataset: " in flowtrain("check", "--help")
+    assert "dataset: " in say("check", "--help")
 
 
 # ---- the measurements themselves -----------------------------------------------------------------------------------

@@ -1,0 +1,297 @@
+"""flowtrain score: each row's own likelihood, in order, the same as eval's; and what it says to what it cannot read."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from composed import composed
+from inprocess import flowtrain
+from omegaconf import OmegaConf
+from PIL import Image
+
+from flowtrain import load, score, train
+from flowtrain.config import settle
+from flowtrain.data import Columns, Digits, inputs
+from flowtrain.engine import checkpoint
+from flowtrain.errors import FlowtrainError, Refused
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = {  # of conf/score.yaml
+    "input": None, "output": None, "draws": 1, "batch": 256, "label": None, "weights": "auto", "on_bad": "stop",
+    "json": False, "allow": [],
+}  # fmt: skip
+
+
+def trained(folder, *words) -> Path:
+    """A run in ``folder``."""
+    (run_dir := folder / "run").mkdir()
+    cfg = OmegaConf.create(settle(composed(*words, "smoke=true", "trainer.tensorboard=false"), "train"))
+    train.main(cfg, str(run_dir))
+    return run_dir
+
+
+def scored(run_dir, folder, **keys) -> tuple[list[list[str]], dict]:
+    """The rows of scores.csv, the heading first, and the summary. Paths are those in ``folder``."""
+    file = run_dir / "checkpoints/best.pt"
+    keys |= {key: str(folder / keys[key]) for key in ("input", "output") if keys.get(key)}
+    cfg = OmegaConf.create({**checkpoint.read_config(file), **DEFAULTS, "ckpt": str(file), **keys})
+    (out := folder / "score").mkdir(exist_ok=True)
+    summary = score.main(cfg, str(out))
+    assert json.loads((out / "score.json").read_text()) == summary
+    return [] if "output" in keys else list(csv.reader(open(out / "scores.csv", newline=""))), summary
+
+
+def likelihoods(run_dir, folder, **keys) -> np.ndarray:
+    return np.array([row[1] for row in scored(run_dir, folder, **keys)[0][1:]], dtype=float)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    run_dir = trained(folder, "dataset=digits", "model=glow")
+    pictures = Digits().split("test").take(torch.arange(359))[0]
+    np.save(folder / "test.npy", pictures.numpy())
+    np.save(folder / "grey.npy", pictures[:20, 0].numpy())
+    return folder, run_dir
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A run on 3×16×16 pictures and a folder of other sizes, one of them no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    run_dir = trained(folder, "dataset=synthetic", "dataset.shape=[3,16,16]", "model=glow")
+    draw = np.random.default_rng(0)
+    (folder / "new/deep").mkdir(parents=True)
+    for name in ("b.png", "a.png", "deep/c.png"):
+        Image.fromarray(draw.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / "new" / name)
+    return folder, run_dir
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    draw, n = np.random.default_rng(0), 700
+    frame = pd.DataFrame({
+        "other": draw.normal(size=n), "age": draw.integers(18, 90, n), "height": draw.normal(1.7, 0.1, n),
+        "job": draw.choice(["a", "b"], n),
+    })  # fmt: skip
+    frame.to_csv(folder / "rows.csv", index=False)
+    frame[["job", "height", "age"]].to_parquet(folder / "rows.parquet")
+    words = [f"dataset.path='{folder}/rows.csv'", "dataset.columns=[age,height]", "dataset.context=[job]"]
+    return folder, trained(folder, "dataset=table", *words, "model=maf"), frame
+
+
+def test_the_mean_is_that_of_eval(digits):
+    folder, run_dir = digits
+    for words in (["eval"], ["score", "input=test.npy"]):
+        assert flowtrain(folder, *words, "draws=2", "json=true", "ckpt=run") == 0
+    evaluated = json.loads(next(run_dir.glob("eval/*/eval.json")).read_text())
+    (made,) = run_dir.glob("score/*")
+    summary, rows = json.loads((made / "score.json").read_text()), pd.read_csv(made / "scores.csv")
+    assert list(rows) == ["row", "log_likelihood", "bits_per_dim"] and rows["row"].tolist() == list(range(1, 360))
+    assert summary["rows"] == evaluated["examples"] == 359
+    for key in ("log_likelihood", "log_likelihood_stderr", "bits_per_dim"):
+        assert summary[key] == pytest.approx(evaluated[key], rel=1e-6)
+    assert rows["log_likelihood"].mean() == pytest.approx(summary["log_likelihood"], rel=1e-9)
+    np.testing.assert_allclose(rows["bits_per_dim"], -rows["log_likelihood"] / 64 / np.log(2))
+
+
+def test_batches_change_nothing_and_seeds_the_noise(digits):
+    folder, run_dir = digits
+    one, other, third = (
+        likelihoods(run_dir, folder, input="test.npy", **keys) for keys in ({"batch": 100}, {"batch": 7}, {"seed": 3})
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert np.abs(one - third).min() > 1e-5
+
+
+def test_values_that_are_no_pictures(digits, capsys):
+    folder, run_dir = digits
+    assert len(likelihoods(run_dir, folder, input="grey.npy")) == 20
+    wrong = np.load(folder / "test.npy")[:4]
+    wrong[2, 0, 0, 0] = 17
+    np.save(folder / "wrong.npy", wrong)
+    np.save(folder / "reals.npy", wrong / 17)
+    with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: values outside 0 … 16; on_bad=skip would leave it"):
+        scored(run_dir, folder, input="wrong.npy")
+    with pytest.raises(Refused, match=r"float64 \[4, 1, 8, 8\]: this model takes integers of shape \[N, 1, 8, 8\] or"):
+        scored(run_dir, folder, input="reals.npy")
+    rows, summary = scored(run_dir, folder, input="wrong.npy", on_bad="skip")
+    assert rows[3] == ["3", "", ""] and rows[4][1] and (summary["rows"], summary["skipped"]) == (4, 1)
+    assert "skipped         1, first: row 3 " in capsys.readouterr().out
+    (folder / "some").mkdir()
+    Image.fromarray(wrong[0, 0]).save(folder / "some/digit.png")
+    with pytest.raises(Refused, match="17 levels: give an npy of 0 … 16"):
+        scored(run_dir, folder, input="some")
+
+
+def test_pictures_in_a_folder_an_archive_or_alone(pictures):
+    folder, run_dir = pictures
+    (folder / "new/b2.png").write_bytes(b"nothing")
+    with pytest.raises(FlowtrainError, match="cannot read the picture .*b2.png"):
+        scored(run_dir, folder, input="new")
+    rows, summary = scored(run_dir, folder, input="new", on_bad="skip")
+    assert [row[0] for row in rows] == ["file", "a.png", "b.png", "b2.png", "deep/c.png"]
+    assert rows[3][1:] == ["", ""] and summary["skipped"] == 1 and summary["first_skipped"].startswith("b2.png: ")
+    (folder / "new/b2.png").unlink()
+
+    crops = [np.asarray(Image.open(folder / "new" / name))[:, 4:20] for name in ("a.png", "b.png", "deep/c.png")]
+    np.save(folder / "new.npy", np.stack(crops).transpose(0, 3, 1, 2))
+    shutil.make_archive(folder / "zipped", "zip", folder / "new")
+    shutil.make_archive(folder / "tarred", "tar", folder / "new")
+    wanted = likelihoods(run_dir, folder, input="new.npy")
+    for name in ("new", "zipped.zip", "tarred.tar"):
+        assert (likelihoods(run_dir, folder, input=name) == wanted).all()
+    assert likelihoods(run_dir, folder, input="new/a.png") == pytest.approx(wanted[:1], rel=1e-6)
+
+
+def test_rows_of_a_table(table):
+    folder, run_dir, frame = table
+    rows, summary = scored(run_dir, folder, input="rows.csv")
+    assert rows[0] == ["row", "log_likelihood"] and "bits_per_dim" not in summary
+    scored(run_dir, folder, input="rows.parquet", output="scores.parquet", batch=50)
+    parquet = pd.read_parquet(folder / "scores.parquet")
+    values = np.array(rows[1:], dtype=float)
+    assert parquet["row"].tolist() == list(range(1, 701)) == values[:, 0].tolist()
+    np.testing.assert_allclose(parquet["log_likelihood"], values[:, 1], rtol=1e-5)
+
+    columns = Columns.from_record(checkpoint.read(run_dir / "checkpoints/best.pt")["columns"])
+    flow = load(str(run_dir))
+    with torch.no_grad():  # other noise: the same rows are likely
+        other = torch.stack([flow(*columns.encode(frame)) for _ in range(20)]).mean(0).numpy()
+    assert np.corrcoef(other, values[:, 1])[0, 1] > 0.99
+    assert abs(other.mean() - values[:, 1].mean()) < 0.05
+
+
+def test_rows_of_real_numbers(tmp_path):
+    """By name; by position where an array has none."""
+    run_dir = trained(tmp_path, "dataset=moons", "model=maf")
+    rows = np.random.default_rng(0).normal(size=(300, 2))
+    np.save(tmp_path / "rows.npy", rows)
+    pd.DataFrame(rows, columns=["y", "x"]).to_csv(tmp_path / "swapped.csv", index=False)
+    flow = load(str(run_dir))
+    for name, expected in (("rows.npy", rows), ("swapped.csv", rows[:, ::-1])):
+        with torch.no_grad():
+            wanted = flow(torch.from_numpy(expected.astype(np.float32))).numpy()
+        np.testing.assert_allclose(likelihoods(run_dir, tmp_path, input=name), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_value_stops_or_is_left_out(table):
+    folder, run_dir, frame = table
+    bad = frame.copy()
+    bad.loc[300, "height"] = np.nan
+    bad.loc[301, "job"] = "c"
+    bad.loc[302, "height"] = 1e30
+    bad.to_csv(folder / "bad.csv", index=False)
+    with pytest.raises(FlowtrainError, match="bad.csv: column 'height', row 301 .*missing or not finite; on_bad=skip"):
+        scored(run_dir, folder, input="bad.csv", output="bad_scores.csv")
+    assert not [*folder.glob("*bad_scores*"), *folder.glob(".bad_scores*")]
+    skipping, summary = scored(run_dir, folder, input="bad.csv", on_bad="skip")
+    whole, _ = scored(run_dir, folder, input="rows.csv")
+    assert summary["skipped"] == 3 and [row[1] for row in skipping[301:304]] == [""] * 3
+    found, wanted = (np.array(rows[1:301] + rows[304:], dtype=float) for rows in (skipping, whole))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)  # the others keep their noise
+    frame.assign(height=1e30).to_csv(folder / "far.csv", index=False)
+    with pytest.raises(FlowtrainError, match=r"far.csv: row 1 \(the first is 1\): its log-likelihood is -inf"):
+        scored(run_dir, folder, input="far.csv")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says", "code"),
+    [
+        ({}, "input=PATH is needed", 2),
+        ({"input": "row.csv"}, "no such file or folder; did you mean", 2),
+        ({"input": "four.npy"}, "four.npy has 4 columns; this model takes 3", 2),
+        ({"input": "names.csv"}, "names.csv has no column 'age'; did you mean 'ages'?", 2),
+        ({"input": "empty.csv"}, "empty.csv has no rows", 2),
+        ({"input": "cut.parquet"}, "cut.parquet: Parquet", 1),
+        ({"input": "."}, "this model takes rows: a file that ends in .csv", 2),
+        ({"input": "rows.csv", "output": "rows.csv"}, "is the input itself", 2),
+        ({"input": "rows.csv", "output": "rows.txt"}, "must end in .csv or .parquet", 2),
+        ({"input": "rows.csv", "output": "nowhere/rows.csv"}, "there is no folder", 2),
+        ({"input": "rows.csv", "label": 3}, "this model is of no labels", 2),
+    ],
+)
+def test_refusals(table, keys, says, code):
+    folder, run_dir, frame = table
+    np.save(folder / "four.npy", np.zeros((4, 4)))
+    frame.rename(columns={"age": "ages"}).to_csv(folder / "names.csv", index=False)
+    frame[:0].to_csv(folder / "empty.csv", index=False)
+    (folder / "cut.parquet").write_bytes((folder / "rows.parquet").read_bytes()[:500])
+    with pytest.raises(FlowtrainError) as caught:
+        scored(run_dir, folder, **keys)
+    assert says in str(caught.value) and caught.value.exit_code == code
+
+
+def test_refusals_of_the_command_line(table):
+    folder, _, _ = table
+    for word, says in (("batch=1000", "batch=1000: must be"), ("model=nice", "is fixed by the checkpoint")):
+        with pytest.raises(Refused, match=says):
+            flowtrain(folder, "score", "ckpt=run", "input=rows.csv", word)
+    assert not (folder / "run/score").exists()
+
+
+def test_a_class_is_given_by_its_label(tmp_path):
+    run_dir = trained(tmp_path, "dataset=digits", "model=glow", "dataset.context=label", "base=class_normal")
+    np.save(tmp_path / "digits.npy", Digits().split("test").take(torch.arange(30))[0].numpy())
+    one, other = (likelihoods(run_dir, tmp_path, input="digits.npy", label=label) for label in (0, 3))
+    assert np.abs(one - other).max() > 1e-3
+    for keys in ({}, {"label": 10}):
+        with pytest.raises(Refused, match="give the class, 0 to 9"):
+            scored(run_dir, tmp_path, input="digits.npy", **keys)
+
+
+@pytest.mark.parametrize("block", [100, 256, 400])
+def test_groups_do_not_depend_on_how_a_file_is_read(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("flowtrain.tablefile.BLOCK", block)
+    rows = np.random.default_rng(0).normal(size=(900, 3)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    source = inputs.TableRows(tmp_path / "rows.npy", inputs.plain_columns(3, None))
+    groups = list(source.groups())
+    assert [group.first for group in groups] == [0, 256, 512, 768]
+    assert torch.equal(torch.cat([group.x for group in groups]), torch.from_numpy(rows))
+    assert [name for group in groups for name in group.names] == list(range(1, 901))
+    assert [group.first for group in source.groups(1, 3)] == [256]
+    assert [group.first for group in source.groups(0, 3)] == [0, 768]
+
+
+def test_pictures_are_dealt_out_and_whole_groups_may_be_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "GROUP", 2)
+    for name in "abcdefg":
+        (tmp_path / f"{name}.png").write_bytes(b"nothing")
+    for name in "aefg":
+        Image.fromarray(np.full((4, 4), ord(name), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    for world in (1, 2):
+        groups = []
+        for rank in range(world):
+            source = inputs.PictureFiles(tmp_path, (1, 4, 4), on_bad="skip")
+            groups += source.groups(rank, world)
+        groups.sort(key=lambda group: group.first)
+        names = [[name[0] for name in group.names] for group in groups]
+        assert names == [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
+        assert [sorted(group.bad) for group in groups] == [[1], [0, 1], [], []]
+        assert [int(x[0, 0, 0]) for group in groups for x in group.x] == [97, 0, 0, 0, 101, 102, 103]
+
+
+def process(cwd, *words):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flowtrain", *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_processes_share_the_work(digits):
+    folder, run_dir = digits
+    done = process(folder, "score", "ckpt=run", "input=test.npy", "output=two.csv", "devices=2")
+    assert done.returncode == 0 and "nats, mean" in done.stdout, done.stderr
+    two = pd.read_csv(folder / "two.csv")
+    np.testing.assert_allclose(two["log_likelihood"], likelihoods(run_dir, folder, input="test.npy"), rtol=1e-5)
+    done = process(folder, "score", "ckpt=run", "input=nowhere")
+    assert (done.returncode, done.stderr) == (2, "flowtrain: input=nowhere: no such file or folder\n")
