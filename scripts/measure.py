@@ -30,10 +30,11 @@ def flowtrain(*words: str) -> str:
     return "".join(lines)
 
 
-def measure(name: str) -> None:
+def measure(name: str, run_dir: str = "") -> None:
+    """Train what the plan says, unless ``run_dir`` holds that run already; evaluate and record it."""
     entry = PLAN[name]
     words = os.path.expandvars(entry["command"]).split()
-    run_dir = re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]
+    run_dir = run_dir or re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]
     places = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
     report = json.loads(flowtrain("eval", f"ckpt={run_dir}", "json=true", *places, *entry.get("eval", "").split()))
     summary = json.loads((Path(run_dir) / "summary.json").read_text())
@@ -57,7 +58,8 @@ def measure(name: str) -> None:
 
 FIGURES = ("bits_per_dim", "bits_per_dim_stderr", "log_likelihood", "log_likelihood_stderr", "examples")
 
-for name in sys.argv[1:] or [name for name in PLAN if not (RESULTS / f"{name}.json").exists()]:
+for word in sys.argv[1:] or [name for name in PLAN if not (RESULTS / f"{name}.json").exists()]:
+    name, _, run_dir = word.partition("=")
     if name not in PLAN:
         sys.exit(f"{name}: not in results/plan.yaml, which has {', '.join(PLAN)}")
-    measure(name)
+    measure(name, run_dir)

@@ -269,8 +269,10 @@ def test_a_signal_before_the_first_step(tmp_path):
 
 def test_every_option_composes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     for group in ("model", "dataset", "optimizer", "scheduler", "experiment"):
         for path in sorted((config.conf_dir() / group).glob("*.yaml")):
             monkeypatch.setattr(sys, "argv", ["flowtrain"])
-            assert cli.run(["train", f"{group}={path.stem}", "--cfg", "job"]) == 0, path
+            file = ["dataset.path=a.csv"] if path.stem == "table" else []
+            assert cli.run(["train", f"{group}={path.stem}", *file, "--cfg", "job"]) == 0, path
     assert not (tmp_path / "outputs").exists()

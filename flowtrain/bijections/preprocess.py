@@ -22,8 +22,8 @@ class Dequantize(Bijection):
 
     def __init__(self, shape, levels: int, context_shape=None):
         super().__init__(shape, context_shape)
-        if levels < 2:
-            raise ValueError(f"levels={levels} must be at least 2")
+        if levels is None or levels < 2:
+            raise ValueError(f"levels={levels} must be at least 2: only integers are dequantized")
         self.levels = int(levels)
         self.log_det = -size(self.shape) * math.log(levels)
         self.integers = torch.uint8 if levels <= 256 else torch.int64
