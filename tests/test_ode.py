@@ -286,6 +286,16 @@ def test_the_training_solver_is_of_training_alone():
     assert layer.evaluations > 20
 
 
+def test_the_training_tolerance_is_of_training_alone():
+    layer = layer_of()
+    x, counts = event(layer), []
+    for mode, tolerance in ((True, None), (True, 1e-3), (False, 1e-3)):
+        layer.train(mode).train_tolerance = tolerance
+        layer(x)
+        counts.append(layer.evaluations)
+    assert counts[0] > 2 * counts[1] and counts[2] > 2 * counts[1]
+
+
 def test_only_the_context_manager_or_the_argument_makes_a_trace_exact():
     layer, argued = layer_of(), layer_of(trace="exact")
     x = event(layer)
@@ -347,7 +357,7 @@ def test_a_density_in_the_plane_integrates_to_one():
 
 @pytest.mark.parametrize("name, value", [
     ("solver", "dopri6"), ("train_solver", "scipy_solver"), ("trace", "none"), ("noise", "uniform"), ("time", 0.0),
-    ("rtol", -1.0), ("atol", math.inf), ("steps", 0), ("max_steps", 0), ("kinetic", -0.1), ("jacobian", -1.0),
+    ("rtol", -1.0), ("atol", math.inf), ("train_tolerance", 0.0), ("steps", 0), ("max_steps", 0), ("kinetic", -0.1), ("jacobian", -1.0),
 ])  # fmt: skip
 def test_what_a_layer_cannot_be_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name}="):

@@ -55,8 +55,9 @@ class Continuous(Bijection):
             or fixed (rk4, heun3, midpoint, euler) with ``steps`` equal steps. The tolerances bound the root mean square
             over the batch in training, and that of each example in evaluation. An ``rtol`` below 8 roundings of the
             state's precision is taken as that.
-        train_solver: another one for training mode. Few fixed steps train cheaply, and what is evaluated and sampled
-            is still the ODE's own solution.
+        train_solver, train_tolerance: another solver, and another value of both tolerances, for training mode. What is
+            evaluated and sampled is still the ODE's own solution. (Training finds and uses the errors of few fixed
+            steps, unless a penalty keeps the ODE easy.)
         adjoint: gradients by a second solve backwards in time, in constant memory (Chen et al. 2018), with the error
             control of Kidger et al. 2021; else through the solver's steps, faster and exact for what they computed.
         trace: ``hutchinson`` or ``exact``.
@@ -84,6 +85,7 @@ class Continuous(Bijection):
         train_solver: str | None = None,
         rtol: float = 1e-5,
         atol: float = 1e-5,
+        train_tolerance: float | None = None,
         steps: int = 8,
         adjoint: bool = True,
         trace: str = "hutchinson",
@@ -94,8 +96,8 @@ class Continuous(Bijection):
         context_shape=None,
     ):
         super().__init__(shape, context_shape)
-        for name, value in {"time": time, "rtol": rtol, "atol": atol}.items():
-            if not 0 < value < math.inf:
+        for name, value in {"time": time, "rtol": rtol, "atol": atol, "train_tolerance": train_tolerance}.items():
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0")
         for name, value in {"steps": steps, "max_steps": max_steps}.items():
             if value < 1:
@@ -113,7 +115,8 @@ class Continuous(Bijection):
             if value not in options:
                 raise ValueError(f"{name}='{value}' must be one of {', '.join(options)}")
         self.time, self.solver, self.train_solver = time, solver, train_solver
-        self.rtol, self.atol, self.steps, self.max_steps = rtol, atol, steps, max_steps
+        self.rtol, self.atol, self.train_tolerance = rtol, atol, train_tolerance
+        self.steps, self.max_steps = steps, max_steps
         self.adjoint, self.trace, self.noise = adjoint, trace, noise
         self.kinetic, self.jacobian = kinetic, jacobian
         # its square is T, which so stays positive
@@ -151,6 +154,9 @@ class Continuous(Bijection):
             return x, zero_log_det(x)
         differentiable = torch.is_grad_enabled()
         method = self.train_solver if self.training else self.solver
+        rtol, atol = self.rtol, self.atol
+        if self.training and self.train_tolerance:
+            rtol = atol = self.train_tolerance
         penalized = self.training and differentiable and (self.kinetic > 0 or self.jacobian > 0)
         field = _Field(self, x, context, penalized)
         times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
@@ -167,8 +173,8 @@ class Continuous(Bijection):
             field,
             (x, zero_log_det(x), *[zero_log_det(x)] * penalized),
             times,
-            rtol=max(self.rtol, 8 * torch.finfo(x.dtype).eps),
-            atol=self.atol,
+            rtol=max(rtol, 8 * torch.finfo(x.dtype).eps),
+            atol=atol,
             method=method,
             options=forth | {"norm": _mean_error if self.training else _greatest_error},
         )
