@@ -19,7 +19,7 @@ from flowtrain.engine.audit import Check, audit, unsettle
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 
-STARTING = 64  # examples that a new flow starts from
+STARTING, NUMBERS = 64, 2**18  # a new flow starts from so many examples, of so many numbers together
 
 
 def main(cfg, run_dir: str) -> dict:
@@ -41,7 +41,7 @@ def main(cfg, run_dir: str) -> dict:
             x = _made_up(flow, cfg, cfg.examples)
     else:
         what = f"a new {cfg.model.name} for {cfg.dataset.name}"
-        examples = max(STARTING, cfg.examples)
+        examples = max(cfg.examples, min(STARTING, NUMBERS // flow.dimensions))
         x, context = _made_up(flow, cfg, examples), _context(cfg, flow, examples)
         unsettle(flow, x, context)
         x, context = x[: cfg.examples], None if context is None else context[: cfg.examples]

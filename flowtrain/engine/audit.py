@@ -24,9 +24,10 @@ from flowtrain.engine.jacobian import Piece, affordable, bound, disagreement
 from flowtrain.flow import Flow
 
 CONTAINERS = (Chain, Inverse, MultiScale)  # their work is that of the layers in them
-SOLVER = 20  # tolerances of a layer with an ODE are at least so many times its solver's
+SOLVER = 100  # tolerances of a layer with an ODE are at least so many times its solver's
+FINER = 100  # float64 shows whether an ODE is right, with a solver so much finer; float32 whether its own is fine enough
 LARGE = 1e4  # the scale of latents and real data that must still map to finite numbers
-_JACOBIANS = 2**21  # entries of one layer's Jacobians over all examples, unless one example's are more
+_JACOBIANS = 2**17  # entries of one layer's Jacobians over all examples, unless one example's are more
 _OF_ODES = 4  # Jacobians of what has an ODE in it
 _SAMPLES, _OUTSIDE = 5_000, 5e-4  # a density's box holds all but this share of samples on each side
 _EXACT_INTEGERS = 2**22  # up to here float32 tells an integer from its neighbours' bins
@@ -68,9 +69,12 @@ def audit(
     Raises:
         FloatingPointError: an ODE cannot be solved for these examples.
     """
-    double = copy.deepcopy(flow).double().eval().requires_grad_(False)
-    single = copy.deepcopy(double).float()
+    single = copy.deepcopy(flow).float().eval().requires_grad_(False)
+    double = copy.deepcopy(single).double()
     odes = continuous_layers(double)
+    for ode in odes:
+        ode.rtol, ode.atol, ode.max_steps = ode.rtol / FINER, ode.atol / FINER, 4 * ode.max_steps
+        ode.steps, ode.adjoint = 4 * ode.steps, False  # of a fixed solver; gradients are those of its steps
     traced = exact_trace if odes and all(size(ode.shape) <= EXACT_LIMIT for ode in odes) else nullcontext
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), exact_arithmetic():
         torch.manual_seed(seed)

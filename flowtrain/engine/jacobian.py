@@ -14,7 +14,8 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import size
 from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
 
-_AT_ONCE = 2**16  # numbers in a batch of copies
+_AT_ONCE = 2**16  # numbers in a batch of copies, for a layer of up to
+_WEIGHTS = 2**20  # so many weights: a larger one keeps more for its gradients
 _SIDES = (4, 8, 16, 32, 64, 2, 1)  # of smaller pictures, by preference: on 1×1 pixel a wrong count of pixels is right
 
 
@@ -36,19 +37,19 @@ class Piece:
         return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
 
 
-def log_abs_det(function: Callable, x: Tensor, context: Tensor | None = None) -> Tensor:
+def log_abs_det(function: Callable, x: Tensor, context: Tensor | None = None, at_once: int = _AT_ONCE) -> Tensor:
     """log|det ∂y/∂x| of ``y, _ = function(x, context)`` for each example, (B,), by autograd and LU.
 
-    The Jacobian's rows are built in chunks: copies of one example make a batch, and each is asked for the gradient of
-    another output. A singular Jacobian gives −inf.
+    The Jacobian's rows are built in chunks: copies of one example, of ``at_once`` numbers together, make a batch, and
+    each is asked for the gradient of another output. A singular Jacobian gives −inf.
     """
     contexts = [None] * len(x) if context is None else context
-    return torch.stack([_log_abs_det(function, *pair) for pair in zip(x, contexts)])
+    return torch.stack([_log_abs_det(function, *pair, at_once) for pair in zip(x, contexts)])
 
 
-def _log_abs_det(function: Callable, x: Tensor, context: Tensor | None) -> Tensor:
+def _log_abs_det(function: Callable, x: Tensor, context: Tensor | None, at_once: int) -> Tensor:
     dims = x.numel()
-    copies = max(1, min(dims, _AT_ONCE // dims))
+    copies = max(1, min(dims, at_once // dims))
     at = x.expand(copies, *x.shape).clone().requires_grad_()
     with torch.enable_grad():
         y = function(at, None if context is None else context.expand(copies, *context.shape))[0].flatten(1)
@@ -72,12 +73,12 @@ def disagreement(piece: Piece) -> tuple[Tensor, Tensor]:
     with exact_trace():
         z, log_det = layer.forward(x, context)
         _, inverse_log_det = layer.inverse(z, context)
-    for ode in continuous_layers(layer):
-        ode.adjoint = False
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    at_once = _AT_ONCE * _WEIGHTS // max(weights, _WEIGHTS)
     if dims > 64 and 4 * _seconds(layer.inverse, z, context) < _seconds(layer.forward, x, context):
-        true = -log_abs_det(layer.inverse, z, context)
+        true = -log_abs_det(layer.inverse, z, context, at_once)
     else:
-        true = log_abs_det(layer.forward, x, context)
+        true = log_abs_det(layer.forward, x, context, at_once)
     return (log_det - true).abs() / dims, (inverse_log_det + true).abs() / dims
 
 
@@ -123,6 +124,9 @@ def _made_again(layer: Bijection, side: int) -> Bijection | None:
         small.load_state_dict(layer.state_dict())
     except (ValueError, RuntimeError):  # sides that cannot be halved; weights of another shape
         return None
+    for new, old in zip(continuous_layers(small), continuous_layers(layer)):
+        for name in ("rtol", "atol", "max_steps", "steps", "adjoint"):
+            setattr(new, name, getattr(old, name))
     return small.requires_grad_(False)
 
 
