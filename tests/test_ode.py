@@ -357,7 +357,8 @@ def test_a_density_in_the_plane_integrates_to_one():
 
 @pytest.mark.parametrize("name, value", [
     ("solver", "dopri6"), ("train_solver", "scipy_solver"), ("trace", "none"), ("noise", "uniform"), ("time", 0.0),
-    ("rtol", -1.0), ("atol", math.inf), ("train_tolerance", 0.0), ("steps", 0), ("max_steps", 0), ("kinetic", -0.1), ("jacobian", -1.0),
+    ("rtol", -1.0), ("atol", math.inf), ("train_tolerance", 0.0), ("steps", 0), ("max_steps", 0),
+    ("kinetic", -0.1), ("jacobian", -1.0),
 ])  # fmt: skip
 def test_what_a_layer_cannot_be_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
