@@ -44,9 +44,10 @@ def continuous_layers(module: nn.Module) -> list[Continuous]:
 class Continuous(Bijection):
     """z = x(T) of dx/dt = f(t, x), x(0) = x, with log-determinant ∫ tr ∂f/∂x dt (Grathwohl et al. 2019, eq. 4).
 
-    The trace is estimated as εᵀ(∂f/∂x)ε with one ε for each example and solve (eq. 8): unbiased for
-    the log-determinant, in training and evaluation; within :func:`exact_trace` or with ``trace="exact"`` it is exact, at the cost of a
-    gradient for each dimension. State and trace come from one evaluation of the net for each stage of the solver.
+    The trace is estimated as εᵀ(∂f/∂x)ε with one ε for each example and solve (eq. 8): unbiased for the
+    log-determinant, in training and evaluation. Within :func:`exact_trace` or with ``trace="exact"`` it is exact, at the
+    cost of a gradient for each dimension. State and trace come from one evaluation of the net for each stage of the
+    solver.
 
     Args:
         net: factory ``net(shape=…, context_shape=…)`` of f, called as ``f(t, x, context)``.
