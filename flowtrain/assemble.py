@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from flowtrain import distributed
-from flowtrain.bijections.ode import exact_trace
+from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
 from flowtrain.config import build
 from flowtrain.data import Columns, ordered
 from flowtrain.data.split import Split
@@ -67,21 +67,40 @@ def shares(split: Split, cfg, device, examples: int | None = None):
     return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
 
 
-def open_as(columns: dict | None, cfg):
-    """The data set of ``cfg``, a table's columns read as a checkpoint's record says: in its categories and units."""
+def traced_exactly(flow: Flow) -> bool:
+    """Whether a flow has ODEs, and few enough dimensions for their exact trace."""
+    return bool(continuous_layers(flow)) and flow.dimensions <= EXACT_LIMIT
+
+
+def columns_of(state: dict) -> Columns | None:
+    """What a checkpoint knows of a table's columns; None of other data, and in checkpoints older than tables."""
+    record = state.get("columns")
+    return Columns.from_record(record) if record else None
+
+
+def open_as(columns: Columns | None, cfg):
+    """The data set of ``cfg``, a table's columns read as a checkpoint knows them: in its categories and units."""
     data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)
     if columns:
-        data.use(Columns.from_record(columns))
+        data.use(columns)
     return data
 
 
-def has_bits(cfg, columns: dict | None) -> bool:
-    """Whether the data are integers, of which bits per dimension mean something; ``columns`` is a table's record."""
-    return cfg.dataset.levels is not None or columns is not None and Columns.from_record(columns).all_integer
+def has_bits(cfg, columns: Columns | None) -> bool:
+    """Whether the data are integers, of which bits per dimension mean something."""
+    return cfg.dataset.levels is not None or columns is not None and columns.all_integer
 
 
 def is_picture(cfg) -> bool:
     return len(cfg.dataset.shape) == 3
+
+
+def drawn(
+    flow: Flow, n: int, seed: int, context: torch.Tensor | None = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """n examples, on the CPU; a seed's noise is the same at every temperature and on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return decode(flow, flow.latents(n, temperature, generator, context), context)
 
 
 def decode(flow: Flow, latents: torch.Tensor, context: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed
-from flowtrain.assemble import build_flow, decode, load_weights
+from flowtrain.assemble import build_flow, drawn, load_weights
 from flowtrain.data.base import one_hot
 from flowtrain.engine import checkpoint
 from flowtrain.engine.audit import Check, audit, unsettle
@@ -88,9 +88,7 @@ def _context(cfg, flow: Flow, n: int) -> Tensor | None:
 
 def _drawn(flow: Flow, cfg, context: Tensor | None) -> Tensor:
     flow.eval()
-    generator = torch.Generator().manual_seed(cfg.seed)
-    latents = flow.latents(cfg.examples, generator=generator, context=context)
-    return decode(flow, latents, context).to(latents.device)
+    return drawn(flow, cfg.examples, cfg.seed, context).to(next(flow.parameters()).device)
 
 
 def _plain(check: Check) -> dict:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from flowtrain import distributed
-from flowtrain.assemble import build_flow, has_bits, judge, load_weights, open_as, shares
+from flowtrain.assemble import build_flow, columns_of, has_bits, judge, load_weights, open_as
+from flowtrain.assemble import shares, traced_exactly
 from flowtrain.bijections import Logit
-from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers
+from flowtrain.bijections.ode import continuous_layers
 from flowtrain.data import Split
 from flowtrain.data.order import mix
 from flowtrain.engine import checkpoint
@@ -27,15 +28,16 @@ def main(cfg, run_dir: str) -> dict:
     flow = build_flow(cfg, distributed.device())
     state = checkpoint.read(cfg.ckpt)
     weights = load_weights(flow, state, cfg.weights)
-    split = open_as(state.get("columns"), cfg).split(cfg.split)
+    columns = columns_of(state)
+    split = open_as(columns, cfg).split(cfg.split)
     has_ode = bool(continuous_layers(flow))
-    exact = has_ode and flow.dimensions <= EXACT_LIMIT
+    exact = traced_exactly(flow)
     examples = cfg.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None
     result = judge(flow, split, cfg, examples, cfg.draws, exact)
     report = {}
-    if has_bits(cfg, state.get("columns")):
+    if has_bits(cfg, columns):
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
         if result.bits_per_dim_iw is not None and (exact or not has_ode):
             report["bits_per_dim_iw"] = result.bits_per_dim_iw

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed
-from flowtrain.assemble import build_flow, decode, is_picture, load_weights, open_as
+from flowtrain.assemble import build_flow, columns_of, drawn, is_picture, load_weights, open_as
 from flowtrain.conditions import contexts
 from flowtrain.data import Columns
 from flowtrain.engine import checkpoint
@@ -19,10 +19,9 @@ from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.flow import Flow
 from flowtrain.plots.grid import grid, save_png
 from flowtrain.plots.pairs import pairs
-from flowtrain.views import density_of
+from flowtrain.views import POINTS, density_of
 
 log = logging.getLogger("flowtrain")
-POINTS = 20_000  # of the data, in a plot beside the samples
 
 
 def main(cfg, run_dir: str) -> dict:
@@ -34,7 +33,7 @@ def main(cfg, run_dir: str) -> dict:
     flow = build_flow(cfg, distributed.device())
     state = checkpoint.read(cfg.ckpt)
     load_weights(flow, state, cfg.weights)
-    columns = Columns.from_record(state["columns"]) if state.get("columns") else None
+    columns = columns_of(state)
     rows = not isinstance(cfg.temperature, float)
     temperatures = list(cfg.temperature) if rows else [cfg.temperature]
     if not temperatures:
@@ -42,7 +41,7 @@ def main(cfg, run_dir: str) -> dict:
     context = contexts(cfg, flow, columns)
     if not distributed.is_main():
         return {}
-    samples = torch.cat([_samples(flow, cfg.n, t, context, cfg.seed) for t in temperatures])
+    samples = torch.cat([drawn(flow, cfg.n, cfg.seed, context, t) for t in temperatures])
     if not samples.float().isfinite().all():
         raise FlowtrainError("some samples are not finite; a lower temperature may help")
     folder = Path(run_dir)
@@ -58,12 +57,6 @@ def main(cfg, run_dir: str) -> dict:
     return {name: str(path) for name, path in paths.items()}
 
 
-def _samples(flow: Flow, n: int, temperature: float, context: Tensor | None, seed: int) -> Tensor:
-    """The same draws for every temperature: rows of a grid differ in nothing else."""
-    generator = torch.Generator().manual_seed(seed)
-    return decode(flow, flow.latents(n, temperature, generator, context), context)
-
-
 def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path) -> dict[str, Path]:
     paths = {"csv": folder / "samples.csv"}
     table = columns.decode(samples)
@@ -73,21 +66,20 @@ def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path
         writer.writerows(zip(*(values.tolist() for values in table.values())))
     if not cfg.plot:
         return paths
-    points, context = _data(columns, cfg)
+    points, context = _data(columns, cfg, next(flow.parameters()).device)
     data = None if points is None else _matrix(columns.decode(points))
     paths["pairs"] = folder / "pairs.png"
     pairs(paths["pairs"], _matrix(table), data, columns.names, f"{cfg.dataset.name}: data and samples")
     if points is not None and flow.dimensions <= 2:
         paths["density"] = folder / "density.png"
-        device = next(flow.parameters()).device
-        save_png(density_of(flow, points.to(device), None if context is None else context.to(device)), paths["density"])
+        save_png(density_of(flow, points, context), paths["density"])
     return paths
 
 
-def _data(columns: Columns, cfg) -> tuple[Tensor | None, Tensor | None]:
+def _data(columns: Columns, cfg, device) -> tuple[Tensor | None, Tensor | None]:
     """Rows of the train split and their context, where the data are at hand."""
     try:
-        split = open_as(columns.record(), cfg).split("train")
+        split = open_as(columns, cfg).split("train").to(device)
     except Refused as error:
         log.info("the plot is of the samples alone: %s", error)
         return None, None

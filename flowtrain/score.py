@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed, globalbatch
-from flowtrain.assemble import build_flow, is_picture, load_weights
-from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
+from flowtrain.assemble import build_flow, columns_of, has_bits, is_picture, load_weights, traced_exactly
+from flowtrain.bijections.ode import exact_trace
 from flowtrain.config import build
 from flowtrain.data import Columns
 from flowtrain.data.base import one_hot
@@ -42,11 +42,11 @@ def main(cfg, run_dir: str) -> dict:
     flow = build_flow(cfg, distributed.device()).eval()
     state = checkpoint.read(cfg.ckpt)
     weights = load_weights(flow, state, cfg.weights)
-    columns = Columns.from_record(state["columns"]) if state.get("columns") else None
+    columns = columns_of(state)
     label = _label(cfg, flow, columns)
     source = _source(cfg, flow, columns)
     figures = ["log_likelihood"]
-    if cfg.dataset.levels or columns and columns.all_integer:
+    if has_bits(cfg, columns):
         figures.append("bits_per_dim")
     tally = Tally()
     groups = source.groups(distributed.rank(), distributed.world())
@@ -147,10 +147,9 @@ def log_likelihoods(
     group, the same however many of it are worked on at once. ODEs of few dimensions have their exact trace.
     """
     device = next(flow.parameters()).device
-    exact = continuous_layers(flow) and flow.dimensions <= EXACT_LIMIT
     total = torch.zeros(len(x), dtype=torch.float64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
-        with exact_trace() if exact else nullcontext():
+        with exact_trace() if traced_exactly(flow) else nullcontext():
             for start in range(0, len(x), batch):
                 part = slice(start, start + batch)
                 given = x[part].to(device), None if context is None else context[part].to(device)

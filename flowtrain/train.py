@@ -130,7 +130,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
     if cfg.compile:
         _compile(flow)
-    view = View(val, cfg) if distributed.is_main() else None
+    view = View(val.to(device), cfg) if distributed.is_main() else None
 
     def validate(judged: Flow):
         if globalbatch.has_moments(judged):
@@ -182,7 +182,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
     result = judge(flow, val, cfg, draws=cfg.trainer.val_draws)
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     summary = {
-        **(bits if has_bits(cfg, trainer.columns) else {}),
+        **(bits if has_bits(cfg, trainer.loader.split.columns) else {}),
         "log_likelihood": result.log_likelihood,
         "log_likelihood_stderr": result.log_likelihood_stderr,
         "steps": trainer.step,

@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from flowtrain.assemble import decode, is_picture
+from flowtrain.assemble import drawn, is_picture
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.flow import Flow
 from flowtrain.plots.density import density
 from flowtrain.plots.grid import grid
 
-POINTS = 20_000  # of the data, beside a density
+POINTS = 20_000  # of the data, beside a density or samples
 CELLS = 200  # a side, where a density is evaluated
 CONTEXTS = 16  # that the density of a conditional flow is averaged over
 
@@ -35,9 +35,7 @@ class View:
 
     def __call__(self, flow: Flow) -> Tensor | None:
         if self.is_picture:
-            generator = torch.Generator().manual_seed(self.seed)
-            latents = flow.latents(self.count, generator=generator, context=self.context)
-            return grid(decode(flow, latents, self.context), self.levels)
+            return grid(drawn(flow, self.count, self.seed, self.context), self.levels)
         if flow.dimensions > 2:
             return None
         return density_of(flow, self.points, self.context)

@@ -50,7 +50,7 @@ def measure(name: str, run_dir: str = "") -> None:
         "steps": summary["steps"],
         "parameters": summary["parameters"],
         "budget": f"{summary['seconds'] / 60:.0f} minutes, {summary['steps']:,} steps",
-        "machine": f"{cores} core{'s' * (cores > 1)}" + entry.get("shared", ""),
+        "machine": f"{cores} core{'s' * (cores > 1)}",
         "published": entry.get("published"),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
