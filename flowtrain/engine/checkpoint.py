@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError
 
 _MARK = b"flowtrain sha256 "
 _COMMENT = len(_MARK) + 64  # mark and hexadecimal digest
+_MEMBER = re.compile(r"[\w.-]+(/[\w.-]+)+")
+_DEPTH = 64  # of containers: a configuration's own limit is lower
 
 
 def save(state: dict, path: Path) -> None:
@@ -53,8 +58,10 @@ def save_last(state: dict, directory: Path) -> Path:
     return last
 
 
-def read(path, map_location="cpu") -> dict:
-    """The state in ``path``, after its digest agreed.
+def read(path, map_location="cpu", mmap: bool = False) -> dict:
+    """The state in ``path``, after its digest agreed: plain containers, numbers, texts and tensors, whoever wrote it.
+
+    ``mmap`` leaves the tensors in the file.
 
     Raises:
         FlowtrainError: the file is damaged, or no flowtrain checkpoint.
@@ -62,9 +69,59 @@ def read(path, map_location="cpu") -> dict:
     path = Path(path)
     check(path)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        _check_members(path)
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        _check_plain(state)
     except Exception as error:  # whatever an archive with a right digest may still hold
-        raise FlowtrainError(f"{path}: not a flowtrain checkpoint ({type(error).__name__})") from error
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise FlowtrainError(f"{path}: not a flowtrain checkpoint ({reason})") from error
+    return state
+
+
+def _check_members(path: Path) -> None:
+    """What torch.save writes: stored as it is, so that no file unpacks to more than its own size, under plain names.
+
+    Raises ValueError.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(archive.comment) != _COMMENT:  # then another reader might find other members
+            raise ValueError("its digest is not its comment")
+    names = [member.filename for member in members]
+    if len({*names}) < len(names):
+        raise ValueError("two of its members have one name")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise ValueError("a member of it is compressed")
+        if not _MEMBER.fullmatch(member.filename) or ".." in member.filename.split("/"):
+            raise ValueError(f"a member of it is named {member.filename[:60]!r}")
+        if member.external_attr >> 28:  # a kind of file, such as a link
+            raise ValueError(f"its member {member.filename} is no plain file")
+
+
+def _check_plain(state) -> None:
+    """ValueError for what is neither a container of data nor data, nested too deeply, or a tensor of more numbers than
+    the file has."""
+    if type(state) is not dict:
+        raise ValueError(f"it is a {type(state).__name__}")
+    todo, seen = [(state, 1)], set()
+    while todo:
+        value, depth = todo.pop()
+        kind = type(value)
+        if kind is torch.Tensor:
+            if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+                raise ValueError("it holds a tensor that is no plain array")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"it declares a tensor of shape {list(value.shape)}, larger than its data")
+        elif kind in (dict, OrderedDict, list, tuple):
+            if depth > _DEPTH:
+                raise ValueError("it is nested too deeply")
+            if id(value) not in seen:  # what occurs twice is looked at once: no small file takes for ever
+                seen.add(id(value))
+                parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+                todo += [(part, depth + 1) for part in parts]
+        elif kind not in (str, int, float, bool, type(None)):
+            raise ValueError(f"it holds a {kind.__name__}")
 
 
 def check(path: Path) -> None:
@@ -77,7 +134,7 @@ def check(path: Path) -> None:
         size = path.stat().st_size
         with open(path, "rb") as file:
             if size >= 2 and file.read(2) != b"PK":  # how the archives of torch.save begin
-                raise Refused(f"{path}: not a flowtrain checkpoint")
+                raise FlowtrainError(f"{path}: not a flowtrain checkpoint")
             file.seek(max(0, size - _COMMENT))
             comment = file.read()
             found = _digest(file, size - _COMMENT) if comment.startswith(_MARK) else None
@@ -100,12 +157,10 @@ def verify(path) -> bool:
 
 def read_config(path) -> dict:
     """The configuration in a checkpoint, as plain containers; the tensors stay in the file."""
-    path = Path(path)
-    check(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
-    except Exception as error:
-        raise FlowtrainError(f"{path}: not a flowtrain checkpoint ({type(error).__name__})") from error
+    config = read(path, mmap=True).get("config")
+    if config is None:
+        raise FlowtrainError(f"{path}: not a flowtrain checkpoint (it holds no configuration)")
+    return config
 
 
 def _digest(file, length: int) -> str:
