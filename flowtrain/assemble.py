@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from flowtrain import distributed
-from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
+from flowtrain.bijections.ode import exact_trace
 from flowtrain.config import build
 from flowtrain.data import Columns, ordered
 from flowtrain.data.split import Split
@@ -65,11 +65,6 @@ def shares(split: Split, cfg, device, examples: int | None = None):
     """This process's batches of a split for evaluation: (indices, examples, context)."""
     rank, world = distributed.rank(), distributed.world()
     return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
-
-
-def traced_exactly(flow: Flow) -> bool:
-    """Whether a flow has ODEs, and few enough dimensions for their exact trace."""
-    return bool(continuous_layers(flow)) and flow.dimensions <= EXACT_LIMIT
 
 
 def columns_of(state: dict) -> Columns | None:

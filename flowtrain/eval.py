@@ -10,9 +10,9 @@ import torch
 
 from flowtrain import distributed
 from flowtrain.assemble import build_flow, columns_of, has_bits, judge, load_weights, open_as
-from flowtrain.assemble import shares, traced_exactly
+from flowtrain.assemble import shares
 from flowtrain.bijections import Logit
-from flowtrain.bijections.ode import continuous_layers
+from flowtrain.bijections.ode import continuous_layers, traced_exactly
 from flowtrain.data import Split
 from flowtrain.data.order import mix
 from flowtrain.engine import checkpoint

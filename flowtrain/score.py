@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed, globalbatch
-from flowtrain.assemble import build_flow, columns_of, has_bits, is_picture, load_weights, traced_exactly
-from flowtrain.bijections.ode import exact_trace
+from flowtrain.assemble import build_flow, columns_of, has_bits, is_picture, load_weights
+from flowtrain.bijections.ode import exact_trace, traced_exactly
 from flowtrain.config import build
 from flowtrain.data import Columns
 from flowtrain.data.base import one_hot

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain import globalbatch
-from flowtrain.bijections.base import Bijection, at_least_float32, full_precision, sum_event, zero_log_det
+from flowtrain.bijections.base import Bijection, at_least_float32, full_precision, size, sum_event, zero_log_det
 
 EXACT_LIMIT = 128  # dimensions up to which an evaluation should enter exact_trace: it costs a gradient for each of them
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")  # fehlberg2 misses its tolerance by a factor of 200
@@ -36,9 +36,14 @@ def exact_trace():
 
 
 def continuous_layers(module: nn.Module) -> list[Continuous]:
-    """The continuous-time layers of a flow; where each has at most ``EXACT_LIMIT`` dimensions, evaluate it within
-    :func:`exact_trace`."""
+    """The continuous-time layers of a flow."""
     return [layer for layer in module.modules() if isinstance(layer, Continuous)]
+
+
+def traced_exactly(module: nn.Module) -> bool:
+    """Whether a flow has ODEs, each of so few dimensions that it is to be evaluated within :func:`exact_trace`."""
+    layers = continuous_layers(module)
+    return bool(layers) and all(size(layer.shape) <= EXACT_LIMIT for layer in layers)
 
 
 class Continuous(Bijection):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowtrain import globalbatch
 from flowtrain.bijections import Bijection, Chain, Inverse, MultiScale
 from flowtrain.bijections.base import size
-from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
+from flowtrain.bijections.ode import continuous_layers, exact_trace, traced_exactly
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.engine.jacobian import Piece, affordable, bound, disagreement
 from flowtrain.flow import Flow
@@ -75,7 +75,7 @@ def audit(
     for ode in odes:
         ode.rtol, ode.atol, ode.max_steps = ode.rtol / FINER, ode.atol / FINER, 4 * ode.max_steps
         ode.steps, ode.adjoint = 4 * ode.steps, False  # of a fixed solver; gradients are those of its steps
-    traced = exact_trace if odes and all(size(ode.shape) <= EXACT_LIMIT for ode in odes) else nullcontext
+    traced = exact_trace if traced_exactly(double) else nullcontext
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), exact_arithmetic():
         torch.manual_seed(seed)
         yield from _ready(double)
