@@ -1,0 +1,165 @@
+"""torch.compile by regions: what becomes one program, that it computes the same, and that it is compiled once."""
+
+from functools import partial
+
+import pytest
+import torch
+from composed import flow_of
+from torch import nn
+
+from flowtrain import bijections as b
+from flowtrain import nets
+from flowtrain.engine import compiling
+from flowtrain.engine.compiling import compile_flow, regions, signature
+from flowtrain.errors import Refused
+from flowtrain.flow import Flow
+
+BATCH = 8
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    """Graphs are made as always and then run as they are, since a C++ compiler takes long."""
+    from torch._dynamo.backends import registry
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(registry, "get_default_backend", lambda: "eager")
+    yield
+    torch._dynamo.reset()
+
+
+def digits_flow(*words):
+    torch.manual_seed(0)
+    flow = flow_of("dataset=digits", *words)
+    x = torch.randint(0, 17, (BATCH, 1, 8, 8))
+    flow.initialize(x)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return flow.train(), x
+
+
+def gradient(flow, x, context=None):
+    torch.manual_seed(3)
+    flow.zero_grad()
+    loss = -flow(x, context).mean()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in flow.named_parameters()}
+
+
+@pytest.mark.parametrize("words", [
+    ["model=glow", "model.steps=3", "model.levels=1"], ["model=maf", "model.steps=3"], ["model=realnvp"],
+    ["model=nsf_coupling"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_compiled_training_is_the_same_and_compiles_once(words):
+    flow, x = digits_flow(*words, "model.hidden=16")
+    names, eager = list(flow.state_dict()), gradient(flow, x)
+    compiled = compile_flow(flow)
+    first = gradient(flow, x)
+    compiled.settle()
+    assert 0 < compiled.shapes <= compiled.graphs <= 3 * compiled.shapes
+    assert compiled.graphs < compiled.regions + 2
+    assert compiled.seconds > 0
+    again = gradient(flow, x)
+    assert compiled.recompiles == 0
+    assert list(flow.state_dict()) == names
+    for result in (first, again):
+        torch.testing.assert_close(result, eager, atol=1e-5, rtol=1e-4)
+
+
+def test_a_deeper_flow_compiles_no_more():
+    graphs = []
+    for steps in (2, 5):
+        torch._dynamo.reset()
+        flow, x = digits_flow("model=realnvp_vector", "model.hidden=16", f"model.pairs={steps}")
+        compiled = compile_flow(flow)
+        gradient(flow, x)
+        compiled.settle()
+        assert (compiled.regions, compiled.shapes) == (steps, 1)
+        graphs.append(compiled.graphs)
+    assert graphs[0] == graphs[1]
+
+
+def test_a_recompilation_is_counted_and_told(caplog):
+    flow, x = digits_flow("model=nice", "model.hidden=16")
+    compiled = compile_flow(flow)
+    with caplog.at_level("INFO", logger="flowtrain"):
+        gradient(flow, x)
+        compiled.after_step(1)
+        gradient(flow, x)
+        compiled.after_step(2)
+        assert "compiled: 2 layers (1 different)" in caplog.text and "again" not in caplog.text
+        gradient(flow, x[:3])  # another size
+        compiled.after_step(3)
+        assert compiled.recompiles > 0
+        assert "step 3: compiled again" in caplog.text
+
+
+def test_evaluation_compiles_nothing():
+    flow, x = digits_flow("model=nice", "model.hidden=16")
+    compiled = compile_flow(flow)
+    gradient(flow, x)
+    compiled.settle()
+    with compiled.eagerly(), torch.no_grad():
+        flow.eval()(x[:5])
+    gradient(flow.train(), x)
+    assert compiled.recompiles == 0
+
+
+def test_what_solves_or_goes_element_by_element_stays_as_it_is():
+    found = list(regions(flow_of("model=hybrid", "dataset=digits").bijection))
+    assert found and not any(isinstance(part, b.Continuous) for region in found for part in region.modules())
+    for model in ("ffjord", "iaf"):
+        with pytest.raises(Refused, match="compile=true: nothing in this flow can be compiled"):
+            compile_flow(flow_of(f"model={model}", "dataset=digits"))
+
+
+def test_signatures_tell_programs_apart_and_not_weights():
+    def coupling(hidden=8, swap=False):
+        net = partial(nets.MLP, hidden=hidden)
+        partition = partial(b.Halves, swap=swap)
+        return b.Coupling((6,), univariate=b.SigmoidAffine, net=net, partition=partition)
+
+    assert signature(coupling()) == signature(coupling())
+    assert len({signature(one) for one in (coupling(), coupling(hidden=9), coupling(swap=True))}) == 3
+
+
+def test_weight_normalization_does_not_keep_couplings_apart():
+    flow, _ = digits_flow("model=realnvp", "model.blocks=1")
+    compiled = compile_flow(flow)
+    assert compiled.regions == 10 and compiled.shapes == 4
+
+
+def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler\nat all")
+
+    from torch._dynamo.backends import registry
+
+    monkeypatch.setattr(registry, "get_default_backend", lambda: broken)
+    flow, _ = digits_flow("model=nice", "model.hidden=8")
+    with pytest.raises(Refused, match="compile=true: torch.compile does not work here .*no compiler.*; use compile=fal"):
+        compile_flow(flow)
+
+
+def test_context_and_autocast_reach_a_compiled_step():
+    layers = {
+        "steps": partial(b.Chain, repeat=2, layers={
+            "actnorm": b.ActNorm,
+            "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16)),
+        }),
+    }  # fmt: skip
+    flow = Flow((6,), partial(b.Chain, layers=layers), context_shape=(3,))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, context = torch.randn(BATCH, 6), torch.randn(BATCH, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = gradient(flow, x, context)
+        compiled = compile_flow(flow)
+        assert compiled.regions == 2
+        result = gradient(flow, x, context)
+    assert compiled.graphs
+    torch.testing.assert_close(result, eager, atol=1e-2, rtol=1e-2)
+    other = gradient(flow, x, context + 1)
+    assert not torch.allclose(other[0], result[0], atol=1e-3)
