@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowtrain import globalbatch
 from flowtrain.bijections.base import Bijection, at_least_float32, built, size
+from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
 
 
@@ -58,13 +59,14 @@ class Flow(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of x; integers go in at the centre of their bins, so that ``decode`` returns the very same."""
-        with globalbatch.centred():
+        with globalbatch.centred(), states_only():
             return self.bijection(x, context)[0]
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of a latent."""
-        return self.bijection.inverse(z, context)[0]
+        with states_only():
+            return self.bijection.inverse(z, context)[0]
 
     @torch.no_grad()
     def latents(

@@ -12,7 +12,7 @@ from torch import nn
 
 from flowtrain import globalbatch
 from flowtrain.bijections import Chain, Continuous
-from flowtrain.bijections.ode import ADAPTIVE, FIXED, continuous_layers, exact_trace
+from flowtrain.bijections.ode import ADAPTIVE, FIXED, continuous_layers, exact_trace, states_only, unsolved_is_nan
 from flowtrain.flow import Flow
 from flowtrain.nets import ConvODENet, ODENet
 
@@ -256,6 +256,77 @@ def test_evaluations_are_counted_those_of_the_adjoint_too():
     layer.inverse(torch.randn(3, 2))
     assert layer.statistics() == {"ode/evaluations": 20}
     assert type(layer.evaluations) is int
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+def test_one_evaluation_of_the_net_serves_state_and_trace(solver):
+    layer, calls = Continuous((2,), net, solver=solver), []
+    layer.net.register_forward_pre_hook(lambda *_: calls.append(1))
+    layer(torch.randn(3, 2))
+    assert len(calls) == layer.evaluations > 0
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+def test_sampling_and_encoding_compute_no_trace(solver, trace, monkeypatch):
+    layer = partial(Continuous, net=net, solver=solver, trace=trace, rtol=1e-6, atol=1e-6)
+    flow = randomized(Flow((3,), partial(Chain, layers={"ode": layer}))).float().eval()
+    x, pulls, grad = torch.randn(5, 3), [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pulls.append(1) or grad(*args, **kwargs))
+    with torch.no_grad():
+        expected, _ = flow.bijection(x)
+    assert pulls
+    pulls.clear()
+    z = flow.encode(x)
+    torch.testing.assert_close(z, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(flow.decode(z), x, atol=1e-4, rtol=1e-4)
+    assert not pulls and flow.bijection.ode.evaluations
+    with states_only():
+        assert flow.bijection(x)[1].isnan().all()  # none is not zero
+    assert flow.bijection(x)[1].isfinite().all()
+
+
+def everything(layer, x):
+    """The gradients of the layer's input and parameters."""
+    layer.zero_grad()
+    x = x.requires_grad_()
+    torch.manual_seed(1)
+    z, log_det = layer(x)
+    x.grad = None
+    (z.square().sum() + log_det.sum()).backward()
+    return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("options", [{}, {"learn_time": True}, {"kinetic": 0.1, "jacobian": 0.2}], ids=str)
+def test_where_it_can_be_solved_a_lenient_solve_is_the_same(adjoint, options):
+    layer = layer_of(adjoint=adjoint, **options)
+    x = event(layer)
+    expected = everything(layer, x)
+    with unsolved_is_nan() as reasons:
+        assert all(map(torch.equal, everything(layer, x), expected))
+    assert reasons == []
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_what_cannot_be_solved_is_nan_where_that_is_wanted(adjoint):
+    layer = layer_of(adjoint=adjoint, max_steps=3)
+    with unsolved_is_nan() as reasons:
+        found = everything(layer, event(layer))
+    assert all(one.isnan().all() for one in found)
+    assert len(reasons) == 1 and "max_steps=3" in reasons[0]
+    with pytest.raises(FloatingPointError):
+        layer(event(layer))
+
+
+def test_a_gradient_that_cannot_be_solved_is_nan_where_that_is_wanted():
+    layer = layer_of(max_steps=100)
+    with unsolved_is_nan() as reasons:
+        z, _ = layer(event(layer).requires_grad_())
+        layer.max_steps = 3
+        z.sum().backward()
+    assert z.isfinite().all() and len(reasons) == 1
+    assert all(parameter.grad.isnan().all() for parameter in layer.parameters())
 
 
 def test_in_evaluation_no_example_has_more_than_its_share_of_the_error():

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flowtrain import globalbatch
 from flowtrain.bijections.base import Bijection, at_least_float32, full_precision, size, sum_event, zero_log_det
@@ -19,6 +20,8 @@ FIXED = ("rk4", "heun3", "midpoint", "euler")
 
 _ROWS_AT_ONCE = 4096  # of an exact trace's gradients side by side, examples × dimensions: bounds its memory
 _exact = False
+_states_only = False
+_unsolved: list[str] | None = None
 
 
 @contextmanager
@@ -33,6 +36,32 @@ def exact_trace():
         yield
     finally:
         _exact = previous
+
+
+@contextmanager
+def states_only():
+    """Within it, no :class:`Continuous` layer computes a trace: its log-determinant is NaN, at the cost of none."""
+    global _states_only
+    previous, _states_only = _states_only, True
+    try:
+        yield
+    finally:
+        _states_only = previous
+
+
+@contextmanager
+def unsolved_is_nan():
+    """Within it, what would raise FloatingPointError is NaN, and so is its gradient; yields a list of the reasons.
+
+    An error in one process of several would leave the others waiting where their gradients meet: all must go on to find
+    together that the step is bad.
+    """
+    global _unsolved
+    previous, _unsolved = _unsolved, []
+    try:
+        yield _unsolved
+    finally:
+        _unsolved = previous
 
 
 def continuous_layers(module: nn.Module) -> list[Continuous]:
@@ -80,6 +109,8 @@ class Continuous(Bijection):
         FloatingPointError: in forward, inverse or their gradient, where an adaptive solver cannot go on. A fixed one
             returns what is not finite.
     """
+
+    reversible = False
 
     def __init__(
         self,
@@ -152,19 +183,24 @@ class Continuous(Bijection):
         """The state at ``end`` of one that is x at ``start``, in units of T, and the integral of the trace."""
         if torch.compiler.is_compiling():  # how many steps there are depends on values: no graph
             return torch.compiler.disable(Continuous._solve)(self, x, context, start, end)
-        from torchdiffeq import odeint, odeint_adjoint  # brings all of scipy
-
         self.evaluations = 0
         x = x.to(at_least_float32(x.dtype))
         if not len(x):  # has no mean error to control
             return x, zero_log_det(x)
+        if _unsolved is None or not torch.is_grad_enabled():
+            return self._integrate(x, context, start, end)
+        return _Attempt.apply(self, start, end, _unsolved, x, context, *self.parameters())
+
+    def _integrate(self, x, context, start, end):
+        from torchdiffeq import odeint, odeint_adjoint  # brings all of scipy
+
         differentiable = torch.is_grad_enabled()
         method = self.train_solver if self.training else self.solver
         rtol, atol = self.rtol, self.atol
         if self.training and self.train_tolerance:
             rtol = atol = self.train_tolerance
         penalized = self.training and differentiable and (self.kinetic > 0 or self.jacobian > 0)
-        field = _Field(self, x, context, penalized)
+        field = _Velocity(self, context) if _states_only else _Rates(self, x, context, penalized)
         times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
         if method in FIXED:
             forth = back = {"grid_constructor": self._grid}
@@ -175,16 +211,19 @@ class Continuous(Bijection):
         if self.adjoint and differentiable and not _exact:
             sources = [*self.parameters(), *([] if context is None else [context])]
             solve = partial(odeint_adjoint, adjoint_params=sources, adjoint_options=back | {"norm": "seminorm"})
-        z, log_det, *penalty = solve(
+        z, *integrals = solve(
             field,
-            (x, zero_log_det(x), *[zero_log_det(x)] * penalized),
+            (x, *[zero_log_det(x)] * (0 if _states_only else 1 + penalized)),
             times,
             rtol=max(rtol, 8 * torch.finfo(x.dtype).eps),
             atol=atol,
             method=method,
             options=forth | {"norm": _mean_error if self.training else _greatest_error},
         )
+        if _states_only:
+            return z[-1], zero_log_det(x) + math.nan
         with full_precision(x):
+            log_det, *penalty = integrals
             for one in penalty:
                 one = one[-1] * (end - start)
                 log_det = log_det - (one - one.detach())
@@ -195,14 +234,32 @@ class Continuous(Bijection):
         return times[0] + (times[-1] - times[0]) * share
 
 
-class _Field:
-    """The right-hand side of one solve, with what stays the same in it: context and noise.
+class _Velocity:
+    """The right-hand side of one solve, of the state alone.
 
     Time runs from 0 to 1, and the velocity is T times the net's, so that T needs no gradient of its own.
     """
 
+    def __init__(self, layer: Continuous, context: Tensor | None):
+        self.layer, self.context = layer, context
+
+    def __call__(self, time: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with full_precision(state[0]):
+            return (self.at(time, state[0]),)
+
+    def at(self, time: Tensor, x: Tensor) -> Tensor:
+        self.layer.evaluations += 1
+        end_time = self.layer.end_time
+        return end_time * self.layer.net(end_time * time, x, self.context)
+
+
+class _Rates(_Velocity):
+    """That of the state, of the log-determinant and, where penalized, of the penalty, from one velocity. The noise
+    stays the same in all of a solve."""
+
     def __init__(self, layer: Continuous, x: Tensor, context: Tensor | None, penalized: bool):
-        self.layer, self.context, self.penalized = layer, context, penalized
+        super().__init__(layer, context)
+        self.penalized = penalized
         if _exact or layer.trace == "exact":
             directions = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype)
             parts = directions.split(max(1, _ROWS_AT_ONCE // len(x)))
@@ -210,16 +267,13 @@ class _Field:
         else:
             self.probes = [_NOISE[layer.noise](x)]
 
-    def __call__(self, time: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The rates of the state, of the log-determinant and, where penalized, of the penalty."""
+    def __call__(self, time, state):
         layer, differentiable = self.layer, torch.is_grad_enabled()
-        layer.evaluations += 1
         x = state[0]
         with full_precision(x), torch.enable_grad():
             if not (differentiable and x.requires_grad):
                 x = x.detach().requires_grad_()
-            end_time = layer.end_time
-            velocity = end_time * layer.net(end_time * time, x, self.context)
+            velocity = self.at(time, x)
             trace, norm = 0.0, 0.0  # Σ (eᵀJ)·e and Σ |eᵀJ|² over the probes e, J the velocity's Jacobian
             for probe in self.probes:
                 many = probe.dim() > x.dim()
@@ -231,8 +285,42 @@ class _Field:
                     norm = norm + _sum(pulled.square(), many)
             rates = [velocity, trace]
             if self.penalized:
-                rates.append((layer.kinetic * sum_event(velocity.square()) + layer.jacobian * norm) / end_time)
+                energy = layer.kinetic * sum_event(velocity.square()) + layer.jacobian * norm
+                rates.append(energy / layer.end_time)
         return tuple(rates if differentiable else (rate.detach() for rate in rates))
+
+
+class _Attempt(torch.autograd.Function):
+    """A solve that gives NaN, and whose gradient is NaN, where it or its gradient's own solve comes to no end."""
+
+    @staticmethod
+    def forward(ctx, layer, start, end, reasons, x, context, *parameters):
+        ctx.reasons, ctx.solved = reasons, None
+        given = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, context)]
+        ctx.sources = [*given, *parameters]
+        with torch.enable_grad():
+            try:
+                ctx.solved = layer._integrate(*given, start, end)
+            except FloatingPointError as error:
+                reasons.append(str(error))
+                return x + math.nan, zero_log_det(x) + math.nan
+        return tuple(one.detach() for one in ctx.solved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        sources = [one for one in ctx.sources if one is not None and one.requires_grad]
+        found = [torch.full_like(one, math.nan) for one in sources]
+        if ctx.solved is not None:
+            solved, pulls = zip(*[pair for pair in zip(ctx.solved, gradients) if pair[0].requires_grad])
+            try:
+                found = torch.autograd.grad(solved, sources, pulls, allow_unused=True)
+            except FloatingPointError as error:
+                ctx.reasons.append(str(error))
+        each = iter(found)
+        return None, None, None, None, *[
+            next(each) if one is not None and one.requires_grad else None for one in ctx.sources
+        ]
 
 
 class _Watch:
@@ -258,13 +346,13 @@ class _Watch:
 
 
 def _mean_error(state: tuple[Tensor, ...]) -> Tensor:
-    """Of state and log-determinant, the greater root mean square over the batch. A penalty needs no control."""
+    """Of state and log-determinant, if any, the greater root mean square over the batch. A penalty needs no control."""
     return torch.stack([part.square().mean() for part in state[:2]]).max().sqrt()
 
 
 def _greatest_error(state: tuple[Tensor, ...]) -> Tensor:
     """The greatest of any example's."""
-    return torch.stack([part.flatten(1).square().mean(1).max() for part in (state[0], state[1][:, None])]).max().sqrt()
+    return torch.stack([part.reshape(len(part), -1).square().mean(1).max() for part in state[:2]]).max().sqrt()
 
 
 def _sum(v: Tensor, many: bool) -> Tensor:
