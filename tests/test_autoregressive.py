@@ -1,6 +1,7 @@
 """Masked networks, autoregressive layers and vector couplings: that masks are right, that an inverse costs one pass,
 and that other people's code with the same weights gives the same numbers."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -68,6 +69,75 @@ def test_steps_give_the_rows_of_the_whole_pass(name, context_shape, grad, dimens
         torch.testing.assert_close(torch.stack(rows, 1), net(x, context))
 
 
+WIDE = {
+    "made": partial(nets.MADE, hidden=300),
+    "made_narrow_and_wide": partial(nets.MADE, hidden=130, depth=3, activation="tanh"),
+    "made_random": partial(nets.MADE, hidden=300, degrees="random"),
+    "residual_made": partial(nets.ResidualMADE, hidden=256, blocks=1),
+}
+
+
+def without_blocks(net):
+    """The same network, whose layers multiply by their whole masked weights."""
+    net = copy.deepcopy(net)
+    for linear in net.linears:
+        linear.rows, linear.columns = [linear.out_features], [linear.in_features]
+    return net
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize(("dimensions", "out", "context_shape"), [(2, 70, None), (5, 60, (2,)), (300, 1, None)])
+def test_blocks_of_a_masked_product_are_the_whole_product(name, dimensions, out, context_shape):
+    net = randomized(WIDE[name](shape=(dimensions,), out=out, context_shape=context_shape))
+    whole = without_blocks(net)
+    assert max(len(linear.rows) for linear in net.linears) > 1
+    x, context = torch.randn(7, dimensions).double(), None if context_shape is None else torch.randn(7, 2).double()
+    weight = torch.randn(7, dimensions, out).double()
+
+    def results(net):
+        x.requires_grad_()
+        y = net(x, context)
+        (first,) = torch.autograd.grad((y.sin() * weight).sum(), x, create_graph=True)
+        return [y, *torch.autograd.grad((y * weight).sum() + first.square().sum(), [x, *net.parameters()])]
+
+    for blocks, reference in zip(results(net), results(whole), strict=True):
+        torch.testing.assert_close(blocks, reference, atol=1e-12 * reference.abs().max().item(), rtol=1e-12)
+
+
+def test_blocks_save_multiplications():
+    net = randomized(nets.MADE((40,), 20, hidden=256))
+    x = torch.randn(16, 40).double()
+
+    def multiplications(net):
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        return counter.get_total_flops()
+
+    assert multiplications(net) < 0.75 * multiplications(without_blocks(net))
+
+
+def test_blocks_under_autocast():
+    net = randomized(nets.MADE((40,), 2, hidden=256)).float()
+    x = torch.randn(8, 40)
+
+    def results(net):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))]
+
+    for blocks, reference in zip(results(net), results(without_blocks(net)), strict=True):
+        assert blocks.dtype == reference.dtype
+        torch.testing.assert_close(blocks, reference, atol=2e-2 * reference.abs().max().item(), rtol=2e-2)
+
+
+def test_blocks_under_vmap():
+    net = randomized(nets.MADE((40,), 2, hidden=256))
+    x = torch.randn(8, 40).double()
+    torch.testing.assert_close(torch.vmap(lambda x: net(x[None])[0])(x), net(x))
+    jacobian = torch.func.jacrev(lambda x: net(x).sum(0))(x).movedim(2, 0)
+    torch.testing.assert_close(jacobian, each_jacobian(without_blocks(net), x).movedim(2, 0))
+
+
 @EVERY
 def test_a_new_network_gives_zeros(name):
     net = NETS[name](shape=(6,), out=3)
@@ -129,7 +199,7 @@ def test_sampling_costs_one_pass(name):
         layer = b.Autoregressive((dimensions,), b.ExpAffine, partial(NETS[name].func, hidden=256))
         x = torch.randn(16, dimensions)
         with torch.no_grad(), FlopCounterMode(display=False) as dense:
-            layer(x)
+            without_blocks(layer.net)(x)
         for grad in (False, True):
             with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as by_degrees:
                 layer.inverse(x)

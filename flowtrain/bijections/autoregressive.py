@@ -22,6 +22,8 @@ class Autoregressive(Bijection):
     ``order`` says which element comes first: "sequential", "reversed" or "random", drawn when the layer is built.
     """
 
+    reversible = False
+
     def __init__(
         self,
         shape,
@@ -67,10 +69,10 @@ class Autoregressive(Bijection):
         return self._back(torch.cat(elements, 1)), sum_event(torch.stack(log_derivatives, 1))
 
     def _ordered(self, x):
-        return x if self.sequential else x[:, self.order]
+        return x if self.sequential else x.index_select(1, self.order)
 
     def _back(self, z):
-        return z if self.sequential else z[:, self.back]
+        return z if self.sequential else z.index_select(1, self.back)
 
 
 def sequential_layers(module: nn.Module, inverted: bool = False) -> Iterator[Autoregressive]:

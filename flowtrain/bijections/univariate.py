@@ -59,16 +59,19 @@ class _Affine(Univariate):
 
     params = 2
 
-    def log_scale(self, raw: Tensor) -> Tensor:
+    def scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(s) and s."""
         raise NotImplementedError
 
     def forward(self, x, theta):
-        s = self.log_scale(theta[..., 1])
-        return (x + theta[..., 0]) * s.exp(), s.expand_as(x)
+        t, raw = apart(theta)
+        scale, s = self.scale(raw)
+        return (x + t) * scale, s.expand_as(x)
 
     def inverse(self, y, theta):
-        s = self.log_scale(theta[..., 1])
-        return y * (-s).exp() - theta[..., 0], (-s).expand_as(y)
+        t, raw = apart(theta)
+        scale, s = self.scale(raw)
+        return y / scale - t, (-s).expand_as(y)
 
 
 class ExpAffine(_Affine):
@@ -83,8 +86,9 @@ class ExpAffine(_Affine):
             raise ValueError(f"bound={bound} must be positive")
         self.bound = bound
 
-    def log_scale(self, raw):
-        return raw.clamp(-self.bound, self.bound)
+    def scale(self, raw):
+        s = raw.clamp(-self.bound, self.bound)
+        return s.exp(), s
 
 
 class SigmoidAffine(_Affine):
@@ -99,8 +103,9 @@ class SigmoidAffine(_Affine):
             raise ValueError(f"floor={floor} must lie between 0 and 1")
         self.floor = floor
 
-    def log_scale(self, raw):
-        return torch.log(self.floor + (1 - self.floor) * torch.sigmoid(raw + 2))
+    def scale(self, raw):
+        scale = self.floor + (1 - self.floor) * torch.sigmoid(raw + 2)
+        return scale, scale.log()
 
 
 class TanhAffine(_Affine):
@@ -111,10 +116,17 @@ class TanhAffine(_Affine):
         channel = (self.shape[0], *[1] * (len(self.shape) - 1))
         self.rescale = nn.Parameter(torch.ones(channel))
 
-    def log_scale(self, raw):
-        return self.rescale * torch.tanh(raw)
+    def scale(self, raw):
+        s = self.rescale * torch.tanh(raw)
+        return s.exp(), s
 
 
 def per_element(h: Tensor, params: int) -> Tensor:
     """A conditioner's output (B, params·C, …) as θ (B, C, …, params); a view."""
     return h.unflatten(1, (params, -1)).movedim(1, -1)
+
+
+def apart(theta: Tensor) -> list[Tensor]:
+    """Each of the parameters of θ by itself; in one piece in memory where a network wrote them so, and then their
+    gradients too."""
+    return theta.unbind(-1) if theta.stride(-1) == 1 else theta.movedim(-1, 1).unbind(1)
