@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,13 +31,15 @@ def on_first_rank(action: Callable[[], None]) -> None:
 def fetch(root: Path, files: Iterable[str], download: Callable[[str], None]) -> None:
     """``download(folder)`` fills a temporary folder beside the others; then each of ``files`` moves to ``root``.
 
-    A file is thus there as a whole or not at all. Raises what ``download`` raises.
+    A file is thus there as a whole or not at all, and an archive unpacks below that folder only (PEP 706's "data").
+    Raises what ``download`` raises.
     """
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=".download-", dir=root)
-    patience = socket.getdefaulttimeout()
+    patience, unpacking = socket.getdefaulttimeout(), tarfile.TarFile.extraction_filter
     try:
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         socket.setdefaulttimeout(30)  # seconds without an answer; urllib itself would wait for ever
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be wanted for JSON alone
             download(temporary)
@@ -45,6 +48,7 @@ def fetch(root: Path, files: Iterable[str], download: Callable[[str], None]) -> 
             os.replace(Path(temporary, file), root / file)
     finally:
         socket.setdefaulttimeout(patience)
+        tarfile.TarFile.extraction_filter = unpacking
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
             with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,9 @@ def source(path: Path) -> Source:
 def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
     """A whole picture, upright, in PIL's ``mode``; ``exact`` is the only size allowed. Raises an Exception of some
     kind for whatever is wrong with the file."""
-    with Image.open(file) as picture:
+    with warnings.catch_warnings(action="ignore"):  # of what is refused next
+        picture = Image.open(file)
+    with picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed")

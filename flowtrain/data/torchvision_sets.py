@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import tarfile
 from urllib.error import URLError
 
 import torch
@@ -70,7 +71,7 @@ class TorchvisionImages(ArrayImages):
         absent = [file for file in self._files(part) if not (self.root / file).is_file()]
         try:
             fetch(self.root, absent, lambda folder: self._build(folder, part, download=True))
-        except (RuntimeError, OSError, URLError, EOFError) as error:
+        except (RuntimeError, OSError, URLError, EOFError, tarfile.TarError) as error:
             raise Refused(self._missing(part, f"downloading failed: {_line(error)}")) from error
 
 

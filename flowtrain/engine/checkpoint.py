@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -70,10 +72,13 @@ def read(path, map_location="cpu", mmap: bool = False) -> dict:
     check(path)
     try:
         _check_members(path)
-        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused next
+            state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
         _check_plain(state)
     except Exception as error:  # whatever an archive with a right digest may still hold
         reason = str(error) if type(error) is ValueError else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds objects, not data alone"
         raise FlowtrainError(f"{path}: not a flowtrain checkpoint ({reason})") from error
     return state
 
