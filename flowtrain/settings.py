@@ -33,7 +33,7 @@ class Trainer:
     max_bad_steps: int = bounded(least=1)
     decay: str = ""
     init_batch: int | None = bounded(least=1)
-    workers: int = bounded(least=0)
+    workers: int = bounded(least=0, below=257)
     tensorboard: bool = True
 
 
