@@ -35,6 +35,7 @@ class Trainer:
     init_batch: int | None = bounded(least=1)
     workers: int = bounded(least=0, below=257)
     tensorboard: bool = True
+    profile: bool = False
 
 
 @dataclass

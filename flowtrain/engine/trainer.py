@@ -19,6 +19,7 @@ from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.measure import Measure
+from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.signals import ASKED, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
@@ -45,6 +46,7 @@ class Settings:
     patience: int | None
     max_bad_steps: int
     autocast: torch.dtype | None
+    profile: bool = False
 
 
 class Trainer:
@@ -100,13 +102,16 @@ class Trainer:
         began = time.monotonic() - self.seconds
         saved = logged = time.monotonic()
         validated = False
-        with remembered() as asked:
+        recorded = settings.profile and distributed.is_main()
+        profile = profiled(self.directory.parent) if recorded else nullcontext(lambda: None)
+        with remembered() as asked, profile as stepped:
             batches = self.loader.batches(self.step)
             while self.progress() < 1 and not self.has_stalled():
                 loss, norm = self.gradient(*next(batches))
                 loss, signum, self.seconds = self.agree(loss, asked.signum, time.monotonic() - began)
                 self.update(loss, norm)
                 self.step += 1
+                stepped()
                 if self.every(settings.log_every):
                     self.report(norm, elapsed=time.monotonic() - logged)
                     logged = time.monotonic()
