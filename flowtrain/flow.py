@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowtrain import globalbatch
+from flowtrain import fusion, globalbatch
 from flowtrain.bijections.base import Bijection, at_least_float32, built, size
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
@@ -109,7 +109,8 @@ class Flow(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            self(x, context)
+            with fusion.layer_by_layer():
+                self(x, context)
         finally:
             self.train(was_training)
             for module in waiting:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 
 import torch
 from torch import Tensor, nn
+
+from flowtrain import fusion
 
 
 class Bijection(nn.Module):
@@ -36,6 +39,10 @@ class Bijection(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def join(self, following: Bijection):
+        """This layer and the ``following`` one as a single one that costs less (in both directions), or None."""
+        return None
+
     def extra_repr(self) -> str:
         same = self.shape == self.out_shape
         return f"{list(self.shape)}" if same else f"{list(self.shape)} -> {list(self.out_shape)}"
@@ -53,16 +60,18 @@ def constant_log_det(value: Tensor, x: Tensor) -> Tensor:
 
 def sum_event(x: Tensor) -> Tensor:
     """(B, …) -> (B,)."""
-    return x.flatten(1).sum(1)
+    return x.sum(tuple(range(1, x.dim())))  # not flattened, which copies where channels lie last
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> AbstractContextManager:
     """A flow's own arithmetic stays out of autocast: only networks run in lower precision."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    # to enter a context that changes nothing costs as much as several small layers
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def built(name: str, factory: Callable, **kwargs) -> nn.Module:
@@ -71,6 +80,15 @@ def built(name: str, factory: Callable, **kwargs) -> nn.Module:
         return factory(**kwargs)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def joined(layers: Iterable[Bijection]) -> list:
+    """The layers, with neighbours in one where that costs less."""
+    links = []
+    for layer in layers:
+        both = links[-1].join(layer) if links and not fusion.separate() else None
+        links[-1 if both else len(links) :] = [both or layer]
+    return links
 
 
 class Chain(Bijection):
@@ -112,14 +130,14 @@ class Chain(Bijection):
 
     def forward(self, x, context=None):
         total = zero_log_det(x)
-        for layer in self:
+        for layer in joined(self):
             x, log_det = layer(x, context)
             total = total + log_det
         return x, total
 
     def inverse(self, z, context=None):
         total = zero_log_det(z)
-        for layer in reversed(self._modules.values()):
+        for layer in reversed(joined(self)):
             z, log_det = layer.inverse(z, context)
             total = total + log_det
         return z, total

@@ -43,7 +43,7 @@ class Halves(Partition):
         self.seen_shape, self.moved_shape = (second, first) if swap else (first, second)
 
     def split(self, x):
-        first, second = x[:, : self.first], x[:, self.first :]
+        first, second = x.split([self.first, x.shape[1] - self.first], 1)
         return (second, first) if self.swap else (first, second)
 
     def merge(self, seen, moved):

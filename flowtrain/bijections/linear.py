@@ -5,13 +5,12 @@ On a vector they act on its dimensions.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.base import Bijection, constant_log_det, full_precision, zero_log_det
+from flowtrain.bijections.base import constant_log_det, full_precision, zero_log_det
+from flowtrain.bijections.channels import ChannelAffine, mix
 
 
 def start_matrix(kind: str, n: int) -> Tensor:
@@ -39,13 +38,12 @@ def whitening(x: Tensor) -> Tensor:
     return variance.clamp(min=1e-6 * variance[0]).rsqrt()[:, None] * axes.T
 
 
-class _Linear(Bijection):
+class _Linear(ChannelAffine):
     """z = Wx for every pixel. ``start`` says what W is at first: a random rotation, a permutation, the identity, or
     ``whitening``, computed from data by :meth:`flowtrain.flow.Flow.initialize`."""
 
     def __init__(self, shape, start: str = "rotation", context_shape=None):
         super().__init__(shape, context_shape)
-        self.channels, self.pixels = self.shape[0], math.prod(self.shape[1:])
         if start not in ("rotation", "permutation", "identity", "whitening"):
             raise ValueError(f"start='{start}' must be rotation, permutation, identity or whitening")
         self.register_buffer("started", torch.tensor(start != "whitening"))
@@ -64,9 +62,8 @@ class _Linear(Bijection):
     def weight(self) -> Tensor:
         raise NotImplementedError
 
-    def log_abs_det(self) -> Tensor:
-        """log|det W|, a scalar."""
-        raise NotImplementedError
+    def affine(self, like):
+        return self.weight(), None
 
     def weight_inverse(self) -> Tensor:
         """W⁻¹, computed in float64: its error would grow with W's condition."""
@@ -80,17 +77,11 @@ class _Linear(Bijection):
 
     def forward(self, x, context=None):
         with full_precision(x):
-            return _mix(x, self.weight()), constant_log_det(self.pixels * self.log_abs_det(), x)
+            return mix(x, self.weight()), constant_log_det(self.pixels * self.log_abs_det(), x)
 
     def inverse(self, z, context=None):
         with full_precision(z):
-            return _mix(z, self.weight_inverse().to(z.dtype)), constant_log_det(-self.pixels * self.log_abs_det(), z)
-
-
-def _mix(x: Tensor, weight: Tensor) -> Tensor:
-    if x.dim() == 2:
-        return F.linear(x, weight)
-    return (weight @ x.flatten(2)).view_as(x)  # as a matrix product: faster than a 1×1 convolution on a CPU
+            return mix(z, self.weight_inverse().to(z.dtype)), constant_log_det(-self.pixels * self.log_abs_det(), z)
 
 
 class DenseLinear(_Linear):
@@ -135,8 +126,8 @@ class LULinear(_Linear):
         return lower, self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
 
     def weight(self):
-        lower, upper = self.factors()
-        return (lower @ upper)[self.order]
+        upper = self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
+        return torch.addmm(upper, self.lu.tril(-1), upper).index_select(0, self.order)
 
     def log_abs_det(self):
         return self.lu.diagonal().sum()
@@ -162,7 +153,7 @@ class LULinear(_Linear):
             return x, constant_log_det(-self.log_abs_det(), z)
 
 
-class Permutation(Bijection):
+class Permutation(ChannelAffine):
     """z's channel i is x's channel ``order[i]``."""
 
     def __init__(self, shape, order, context_shape=None):
@@ -174,10 +165,19 @@ class Permutation(Bijection):
         self.register_buffer("back", order.argsort())
 
     def forward(self, x, context=None):
-        return x[:, self.order], zero_log_det(x)
+        return x.index_select(1, self.order), zero_log_det(x)  # cheaper to differentiate than indexing
 
     def inverse(self, z, context=None):
-        return z[:, self.back], zero_log_det(z)
+        return z.index_select(1, self.back), zero_log_det(z)
+
+    def affine(self, like):
+        return torch.eye(self.channels, device=like.device, dtype=like.dtype)[self.order], None
+
+    def before(self, weight, bias):
+        return weight.index_select(1, self.back), bias
+
+    def log_abs_det(self):
+        return torch.zeros((), device=self.order.device)
 
 
 class Reverse(Permutation):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, constant_log_det, full_precision
+from flowtrain.bijections.channels import ChannelAffine
 from flowtrain.globalbatch import RunningMoments
 
 
@@ -16,7 +17,7 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(-1, *[1] * (x.dim() - 2))
 
 
-class ActNorm(Bijection):
+class ActNorm(ChannelAffine):
     """z = (x + bias)·exp(log_scale) for each channel, started from data (Kingma & Dhariwal 2018, section 3.1).
 
     ``start`` sets the parameters so that the output for one batch has mean 0 and variance 1 in each channel, in
@@ -28,7 +29,6 @@ class ActNorm(Bijection):
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
-        self.pixels = math.prod(self.shape[1:])
         self.log_scale = nn.Parameter(torch.zeros(self.shape[0]))
         self.bias = nn.Parameter(torch.zeros(self.shape[0]))
         self.register_buffer("started", torch.tensor(False))
@@ -45,12 +45,24 @@ class ActNorm(Bijection):
     def forward(self, x, context=None):
         with full_precision(x):
             z = (x + per_channel(self.bias, x)) * per_channel(self.log_scale.exp(), x)
-            return z, constant_log_det(self.pixels * self.log_scale.sum(), x)
+            return z, constant_log_det(self.pixels * self.log_abs_det(), x)
 
     def inverse(self, z, context=None):
         with full_precision(z):
             x = z * per_channel((-self.log_scale).exp(), z) - per_channel(self.bias, z)
-            return x, constant_log_det(-self.pixels * self.log_scale.sum(), z)
+            return x, constant_log_det(-self.pixels * self.log_abs_det(), z)
+
+    def affine(self, like):
+        scale = self.log_scale.exp()
+        return torch.diag(scale), scale * self.bias
+
+    def before(self, weight, bias):
+        weight = weight * self.log_scale.exp()
+        own = weight.mv(self.bias)
+        return weight, own if bias is None else bias + own
+
+    def log_abs_det(self):
+        return self.log_scale.sum()
 
 
 class BatchNorm(Bijection):

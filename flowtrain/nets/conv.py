@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from flowtrain import fusion
 from flowtrain.nets.mlp import at_least_one, context_to, nearly_zero, zeroed
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 
@@ -27,7 +28,7 @@ class ZeroConv(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(out, 1, 1))
 
     def forward(self, x, context=None):
-        return self.conv(x) * (3 * self.log_scale).exp()
+        return scaled(self.conv, x, (3 * self.log_scale).exp(), self.conv.bias)
 
 
 class ConvNet(nn.Module):
@@ -61,11 +62,11 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # on a CPU several times faster, and what tensor cores want
 
     def forward(self, x, context=None):
-        h = self.norm_first(self.first(x.contiguous(memory_format=torch.channels_last)))
+        h = normalized(self.first, self.norm_first, x.contiguous(memory_format=torch.channels_last))
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
-        h = self.norm_second(self.second(self.dropout(F.relu(h))))
-        return self.last(self.dropout(F.relu(h)))
+        h = normalized(self.second, self.norm_second, self.dropout(F.relu_(h)))
+        return self.last(self.dropout(F.relu_(h)))
 
 
 class ResidualConvNet(nn.Module):
@@ -176,6 +177,18 @@ class _Preactivated(nn.Module):
     def forward(self, x):
         h = self.first(F.relu(self.norm_first(x)))
         return x + self.second(self.dropout(F.relu(self.norm_second(h))))
+
+
+def normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``, with an actnorm folded into the convolution's few weights: its many outputs are made once."""
+    if not isinstance(norm, ActNorm) or fusion.separate():
+        return norm(conv(x))
+    return scaled(conv, x, norm.log_scale.exp(), norm.bias if conv.bias is None else norm.bias + conv.bias)
+
+
+def scaled(conv: nn.Conv2d, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The convolution's outputs before its own bias, plus ``bias``, times ``scale``."""
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias * scale.flatten())
 
 
 def channels_of(shape) -> int:

@@ -1,0 +1,109 @@
+"""Layers computed as one against the same layers one by one: values, log-determinants and gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+from audit import assert_exact, context_for, event, randomized
+from layers import conv, glow_step
+
+from flowtrain import bijections as b
+from flowtrain import fusion, nets
+from flowtrain.bijections.base import joined
+from flowtrain.bijections.channels import Joined
+from flowtrain.flow import Flow
+
+picture = (4, 4, 6)
+CHAINS = {  # layers, and how many are left when they are joined
+    "glow": (dict(norm=b.ActNorm, mixing=b.LULinear), 1),
+    "glow_dense": (dict(norm=b.ActNorm, mixing=b.DenseLinear), 1),
+    "spline": (dict(permutation=b.Shuffle, lu=partial(b.LULinear, start="identity"), actnorm=b.ActNorm), 1),
+    "norms": (dict(a=b.ActNorm, b=b.ActNorm), 1),
+    "permutations": (dict(a=b.Reverse, b=b.Shuffle), 1),
+    "norm_permuted": (dict(a=b.ActNorm, b=b.DiagonalFirst), 1),
+    "all": (dict(a=b.LULinear, b=b.ActNorm, c=b.Reverse, d=b.DenseLinear, e=b.ActNorm, f=b.ActNorm), 1),
+    "interrupted": (dict(a=b.ActNorm, b=b.LULinear, c=b.BatchNorm, d=b.LULinear, e=b.ActNorm), 3),
+    "between": (dict(a=b.Center, b=b.ActNorm, c=b.Reverse, d=b.Center), 3),
+}
+
+
+def gradients(layer, direction, x, context):
+    """What ``direction`` gives, and the gradients of a sum that all of it enters."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    z, log_det = direction(x, context)
+    (z * torch.linspace(-1, 2, z.numel(), dtype=z.dtype).view_as(z)).sum().add(log_det.square().sum()).backward()
+    return [z, log_det, x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+def assert_same(layer, x, context=None):
+    for direction in (layer.__call__, layer.inverse):
+        fused = gradients(layer, direction, x, context)
+        with fusion.layer_by_layer():
+            plain = gradients(layer, direction, x, context)
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_channel_maps_are_one_product(name, memory_format):
+    layers, left = CHAINS[name]
+    torch.manual_seed(0)
+    chain = randomized(b.Chain(picture, layers))
+    links = joined(chain)
+    assert len(links) == left and any(isinstance(link, Joined) for link in links)
+    with fusion.layer_by_layer():
+        assert joined(chain) == list(chain)
+    x = event(chain).to(memory_format=memory_format)
+    assert_same(chain, x)
+    assert_exact(chain, x)
+
+
+def test_a_vector_meets_its_layers_one_by_one():
+    chain = b.Chain((5,), CHAINS["glow"][0])
+    assert joined(chain) == list(chain)
+
+
+@pytest.mark.parametrize("context_shape", [None, (3,)])
+@pytest.mark.parametrize("norm", [nets.ActNorm, nets.BatchNorm, None])
+def test_norms_inside_a_network_are_folded_into_its_convolutions(norm, context_shape):
+    net = partial(nets.ConvNet, hidden=6, norm=norm)
+    layer = randomized(b.Coupling(picture, b.SigmoidAffine, net, context_shape=context_shape))
+    assert_same(layer, event(layer), context_for(layer))
+
+
+def test_a_whole_glow():
+    level = partial(b.Chain, layers={"squeeze": b.Squeeze, "steps": glow_step})
+    exit = partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv)
+    layer = randomized(b.MultiScale((3, 8, 8), levels=2, level=level, exit=exit))
+    x = event(layer)
+    fused = gradients(layer, layer.__call__, x, None)
+    with fusion.layer_by_layer():
+        plain = gradients(layer, layer.__call__, x, None)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+    z = fused[0].detach()
+    torch.testing.assert_close(layer.inverse(z)[0], x, rtol=1e-9, atol=1e-9)
+
+
+def test_what_starts_from_data_is_run_by_itself():
+    """The joined layers standardize as the separate ones do, with a network's norms after them."""
+    torch.manual_seed(0)
+    layers = {
+        "actnorm": b.ActNorm,
+        "mixing": partial(b.LULinear, start="whitening"),
+        "norm": b.ActNorm,
+        "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=conv),
+    }
+    flow = Flow((4, 4, 4), partial(b.Chain, layers={**layers, "flatten": b.Flatten})).double()
+    x = 3 + 2 * torch.randn(256, 4, 4, 4, dtype=torch.float64)
+    x[:, 1] += x[:, 0]
+    flow.initialize(x)
+    seen = []
+    net = flow.bijection.coupling.net
+    net.register_forward_hook(lambda _net, given, _out: seen.append(given[0]))
+    flow(x)
+    std, mean = torch.std_mean(seen[0], (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-9, rtol=0)
+    torch.testing.assert_close(std, torch.ones_like(std), atol=1e-9, rtol=0)
+    inside = net.norm_first(net.first(seen[0]))
+    torch.testing.assert_close(inside.std((0, 2, 3), correction=0), torch.ones(6, dtype=torch.float64))
