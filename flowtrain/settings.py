@@ -33,9 +33,8 @@ class Trainer:
     max_bad_steps: int = bounded(least=1)
     decay: str = ""
     init_batch: int | None = bounded(least=1)
-    workers: int = bounded(least=0, below=257)
+    workers: int = bounded(least=0)
     tensorboard: bool = True
-    profile: bool = False
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Train:
     max_steps: int | None = bounded(least=1)
     max_minutes: float | None = bounded(above=0)
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
+    compile: Literal["auto"] | bool = False
     memory: Literal["none"] = "none"
     resume: bool | str | None = None
     init: str | None = None

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, has_bits, judge, load_weights
-from flowtrain.bijections import Coupling
 from flowtrain.bijections.autoregressive import cost_of_likelihood
+from flowtrain.bijections.ode import continuous_layers
 from flowtrain.config import build, conf_dir, plain
 from flowtrain.data import Loader
 from flowtrain.engine import checkpoint
+from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.measure import measure_of
 from flowtrain.engine.reporter import Reporter, Silence
@@ -33,6 +35,8 @@ from flowtrain.flow import Flow
 from flowtrain.views import View
 
 log = logging.getLogger("flowtrain")
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
 def main(cfg, run_dir: str) -> dict:
@@ -66,8 +70,10 @@ def main(cfg, run_dir: str) -> dict:
         _introduce(cfg, flow, train, val, settings, device, run_dir, trainer.step)
         reporter = Reporter(run_dir, trainer.step, settings.max_steps, cfg.trainer.tensorboard)
     try:
-        trainer.fit(reporter)
-        summary = _conclude(cfg, flow, trainer, val, run_dir)
+        with explained():
+            trainer.fit(reporter)
+        with trainer.eagerly():
+            summary = _conclude(cfg, flow, trainer, val, run_dir)
         key = trainer.measure.key
         reporter.hyperparameters(_flat(plain(cfg)), {key: summary[key]})
     except torch.OutOfMemoryError as error:
@@ -128,8 +134,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     if distributed.world() > 1:
         wrapped = _parallel(flow, device)
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
-    if cfg.compile:
-        _compile(flow)
+    compiled = _compile(flow, cfg, settings, device)
     view = View(val.to(device), cfg) if distributed.is_main() else None
 
     def validate(judged: Flow):
@@ -140,25 +145,32 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     columns = loader.split.columns
     return Trainer(
         flow, wrapped, loader, _optimizer(cfg, flow), schedule, settings, ema, validate, view, run_dir,
-        measure_of(cfg.dataset.levels), plain(cfg), columns.record() if columns else None,
+        measure_of(cfg.dataset.levels), plain(cfg), columns.record() if columns else None, compiled,
     )  # fmt: skip
 
 
 def _parallel(flow: Flow, device: torch.device) -> DistributedDataParallel:
-    """Buffers are equal on all processes from the start and change alike: none are sent while training."""
+    """Buffers are equal on all processes from the start and change alike: none are sent while training. Every step takes
+    the same way through the layers, but for an ODE's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it, older ones only this
         return DistributedDataParallel(
-            flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+            flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True, static_graph=not continuous_layers(flow),
+        )  # fmt: skip
 
 
-def _compile(flow: Flow) -> None:
-    """Compile each coupling in place: alike ones share their code, and names stay as they are."""
-    couplings = [module for module in flow.modules() if isinstance(module, Coupling)]
-    torch._dynamo.config.recompile_limit = 8 + len(couplings)
-    for coupling in couplings:
-        coupling.compile()
+def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compiled | None:
+    """Compile what the flow trains by, where that is asked for; or where it pays, as long as it can be done."""
+    if cfg.compile is False or cfg.compile == "auto" and not pays(device, settings.max_steps, settings.max_minutes):
+        return None
+    try:
+        return compile_flow(flow)
+    except Refused as error:
+        if cfg.compile == "auto":
+            log.info("compile=auto: trains without: %s", error)
+            return None
+        raise
 
 
 def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
@@ -224,7 +236,7 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
         seed=cfg.seed, max_steps=max_steps, max_minutes=cfg.max_minutes, accumulate=trainer.accumulate,
         clip=trainer.clip, warmup_steps=warmup, log_every=trainer.log_every, val_every=trainer.val_every,
         sample_every=trainer.sample_every, save_every=trainer.save_every, save_minutes=trainer.save_minutes,
-        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast, profile=trainer.profile,
+        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast,
     )  # fmt: skip
 
 
@@ -239,8 +251,11 @@ def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
         {"params": [p for name, p in named if decays.search(name)]},
         {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
     ]
+    make = build(cfg.optimizer, allow=cfg.allow)
+    if make.func in FUSED and not any(parameter.is_meta for _, parameter in named):
+        make = partial(make.func, **{"fused": True, **make.keywords})
     try:
-        return build(cfg.optimizer, allow=cfg.allow)([group for group in groups if group["params"]])
+        return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
         raise Refused(f"optimizer: {error}") from error
 

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,13 @@ class Compiled:
     def eagerly(self) -> AbstractContextManager:
         """Within it, nothing runs compiled: batches of other sizes, in evaluation mode, would each be compiled anew."""
         return torch.compiler.set_stance("force_eager")
+
+
+def pays(device: torch.device, max_steps: int | None, max_minutes: float | None) -> bool:
+    """Whether ``compile=auto`` compiles: on a GPU, in a run of at least 5000 steps, or of 20 minutes if only those are
+    set. It takes minutes, and a step of a CPU gains little: most of its time goes into the products of matrices."""
+    long = max_steps >= 5000 if max_steps else (max_minutes or 0) >= 20
+    return device.type == "cuda" and long
 
 
 def compile_flow(flow: Flow) -> Compiled:
@@ -165,3 +172,14 @@ def unavailable(error: Exception) -> Refused:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = " ".join([f"{type(error).__name__}:", *lines[:2]])  # of a compiler's error, the first names the backend
     return Refused(f"compile=true: torch.compile does not work here ({reason}); use compile=false")
+
+
+@contextmanager
+def explained():
+    """Within it, what torch.compile cannot do is Refused."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            raise unavailable(error) from error
+        raise

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain import distributed, globalbatch
+from flowtrain.bijections.ode import unsolved_is_nan
 from flowtrain.data.order import mix
 from flowtrain.engine import checkpoint
+from flowtrain.engine.compiling import Compiled
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.measure import Measure
-from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.signals import ASKED, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
@@ -46,7 +47,6 @@ class Settings:
     patience: int | None
     max_bad_steps: int
     autocast: torch.dtype | None
-    profile: bool = False
 
 
 class Trainer:
@@ -61,6 +61,7 @@ class Trainer:
         measure: what is minimized and reported.
         config: what a checkpoint keeps so that the flow can be built again.
         columns: what it keeps of a table's columns, plain data, or None.
+        compiled: of a flow that runs compiled, what that took; it is told after the first step.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class Trainer:
         measure: Measure,
         config: dict,
         columns: dict | None = None,
+        compiled: Compiled | None = None,
     ):
         self.flow, self.wrapped, self.loader = flow, wrapped, loader
         self.optimizer, self.schedule, self.settings, self.ema = optimizer, schedule, settings, ema
         self.judge, self.draw, self.measure = judge, draw, measure
-        self.config, self.columns = config, columns
+        self.config, self.columns, self.compiled = config, columns, compiled
         self.directory = Path(run_dir) / "checkpoints"
         self.first_rates = [group["lr"] for group in optimizer.param_groups]
         self.reporter: Reporter | Silence = Silence()
@@ -102,16 +104,15 @@ class Trainer:
         began = time.monotonic() - self.seconds
         saved = logged = time.monotonic()
         validated = False
-        recorded = settings.profile and distributed.is_main()
-        profile = profiled(self.directory.parent) if recorded else nullcontext(lambda: None)
-        with remembered() as asked, profile as stepped:
+        with remembered() as asked:
             batches = self.loader.batches(self.step)
             while self.progress() < 1 and not self.has_stalled():
                 loss, norm = self.gradient(*next(batches))
-                loss, signum, self.seconds = self.agree(loss, asked.signum, time.monotonic() - began)
+                loss, norm, signum, self.seconds = self.read(loss, norm, asked.signum, time.monotonic() - began)
                 self.update(loss, norm)
                 self.step += 1
-                stepped()
+                if self.compiled:
+                    self.compiled.after_step(self.step)
                 if self.every(settings.log_every):
                     self.report(norm, elapsed=time.monotonic() - logged)
                     logged = time.monotonic()
@@ -129,35 +130,40 @@ class Trainer:
             self.show()
             self.save()
 
-    def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[float, float]:
-        """The loss on this process's slice of a global batch, and the norm of the reduced gradient."""
-        settings = self.settings
+    def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss on this process's slice of a global batch, and the norm of the reduced gradient, on its device."""
+        settings, parameters = self.settings, list(self.flow.parameters())
         self.wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = x.chunk(settings.accumulate)
         contexts = [None] * len(parts) if context is None else context.chunk(settings.accumulate)
         row, loss = distributed.rank() * len(x), 0.0
-        for i, (part, context) in enumerate(zip(parts, contexts)):
-            torch.manual_seed(mix(settings.seed, self.step))  # nothing to restore but the step
-            with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
-                with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
-                    log_prob = self.wrapped(part, context)
-                    part_loss = self.measure.loss(log_prob, self.flow.dimensions).sum() / len(x)
-                part_loss.backward()
-            loss, row = loss + part_loss.detach(), row + len(part)
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip or math.inf)
-        return tuple(torch.stack([loss, norm]).tolist())  # the one read from the device in a step
+        with unsolved_is_nan() as reasons:
+            for i, (part, context) in enumerate(zip(parts, contexts)):
+                torch.manual_seed(mix(settings.seed, self.step))  # nothing to restore but the step
+                with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
+                    with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
+                        log_prob = self.wrapped(part, context)
+                        part_loss = self.measure.loss(log_prob, self.flow.dimensions).sum() / len(x)
+                    part_loss.backward()
+                loss, row = loss + part_loss.detach(), row + len(part)
+        if reasons and not self.skipped:
+            log.warning("step %d: %s", self.step, reasons[0])
+        norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None], foreach=True)
+        if settings.clip:
+            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=True)
+        return loss, norm
 
-    def agree(self, loss: float, signum: int, seconds: float) -> tuple[float, int, float]:
-        """The mean loss, any process's signal and the first process's clock, the same on every process."""
+    def read(self, loss: Tensor, norm: Tensor, signum: int, seconds: float) -> tuple[float, float, int, float]:
+        """The mean loss, the gradient's norm, any process's signal and the first process's clock, the same on every
+        process: all that a step decides by, in its one read from the device."""
         world = distributed.world()
-        if world == 1:
-            return loss, signum, seconds
         clock = seconds if distributed.rank() == 0 else 0.0
-        signals = [float(signum == one) for one in ASKED]
-        mine = torch.tensor([loss / world, clock, *signals], dtype=torch.float64)
-        loss, clock, *counts = distributed.all_sum(mine).tolist()
-        return loss, next((one for one, count in zip(ASKED, counts) if count), 0), clock
+        own = torch.tensor([clock, *(float(signum == one) for one in ASKED)], dtype=torch.float64)
+        shared = torch.stack([loss, norm]).double() / world
+        figures = distributed.all_sum(torch.cat([shared, own.to(shared.device, non_blocking=True)]))
+        loss, norm, clock, *counts = figures.tolist()
+        return loss, norm, next((one for one, count in zip(ASKED, counts) if count), 0), clock
 
     def update(self, loss: float, norm: float) -> None:
         """Step the optimizer; a loss or gradient that is not finite never reaches it."""
@@ -186,7 +192,8 @@ class Trainer:
     def validate(self) -> None:
         """Judge the averaged weights where there are any; keep the best."""
         try:
-            result = self.judge(self.judged)
+            with self.eagerly():
+                result = self.judge(self.judged)
         except FlowtrainError as error:  # no reason to lose what was learned
             log.warning("step %d: no validation: %s", self.step, error)
             self.stale += 1
@@ -203,7 +210,15 @@ class Trainer:
 
     def show(self) -> None:
         """What the flow makes of the same latents each time, or its density."""
-        if distributed.is_main() and (picture := self.draw(self.judged)) is not None:
+        if not distributed.is_main():
+            return
+        try:
+            with self.eagerly():
+                picture = self.draw(self.judged)
+        except (FloatingPointError, FlowtrainError) as error:
+            log.warning("step %d: no picture: %s", self.step, error)
+            return
+        if picture is not None:
             self.reporter.picture(self.step, "samples", picture)
 
     def report(self, norm: float, elapsed: float) -> None:
@@ -221,6 +236,7 @@ class Trainer:
                 "train/gradient_norm": norm,
                 "train/lr": self.optimizer.param_groups[0]["lr"],
                 "train/skipped_steps": self.skipped,
+                **({"train/recompiles": self.compiled.recompiles} if self.compiled else {}),
                 "time/seconds": self.seconds,
                 "time/examples_per_second": rate,
             },
@@ -231,6 +247,10 @@ class Trainer:
     def judged(self) -> Flow:
         """The flow that is validated and sampled."""
         return self.ema.model if self.ema else self.flow
+
+    def eagerly(self):
+        """Within it, nothing runs compiled: only training steps do."""
+        return self.compiled.eagerly() if self.compiled else nullcontext()
 
     def progress(self) -> float:
         """The share of the budget that is spent: of its steps or of its minutes, whichever is more."""
