@@ -21,7 +21,7 @@ ALLOWED = {  # part -> the parts of flowtrain that it may import
     "flow": {"bijections", "distributions", "fusion", "globalbatch"},
     "data": {"errors", "globalbatch", "tablefile"},
     "plots": {"errors"},
-    "engine": {"bijections", "data", "distributed", "errors", "flow", "globalbatch", "plots"},
+    "engine": {"bijections", "data", "distributed", "errors", "flow", "fusion", "globalbatch", "plots"},
 }
 COMMANDS = {"train", "eval", "sample", "check", "score"}
 

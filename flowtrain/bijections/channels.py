@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,7 +12,18 @@ from flowtrain.bijections.base import Bijection, constant_log_det, full_precisio
 
 
 class ChannelAffine(Bijection):
-    """z = Wx + b for the channels of every pixel, or for the dimensions of a vector."""
+    """z = Wx + b for the channels of every pixel, or for the dimensions of a vector.
+
+    Whoever defines ``forward`` or ``inverse`` says with ``joins = True`` that they do what ``affine`` and
+    ``log_abs_det`` tell: otherwise they are called, and nothing is joined.
+    """
+
+    joins = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if {"forward", "inverse"} & vars(cls).keys() and "joins" not in vars(cls):
+            cls.joins = False
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
@@ -33,8 +43,8 @@ class ChannelAffine(Bijection):
         raise NotImplementedError
 
     def join(self, following):
-        # not a vector's, which is no larger than the matrices
-        return Joined([self, following]) if isinstance(following, ChannelAffine) and len(self.shape) > 1 else None
+        # not a vector's layers: a vector is no larger than their matrices
+        return Joined([self, following]) if _join(self) and _join(following) and len(self.shape) > 1 else None
 
 
 class Joined:
@@ -44,7 +54,7 @@ class Joined:
         self.layers = layers
 
     def join(self, following):
-        return Joined([*self.layers, following]) if isinstance(following, ChannelAffine) else None
+        return Joined([*self.layers, following]) if _join(following) else None
 
     def __call__(self, x, context=None):
         with full_precision(x):
@@ -57,11 +67,6 @@ class Joined:
             bias = None if bias is None else -(back @ bias.double()).to(z.dtype)
             return mix(z, back.to(z.dtype), bias), -self._log_det(z)
 
-    retrace = Bijection.retrace
-
-    def parameters(self):
-        return chain.from_iterable(layer.parameters() for layer in self.layers)
-
     def _affine(self, like):
         weight, bias = self.layers[-1].affine(like)
         for layer in reversed(self.layers[:-1]):
@@ -71,6 +76,10 @@ class Joined:
     def _log_det(self, x):
         first, *others = (layer.log_abs_det() for layer in self.layers)
         return constant_log_det(sum(others, first) * self.layers[0].pixels, x)
+
+
+def _join(layer: Bijection) -> bool:
+    return isinstance(layer, ChannelAffine) and layer.joins
 
 
 def mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

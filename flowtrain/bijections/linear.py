@@ -42,6 +42,8 @@ class _Linear(ChannelAffine):
     """z = Wx for every pixel. ``start`` says what W is at first: a random rotation, a permutation, the identity, or
     ``whitening``, computed from data by :meth:`flowtrain.flow.Flow.initialize`."""
 
+    joins = True
+
     def __init__(self, shape, start: str = "rotation", context_shape=None):
         super().__init__(shape, context_shape)
         if start not in ("rotation", "permutation", "identity", "whitening"):
@@ -107,6 +109,8 @@ class LULinear(_Linear):
     One matrix holds the parameters, as many as W has: L below its diagonal, U above, log|diag U| on it.
     """
 
+    joins = True
+
     def allocate(self):
         self.lu = nn.Parameter(torch.empty(self.channels, self.channels))
         self.register_buffer("sign", torch.ones(self.channels))
@@ -155,6 +159,8 @@ class LULinear(_Linear):
 
 class Permutation(ChannelAffine):
     """z's channel i is x's channel ``order[i]``."""
+
+    joins = True
 
     def __init__(self, shape, order, context_shape=None):
         super().__init__(shape, context_shape)

@@ -25,6 +25,7 @@ class ActNorm(ChannelAffine):
     whether it has been.
     """
 
+    joins = True
     floor = 1e-4  # of the standard deviation: a channel may be constant
 
     def __init__(self, shape, context_shape=None):
@@ -76,6 +77,8 @@ class BatchNorm(Bijection):
     def __init__(self, shape, eps: float = 1e-4, momentum: float = 0.1, context_shape=None):
         super().__init__(shape, context_shape)
         self.pixels = math.prod(self.shape[1:])
+        if not eps > 0:
+            raise ValueError(f"eps={eps} must be above 0")
         self.eps = eps
         self.running = RunningMoments(self.shape[0], momentum)
 

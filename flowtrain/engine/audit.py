@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain import globalbatch
+from flowtrain import fusion, globalbatch
 from flowtrain.bijections import Bijection, Chain, Inverse, MultiScale
 from flowtrain.bijections.base import size
 from flowtrain.bijections.ode import continuous_layers, exact_trace, traced_exactly
@@ -148,7 +148,8 @@ def watching(bijection: Bijection) -> Iterator[list[Call]]:
     for name, layer in layers.items():
         vars(layer).update({direction: watched(name, layer, direction) for direction in ("forward", "inverse")})
     try:
-        yield calls
+        with fusion.layer_by_layer():  # what is joined with others is not called
+            yield calls
     finally:
         for layer in layers.values():
             del vars(layer)["forward"], vars(layer)["inverse"]
