@@ -68,6 +68,8 @@ class RunningMoments(nn.Module):
 
     def __init__(self, channels: int, momentum: float = 0.1):
         super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum={momentum} must be above 0 and at most 1")
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))

@@ -45,7 +45,9 @@ class Dataset:
         on_bad: str = "stop",
     ):
         self._check("download", download, bool, "true or false")
-        self._check("split_seed", split_seed, int, "a whole number")
+        self._check("split_seed", split_seed, int, "a whole number of at least 0")
+        if split_seed is None or split_seed < 0:
+            self._refuse("split_seed", split_seed, "must be a whole number of at least 0")
         self.name = name or self.native_name
         self.root = Path(os.path.expanduser(root))
         self.path = None if path is None else Path(os.path.expanduser(path))

@@ -64,5 +64,9 @@ class Steps:
     at: tuple = (0.5, 0.75)
     factor: float = 0.1
 
+    def __post_init__(self):
+        if not (self.factor > 0 and all(0 <= mark <= 1 for mark in self.at)):
+            raise ValueError(f"factor={self.factor} must be positive and at={list(self.at)} lie between 0 and 1")
+
     def __call__(self, progress: float, step: int) -> float:
         return self.factor ** sum(progress >= mark for mark in self.at)

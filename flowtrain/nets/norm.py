@@ -39,6 +39,8 @@ class BatchNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-4, momentum: float = 0.1):
         super().__init__()
+        if not eps > 0:
+            raise ValueError(f"eps={eps} must be above 0")
         self.eps = eps
         self.running = RunningMoments(channels, momentum)
         self.weight = nn.Parameter(torch.ones(channels))
