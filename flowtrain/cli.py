@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "draws from a run",
     "check": "audit of a run's flow, or of a new one",
     "score": "a likelihood for each row or picture",
+    "bench": "time and memory beside other libraries",
 }
 USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
 
@@ -30,6 +31,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain sample n=64 temperature=0.7
   flowtrain check                                    is its flow exact? or check model=glow, a new one
   flowtrain score input=table.csv                    or a folder of pictures
+  flowtrain bench suite=sample                       what it costs here, beside nflows and others
   flowtrain train resume=true                        go on where it stopped
   torchrun --nproc-per-node=8 -m flowtrain train     or, on one machine, devices=8
   eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
@@ -173,6 +175,8 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
     """
     from flowtrain import restore, runs
 
+    if command == "bench":  # of no run
+        return command, overrides
     key = "resume" if command == "train" else "ckpt"
     given = next((word for word in overrides if word.startswith(f"{key}=")), None)
     paths = _values(given, key) if given else []

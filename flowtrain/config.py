@@ -57,6 +57,16 @@ def build(node: DictConfig, *, allow=(), **kwargs):
         raise cause from None  # not from error, whose cause it is: the chain would have no end
 
 
+def compose(command: str, overrides: list[str]) -> DictConfig:
+    """What ``flowtrain command overrides`` is given, for callers that are inside another command."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
+
+    loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
+    return OmegaConf.create(settle(loader.load_configuration(command, overrides, RunMode.RUN), command))
+
+
 def settle(cfg: DictConfig, command: str, restored: bool = False) -> dict:
     """What a command is given: the composed tree without Hydra's node, resolved and with its types checked.
 

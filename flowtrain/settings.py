@@ -33,8 +33,9 @@ class Trainer:
     max_bad_steps: int = bounded(least=1)
     decay: str = ""
     init_batch: int | None = bounded(least=1)
-    workers: int = bounded(least=0)
+    workers: int = bounded(least=0, below=257)
     tensorboard: bool = True
+    profile: bool = False
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Train:
     max_minutes: float | None = bounded(above=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["auto"] | bool = False
-    memory: Literal["none"] = "none"
+    memory: Literal["none", "checkpoint", "reversible"] = "none"
     resume: bool | str | None = None
     init: str | None = None
     smoke: bool = False
@@ -119,7 +120,23 @@ class Score(Train):
     json: bool = False
 
 
-ROOTS = {"train": Train, "eval": Eval, "sample": Sample, "check": Check, "score": Score}
+@dataclass
+class Bench:
+    seed: int = bounded(least=0)
+    devices: Literal["auto"] | int = bounded(least=1)
+    allow: list[str] = field(default_factory=list)
+    suite: Literal["train", "sample", "spline", "memory", "data", "start", "all"] = "all"
+    peers: list[Literal["nflows", "zuko", "normflows", "freia"]] = field(default_factory=list)
+    threads: int = bounded(least=1)
+    compile: bool = True
+    rounds: int = bounded(least=1)
+    seconds: float = bounded(above=0)
+    plot: bool = True
+    json: bool = False
+    smoke: bool = False
+
+
+ROOTS = {"train": Train, "eval": Eval, "sample": Sample, "check": Check, "score": Score, "bench": Bench}
 
 
 def known_keys(command: str) -> list[str]:

@@ -22,8 +22,9 @@ ALLOWED = {  # part -> the parts of flowtrain that it may import
     "data": {"errors", "globalbatch", "tablefile"},
     "plots": {"errors"},
     "engine": {"bijections", "data", "distributed", "errors", "flow", "fusion", "globalbatch", "plots"},
+    "benchmarks": {"assemble", "bijections", "config", "data", "engine", "errors", "flow"},
 }
-COMMANDS = {"train", "eval", "sample", "check", "score"}
+COMMANDS = {"train", "eval", "sample", "check", "score", "bench"}
 
 
 def imports():

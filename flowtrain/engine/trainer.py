@@ -21,6 +21,7 @@ from flowtrain.engine.compiling import Compiled
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.measure import Measure
+from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.signals import ASKED, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
@@ -47,6 +48,7 @@ class Settings:
     patience: int | None
     max_bad_steps: int
     autocast: torch.dtype | None
+    profile: bool = False
 
 
 class Trainer:
@@ -104,7 +106,9 @@ class Trainer:
         began = time.monotonic() - self.seconds
         saved = logged = time.monotonic()
         validated = False
-        with remembered() as asked:
+        recorded = settings.profile and distributed.is_main()
+        profile = profiled(self.directory.parent) if recorded else nullcontext(lambda: None)
+        with remembered() as asked, profile as stepped:
             batches = self.loader.batches(self.step)
             while self.progress() < 1 and not self.has_stalled():
                 loss, norm = self.gradient(*next(batches))
@@ -113,6 +117,7 @@ class Trainer:
                 self.step += 1
                 if self.compiled:
                     self.compiled.after_step(self.step)
+                stepped()
                 if self.every(settings.log_every):
                     self.report(norm, elapsed=time.monotonic() - logged)
                     logged = time.monotonic()

@@ -1,0 +1,32 @@
+"""FrEIA (Ardizzone et al.), whose block has a fixed rotation of the channels where Glow learns one."""
+
+from __future__ import annotations
+
+from FrEIA.modules import AllInOneBlock
+from torch import nn
+
+from flowtrain.benchmarks.ours import convolutions
+from flowtrain.benchmarks.peers.parts import Levels
+
+
+class _Block(nn.Module):
+    def __init__(self, shape, hidden: int):
+        super().__init__()
+        self.block = AllInOneBlock(
+            [shape], subnet_constructor=lambda inputs, out: convolutions(inputs, hidden, out), permute_soft=True
+        )
+
+    def forward(self, x):
+        (z,), log_det = self.block([x])
+        return z, log_det
+
+    def inverse(self, z):
+        (x,), log_det = self.block([z], rev=True)
+        return x, log_det
+
+
+def glow(side: int, hidden: int, levels: int, steps: int) -> Levels:
+    def step(channels, halving):
+        return [_Block((channels, side // halving, side // halving), hidden)]
+
+    return Levels(levels, steps, step)

@@ -1,0 +1,132 @@
+"""What the suites of one ``flowtrain bench`` share: settings, peers, the clock, and the record of what was found."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
+from flowtrain.engine.jacobian import log_abs_det
+from flowtrain.errors import FlowtrainError
+
+TOLERANCE = 1e-5  # in float64; constants of a peer's may be float32
+OURS, COMPILED, BARE = "flowtrain", "flowtrain, compiled", "bare nets"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure: how much ``ours`` takes, as a multiple of what ``theirs`` takes, or in a unit of its own."""
+
+    suite: str
+    work: str
+    ours: str
+    theirs: str | None
+    value: float
+    spread: float
+    target: float | None  # at most; None: for comparison only
+    unit: str = "×"
+    amounts: tuple[str, ...] = ()  # what ours and theirs took, in words
+
+    @property
+    def reached(self) -> bool | None:
+        return None if self.target is None else self.value - self.spread <= self.target
+
+
+@dataclass
+class Session:
+    seed: int
+    rounds: int
+    seconds: float
+    compiled: bool
+    smoke: bool
+    device: torch.device
+    peers: dict[str, ModuleType]
+    parameters: dict[str, dict[str, int]] = field(default_factory=dict)
+    exactness: list[dict] = field(default_factory=list)
+    compile_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.order = random.Random(self.seed)
+
+    def peers_with(self, work: str) -> dict[str, Callable]:
+        """name -> the function ``work`` of each peer that has one."""
+        return {name: getattr(peer, work) for name, peer in self.peers.items() if hasattr(peer, work)}
+
+    # -- exactness
+
+    def check(self, what: str, error: float, tolerance: float) -> None:
+        """Record that something is exact.
+
+        Raises:
+            FlowtrainError: it is not, and so its time means nothing.
+        """
+        self.exactness.append({"what": what, "error": error, "tolerance": tolerance})
+        if not error <= tolerance:
+            raise FlowtrainError(f"bench: {what} is off by {error:.3g}, more than {tolerance:g}: nothing is timed")
+
+    @torch.no_grad()
+    def check_flow(self, name: str, flow: nn.Module, x: Tensor) -> None:
+        """That ``encode(x)`` -> (z, log-determinant) and ``decode(z)`` of ``flow`` undo each other and that the
+        log-determinant is that of the Jacobian, in float64, on the first of ``x``."""
+        flow = copy.deepcopy(flow).eval().double()
+        x = x.double()
+        z, log_det = flow.encode(x)
+        self.check(f"{name}: round trip", _distance(flow.decode(z), x), TOLERANCE)
+        jacobian = log_abs_det(lambda x, _: flow.encode(x), x[:1])
+        self.check(f"{name}: log-determinant", _distance(jacobian, log_det[:1]), TOLERANCE)
+
+    @torch.no_grad()
+    def check_same(self, what: str, ours: Callable, theirs: Callable, x: Tensor) -> None:
+        """That two modules, made float64, agree on ``x``."""
+        ours, theirs = (copy.deepcopy(module).eval().double() for module in (ours, theirs))
+        self.check(what, _distance(ours(x.double()).flatten(), theirs(x.double()).flatten()), TOLERANCE)
+
+    # -- sizes
+
+    def count(self, work: str, modules: dict[str, nn.Module]) -> None:
+        """Print how many parameters each has that are trained."""
+        counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in modules.items()}
+        self.parameters[work] = counts
+        self.say(f"{work}: parameters " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    # -- time
+
+    def times(self, variants: dict[str, Callable[[], object]], slice: float = 0.1) -> Times:
+        return in_turns(variants, self.rounds, self.seconds, self.order, self.wait, 1e-9 if self.smoke else slice)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def ratios(suite: str, work: str, times: Times, theirs: str, targets: dict[str, float]) -> Iterator[Row]:
+    """A row for each variant, to ``theirs``: those with targets first."""
+    for name in [*targets, *(name for name in times if name not in targets)]:
+        if name in times and name != theirs:
+            yield row(suite, work, times, name, theirs, targets.get(name))
+
+
+def row(suite: str, work: str, times: Times, ours: str, theirs: str, target: float | None) -> Row:
+    """The ratio of two variants' times as a row."""
+    found = ratio(times, ours, theirs)
+    amounts = tuple(clock(Spread.of(times[name]).median) for name in (ours, theirs))
+    return Row(suite, work, ours, theirs, found.median, found.half_range, target, amounts=amounts)
+
+
+def clock(seconds: float) -> str:
+    """A time in three figures."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()

@@ -1,0 +1,73 @@
+"""The rational-quadratic spline alone: 10⁶ elements of 8 bins, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.benchmarks.ours import BINS
+from flowtrain.benchmarks.session import COMPILED, OURS, TOLERANCE, Row, Session, ratios
+from flowtrain.bijections import RationalQuadratic
+
+TARGETS = {OURS: 0.55, COMPILED: 0.30}
+SIDE, SMOKE_SIDE = 1000, 8  # squared: so many elements
+
+
+def rows(session: Session) -> Iterator[Row]:
+    side = SMOKE_SIDE if session.smoke else SIDE
+    x = (2 * torch.randn(side, side)).to(session.device)
+    theta = torch.randn(side, side, 3 * BINS - 1).to(session.device)
+    ours = RationalQuadratic((side,), bins=BINS)
+    functions: dict[str, Callable] = {OURS: ours, **_peers(session)}
+    for name, function in functions.items():
+        _check(session, name, function, x[:8].double(), theta[:8].double())
+    few = x[:8].double(), theta[:8].double()
+    for name in {"nflows", "normflows"} & {*functions}:
+        error = max((a - b).abs().max().item() for a, b in zip(functions[name](*few), ours(*few)))
+        session.check(f"spline, {name}: ours", error, TOLERANCE)
+    if session.compiled:
+        torch.compiler.reset()
+        functions[COMPILED] = torch.compile(ours, fullgraph=True, dynamic=False)
+        error = max((a - b).abs().max().item() for a, b in zip(functions[COMPILED](x, theta), ours(x, theta)))
+        session.check("spline, compiled: ours", error, 1e-4)
+    x, theta = x.requires_grad_(), theta.requires_grad_()
+    times = session.times({name: _both_ways(function, x, theta) for name, function in functions.items()})
+    work = f"spline forward and backward, {side * side:,} elements of {BINS} bins"
+    if "nflows" in times:
+        yield from ratios("spline", work, times, "nflows", TARGETS)
+    else:
+        yield from ratios("spline", work, times, OURS, {})
+
+
+def _peers(session: Session) -> dict[str, Callable]:
+    """Theirs, called as ours is: parameters in one tensor, a slope of 1 where they are 0."""
+    shift = math.log(math.expm1(1 - 1e-3))
+
+    def called(function, plus):
+        def run(x: Tensor, theta: Tensor):
+            widths, heights, slopes = theta.split([BINS, BINS, BINS - 1], -1)
+            return function(x, widths, heights, slopes + plus)
+
+        return run
+
+    found = session.peers_with("spline")
+    return {name: called(function, 0.0 if name == "zuko" else shift) for name, function in found.items()}
+
+
+def _check(session: Session, name: str, function: Callable, x: Tensor, theta: Tensor) -> None:
+    """That the log-derivative is autograd's."""
+    x = x.clone().requires_grad_()
+    y, log_derivative = function(x, theta)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    session.check(f"spline, {name}: log-derivative", (slope.log() - log_derivative).abs().max().item(), TOLERANCE)
+
+
+def _both_ways(function: Callable | nn.Module, x: Tensor, theta: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        y, log_derivative = function(x, theta)
+        torch.autograd.grad(y.sum() + log_derivative.sum(), (x, theta))
+
+    return run

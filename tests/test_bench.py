@@ -1,0 +1,160 @@
+"""flowtrain bench: each suite runs, records what it measured, and times nothing that is not exact."""
+
+import gzip
+import json
+import random
+from functools import partial
+
+import pytest
+import torch
+from inprocess import flowtrain
+
+from flowtrain import cli
+from flowtrain.benchmarks import ours, peers, report
+from flowtrain.benchmarks.session import BARE, Row, Session
+from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
+from flowtrain.errors import FlowtrainError, Refused
+
+TINY = ("smoke=true", "threads=1", "rounds=3", "seconds=0.01", "compile=false", "plot=false")
+
+
+@pytest.fixture
+def bench(tmp_path, capsys):
+    def run(*words):
+        threads = torch.get_num_threads()
+        try:
+            assert flowtrain(tmp_path, "bench", *TINY, *words) == 0
+        finally:
+            torch.set_num_threads(threads)
+        (file,) = tmp_path.glob("outputs/bench/*/bench.json")
+        return json.loads(file.read_text()), capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "suite, targets",
+    [("train", 5), ("sample", 10), ("spline", 1), ("data", 3)],
+)
+def test_suites(bench, suite, targets):
+    pytest.importorskip("nflows")
+    found, printed = bench(f"suite={suite}", "peers=[nflows]")
+    rows = found["rows"]
+    assert {row["suite"] for row in rows} == {suite}
+    assert all(row["value"] >= 0 and row["spread"] >= 0 for row in rows)
+    assert sum(row["target"] is not None for row in rows) == targets
+    for row in rows:
+        assert row["reached"] == (None if row["target"] is None else row["value"] - row["spread"] <= row["target"])
+    assert all(item["error"] <= item["tolerance"] for item in found["exactness"])
+    assert found["exactness"] or suite == "data"
+    assert {"load", "threads", "cores", "torch", "peers", "date", "command", "seconds"} <= set(found)
+    assert report.table(rows) in printed.out
+
+
+def test_all_peers_of_the_same_size_and_exact(bench):
+    for package in peers.PACKAGES.values():
+        pytest.importorskip(package)
+    found, _ = bench("suite=train")
+    assert set(found["peers"]) == set(peers.PACKAGES)
+    others = {"NSF coupling": ["zuko"], "Glow": ["normflows", "freia", BARE]}  # splines on all, other 1×1 convolutions
+    for work, counts in found["parameters"].items():
+        same = [counts[name] for name in counts if name not in others.get(work.partition(" training")[0], [])]
+        assert len(set(same)) == 1 and len(same) > 1, work
+    same = [item["what"] for item in found["exactness"] if "with our weights" in item["what"]]
+    assert any("nflows" in what and "density" in what for what in same)
+
+
+def test_start(bench, monkeypatch):
+    monkeypatch.setattr("flowtrain.benchmarks.start._first_step", lambda: 1.0)  # a process: tested by hand
+    found, _ = bench("suite=start")
+    help_, first = found["rows"]
+    assert help_["unit"] == "s" and 0 < help_["value"] < 60
+    assert first["value"] == 1.0 and first["reached"]
+
+
+def test_an_absent_peer_is_named_and_left_out(bench, monkeypatch):
+    real = peers.importlib.util.find_spec
+    absent = ("nflows", "FrEIA")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name in absent else real(name))
+    found, printed = bench("suite=spline", "peers=[nflows,freia]")
+    assert found["absent"] == ["nflows", "freia"] and found["peers"] == {}
+    assert "left out: nflows, freia (pip install 'flowtrain[bench]')" in printed.err
+    assert not found["rows"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suite, targets", [("train", 8), ("spline", 2)])
+def test_compiled_rows(bench, suite, targets):
+    pytest.importorskip("nflows")
+    found, _ = bench(f"suite={suite}", "peers=[nflows]", "compile=true")
+    assert sum(row["target"] is not None for row in found["rows"]) == targets
+    assert any("compiled" in item["what"] for item in found["exactness"])
+
+
+@pytest.mark.parametrize("word", ["suite=splines", "peers=[nflow]", "rounds=0", "seconds=0", "threads=0", "ckpt=run"])
+def test_refused(tmp_path, word):
+    with pytest.raises(Refused, match=word.partition("=")[0]):
+        flowtrain(tmp_path, "bench", word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_exact_is_not_timed(tmp_path, monkeypatch, capsys):
+    def wrong(self, x):
+        z, log_det = self.flow.bijection(x)
+        return z, 1.001 * log_det
+
+    monkeypatch.setattr(ours.Encoded, "encode", wrong)
+    with pytest.raises(FlowtrainError, match="log-determinant is off by") as failure:
+        flowtrain(tmp_path, "bench", *TINY, "suite=train", "peers=[]")
+    assert failure.value.exit_code == 1 and cli.explain(failure.value)[1] == 1
+    assert not list(tmp_path.rglob("bench.json"))
+
+
+def test_another_density_with_our_weights_is_found():
+    session = Session(0, 1, 1.0, False, True, torch.device("cpu"), {})
+    one, other = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    session.check_same("the same", one, one, torch.randn(4, 3))
+    with pytest.raises(FlowtrainError, match="another is off by"):
+        session.check_same("another", one, other, torch.randn(4, 3))
+
+
+def test_turns():
+    seen = []
+    variants = {name: partial(seen.append, name) for name in "abc"}
+    times = in_turns(variants, 5, 60.0, random.Random(0), lambda: None, slice=1e-9)
+    assert [len(times[name]) for name in "abc"] == [5, 5, 5]
+    rounds = [tuple(seen[i : i + 3]) for i in range(len(seen) - 15, len(seen), 3)]
+    assert all(sorted(one) == list("abc") for one in rounds) and len(set(rounds)) > 1
+    assert len(in_turns(variants, 50, 0.0, random.Random(0), lambda: None, slice=1e-9)["a"]) == LEAST_ROUNDS
+
+
+def test_ratios_are_of_rounds():
+    times = {"a": [1.0, 20.0, 3.0, 4.0, 5.0], "b": [2.0, 40.0, 2.0, 4.0, 10.0]}
+    assert ratio(times, "a", "b") == Spread(0.5, 0.25)
+    row = partial(Row, "train", "work", "a", "b")
+    assert row(1.04, 0.05, 1.0).reached and not row(1.06, 0.05, 1.0).reached and row(1.0, 0.0, None).reached is None
+
+
+def test_plot_and_markdown(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    found, _ = bench("suite=spline", "peers=[nflows]", "plot=true")
+    (picture,) = tmp_path.glob("outputs/bench/*/bench.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = report.markdown(found)
+    assert "nflows 0." in text and f"| {found['rows'][0]['work']} |" in text
+
+
+def test_profile_of_training_steps(tmp_path, capsys):
+    words = (
+        "train", "batch_size=8", "model.steps=1", "model.hidden=8", "trainer.val_examples=16",
+        "trainer.tensorboard=false", "trainer.profile=true",
+    )  # fmt: skip
+    assert flowtrain(tmp_path, *words, "max_steps=12") == 0
+    (run,) = tmp_path.glob("outputs/digits-glow/*")
+    events = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert any(event["name"] == "aten::convolution_backward" for event in events)
+    log = (run / "train.log").read_text()
+    assert "profile of 5 steps" in log and len([line for line in log.splitlines() if " ×  " in line]) == 10
+    capsys.readouterr()
+    assert flowtrain(tmp_path, *words, "max_steps=3", "seed=2") == 0
+    assert "nothing was recorded" in "".join(path.read_text() for path in tmp_path.rglob("train.log"))
