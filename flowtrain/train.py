@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
-from flowtrain.bijections.memory import MEMORIES
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.config import build, conf_dir, plain
 from flowtrain.data import Loader
@@ -42,9 +41,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all par
 
 def main(cfg, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
-    flow = build_flow(cfg, "meta")  # refuses what cannot be before any data are opened
-    _optimizer(cfg, flow)
-    _keep(cfg, flow)
+    _optimizer(cfg, build_flow(cfg, "meta"))  # refuses what cannot be before any data are opened
     schedule = build(cfg.scheduler, allow=cfg.allow)
     lock = _lock(run_dir) if distributed.is_main() else None
     device = distributed.device()
@@ -83,10 +80,8 @@ def main(cfg, run_dir: str) -> dict:
         raise FlowtrainError(
             f"out of memory on {_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
             f"(peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB): a smaller batch_size, a larger "
-            "trainer.accumulate, more devices, memory=checkpoint or precision=bfloat16 would need less"
+            "trainer.accumulate, more devices or precision=bfloat16 would need less"
         ) from error
-    except FloatingPointError as error:
-        raise FlowtrainError(str(error)) from error
     finally:
         reporter.close()
         if lock:
@@ -137,10 +132,9 @@ def _fit(flow: Flow, columns) -> None:
 def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings, run_dir: str, device) -> Trainer:
     wrapped = flow
     if distributed.world() > 1:
-        wrapped = _parallel(flow, device, cfg.trainer.accumulate)
+        wrapped = _parallel(flow, device)
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
     compiled = _compile(flow, cfg, settings, device)
-    _keep(cfg, flow)
     view = View(val.to(device), cfg) if distributed.is_main() else None
 
     def validate(judged: Flow):
@@ -155,25 +149,20 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     )  # fmt: skip
 
 
-def _parallel(flow: Flow, device: torch.device, accumulate: int) -> DistributedDataParallel:
-    """Buffers are equal on all processes from the start and change alike: none are sent while training.
-
-    Every backward takes the same way through the layers, but for an ODE's and for accumulated ones, of which only the
-    last sends: torch fails an assertion where a graph said to be static meets ``no_sync``.
-    """
+def _parallel(flow: Flow, device: torch.device) -> DistributedDataParallel:
+    """Buffers are equal on all processes from the start and change alike: none are sent while training. Every step takes
+    the same way through the layers, but for an ODE's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it, older ones only this
         return DistributedDataParallel(
             flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True, static_graph=accumulate == 1 and not continuous_layers(flow),
+            gradient_as_bucket_view=True, static_graph=not continuous_layers(flow),
         )  # fmt: skip
 
 
 def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compiled | None:
     """Compile what the flow trains by, where that is asked for; or where it pays, as long as it can be done."""
     if cfg.compile is False or cfg.compile == "auto" and not pays(device, settings.max_steps, settings.max_minutes):
-        return None
-    if cfg.memory == "reversible":
         return None
     try:
         return compile_flow(flow)
@@ -182,16 +171,6 @@ def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compi
             log.info("compile=auto: trains without: %s", error)
             return None
         raise
-
-
-def _keep(cfg, flow: Flow) -> None:
-    """Have the flow keep of its work in training what ``memory`` says; to be called after compilation."""
-    if cfg.memory == "reversible" and cfg.compile is True:
-        raise Refused("compile=true: layers that memory=reversible runs backwards are not compiled; use memory=checkpoint")
-    try:
-        flow.keep(MEMORIES[cfg.memory]())
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
