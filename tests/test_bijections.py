@@ -96,8 +96,8 @@ def test_nothing_is_lost_at_large_values(name):
     x, context = 1e4 * event(layer), context_for(layer)
     z, log_det = layer(x, context)
     assert z.isfinite().all() and log_det.isfinite().all()
-    # to the scale of the input: shifts that grow with it cancel
-    torch.testing.assert_close(layer.inverse(z, context)[0], x, rtol=0, atol=1e-5 * x.abs().max().item())
+    # to the scale of the input: shifts that grow with it cancel, and scales of e^±10 magnify what rounding leaves
+    torch.testing.assert_close(layer.inverse(z, context)[0], x, rtol=0, atol=1e-4 * x.abs().max().item())
 
 
 def test_the_table_is_complete():
