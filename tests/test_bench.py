@@ -9,8 +9,8 @@ import pytest
 import torch
 from inprocess import flowtrain
 
-from flowtrain import cli
-from flowtrain.benchmarks import ours, peers, report
+from flowtrain import cli, settings
+from flowtrain.benchmarks import SUITES, ours, peers, report
 from flowtrain.benchmarks.session import BARE, Row, Session
 from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
 from flowtrain.errors import FlowtrainError, Refused
@@ -96,6 +96,16 @@ def test_refused(tmp_path, word):
     with pytest.raises(Refused, match=word.partition("=")[0]):
         flowtrain(tmp_path, "bench", word)
     assert not list(tmp_path.iterdir())
+
+
+def test_help_and_completion_name_each_key(tmp_path, capsys, monkeypatch):
+    assert flowtrain(tmp_path, "bench", "--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key in settings.known_keys("bench"))
+    assert all(f"suite={suite}" in text for suite in (*SUITES, "all"))
+    monkeypatch.setenv("COMP_LINE", "flowtrain bench su")
+    flowtrain(tmp_path, "-sc", "query=bash")
+    assert capsys.readouterr().out.split() == ["suite="]
 
 
 def test_what_is_not_exact_is_not_timed(tmp_path, monkeypatch, capsys):
