@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from audit import assert_exact, context_for, event, randomized
-from layers import LAYERS
+from layers import LAYERS, UNIVARIATE
 
 from flowtrain import bijections as b
 
@@ -98,6 +98,23 @@ def test_nothing_is_lost_at_large_values(name):
     assert z.isfinite().all() and log_det.isfinite().all()
     # to the scale of the input: shifts that grow with it cancel, and scales of e^±10 magnify what rounding leaves
     torch.testing.assert_close(layer.inverse(z, context)[0], x, rtol=0, atol=1e-4 * x.abs().max().item())
+
+
+@pytest.mark.parametrize("name", UNIVARIATE)
+def test_parameters_that_all_examples_share(name):
+    """θ without a batch is θ repeated, in both directions and for gradients."""
+    torch.manual_seed(0)
+    map = UNIVARIATE[name](shape=(3, 2)).double()
+    x = torch.randn(7, 3, 2).double()
+    theta = (0.5 * torch.randn(3, 2, map.params).double()).requires_grad_()
+    for run in (map, map.inverse):
+        results = []
+        for given in (theta, theta.expand(7, -1, -1, -1)):
+            y, log_derivative = run(x, given)
+            assert y.shape == log_derivative.shape == x.shape
+            gradient = torch.autograd.grad((y.sin() + log_derivative.cos()).sum(), theta)
+            results.append((y, log_derivative, *gradient))
+        torch.testing.assert_close(*results)
 
 
 def test_the_table_is_complete():

@@ -25,11 +25,11 @@ class Elementwise(Bijection):
         self.theta = nn.Parameter(torch.zeros(*sizes, self.univariate.params))
 
     def forward(self, x, context=None):
-        z, log_derivative = self.univariate(x, self.theta.expand(len(x), *self.shape, -1))
+        z, log_derivative = self.univariate(x, self.theta.expand(*self.shape, -1))
         return z, sum_event(log_derivative)
 
     def inverse(self, z, context=None):
-        x, log_derivative = self.univariate.inverse(z, self.theta.expand(len(z), *self.shape, -1))
+        x, log_derivative = self.univariate.inverse(z, self.theta.expand(*self.shape, -1))
         return x, sum_event(log_derivative)
 
 

@@ -52,6 +52,7 @@ class PiecewiseLinear(Univariate):
     def _at(weight, index):
         """The probability below bin ``index`` and its own."""
         index = index[..., None]
+        weight = weight.expand(*index.shape[:-1], -1)
         own = weight.gather(-1, index)[..., 0]
         return weight.cumsum(-1).gather(-1, index)[..., 0] - own, own
 
@@ -94,49 +95,53 @@ class RationalQuadratic(Univariate):
     def forward(self, x, theta):
         inside = x.clamp(-self.bound, self.bound)
         piece = self._find(inside, theta, axis=0)
-        t = ((inside - piece.left) / piece.width).clamp(0, 1)
-        y = piece.bottom + piece.height * piece.rise(t)
+        rise, log_slope = piece.at(((inside - piece.left) / piece.width).clamp(0, 1))
         is_inside = x == inside
-        return torch.where(is_inside, y, x), torch.where(is_inside, piece.log_slope(t), 0.0)
+        return torch.where(is_inside, piece.bottom + piece.height * rise, x), torch.where(is_inside, log_slope, 0.0)
 
     def inverse(self, y, theta):
         inside = y.clamp(-self.bound, self.bound)
         piece = self._find(inside, theta, axis=1)
         t = piece.position(((inside - piece.bottom) / piece.height).clamp(0, 1))
-        x = piece.left + piece.width * t
         is_inside = y == inside
-        return torch.where(is_inside, x, y), torch.where(is_inside, -piece.log_slope(t), 0.0)
+        return torch.where(is_inside, piece.left + piece.width * t, y), torch.where(is_inside, -piece.at(t)[1], 0.0)
 
     def _find(self, value: Tensor, theta: Tensor, axis: int) -> _Bin:
-        """The bin whose side on ``axis`` (0: x, 1: y) holds ``value``, in [−bound, bound]."""
-        sizes, slopes = theta.split([2 * self.bins, self.bins - 1], -1)
-        sizes = sizes.unflatten(-1, (2, self.bins))
-        # a softmax, divided by its total only once one bin is taken of each element: passes over all bins are the cost
-        mass = (sizes - sizes.detach().amax(-1, keepdim=True)).exp()
-        total = mass.sum(-1)
-        number = torch.arange(self.bins, device=value.device, dtype=value.dtype)
+        """The bin whose side on ``axis`` (0: x, 1: y) holds ``value``, in [−bound, bound].
+
+        Bins come first, (bins, N): passes over all of them are the cost, and of rows they are many times faster. Where
+        θ has no batch it is one spline for each of N elements, and B values of each.
+        """
+        splines = theta[..., 0].numel()
+        rows = (len(value) if theta.dim() == value.dim() else 1, splines)
+        theta = theta.movedim(-1, 0).reshape(self.params, splines).contiguous()
+        sizes, slopes = theta.split([2 * self.bins, self.bins - 1])
+        shares = sizes.unflatten(0, (2, self.bins)).softmax(1)
         with torch.no_grad():
-            mine, least, share = mass.select(-2, axis), self.least[axis], self.share[axis]
-            passed = mine[..., :-1].cumsum(-1) * (share / total[..., axis, None]) + least * number[1:] - self.bound
-            index = (value[..., None] >= passed).sum(-1, keepdim=True)
-        own = mass.gather(-1, index[..., None].expand(*total.shape, 1))[..., 0] / total
-        before = torch.where((number < index)[..., None, :], mass, 0.0).sum(-1) / total
+            ends = shares[axis, :-1].cumsum(0) * self.share[axis]
+            number = torch.arange(1, self.bins, device=value.device, dtype=value.dtype)
+            ends = ends + (self.least[axis] * number - self.bound)[:, None]
+            passed = value.reshape(rows) >= ends[:, None]
+            index = passed.sum(0)
+            passed, count = passed.to(value.dtype), index.to(value.dtype)
+        own = shares.gather(1, index.expand(2, *rows))
+        before = (shares[:, :-1, None] * passed).sum(1)
         start, size = [], []
-        for share, least, before, own in zip(self.share, self.least, before.unbind(-1), own.unbind(-1)):
-            start.append(share * before + (least * index[..., 0].to(value.dtype) - self.bound))
+        for share, least, before, own in zip(self.share, self.least, before.unbind(), own.unbind()):
+            start.append(share * before + (least * count - self.bound))
             size.append(share * own + least)
 
-        knots = torch.cat((index - 1, index), -1)
+        knots = torch.cat((index - 1, index))
         inner = knots.clamp(0, self.bins - 2)
-        slope = (F.softplus(slopes.gather(-1, inner) + self.shift) + self.min_derivative).clamp(max=self.steepest)
+        slope = (F.softplus(slopes.gather(0, inner) + self.shift) + self.min_derivative).clamp(max=self.steepest)
         slope = torch.where(inner == knots, slope, 1.0)
-        return _Bin(*start, *size, *slope.unbind(-1))
+        return _Bin(*(part.view_as(value) for part in (*start, *size, *slope.chunk(2))))
 
 
 class _Bin(NamedTuple):
     """A piece of the spline: where it starts, how wide and high it is, and its slope at both ends.
 
-    The slopes are those of the whole map; t and ``rise`` go from 0 to 1 across the bin.
+    The slopes are those of the whole map; t and the rise go from 0 to 1 across the bin.
     """
 
     left: Tensor
@@ -146,16 +151,13 @@ class _Bin(NamedTuple):
     slope0: Tensor
     slope1: Tensor
 
-    def rise(self, t: Tensor) -> Tensor:
-        """Durkan et al. 2019, eq. 4."""
-        mean = self.height / self.width
-        return t * (mean * t + self.slope0 * (1 - t)) / self._divisor(t, mean)
-
-    def log_slope(self, t: Tensor) -> Tensor:
-        """The logarithm of eq. 5."""
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The rise and the logarithm of the slope: Durkan et al. 2019, eq. 4 and 5, as sums of positive numbers."""
         mean, u = self.height / self.width, 1 - t
-        bend = self.slope1 * t * t + 2 * mean * t * u + self.slope0 * u * u
-        return ((mean / self._divisor(t, mean)).square() * bend).log()
+        first, second = mean * t + self.slope0 * u, mean * u + self.slope1 * t
+        done = t * first
+        whole = done + u * second
+        return done / whole, ((mean / whole).square() * (u * first + t * second)).log()
 
     def position(self, rise: Tensor) -> Tensor:
         """The t of a rise: the root of eq. 6–8, in a form where nothing cancels.
@@ -171,6 +173,3 @@ class _Bin(NamedTuple):
         done = torch.where(leans_left, 2 * mean * rise, size)
         rest = torch.where(leans_left, size, 2 * mean * (1 - rise))
         return done / (done + rest)
-
-    def _divisor(self, t, mean):
-        return mean + (self.slope0 + self.slope1 - 2 * mean) * t * (1 - t)

@@ -1,14 +1,19 @@
 """Monotone maps of one number, whose parameters θ a conditioner supplies.
 
-``shape`` is that of the elements a map acts on. θ is ``(*elements, params)``; ``forward`` and ``inverse`` return the
-mapped elements and the log-derivative of the map just applied, both of x's shape. With θ = 0 each is (nearly) the
-identity. The review of Papamakarios et al. (2021, section 3.1) calls these maps transformers.
+``shape`` is that of the elements a map acts on. θ is ``(*elements, params)``, without the batch's axis where all
+examples share it; ``forward`` and ``inverse`` return the mapped elements and the log-derivative of the map just
+applied, both of x's shape. With θ = 0 each is (nearly) the identity. The review of Papamakarios et al. (2021,
+section 3.1) calls these maps transformers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+# torch's log1p for AVX-512 (softplus, logsigmoid, expm1) loads a constant under a mask that is empty but for x = −0.
+# Until the page of memory that holds it has once been read, each such load is slow: twenty times for the function.
+torch.full((64,), -0.0, device="cpu").log1p()
 
 
 class Univariate(nn.Module):
