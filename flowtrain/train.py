@@ -132,7 +132,7 @@ def _fit(flow: Flow, columns) -> None:
 def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings, run_dir: str, device) -> Trainer:
     wrapped = flow
     if distributed.world() > 1:
-        wrapped = _parallel(flow, device)
+        wrapped = _parallel(flow, device, cfg.trainer.accumulate)
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
     compiled = _compile(flow, cfg, settings, device)
     view = View(val.to(device), cfg) if distributed.is_main() else None
@@ -149,14 +149,17 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     )  # fmt: skip
 
 
-def _parallel(flow: Flow, device: torch.device) -> DistributedDataParallel:
-    """Buffers are equal on all processes from the start and change alike: none are sent while training. Every step takes
-    the same way through the layers, but for an ODE's."""
+def _parallel(flow: Flow, device: torch.device, accumulate: int) -> DistributedDataParallel:
+    """Buffers are equal on all processes from the start and change alike: none are sent while training.
+
+    Every backward takes the same way through the layers, but for an ODE's and for accumulated ones, of which only the
+    last sends: torch fails an assertion where a graph said to be static meets ``no_sync``.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it, older ones only this
         return DistributedDataParallel(
             flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True, static_graph=not continuous_layers(flow),
+            gradient_as_bucket_view=True, static_graph=accumulate == 1 and not continuous_layers(flow),
         )  # fmt: skip
 
 
@@ -236,8 +239,7 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
         seed=cfg.seed, max_steps=max_steps, max_minutes=cfg.max_minutes, accumulate=trainer.accumulate,
         clip=trainer.clip, warmup_steps=warmup, log_every=trainer.log_every, val_every=trainer.val_every,
         sample_every=trainer.sample_every, save_every=trainer.save_every, save_minutes=trainer.save_minutes,
-        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast,
-        profile=trainer.get("profile", False),  # absent in older checkpoints
+        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast, profile=trainer.profile,
     )  # fmt: skip
 
 

@@ -369,3 +369,97 @@ def test_what_is_reported_is_what_is_minimized():
     loss, figure, text = nats.judged(result)
     assert -loss == figure == result.log_likelihood
     assert f"± {2 * result.log_likelihood_stderr:.4f} nats (2 standard errors)" in text
+
+
+# ---- what a step costs ---------------------------------------------------------------------------------------------
+
+READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")  # item, bool and masks end in one of them
+
+
+def within(event, name):
+    return event is not None and (event.name == name or within(event.cpu_parent, name))
+
+
+def reads(monkeypatch, one, x):
+    """How often a step on ``x`` waits for the device: reads that the profiler sees, and lists, which it does not."""
+    lists, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or tolist(tensor))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        one.update(*one.read(*one.gradient(*x), 0, 0.0)[:2])
+        one.step += 1
+        one.report(1.0, elapsed=1.0)
+    seen = [event for event in record.events() if event.name in READS]
+    # a CPU's Adam reads its own count of steps; a GPU's does so on the device
+    return len(lists) + sum(not within(event, "aten::_fused_adam_") for event in seen)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_reads_the_device_once(tmp_path, monkeypatch, accumulate, clip):
+    flow = small_flow()
+    one = trainer(tmp_path, flow=flow, accumulate=accumulate, clip=clip)
+    one.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
+    batches = one.loader.batches()
+    assert [reads(monkeypatch, one, next(batches)) for _ in range(3)] == [1, 1, 1]
+    one.measure.loss = lambda log_prob, dimensions: log_prob * log_prob.mean().item()  # and one that is counted
+    assert reads(monkeypatch, one, next(batches)) == 1 + accumulate
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_waits_once(tmp_path):
+    flow = small_flow().cuda()
+    one = trainer(tmp_path, flow=flow)
+    one.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
+    batches = ((x.cuda(), context) for x, context in one.loader.batches())
+    for _ in range(2):
+        one.update(*one.read(*one.gradient(*next(batches)), 0, 0.0)[:2])
+    x = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, norm = one.gradient(*x)
+        torch.cuda.set_sync_debug_mode("default")
+        figures = one.read(loss, norm, 0, 0.0)
+        torch.cuda.set_sync_debug_mode("error")
+        one.update(*figures[:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- equations that cannot be solved -------------------------------------------------------------------------------
+
+
+def ode_flow(**options):
+    torch.manual_seed(0)
+    net = partial(nets.ODENet, hidden=8, depth=1)
+    layer = partial(b.Continuous, net=net, **{"rtol": 1e-3, "atol": 1e-3, **options})
+    return Flow(SHAPE, partial(b.Chain, layers={"dequantize": partial(b.Dequantize, levels=LEVELS), "ode": layer}))
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_an_equation_without_a_solution_is_a_bad_step(tmp_path, adjoint, caplog):
+    one = trainer(tmp_path, Batches(poison=[3, 7]), flow=ode_flow(adjoint=adjoint), max_steps=10)
+    run(one, tmp_path)
+    assert (one.step, one.skipped, one.bad_in_a_row) == (10, 2, 0)
+    assert all(value.isfinite().all() for value in one.flow.state_dict().values())
+    assert "step 3: an ODE (" in caplog.text and "step 7: an ODE" not in caplog.text
+
+
+def test_an_equation_whose_gradient_has_no_solution_is_a_bad_step(tmp_path, caplog):
+    flow = ode_flow(adjoint=True)
+    one, ode = trainer(tmp_path, flow=flow), flow.bijection.ode
+    ode.register_forward_hook(lambda *_: setattr(ode, "max_steps", 1))  # of what comes after, the gradient's solve
+    loss, norm, *_ = one.read(*one.gradient(*next(one.loader.batches())), 0, 0.0)
+    one.update(loss, norm)
+    assert math.isfinite(loss) and math.isnan(norm)
+    assert one.skipped == 1 and "max_steps=1" in caplog.text
+
+
+def test_samples_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
+    def draw(_flow):
+        raise FloatingPointError("an ODE came to no end")
+
+    one = trainer(tmp_path, sample_every=10)
+    one.draw = draw
+    run(one, tmp_path)
+    assert one.step == 30
+    assert "step 10: no picture: an ODE came to no end" in caplog.text

@@ -74,7 +74,7 @@ class Compiled:
             log.warning("step %d: compiled again, %d graphs since the first step", step, self.recompiles)
 
     def eagerly(self) -> AbstractContextManager:
-        """Within it, nothing runs compiled: batches of other sizes, in evaluation mode, would each be compiled anew."""
+        """Within it, nothing runs compiled: batches of other sizes, without gradients, would each be compiled anew."""
         return torch.compiler.set_stance("force_eager")
 
 
@@ -88,7 +88,7 @@ def pays(device: torch.device, max_steps: int | None, max_minutes: float | None)
 def compile_flow(flow: Flow) -> Compiled:
     """Compile the training direction of ``flow`` in place, region by region; names in its state dict stay.
 
-    To be called once the flow is initialized, and after a copy of it, such as EMA's, has been made. Batches are taken to
+    To be called once the flow is initialized, and after a copy of it, such as EMA's, has been made. Batches should all
     have one size.
 
     Raises:
@@ -109,7 +109,7 @@ def compile_flow(flow: Flow) -> Compiled:
 
 
 def regions(module: nn.Module) -> Iterator[nn.Module]:
-    """What is compiled as one: each of the layers that a Chain repeats; elsewhere each coupling or autoregressive layer.
+    """What is compiled as one: each layer that a Chain repeats; elsewhere each coupling or autoregressive layer.
 
     Never a layer that solves an ODE, whose steps depend on values, nor one that goes through the elements one by one.
     """

@@ -1,0 +1,110 @@
+"""Two processes with gloo: what they send each other, and that what goes wrong in one is a bad step in both."""
+
+import math
+import os
+from functools import partial
+
+import pytest
+import torch
+from test_engine import SHAPE, Batches, settings, small_flow
+from torch.profiler import ProfilerActivity, profile
+
+from flowtrain import bijections as b
+from flowtrain import distributed, nets, train
+from flowtrain.engine.measure import BitsPerDim
+from flowtrain.engine.schedules import Constant
+from flowtrain.engine.trainer import Trainer
+from flowtrain.flow import Flow
+
+STEPS = 4
+
+
+def ode_flow(adjoint):
+    torch.manual_seed(0)
+    net = partial(nets.ODENet, hidden=8, depth=1)
+    layers = {
+        "ode": partial(b.Continuous, net=net, adjoint=adjoint, rtol=1e-3, atol=1e-3),
+        "norm": b.BatchNorm,  # whose moments both processes wait for
+        "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=8)),
+    }
+    return Flow(SHAPE, partial(b.Chain, layers=layers))
+
+
+class Slices(Batches):
+    """This process's half of each batch; that of process 1 is spoiled at some steps."""
+
+    def batches(self, step=0):
+        half = self.batch_size // 2
+        for x, context in Batches().batches(step):
+            x = x[distributed.rank() * half :][:half].float()
+            yield (x / math.nan if step in self.poison and distributed.rank() else x), context
+            step += 1
+
+
+def trainer(folder, flow, poison=(), **changes):
+    loader = Slices(poison)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-3, fused=True)
+    wrapped = train._parallel(flow, torch.device("cpu"), changes.get("accumulate", 1))
+    return Trainer(
+        flow, wrapped, loader, optimizer, Constant(), settings(**changes), None, lambda _flow: None, lambda _flow: None,
+        folder, BitsPerDim(), {},
+    )  # fmt: skip
+
+
+def in_process(rank, work, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", FLOWTRAIN_STORE=f"{folder}/store")
+    distributed.init()
+    torch.save(work(folder), folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.close()
+
+
+def together(work, folder):
+    """What ``work(folder)`` returns in each of two processes."""
+    torch.multiprocessing.spawn(in_process, (work, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def sent(folder, accumulate):
+    """Reductions in a step, of a flow whose gradients fit in one bucket."""
+    flow = small_flow()
+    del flow.bijection.norm  # which sends its moments
+    one, counts = trainer(folder, flow, accumulate=accumulate), []
+    for x in [next(one.loader.batches(step)) for step in range(STEPS)]:
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            one.update(*one.read(*one.gradient(*x), 0, 0.0)[:2])
+        one.step += 1
+        counts.append(sum(event.count for event in record.key_averages() if event.key == "c10d::allreduce_"))
+    return counts[1:]  # in the first, buckets are made anew in the order in which gradients come
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_sends_its_gradients_once_and_its_figures_once(accumulate, tmp_path):
+    for counts in together(partial(sent, accumulate=accumulate), tmp_path):
+        assert counts == [2] * (STEPS - 1)
+
+
+def skipping(folder, adjoint, accumulate):
+    flow = ode_flow(adjoint=adjoint)
+    one = trainer(folder, flow, poison=[1], accumulate=accumulate)
+    for step in range(STEPS):
+        before = [parameter.clone() for parameter in flow.parameters()]
+        loss, norm, *_ = one.read(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)
+        one.update(loss, norm)
+        one.step += 1
+        assert (one.skipped == 0) == (step < 1) and math.isnan(loss) == (step == 1)
+        assert all(map(torch.equal, before, flow.parameters())) == (step == 1)
+    return one.skipped, [parameter.detach() for parameter in flow.parameters()]
+
+
+@pytest.mark.parametrize(("adjoint", "accumulate"), [(True, 1), (False, 1), (True, 2)])
+def test_an_equation_that_one_process_cannot_solve_is_a_bad_step_of_both(adjoint, accumulate, tmp_path):
+    (skipped, weights), (other, others) = together(
+        partial(skipping, adjoint=adjoint, accumulate=accumulate), tmp_path
+    )
+    assert skipped == other == 1
+    assert all(map(torch.equal, weights, others))
+    assert all(one.isfinite().all() for one in weights)
+
+
