@@ -20,18 +20,15 @@ class Augment:
 
     def __call__(self, x: Tensor, seed: int, step: int, rank: int = 0, world: int = 1) -> Tensor:
         """Pictures (b, C, H, W), this rank's slice of the global batch of b · world, to the same shape."""
-        total = len(x) * world
+        total, (height, width) = len(x) * world, x.shape[-2:]
         mine = shard(total, rank, world)
         numbers = generator(seed, step, _STREAM)
-        mirrored = torch.randint(0, 2, (total,), generator=numbers)[mine]
+        mirrored = torch.randint(0, 2, (total, 1), generator=numbers)[mine].to(x.device, non_blocking=True)
         offsets = torch.randint(-self.shift, self.shift + 1, (2, total, 1), generator=numbers)[:, mine]
+        down, right = offsets.to(x.device, non_blocking=True)
+        row = (torch.arange(height, device=x.device) + down).clamp(0, height - 1)
+        column = (torch.arange(width, device=x.device) + right).clamp(0, width - 1)
         if self.flip:
-            x = torch.where(mirrored.bool().to(x.device)[:, None, None, None], x.flip(-1), x)
-        if self.shift:
-            down, right = offsets.to(x.device)
-            height, width = x.shape[-2:]
-            row = (torch.arange(height, device=x.device) + down).clamp(0, height - 1)
-            column = (torch.arange(width, device=x.device) + right).clamp(0, width - 1)
-            example = torch.arange(len(x), device=x.device)
-            x = x.movedim(1, -1)[example[:, None, None], row[:, :, None], column[:, None, :]].movedim(-1, 1)
-        return x.contiguous()
+            column = torch.where(mirrored == 1, width - 1 - column, column)
+        source = (row[:, :, None] * width + column[:, None, :]).view(len(x), 1, -1)  # of each pixel, one gather for all
+        return x.flatten(2).gather(2, source.expand(-1, x.shape[1], -1)).view_as(x)

@@ -64,7 +64,7 @@ class Loader:
         for step in count(start_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = permutation(self.seed, epoch, len(self.split)).to(self.split.home)
+                order = permutation(self.seed, epoch, len(self.split)).to(self.split.home, non_blocking=True)
             start = step % self.steps_per_epoch * self.batch_size
             yield order[start + mine.start : start + mine.stop]
 

@@ -53,7 +53,7 @@ class ArraySplit(Split):
     def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         index = index.to(self.home)
         return tuple(
-            None if rows is None else rows[index].to(self.device, non_blocking=True)
+            None if rows is None else rows.index_select(0, index).to(self.device, non_blocking=True)
             for rows in (self.data, self.context)
         )
 

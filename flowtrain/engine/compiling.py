@@ -67,8 +67,8 @@ class Compiled:
         """To be called after each training step: the first tells what compiling took, a later one if it goes on."""
         if not self._settled:
             self.settle()
-            log.info("compiled: %d layers (%d different) as %d graphs, in %.0f s", self.regions, self.shapes, self.graphs,
-                     self.seconds)  # fmt: skip
+            counts = self.regions, self.shapes, self.graphs, self.seconds
+            log.info("compiled: %d layers (%d different) as %d graphs, in %.0f s", *counts)
         elif self.recompiles > self._warned:
             self._warned = self.recompiles
             log.warning("step %d: compiled again, %d graphs since the first step", step, self.recompiles)
