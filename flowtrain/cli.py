@@ -183,13 +183,15 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
     others = [word for word in overrides if word != given]
     if command == "train" and all(not isinstance(path, str) for path in paths):
         return "train", overrides
-    from flowtrain.commandline import parse
+    from flowtrain.commandline import check_names, parse
 
     parsed = parse(others)
     if command == "check" and not given and (stub or any(_builds(item.key_or_group) for item in parsed)):
         return "check_model", overrides
     keys = {item.key_or_group: item.value() for item in parsed if not item.is_sweep_override()}
     allow = keys["allow"] if isinstance(keys.get("allow"), list) else []
+    if not stub:
+        check_names(command, others)
     if given:
         names = runs.LAST if command == "train" else runs.BEST
         files = [runs.checkpoint_in(path, key, names) for path in paths]

@@ -24,7 +24,7 @@ from flowtrain import distributed, runs
 from flowtrain.config import conf_dir, is_part, settle
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.restore import RESTORED
-from flowtrain.settings import known_keys, shown
+from flowtrain.settings import ROOTS, known_keys, shown, typed_keys
 
 # what a checkpoint leaves open of its data: where they lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
@@ -58,6 +58,23 @@ def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
         return BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException:  # a sweep of another sweeper's kind: the rest can be checked
         return [[item.input_line for item in parsed if not item.is_sweep_override()]]
+
+
+def check_names(command: str, overrides: list[str]) -> None:
+    """Refuse, before a checkpoint is opened, a word whose key no checkpoint can have: PyTorch is not needed to say so."""
+    typed = typed_keys(ROOTS[command])
+    groups = [folder.name for folder in conf_dir().iterdir() if folder.is_dir()]
+    names = [*typed, *PLACES, *groups]
+    for item in parse(overrides):
+        key = item.key_or_group
+        root = re.split("[./]", key)[0]
+        if item.is_hydra_override() or root == "hydra":
+            continue
+        if _is_fixed(command, key):
+            raise _fixed(key)
+        has_schema = any(name.startswith(f"{root}.") for name in typed)
+        if root not in names or has_schema and key not in typed:
+            raise Refused(f"no key '{key}'; {_suggestion(key, names)}".rstrip("; "))
 
 
 def parse(overrides: list[str]) -> list:
@@ -144,8 +161,7 @@ class _Job:
             key = item.key_or_group
             if item.package is not None or item.is_hydra_override():
                 continue
-            root = key.split(".")[0]
-            if self.restored and (root in ("model", "dataset") or is_part(root)) and key not in PLACES:
+            if self.restored and _is_fixed(self.command, key):
                 raise _fixed(key)
             if not (item.is_add() or item.is_force_add()):
                 _exists(key, tree, self._names(tree), "")
@@ -182,6 +198,13 @@ class _Job:
             _check_shares(values["batch_size"], count, values["trainer"]["accumulate"])
         if values.get("init"):
             runs.checkpoint_in(values["init"], "init")
+
+
+def _is_fixed(command: str, key: str) -> bool:
+    """Whether a key is of what a checkpoint decides: the flow, its data and, once it is trained, how it learnt."""
+    root = key.split(".")[0]
+    learnt = command != "train" and root in ("optimizer", "scheduler")
+    return (root in ("model", "dataset") or is_part(root) or learnt) and key not in PLACES
 
 
 def _fixed(key: str) -> Refused:
@@ -296,7 +319,8 @@ def _check_references(cfg: DictConfig) -> None:
     knobs = [f"model.{name}" for name in content.get("model") or {} if name not in ("flow", "name")]
     for knob in [*knobs, *filter(is_part, content)]:
         if not any(key == knob or key.startswith(f"{knob}.") for key in used):
-            raise Refused(f"{knob}: nothing in this model refers to it, so it would change nothing")
+            near = _suggestion(knob, {*knobs, *used} - {knob})
+            raise Refused(f"{knob}: nothing in this model refers to it, so it would change nothing; {near}".rstrip("; "))
 
 
 def _references(value, path: tuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +55,9 @@ def build(node: DictConfig, *, allow=(), **kwargs):
         _, found, full_key = str(error).rpartition("full_key: ")
         where = full_key.strip() if found else where
         if cause is None or isinstance(cause, ValueError | TypeError | RuntimeError):
-            raise Refused(f"{where}: {cause or str(error).splitlines()[0]}") from error
+            inner = where.removeprefix(node._get_full_key(None)).lstrip(".") if isinstance(node, DictConfig) else ""
+            text = with_hint(str(cause or str(error).splitlines()[0]), OmegaConf.select(node, inner) if inner else node)
+            raise Refused(f"{where}: {text}") from error
         raise cause from None  # not from error, whose cause it is: the chain would have no end
 
 
@@ -65,6 +69,16 @@ def compose(command: str, overrides: list[str]) -> DictConfig:
 
     loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
     return OmegaConf.create(settle(loader.load_configuration(command, overrides, RunMode.RUN), command))
+
+
+def with_hint(text: str, node) -> str:
+    """What a constructor said of an argument of ``node`` that it does not know, with the one beside it that may be
+    meant."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if not unknown or not isinstance(node, DictConfig):
+        return text
+    near = difflib.get_close_matches(unknown[1], [name for name in node if name != unknown[1]], 1)
+    return f"{text}; did you mean '{near[0]}'?" if near else text
 
 
 def settle(cfg: DictConfig, command: str, restored: bool = False) -> dict:

@@ -143,6 +143,16 @@ def known_keys(command: str) -> list[str]:
     return [item.name for item in fields(ROOTS[command])]
 
 
+def typed_keys(schema, prefix: str = "") -> list[str]:
+    """The dotted keys of a schema, those of the schemas within it too."""
+    out = []
+    for item in fields(schema):
+        out.append(prefix + item.name)
+        nested = _schema_in(item.type)
+        out += typed_keys(nested, f"{prefix}{item.name}.") if nested else []
+    return out
+
+
 def settled(schema, values: dict, prefix: str = "", complete: bool = True) -> dict:
     """``values`` with each key of ``schema`` as its type (1 becomes 1.0 where a float is due). Raises Refused.
 
@@ -162,7 +172,7 @@ def settled(schema, values: dict, prefix: str = "", complete: bool = True) -> di
         if item.name not in values:
             continue
         value, key = values[item.name], prefix + item.name
-        nested = next((kind for kind in (item.type, *get_args(item.type)) if is_dataclass(kind)), None)
+        nested = _schema_in(item.type)
         if nested and isinstance(value, dict):
             out[item.name] = settled(nested, value, f"{key}.", complete)
             continue
@@ -171,6 +181,11 @@ def settled(schema, values: dict, prefix: str = "", complete: bool = True) -> di
         except ValueError:
             raise Refused(f"{key}={shown(value)}: must be {_described(item.type, item.metadata)}") from None
     return out
+
+
+def _schema_in(kind):
+    """The dataclass that a type is or may be, or None."""
+    return next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), None)
 
 
 def shown(value) -> str:

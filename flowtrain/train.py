@@ -22,7 +22,7 @@ from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.bijections.ode import continuous_layers
-from flowtrain.config import build, conf_dir, plain
+from flowtrain.config import build, conf_dir, plain, with_hint
 from flowtrain.data import Loader
 from flowtrain.engine import checkpoint
 from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
@@ -260,7 +260,7 @@ def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
     try:
         return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
-        raise Refused(f"optimizer: {error}") from error
+        raise Refused(f"optimizer: {with_hint(str(error), cfg.optimizer)}") from error
 
 
 def _autocast(precision: str, device: torch.device) -> torch.dtype | None:

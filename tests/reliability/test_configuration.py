@@ -1,0 +1,285 @@
+"""A mistake in any key or value is refused before data are touched: one line, exit code 2, and the name that was meant.
+
+The mistakes are generated from the configurations that the commands compose.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from composed import VECTORS, composed, options
+from inprocess import flowtrain
+from omegaconf import OmegaConf
+
+from flowtrain import cli, settings
+from flowtrain.data.dataset import Dataset
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent)))}
+OF_A_CHECKPOINT = ("eval", "sample", "check", "score")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small finished run."""
+    cwd = tmp_path_factory.mktemp("trained")
+    assert flowtrain(cwd, "train", "smoke=true", "max_steps=1", "trainer.tensorboard=false") == 0
+    (found,) = cwd.glob("outputs/*/*")
+    return found
+
+
+@pytest.fixture(scope="module")
+def lines(run):
+    """Command -> its first words, and the configuration that it composes."""
+    words = {command: [command, f"ckpt={run}"] for command in OF_A_CHECKPOINT}
+    words |= {command: [command] for command in cli.COMMANDS if command not in words}
+    words["train resume"] = ["train", f"resume={run}"]
+    words["check model"] = ["check", "model=nice"]
+    found = {}
+    for name, line in words.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert flowtrain(run.parent, *line, "--cfg", "job") == 0
+        found[name] = line, yaml.safe_load(out.getvalue())
+    return found
+
+
+def leaves(node: dict, prefix: str = ""):
+    """(dotted key, value) of what a configuration holds."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def typo(key: str, valid, draw: random.Random) -> str:
+    """The key with one slip of the fingers in its last name."""
+    head, dot, name = key.rpartition(".")
+    slips = [name[: i + 1] + name[i:] for i in range(len(name))]  # a letter twice
+    if len(name) > 3:
+        slips += [name[:i] + name[i + 1 :] for i in range(1, len(name))]  # left out
+        slips += [name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)]  # two swapped
+        slips += [name[:i] + "x" + name[i + 1 :] for i in range(1, len(name))]  # another
+    slips = [head + dot + slip for slip in slips if head + dot + slip not in valid and slip.isidentifier()]
+    return draw.choice(slips)
+
+
+def names_the_nearest(text: str, wrong: str, meant: str, valid) -> bool:
+    """Whether a refusal suggests what was meant, or a valid name as near to what was typed."""
+    if "is fixed by the checkpoint; only dataset.root" in text:
+        return True
+    if "did you mean '" not in text:
+        return False
+    said = text.partition("did you mean '")[2].partition("'")[0]
+    near = [difflib.SequenceMatcher(a=wrong, b=name).ratio() for name in (said, meant)]
+    return said == meant or said in valid and near[0] >= near[1] - 1e-9
+
+
+def without_torch(cwd, cases: list[list[str]]) -> list[list]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "without_torch.py")], input=json.dumps(cases), cwd=cwd, env=ENV,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tenth(cases: list, count, draw: random.Random) -> list:
+    return draw.sample(cases, count(len(cases)))
+
+
+def judged(cwd, cases: list[tuple], valid: set) -> dict:
+    """What is wrong with the refusals of (words, wrong, meant)."""
+    found = without_torch(cwd, [words for words, _, _ in cases])
+    wrong = {}
+    for (words, typed, meant), (code, text) in zip(cases, found, strict=True):
+        if code != 2 or "\n" in text or not names_the_nearest(text, typed, meant, valid) or "torch" in text:
+            wrong[" ".join(words)] = code, text
+    return wrong
+
+
+def test_a_typo_in_any_key_of_any_command(lines, tmp_path, count, promise):
+    draw, cases, valid = random.Random(1), [], set()
+    for name, (words, config) in lines.items():
+        here = {key for key, _ in leaves(config)}
+        valid |= here | {*config}
+        if name == "train resume":  # what its optimizer's keys are, the checkpoint alone says
+            here = {key for key in here if not key.startswith(("optimizer.", "scheduler."))}
+        for key in sorted(here):
+            wrong = typo(key, here, draw)
+            cases.append(([*words, f"{wrong}=1"], wrong, key))
+    chosen = tenth(cases, count, draw)
+    wrong = judged(tmp_path, chosen, valid | {"dataset.root", "dataset.path", "dataset.download"})
+    promise(
+        9, "one typo in every key of every command, refused before torch is imported, the nearest name given",
+        f"{len(chosen) - len(wrong)} of {len(chosen)}",
+    )  # fmt: skip
+    assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
+    assert not any(tmp_path.iterdir()) and len(cases) > 500
+
+
+def nested(key: str, value) -> dict:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def test_a_typo_in_an_experiment_or_a_trainer_of_ones_own(lines, tmp_path, count, promise):
+    draw, cases = random.Random(2), []
+    config = lines["train"][1]
+    valid = {key for key, _ in leaves(config)}
+    keys = [(key, "experiment") for key in sorted(valid) if not key.startswith("allow")]
+    keys += [(key, "trainer") for key in sorted(valid) if key.startswith("trainer.")]
+    for number, (key, group) in enumerate(tenth(keys, count, draw)):
+        wrong = typo(key, valid, draw)
+        folder = tmp_path / f"mine{number}" / group
+        folder.mkdir(parents=True)
+        content = nested(wrong, 1) if group == "experiment" else {"defaults": ["default", "_self_"], wrong[8:]: 1}
+        first = "# @package _global_\n" if group == "experiment" else ""
+        (folder / "own.yaml").write_text(first + yaml.safe_dump(content))
+        cases.append((["train", "--config-dir", str(folder.parent), f"{group}=own"], wrong, key))
+    wrong = judged(tmp_path, cases, valid | {*config})
+    promise(
+        9, "the same in experiments and trainers of one's own", f"{len(cases) - len(wrong)} of {len(cases)}"
+    )  # fmt: skip
+    assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
+    assert not any(path.name == "outputs" for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "group, parent, key, meant",
+    [
+        ("optimizer", "adam", "lrr", "lr"),
+        ("optimizer", "sgd", "momentun", "momentum"),
+        ("scheduler", "steps", "facttor", "factor"),
+        ("dataset", "digits", "val_sizee", "val_size"),
+        ("model", "glow", "stepps", "model.steps"),
+    ],
+)
+def test_a_typo_in_a_file_that_extends_another(tmp_path, untouched, group, parent, key, meant):
+    """A constructor's own arguments are nobody's list: it is asked, before data are touched."""
+    (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine" / group / "own.yaml").write_text(f"defaults: [{parent}, _self_]\n{key}: 1\n")
+    code, text = untouched("train", "--config-dir", "mine", f"{group}=own")
+    assert code == 2 and f"did you mean '{meant}'?" in text
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untouched(tmp_path, monkeypatch):
+    """``untouched(*words)``: exit code and line, in this process; data must not be opened."""
+
+    def split(self, name):
+        raise AssertionError("data are touched")
+
+    monkeypatch.setattr(Dataset, "split", split)
+
+    def run(*words):
+        try:
+            return flowtrain(tmp_path, *words), ""
+        except Exception as error:
+            text, code = cli.explain(error)
+            return code, text
+
+    return run
+
+
+def lines_of_train() -> list[list[str]]:
+    """Choices that together hold every knob."""
+    lines = [[f"{group}={name}"] for group in ("model", "optimizer", "scheduler", "univariate") for name in options(group)]
+    lines += [["model=realnvp", f"norm={name}"] for name in options("norm")]
+    lines += [[f"base={name}", "dataset.context=label"] for name in options("base")]
+    for name in options("dataset"):
+        if name != "table":
+            lines.append([f"dataset={name}", *(["model=maf"] if name in VECTORS else [])])
+    return lines
+
+
+def violations(lines: list[list[str]]) -> list[list[str]]:
+    """``lines`` with one value out of its range: a negative number wherever there is a number, just outside each
+    bound that settings state, and no such word where there are words to choose from."""
+    found = {}
+    for line in lines:
+        tree = OmegaConf.to_container(composed(*line), resolve=False)
+        text = json.dumps(tree)
+        for key, value in leaves(tree):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            root = key.split(".")[0]
+            if root == "dataset" and key.endswith("halvings") and f"${{{key}}}" not in text:
+                continue  # nothing refers to it
+            if root == "preprocess" and tree["model"]["name"] == "autoregressive":
+                continue  # which has its own
+            part = tree[root].get("_target_", tree[root].get("name")) if isinstance(tree[root], dict) else None
+            found.setdefault((key, str(part)), [*line, f"{key}=-1"])
+    return list(found.values())
+
+
+def outside(schema, prefix: str = "") -> list[str]:
+    """A word just outside each bound of a schema."""
+    words = []
+    for item in fields(schema):
+        bounds = item.metadata
+        if bounds.get("least") is not None:
+            words.append(f"{prefix}{item.name}={bounds['least'] - 1}")
+        for bound in ("above", "below"):
+            if bounds.get(bound) is not None:
+                words.append(f"{prefix}{item.name}={bounds[bound]}")
+        if "Literal" in str(item.type):
+            words.append(f"{prefix}{item.name}=nonsense")
+        if item.type is bool:
+            words.append(f"{prefix}{item.name}=3")
+    return words
+
+
+def test_values_out_of_range(run, untouched, tmp_path, count, promise):
+    draw = random.Random(3)
+    cases = [["train", *line] for line in violations(tenth(lines_of_train(), count, draw))]
+    cases += [["train", word] for word in outside(settings.Train) + outside(settings.Trainer, "trainer.")]
+    for command in cli.COMMANDS:
+        line = [command, f"ckpt={run}"] if command in OF_A_CHECKPOINT else [command]
+        cases += [[*line, word] for word in outside(settings.ROOTS[command]) if word not in outside(settings.Train)]
+    assert len(cases) >= 100
+    chosen = draw.sample(cases, count(100))
+    wrong = {}
+    for words in chosen:
+        code, text = untouched(*words)
+        value = words[-1].split("=")[1]
+        if code != 2 or "\n" in text or "are touched" in text or value.lstrip("-") not in text:
+            wrong[" ".join(words)] = code, text
+    promise(9, "100 values out of range, refused before data are touched", f"{len(chosen) - len(wrong)} of {len(chosen)}")
+    assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not left
+
+
+def test_some_in_processes_of_their_own(lines, tmp_path, count, promise):
+    draw = random.Random(4)
+    config = lines["train"][1]
+    valid = {key for key, _ in leaves(config)}
+    typos = [(["train", f"{typo(key, valid, draw)}=1"], "did you mean") for key in draw.sample(sorted(valid), count(20))]
+    ranges = [["train", word] for word in outside(settings.Train) + outside(settings.Trainer, "trainer.")]
+    ranges += [["train", *line] for line in violations([["model=nsf_coupling"], ["model=realnvp", "norm=batchnorm"]])]
+    ranges = [(words, "") for words in draw.sample(ranges, count(20))]
+    wrong = {}
+    for words, says in typos + ranges:
+        done = subprocess.run(
+            [sys.executable, "-m", "flowtrain", *words], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120
+        )  # fmt: skip
+        if done.returncode != 2 or done.stdout or done.stderr.count("\n") != 1 or says not in done.stderr:
+            wrong[" ".join(words)] = done.returncode, done.stdout, done.stderr
+        if any(path.is_file() for path in tmp_path.rglob("*")):
+            wrong[" ".join(words)] = "files"
+    total = len(typos) + len(ranges)
+    promise(9, "20 of each in processes of their own", f"{total - len(wrong)} of {total}")
+    assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())

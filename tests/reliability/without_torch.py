@@ -1,0 +1,22 @@
+"""Command lines, tried one after another in a process that cannot import torch: ``python without_torch.py < JSON``.
+
+Reads a list of lists of words, writes a list of [exit code, what was said].
+"""
+
+import json
+import sys
+
+sys.modules["torch"] = None  # import torch is now an error
+
+sys.argv = ["flowtrain"]
+from inprocess import flowtrain  # noqa: E402
+
+from flowtrain import cli  # noqa: E402
+
+out = []
+for words in json.load(sys.stdin):
+    try:
+        out.append([flowtrain(".", *words), ""])
+    except Exception as error:
+        out.append(cli.explain(error)[::-1])
+print("\n" + json.dumps(out))
