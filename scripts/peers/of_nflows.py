@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from nflows import transforms as t
 from nflows.nn.nets import ResidualNet
 from torch.nn import functional as F
@@ -49,21 +50,22 @@ class NSF(_Transform):
     ):  # fmt: skip
         super().__init__(shape, context_shape)
         (features,) = self.shape
-        layers = []
-        for step in range(steps):
+        with torch.device("cpu"):  # nflows selects by values, which the meta device has none of
+            layers = []
+            for step in range(steps):
+                layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]
+                spline = {"num_bins": bins, "tails": "linear", "tail_bound": bound}
+                if kind == "autoregressive":
+                    layers.append(t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                        features, hidden, num_blocks=blocks, dropout_probability=dropout, **spline
+                    ))  # fmt: skip
+                else:
+                    layers.append(t.PiecewiseRationalQuadraticCouplingTransform(
+                        [(i + step) % 2 for i in range(features)],
+                        lambda n_in, n_out: ResidualNet(
+                            n_in, n_out, hidden_features=hidden, num_blocks=blocks, dropout_probability=dropout
+                        ),
+                        apply_unconditional_transform=True, **spline,
+                    ))  # fmt: skip
             layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]
-            spline = {"num_bins": bins, "tails": "linear", "tail_bound": bound}
-            if kind == "autoregressive":
-                layers.append(t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
-                    features, hidden, num_blocks=blocks, dropout_probability=dropout, **spline
-                ))  # fmt: skip
-            else:
-                layers.append(t.PiecewiseRationalQuadraticCouplingTransform(
-                    [(i + step) % 2 for i in range(features)],
-                    lambda n_in, n_out: ResidualNet(
-                        n_in, n_out, hidden_features=hidden, num_blocks=blocks, dropout_probability=dropout
-                    ),
-                    apply_unconditional_transform=True, **spline,
-                ))  # fmt: skip
-        layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]
-        self.inner = t.CompositeTransform(layers)
+            self.inner = t.CompositeTransform(layers)
