@@ -75,12 +75,6 @@ def test_a_subclass_with_a_direction_of_its_own_is_called():
     assert [type(link) for link in joined(chain)] == [b.LULinear, Doubled, Joined]
 
 
-def test_the_last_convolution_scales_its_outputs():
-    layer = randomized(nets.ZeroConv((3, 4, 4), out=2))
-    x = torch.randn(5, 3, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), layer.conv(x) * (3 * layer.log_scale).exp(), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("context_shape", [None, (3,)])
 @pytest.mark.parametrize("norm", [nets.ActNorm, nets.BatchNorm, None])
 def test_norms_inside_a_network_are_folded_into_its_convolutions(norm, context_shape):

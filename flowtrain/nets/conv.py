@@ -28,7 +28,7 @@ class ZeroConv(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(out, 1, 1))
 
     def forward(self, x, context=None):
-        return scaled(self.conv, x, (3 * self.log_scale).exp(), self.conv.bias)
+        return self.conv(x) * (3 * self.log_scale).exp()
 
 
 class ConvNet(nn.Module):
@@ -102,12 +102,13 @@ class ResidualConvNet(nn.Module):
         self.skips = nn.ModuleList(weight_norm(nn.Conv2d(hidden, hidden, 1)) for _ in range(blocks))
         self.norm_out = norm(hidden)
         self.last = weight_norm(nn.Conv2d(hidden, out, 1))
+        self.to(memory_format=torch.channels_last)
         with torch.no_grad():  # the magnitude alone, so that the direction of the weights stays defined
             self.last.parametrizations.weight.original0.zero_()
             self.last.bias.zero_()
 
     def forward(self, x, context=None):
-        x = self.norm_in(x)
+        x = self.norm_in(x.contiguous(memory_format=torch.channels_last))
         h = self.first(F.relu(torch.cat((x, -x), 1)))
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
@@ -183,12 +184,8 @@ def normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, with an actnorm folded into the convolution's few weights: its many outputs are made once."""
     if not isinstance(norm, ActNorm) or fusion.separate():
         return norm(conv(x))
-    return scaled(conv, x, norm.log_scale.exp(), norm.bias if conv.bias is None else norm.bias + conv.bias)
-
-
-def scaled(conv: nn.Conv2d, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The convolution's outputs before its own bias, plus ``bias``, times ``scale``."""
-    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias * scale.flatten())
+    scale, bias = norm.log_scale.exp(), norm.bias if conv.bias is None else norm.bias + conv.bias
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias * scale)
 
 
 def channels_of(shape) -> int:
