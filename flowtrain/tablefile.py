@@ -135,7 +135,7 @@ class Npy:
         self.path = path
         try:
             self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:  # numpy's own text asks for a pickle's risk
+        except Exception as error:  # whatever a damaged header makes it raise; its own text asks for a pickle's risk
             raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
         if self.rows.ndim != 2 or self.rows.dtype.kind not in "fiub":
             raise Refused(f"{path} holds {self.rows.dtype} {list(self.rows.shape)}: must be numbers (rows, columns)")
@@ -333,7 +333,9 @@ def _reading(path: Path):
         yield
     except ModuleNotFoundError as error:
         raise Refused(f"{path.suffix} files need more packages: pip install 'flowtrain[tables]'") from error
-    except (OSError, ValueError, NotImplementedError, EOFError, csv.Error) as error:  # pyarrow's are among them
+    except FlowtrainError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a library raise
         raise FlowtrainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 

@@ -4,7 +4,6 @@ Bits/dim on one are not comparable with those on the other; a split's descriptio
 """
 
 import pickle
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +113,7 @@ def _read_batch(file: Path, dims: int) -> np.ndarray:
         else:
             with open(file, "rb") as stream:
                 data = _ArraysOnly(stream, encoding="latin1").load()["data"]
-    except (OSError, KeyError, ValueError, EOFError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file makes a library raise
         raise FlowtrainError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != dims:
         raise FlowtrainError(f"cannot read {file}: its data are not rows of {dims} bytes")

@@ -117,7 +117,7 @@ class PictureArray(Input):
         self.path, self.shape, self.levels, self.on_bad = path, tuple(shape), levels, on_bad
         try:
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # whatever a damaged file makes numpy raise
             raise FlowtrainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
         fitting = [self.shape, self.shape[1:]] if self.shape[0] == 1 else [self.shape]
         if self.array.shape[1:] not in fitting or self.array.dtype.kind not in "iu":

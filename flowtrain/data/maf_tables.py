@@ -7,7 +7,6 @@ train, val and test splits one after another, prepared already (github.com/franc
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, Refused
 
 Parts = dict[str, np.ndarray]  # of SPLITS
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 class MafTable(Vectors):
@@ -43,16 +41,22 @@ class MafTable(Vectors):
         if self._opened is None:
             file, prepare = self._find()
             try:
-                parts = prepare(file)
+                with np.errstate(all="ignore"):  # what overflows is refused below
+                    parts = prepare(file)
             except ModuleNotFoundError as error:
                 raise Refused(f"dataset={self.name} needs more packages: pip install 'flowtrain[tables]'") from error
-            except _UNREADABLE as error:
+            except FlowtrainError:
+                raise
+            except Exception as error:  # whatever a damaged file makes a library raise
                 raise FlowtrainError(f"cannot read {file}: {' '.join(str(error).split())}") from error
             self._opened = file, parts
         file, parts = self._opened
         rows = parts[name]
         if rows.shape[1] != self.dims:
             raise FlowtrainError(f"{file} gives rows of {rows.shape[1]} numbers; {self.name} has {self.dims}")
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            raise FlowtrainError(f"{file}: prepared, row {int(finite.argmin()) + 1} of its {name} split is not finite")
         published = self.sizes[SPLITS.index(name)]
         same = "prepared as for MAF" if len(rows) == published else f"not MAF's {published:,}"
         return self._rows(name, rows, f"of {file}, {same}")

@@ -57,7 +57,7 @@ class Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 self.names = sorted(name for name in archive.namelist() if _is_picture(name))
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever a damaged archive makes zipfile raise
             raise FlowtrainError(f"cannot read {path}: {error}") from error
 
     def where(self, name: str) -> str:
@@ -80,7 +80,7 @@ class Tar:
         try:
             with tarfile.open(path, "r:") as archive:
                 members = [member for member in archive if member.isfile() and _is_picture(member.name)]
-        except (OSError, tarfile.TarError) as error:
+        except Exception as error:  # whatever a damaged archive makes tarfile raise
             raise FlowtrainError(f"cannot read {path} as an uncompressed .tar: {error}") from error
         self._places = {member.name: (member.offset_data, member.size) for member in members}
         self.names = sorted(self._places)
