@@ -61,6 +61,12 @@ def leaves(node: dict, prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
+def names(node: dict, prefix: str = "") -> set[str]:
+    """Every dotted key of a configuration, those of mappings too."""
+    inner = (names(value, f"{prefix}{key}.") for key, value in node.items() if isinstance(value, dict))
+    return {f"{prefix}{key}" for key in node}.union(*inner)
+
+
 def typo(key: str, valid, draw: random.Random) -> str:
     """The key with one slip of the fingers in its last name."""
     head, dot, name = key.rpartition(".")
@@ -110,11 +116,11 @@ def test_a_typo_in_any_key_of_any_command(lines, tmp_path, count, promise):
     draw, cases, valid = random.Random(1), [], set()
     for name, (words, config) in lines.items():
         here = {key for key, _ in leaves(config)}
-        valid |= here | {*config}
+        valid |= names(config)
         if name == "train resume":  # what its optimizer's keys are, the checkpoint alone says
             here = {key for key in here if not key.startswith(("optimizer.", "scheduler."))}
         for key in sorted(here):
-            wrong = typo(key, here, draw)
+            wrong = typo(key, names(config), draw)
             cases.append(([*words, f"{wrong}=1"], wrong, key))
     chosen = tenth(cases, count, draw)
     wrong = judged(tmp_path, chosen, valid | {"dataset.root", "dataset.path", "dataset.download"})
@@ -135,9 +141,10 @@ def nested(key: str, value) -> dict:
 def test_a_typo_in_an_experiment_or_a_trainer_of_ones_own(lines, tmp_path, count, promise):
     draw, cases = random.Random(2), []
     config = lines["train"][1]
-    valid = {key for key, _ in leaves(config)}
-    keys = [(key, "experiment") for key in sorted(valid) if not key.startswith("allow")]
-    keys += [(key, "trainer") for key in sorted(valid) if key.startswith("trainer.")]
+    valid, keys = names(config), sorted(key for key, _ in leaves(config))
+    keys = [(key, "experiment") for key in keys if key != "allow"] + [
+        (key, "trainer") for key in keys if key.startswith("trainer.")
+    ]
     for number, (key, group) in enumerate(tenth(keys, count, draw)):
         wrong = typo(key, valid, draw)
         folder = tmp_path / f"mine{number}" / group
@@ -146,7 +153,7 @@ def test_a_typo_in_an_experiment_or_a_trainer_of_ones_own(lines, tmp_path, count
         first = "# @package _global_\n" if group == "experiment" else ""
         (folder / "own.yaml").write_text(first + yaml.safe_dump(content))
         cases.append((["train", "--config-dir", str(folder.parent), f"{group}=own"], wrong, key))
-    wrong = judged(tmp_path, cases, valid | {*config})
+    wrong = judged(tmp_path, cases, valid)
     promise(
         9, "the same in experiments and trainers of one's own", f"{len(cases) - len(wrong)} of {len(cases)}"
     )  # fmt: skip
@@ -266,8 +273,8 @@ def test_values_out_of_range(run, untouched, tmp_path, count, promise):
 def test_some_in_processes_of_their_own(lines, tmp_path, count, promise):
     draw = random.Random(4)
     config = lines["train"][1]
-    valid = {key for key, _ in leaves(config)}
-    typos = [(["train", f"{typo(key, valid, draw)}=1"], "did you mean") for key in draw.sample(sorted(valid), count(20))]
+    keys = draw.sample(sorted(key for key, _ in leaves(config)), count(20))
+    typos = [(["train", f"{typo(key, names(config), draw)}=1"], "did you mean") for key in keys]
     ranges = [["train", word] for word in outside(settings.Train) + outside(settings.Trainer, "trainer.")]
     ranges += [["train", *line] for line in violations([["model=nsf_coupling"], ["model=realnvp", "norm=batchnorm"]])]
     ranges = [(words, "") for words in draw.sample(ranges, count(20))]
