@@ -239,7 +239,8 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
         seed=cfg.seed, max_steps=max_steps, max_minutes=cfg.max_minutes, accumulate=trainer.accumulate,
         clip=trainer.clip, warmup_steps=warmup, log_every=trainer.log_every, val_every=trainer.val_every,
         sample_every=trainer.sample_every, save_every=trainer.save_every, save_minutes=trainer.save_minutes,
-        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast, profile=trainer.profile,
+        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast,
+        profile=trainer.get("profile", False),  # absent in older checkpoints
     )  # fmt: skip
 
 
