@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from flowtrain import config, distributed, runs, workers
+from flowtrain import allocator, config, distributed, runs, workers
 from flowtrain.errors import Interrupted, Refused
 from flowtrain.restore import RESTORED
 from flowtrain.signals import end_at_once, end_in_kernel
@@ -92,6 +92,7 @@ def execute(command: str, values: dict, run_dir: str, logging_config: dict | Non
 
         configure_log(OmegaConf.create(logging_config))
     distributed.init()
+    allocator.keep_freed_memory()
     return importlib.import_module(f"flowtrain.{command}").main(OmegaConf.create(values), run_dir)
 
 

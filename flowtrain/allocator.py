@@ -1,0 +1,24 @@
+"""The C library's allocator, told to keep what a training step frees: the next step asks for the same again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
+_LARGEST = 2**30, 2**25  # the second where the library allows no more
+
+
+def keep_freed_memory() -> bool:
+    """Serve large blocks from the heap, and give none of it back while the process lives; whether that was possible.
+
+    By default each block above 32 MB is mapped, filled with zeros page by page, and unmapped again. Of glibc alone, and
+    only where no environment variable such as MALLOC_TRIM_THRESHOLD_ says what is wanted. What a GPU holds is not of
+    this kind.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version") or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    return any(library.mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST) and bool(
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    )
