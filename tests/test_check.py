@@ -285,7 +285,8 @@ def test_what_is_too_large_is_audited_in_pieces(scales, wrong):
         if wrong
         else set()
     )
-    assert checks["log-det of the flow, forward"].layer == "scales"
+    worst = checks["log-det of the flow, forward"]
+    assert worst.layer == "scales" or worst.value == 0  # no rounding at all: the first layer is as bad as any
 
 
 class Off(Continuous):
