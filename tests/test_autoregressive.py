@@ -31,6 +31,16 @@ def made(name, dimensions=6, out=3, context_shape=None):
     return randomized(NETS[name](shape=(dimensions,), out=out, context_shape=context_shape), scale=0.3)
 
 
+def in_steps(net, x, context=None):
+    """The rows that steps give: (B, D, out)."""
+    memory, rows, newest, found = net.begin(x, context), [], x[:, :0], 0
+    while found < x.shape[1]:
+        rows.append(net.step(newest, memory))
+        newest = x[:, found : found + rows[-1].shape[1]]
+        found += newest.shape[1]
+    return torch.cat(rows, 1)
+
+
 def each_jacobian(function, x):
     """(*out, B, *in) of a function that treats examples apart."""
     return torch.autograd.functional.jacobian(lambda x: function(x).sum(0), x)
@@ -59,14 +69,12 @@ def test_every_row_depends_on_the_context(name):
 @EVERY
 @pytest.mark.parametrize("context_shape", [None, (2,)])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("dimensions", [1, 2, 6])
+@pytest.mark.parametrize("dimensions", [1, 2, 6, 70])
 def test_steps_give_the_rows_of_the_whole_pass(name, context_shape, grad, dimensions):
     net = made(name, dimensions, context_shape=context_shape)
     x, context = torch.randn(4, dimensions).double(), None if context_shape is None else torch.randn(4, 2).double()
     with torch.set_grad_enabled(grad):
-        memory = net.begin(x, context)
-        rows = [net.step(x[:, max(i - 1, 0) : i], memory) for i in range(dimensions)]
-        torch.testing.assert_close(torch.stack(rows, 1), net(x, context))
+        torch.testing.assert_close(in_steps(net, x, context), net(x, context))
 
 
 WIDE = {
@@ -154,9 +162,7 @@ def test_random_degrees_travel_with_the_state():
     other.double().load_state_dict(one.state_dict())
     x = torch.randn(4, 6).double()
     torch.testing.assert_close(one(x), other(x), rtol=0, atol=0)
-    memory = other.begin(x)
-    rows = [other.step(x[:, max(i - 1, 0) : i], memory) for i in range(6)]
-    torch.testing.assert_close(torch.stack(rows, 1), one(x))
+    torch.testing.assert_close(in_steps(other, x), one(x))
 
 
 @pytest.mark.parametrize("order", ["sequential", "reversed", "random"])
@@ -229,6 +235,48 @@ def test_iaf_trains_with_the_gradients_of_a_dense_reference(name, order):
 
     for mine, reference in zip(gradients(iaf), gradients(dense)):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("hidden", [3, 30, 150])
+def test_the_inverse_follows_every_change_of_the_weights(grad, hidden):
+    """In place, by new data, by load_state_dict and by to(): nothing computed from weights outlives a call."""
+    layer = randomized(b.Autoregressive((40,), b.ExpAffine, partial(nets.MADE, hidden=hidden)), scale=0.3)
+    other = randomized(b.Autoregressive((40,), b.ExpAffine, partial(nets.MADE, hidden=hidden)), scale=0.3, seed=5)
+    x = torch.randn(9, 40).double()
+
+    def assert_inverts(tolerance=1e-10):
+        z, log_det = layer(x)
+        back, inverse_log_det = layer.inverse(z)
+        torch.testing.assert_close(back, x, atol=tolerance, rtol=0)
+        torch.testing.assert_close(inverse_log_det, -log_det, atol=tolerance, rtol=0)
+
+    with torch.set_grad_enabled(grad):
+        assert_inverts()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(1.1)
+        assert_inverts()
+        for parameter in layer.parameters():
+            parameter.data = 0.9 * parameter.data
+        assert_inverts()
+        layer.load_state_dict(other.state_dict())
+        assert_inverts()
+        torch.testing.assert_close(layer.inverse(x), other.inverse(x), atol=0, rtol=0)
+        x = x.float()
+        layer.float()
+        assert_inverts(1e-3)
+
+
+def test_a_narrow_network_takes_as_many_steps_as_it_has_degrees():
+    layer = b.Autoregressive((50,), b.ExpAffine, partial(nets.MADE, hidden=5))
+    calls = []
+    step = layer.net.step
+    layer.net.step = lambda *args: calls.append(step(*args)) or calls[-1]
+    layer.inverse(torch.randn(2, 50))
+    assert [theta.shape[1] for theta in calls] == layer.net.degrees.diff(
+        prepend=torch.zeros(1, dtype=int), append=torch.tensor([50])
+    ).tolist()
 
 
 def test_dropout_reaches_the_inverse_while_training():

@@ -15,9 +15,9 @@ class Autoregressive(Bijection):
     """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector (Papamakarios et al. 2017, section 3.1).
 
     ``net`` is built as ``net(shape=…, out=parameters per element, context_shape=…)``. It gives the parameters of all
-    elements at once, ``(B, D, out)``, and one after the other: ``memory = begin(z, context)``, then ``step(x, memory)``
-    takes the element found last, (B, 1), at first none, (B, 0), and gives the next one's parameters. The inverse goes
-    through the elements once, each step at the cost of one element.
+    elements at once, ``(B, D, out)``, and in steps: ``memory = begin(z, context)``, then ``step(x, memory)`` takes the
+    elements found last, (B, n), at first none, (B, 0), and gives the parameters of the next ones, (B, m, out), mostly
+    of one. The inverse goes through the elements once, each step at the cost of its own elements.
 
     ``order`` says which element comes first: "sequential", "reversed" or "random", drawn when the layer is built.
     """
@@ -59,20 +59,26 @@ class Autoregressive(Bijection):
     def inverse(self, z, context=None):
         z = self._ordered(z)
         memory = self.net.begin(z, context)
-        elements, log_derivatives = [z[:, :0]], []
-        for column in z.unbind(1):
+        rows = z.T.contiguous()  # one for each element: columns of a matrix lie scattered in memory
+        found, elements, log_derivatives = 0, [z[:, :0]], []
+        while found < len(rows):
             theta = self.net.step(elements[-1], memory).to(z.dtype)
+            start, found = found, found + theta.shape[1]
             with full_precision(z):
-                element, log_derivative = self.univariate.inverse(column, theta)
-            elements.append(element[:, None])
+                element, log_derivative = self.univariate.inverse(rows[start:found].T, theta)
+            elements.append(element)
             log_derivatives.append(log_derivative)
-        return self._back(torch.cat(elements, 1)), sum_event(torch.stack(log_derivatives, 1))
+        return self._back(_side_by_side(elements)), _side_by_side(log_derivatives).sum(1)
 
     def _ordered(self, x):
         return x if self.sequential else x.index_select(1, self.order)
 
     def _back(self, z):
         return z if self.sequential else z.index_select(1, self.back)
+
+
+def _side_by_side(columns: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([column.T for column in columns]).T.contiguous()  # in rows first, as above
 
 
 def sequential_layers(module: nn.Module, inverted: bool = False) -> Iterator[Autoregressive]:

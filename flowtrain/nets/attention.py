@@ -59,11 +59,11 @@ class CausalTransformer(nn.Module):
         return {"elements": x[:, :0], "context": context, "blocks": [{} for _ in self.blocks]}
 
     def step(self, x: Tensor, memory: dict) -> Tensor:
-        """The newest element, (B, 1), or none yet, (B, 0) -> (B, out), the row of the next one."""
+        """The newest element, (B, 1), or none yet, (B, 0) -> (B, 1, out), the row of the next one."""
         memory["elements"] = elements = torch.cat((memory["elements"], x), 1)
         i, none = elements.shape[1], elements.new_zeros(len(elements))
         token = torch.stack([elements[:, i - offset] if offset <= i else none for offset in self.offsets], -1)
-        return self._rows(token[:, None], slice(i, i + 1), memory["blocks"], memory["context"])[:, 0]
+        return self._rows(token[:, None], slice(i, i + 1), memory["blocks"], memory["context"])
 
     def _rows(self, tokens, where, memory, context):
         h = self.embed(tokens) + self.position[where]

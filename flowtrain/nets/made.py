@@ -2,8 +2,9 @@
 
 Every unit has a degree, the number of first elements that it may depend on: element i (from 0) has degree i + 1, row i
 of the output degree i, and a unit sees those of the layer before whose degree is no greater than its own. Units are
-sorted by degree. So a mask is block-triangular, and the network can also be run by degrees: once the elements before i
-are known, the units of degree i are all that row i still lacks, and a whole inverse computes each unit once.
+sorted by degree. So a mask is block-triangular, and the network can also be run in steps: once the elements before i are
+known, the units of degree i are all that row i still lacks, and a whole inverse computes each unit once. Rows between
+two degrees that hidden units have need the same units, and are found in one step.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ class MaskedLinear(nn.Linear):
         super().__init__(inputs, outputs)
         self.register_buffer("mask", torch.ones(outputs, inputs), persistent=False)
 
-    def connect(self, before: Tensor, after: Tensor, degrees: int) -> None:
-        """Set the mask from the degrees of the inputs and of the outputs, the latter 0 … ``degrees`` − 1."""
+    def connect(self, before: Tensor, after: Tensor, steps: Tensor) -> None:
+        """Set the mask from the degrees of the inputs and of the outputs, and how many outputs are new in each step;
+        ``steps`` holds the degrees at which all but the first begin."""
         self.mask.copy_(before <= after[:, None])
-        self.sizes = torch.bincount(after, minlength=degrees).tolist()
+        self.sizes = torch.bincount(torch.bucketize(after, steps, right=True), minlength=len(steps) + 1).tolist()
         parts = max(1, min(self.parts, min(self.mask.shape) // self.narrow))
         blocks = after.split(_aligned(len(after) / parts))
         self.rows = [len(block) for block in blocks]
@@ -86,31 +88,49 @@ class MaskedLinear(nn.Linear):
         return _Staircase.apply(x, weight, bias, self.rows, self.columns)
 
 
-class _ByDegree:
-    """A masked layer run by degrees: given its inputs of degree 0, 1, … in turn, (B, n), its outputs of that degree.
+class _InSteps:
+    """A masked layer run in steps: given its new inputs of each step in turn, (B, n), its new outputs, (B, m).
 
-    What it was given lies in rows, (n, B): all so far are one block of memory. Where gradients are asked for, none of
-    it is written over.
+    Steps are taken in chunks. The inputs before a chunk reach all of its outputs in one product, so that a step is left
+    with the few inputs inside its chunk. Inputs lie in rows, (n, B): those so far are one block of memory. Where
+    gradients are asked for, none of it is written over.
     """
 
+    width = 64  # inputs inside a chunk
+
     def __init__(self, layer: MaskedLinear, batch: int):
-        self.weights = iter(layer.weight.split(layer.sizes))
-        self.biases = iter(layer.bias[:, None].split(layer.sizes))
+        self.layer = layer
+        self.weights = layer.weight.split(layer.sizes)
         self.grows = torch.is_grad_enabled()
         self.rows = layer.weight.new_empty(0 if self.grows else layer.in_features, batch)
-        self.count = 0
+        self.chunk = max(1, self.width * len(layer.sizes) // layer.in_features)
+        if torch.is_autocast_enabled(self.rows.device.type):
+            self.chunk = 1  # a sum in lower precision is rounded once, as in the pass that this is to undo
+        self.step = self.outputs = self.before = self.inputs = 0
 
     def __call__(self, x):
-        start, self.count = self.count, self.count + x.shape[1]
+        step, start = self.step, self.inputs
+        self.step, self.inputs = step + 1, start + x.shape[1]
         if self.grows:
             self.rows = torch.cat((self.rows, x.T))
         else:
-            self.rows[start : self.count] = x.T
-        return torch.addmm(next(self.biases), next(self.weights)[:, : self.count], self.rows[: self.count]).T
+            self.rows[start : self.inputs] = x.T
+        if step % self.chunk == 0:
+            self._begin(self.layer.sizes[step : step + self.chunk])
+            return self.begun[0].T
+        inside = slice(self.before, self.inputs)
+        return torch.addmm(self.begun[step % self.chunk], self.weights[step][:, inside], self.rows[inside]).T
+
+    def _begin(self, sizes):
+        """What the inputs so far contribute to the outputs of a chunk."""
+        outputs = slice(self.outputs, self.outputs + sum(sizes))
+        weight, bias = self.layer.weight[outputs, : self.inputs], self.layer.bias[outputs, None]
+        self.begun = torch.addmm(bias, weight, self.rows[: self.inputs]).split(sizes)
+        self.outputs, self.before = outputs.stop, self.inputs
 
 
 class _Masked(nn.Module):
-    """What both networks share: ``depth`` hidden layers of units of the same degrees, run at once or by degrees."""
+    """What both networks share: ``depth`` hidden layers of units of the same degrees, run at once or in steps."""
 
     def __init__(self, shape, out, hidden, depth, degrees, activation, dropout, context_shape):
         super().__init__()
@@ -134,9 +154,10 @@ class _Masked(nn.Module):
     def _connect(self):
         elements = torch.arange(1, self.dimensions + 1, device="cpu")
         rows = torch.arange(self.dimensions, device="cpu").repeat_interleave(self.out)
-        degrees = [elements, *[self.degrees.cpu()] * (len(self.linears) - 1), rows]
+        hidden = self.degrees.cpu()
+        degrees = [elements, *[hidden] * (len(self.linears) - 1), rows]
         for linear, before, after in zip(self.linears, degrees, degrees[1:]):
-            linear.connect(before, after, self.dimensions)
+            linear.connect(before, after, hidden[hidden > 0].unique())
 
     def forward(self, x, context=None):
         """(B, D) -> (B, D, out), row i a function of the elements before i."""
@@ -145,18 +166,18 @@ class _Masked(nn.Module):
 
     def begin(self, x: Tensor, context: Tensor | None = None):
         """The memory of a pass over the elements of a batch like ``x``."""
-        linears = [_ByDegree(linear, len(x)) for linear in self.linears]
+        linears = [_InSteps(linear, len(x)) for linear in self.linears]
         if self.context is None:
             return linears, repeat(None)
         return linears, iter(self.context(context).split(self.linears[0].sizes, 1))
 
     def step(self, x: Tensor, memory) -> Tensor:
-        """The newest element, (B, 1), or none yet, (B, 0) -> (B, out), the row of the next one."""
+        """The newest elements, (B, n), or none yet, (B, 0) -> (B, m, out), the rows of the next m ones."""
         linears, contexts = memory
-        return self._network(x, linears, next(contexts))
+        return self._network(x, linears, next(contexts)).unflatten(1, (-1, self.out))
 
     def _network(self, h, linears, context):
-        """The network's body; each of ``linears`` maps all units of its layer or those of one degree."""
+        """The network's body; each of ``linears`` maps all units of its layer or the new ones of a step."""
         raise NotImplementedError
 
 
