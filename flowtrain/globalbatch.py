@@ -41,7 +41,13 @@ def centred():
 
 
 def uniform(shape, device=None, dtype=torch.float32) -> Tensor:
-    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes."""
+    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes, compiled or not."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flowtrain.uniform(shape, torch.device(device or "cpu"), dtype)
+    return _uniform(shape, device, dtype)
+
+
+def _uniform(shape, device, dtype) -> Tensor:
     if _centred:
         return torch.full(shape, 0.5, device=device, dtype=dtype)
     if _total is None:
@@ -49,18 +55,39 @@ def uniform(shape, device=None, dtype=torch.float32) -> Tensor:
     return torch.rand((_total, *shape[1:]), device=device, dtype=dtype)[_offset : _offset + shape[0]]
 
 
+@torch.library.custom_op("flowtrain::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a compiler must not look into: it would compile for the rows of one slice alone, with numbers of its own."""
+    return _uniform(shape, device, dtype).clone()
+
+
+@_opaque.register_fake
+def _(shape, device, dtype):
+    return torch.empty(shape, device=device, dtype=dtype)
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of every channel, axis 1, over the global batch; differentiable."""
     axes = [0, *range(2, x.dim())]
     var, mean = torch.var_mean(x, axes, correction=0)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_reduce
-
         world = dist.get_world_size()
         local = mean
-        mean = all_reduce(local) / world  # every process holds the same number of rows
-        var = all_reduce(var + (local - mean).square()) / world
+        mean = _summed(local) / world  # every process holds the same number of rows
+        var = _summed(var + (local - mean).square()) / world
     return mean, var
+
+
+@torch.library.custom_op("flowtrain::summed", mutates_args=())
+def _summed(x: Tensor) -> Tensor:
+    """x summed over the processes, differentiable, and opaque to a compiler."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x)
+    return x
+
+
+_summed.register_fake(torch.empty_like)
+_summed.register_autograd(lambda ctx, gradient: _summed(gradient))
 
 
 class RunningMoments(nn.Module):

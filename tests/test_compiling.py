@@ -8,8 +8,7 @@ from composed import flow_of
 from torch import nn
 
 from flowtrain import bijections as b
-from flowtrain import nets
-from flowtrain.engine import compiling
+from flowtrain import globalbatch, nets
 from flowtrain.engine.compiling import compile_flow, regions, signature
 from flowtrain.errors import Refused
 from flowtrain.flow import Flow
@@ -163,3 +162,31 @@ def test_context_and_autocast_reach_a_compiled_step():
     torch.testing.assert_close(result, eager, atol=1e-2, rtol=1e-2)
     other = gradient(flow, x, context + 1)
     assert not torch.allclose(other[0], result[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_dropout_is_the_same_compiled_and_slices_share_a_program(slices):
+    flow, x = digits_flow("model=realnvp_vector", "model.hidden=16", "model.pairs=2", "model.dropout=0.5")
+
+    def step():
+        flow.zero_grad()
+        for i, part in enumerate(x.chunk(slices)):
+            torch.manual_seed(5)
+            with globalbatch.rows(i * len(part), len(x)):
+                flow(part).mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in flow.parameters()])
+
+    eager = step()
+    assert not torch.allclose(eager, step_without_dropout(flow, x), atol=1e-3)
+    compiled = compile_flow(flow)
+    torch.testing.assert_close(step(), eager, atol=1e-5, rtol=1e-4)
+    compiled.settle()
+    assert compiled.graphs <= 3 * compiled.shapes
+    torch.testing.assert_close(step(), eager, atol=1e-5, rtol=1e-4)
+    assert compiled.recompiles == 0
+
+
+def step_without_dropout(flow, x):
+    _, gradients = gradient(flow.eval(), x)
+    flow.train()
+    return -torch.cat([one.flatten() for one in gradients.values()])

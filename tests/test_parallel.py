@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
 from flowtrain import distributed, nets, train
+from flowtrain.engine.compiling import compile_flow
 from flowtrain.engine.measure import BitsPerDim
 from flowtrain.engine.schedules import Constant
 from flowtrain.engine.trainer import Trainer
@@ -108,3 +109,27 @@ def test_an_equation_that_one_process_cannot_solve_is_a_bad_step_of_both(adjoint
     assert all(one.isfinite().all() for one in weights)
 
 
+
+
+def compiled_steps(folder):
+    from torch._dynamo.backends import registry
+
+    registry.get_default_backend = lambda: "aot_eager"  # a C++ compiler takes long
+    net = partial(nets.MADE, hidden=16, depth=1)
+    layers = {"ar": partial(b.Autoregressive, univariate=b.ExpAffine, net=net), "norm": b.BatchNorm}
+    chain = partial(b.Chain, layers={"steps": partial(b.Chain, layers=layers, repeat=2)})
+    figures, graphs = [], []
+    for compile in (lambda flow: None, lambda flow: graphs.append(compile_flow(flow))):
+        torch.manual_seed(0)
+        flow = Flow(SHAPE, chain)
+        one = trainer(folder, flow)
+        compile(flow)
+        for step in range(3):
+            figures.append(one.read(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)[:2])
+    return graphs[0].graphs, torch.tensor(figures).chunk(2)
+
+
+def test_batch_norm_over_two_processes_compiles(tmp_path):
+    for graphs, (eager, compiled) in together(compiled_steps, tmp_path):
+        assert graphs
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
