@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,11 +133,7 @@ class Npy:
     """An array of numbers (N, D), read where it lies; its columns are c0, c1, …."""
 
     def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # whatever a damaged header makes it raise; its own text asks for a pickle's risk
-            raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
+        self.path, self.rows = path, array(path)
         if self.rows.ndim != 2 or self.rows.dtype.kind not in "fiub":
             raise Refused(f"{path} holds {self.rows.dtype} {list(self.rows.shape)}: must be numbers (rows, columns)")
         self.names = [f"c{i}" for i in range(self.rows.shape[1])]
@@ -149,6 +146,15 @@ class Npy:
         for start in range(0, len(self.rows), BLOCK):
             part = self.rows[start : start + BLOCK]
             yield {name: part[:, place].astype(np.float64) for name, place in zip(names, places, strict=True)}
+
+
+def array(path: Path) -> np.ndarray:
+    """The array in an .npy, read where it lies. FlowtrainError for a damaged one."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of how a damaged header is written
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # whatever the header makes it raise; its own text asks for a pickle's risk
+        raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
 
 
 KINDS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
@@ -263,7 +269,8 @@ class _Numbers:
             raise missing(self.name, row + int(finite.argmin()))
         if self.offset is None:
             first = float(values[0])
-            self.offset = first if abs(first) > 1000 * values.std() else 0.0
+            with np.errstate(over="ignore"):  # what is too large is refused below
+                self.offset = first if abs(first) > 1000 * values.std() else 0.0
             self.repeats = len(values) >= 1000 and len(np.unique(values)) < len(values) / 10
         self.whole = self.whole and bool((values == np.floor(values)).all())
         self.least, self.greatest = min(self.least, values.min()), max(self.greatest, values.max())
