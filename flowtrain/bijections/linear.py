@@ -125,13 +125,12 @@ class LULinear(_Linear):
         self.order.copy_(permutation.argmax(1))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L and U."""
-        lower = self.lu.tril(-1) + torch.eye(self.channels, device=self.lu.device, dtype=self.lu.dtype)
-        return lower, self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
+        """L without its diagonal of ones, and U."""
+        return self.lu.tril(-1), self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
 
     def weight(self):
-        upper = self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
-        return torch.addmm(upper, self.lu.tril(-1), upper).index_select(0, self.order)
+        lower, upper = self.factors()
+        return torch.addmm(upper, lower, upper).index_select(0, self.order)
 
     def log_abs_det(self):
         return self.lu.diagonal().sum()
@@ -144,14 +143,16 @@ class LULinear(_Linear):
             return super().forward(x, context)
         with full_precision(x):
             lower, upper = self.factors()
-            return F.linear(F.linear(x, upper), lower)[:, self.order], constant_log_det(self.log_abs_det(), x)
+            h = F.linear(x, upper)
+            z = torch.addmm(h, h, lower.T).index_select(1, self.order)
+            return z, constant_log_det(self.log_abs_det(), x)
 
     def inverse(self, z, context=None):
         if z.dim() > 2:
             return super().inverse(z, context)
         with full_precision(z):
             lower, upper = (factor.double() for factor in self.factors())
-            x = z[:, self.order.argsort()].T.double()
+            x = z.index_select(1, self.order.argsort()).T.double()
             x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, x, upper=True).T.to(z.dtype)
             return x, constant_log_det(-self.log_abs_det(), z)
