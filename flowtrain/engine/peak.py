@@ -1,0 +1,59 @@
+"""How much memory a piece of work takes at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most bytes of tensors that lived at once while ``work`` ran, beyond those that lived before it.
+
+    On a GPU as its allocator counts them; on the CPU every tensor that an operation returns, each storage once, so that
+    the count is the same on every machine. What a kernel allocates for itself is not seen there.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Storages() as storages:
+        work()
+    return storages.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of what was allocated within it and still lives."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}  # storage -> bytes
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in given:  # neither a view nor in place
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.alive:
+            return
+        self.alive[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
