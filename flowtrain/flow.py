@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain import fusion, globalbatch
-from flowtrain.bijections.base import Bijection, at_least_float32, built, size
+from flowtrain.bijections.base import Bijection, Memory, at_least_float32, built, size
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
 
@@ -25,6 +25,8 @@ class Flow(nn.Module):
 
     ``forward`` is ``log_prob``, so that whatever wraps a module (DDP, compile, hooks) wraps the likelihood.
     """
+
+    memory = Memory()
 
     def __init__(
         self,
@@ -116,6 +118,19 @@ class Flow(nn.Module):
             for module in waiting:
                 vars(module).pop("forward", None)
                 vars(module).pop("inverse", None)
+
+    def keep(self, memory: Memory) -> None:
+        """Keep of the layers' work in training what ``memory`` does: see :mod:`flowtrain.bijections.memory`.
+
+        Raises:
+            ValueError: this flow cannot be trained so.
+        """
+        for part in (self, *memory.chains(self)):
+            part.memory = memory
+
+    def statistics(self) -> dict[str, float]:
+        """What a trainer may log, on every process at the same step."""
+        return self.memory.statistics()
 
 
 def _start_on_first_use(module: nn.Module) -> None:

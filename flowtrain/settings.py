@@ -59,7 +59,7 @@ class Train:
     max_minutes: float | None = bounded(above=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["auto"] | bool = False
-    memory: Literal["none"] = "none"
+    memory: Literal["none", "checkpoint", "reversible"] = "none"
     resume: bool | str | None = None
     init: str | None = None
     smoke: bool = False

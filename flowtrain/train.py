@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain import __version__, distributed, globalbatch
 from flowtrain.assemble import build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
+from flowtrain.bijections.memory import MEMORIES
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.config import build, conf_dir, plain, with_hint
 from flowtrain.data import Loader
@@ -41,7 +42,9 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all par
 
 def main(cfg, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
-    _optimizer(cfg, build_flow(cfg, "meta"))  # refuses what cannot be before any data are opened
+    flow = build_flow(cfg, "meta")  # refuses what cannot be before any data are opened
+    _optimizer(cfg, flow)
+    _keep(cfg, flow)
     schedule = build(cfg.scheduler, allow=cfg.allow)
     lock = _lock(run_dir) if distributed.is_main() else None
     device = distributed.device()
@@ -80,8 +83,10 @@ def main(cfg, run_dir: str) -> dict:
         raise FlowtrainError(
             f"out of memory on {_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
             f"(peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB): a smaller batch_size, a larger "
-            "trainer.accumulate, more devices or precision=bfloat16 would need less"
+            "trainer.accumulate, more devices, memory=checkpoint or precision=bfloat16 would need less"
         ) from error
+    except FloatingPointError as error:
+        raise FlowtrainError(str(error)) from error
     finally:
         reporter.close()
         if lock:
@@ -135,6 +140,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
         wrapped = _parallel(flow, device, cfg.trainer.accumulate)
     ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
     compiled = _compile(flow, cfg, settings, device)
+    _keep(cfg, flow)
     view = View(val.to(device), cfg) if distributed.is_main() else None
 
     def validate(judged: Flow):
@@ -165,7 +171,8 @@ def _parallel(flow: Flow, device: torch.device, accumulate: int) -> DistributedD
 
 def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compiled | None:
     """Compile what the flow trains by, where that is asked for; or where it pays, as long as it can be done."""
-    if cfg.compile is False or cfg.compile == "auto" and not pays(device, settings.max_steps, settings.max_minutes):
+    worth = cfg.memory != "reversible" and pays(device, settings.max_steps, settings.max_minutes)
+    if cfg.compile is False or cfg.compile == "auto" and not worth:
         return None
     try:
         return compile_flow(flow)
@@ -174,6 +181,16 @@ def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compi
             log.info("compile=auto: trains without: %s", error)
             return None
         raise
+
+
+def _keep(cfg, flow: Flow) -> None:
+    """Have the flow keep of its work in training what ``memory`` says; to be called after compilation."""
+    if cfg.memory == "reversible" and cfg.compile is True:
+        raise Refused("compile=true: layers that memory=reversible runs backwards are not compiled; use memory=checkpoint")
+    try:
+        flow.keep(MEMORIES[cfg.memory]())
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:

@@ -21,6 +21,7 @@ class Bijection(nn.Module):
     """
 
     exact = True  # False for a surjection, whose log-determinant makes log_prob a lower bound
+    reversible = True  # False where ``inverse`` is dear or coarse: then memory=reversible keeps the layer's input
 
     def __new__(cls, *args, **kwargs):
         layer = super().__new__(cls)
@@ -38,6 +39,24 @@ class Bijection(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def clues(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What of x has to be exact when ``forward`` is run once more for its gradient, since a rounding of it may turn
+        that into another: what goes through a rectifier, or meets a spline's knots."""
+        return ()
+
+    def retrace(
+        self, z: Tensor, context: Tensor | None = None, mend: Callable[[Tensor], Tensor] = lambda clue: clue
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``forward`` once more, for its gradient, from what it returned: (x, leaf, z, log_det).
+
+        x is recomputed by ``inverse``, without a graph; ``mend`` makes each of its :meth:`clues`, in their order, exact.
+        The gradient of x arrives at ``leaf``, whatever its values.
+        """
+        with torch.no_grad():
+            x = mend(self.inverse(z, context)[0])
+        leaf = x.detach().requires_grad_()
+        return x, leaf, *self(leaf, context)
 
     def join(self, following: Bijection):
         """This layer and the ``following`` one as a single one that costs less (in both directions), or None."""
@@ -91,6 +110,32 @@ def joined(layers: Iterable[Bijection]) -> list:
     return links
 
 
+def through(
+    links: Iterable, x: Tensor, context: Tensor | None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x through ``links``, one after the other, and the sum of their log-determinants, in order, added to ``total``."""
+    total = zero_log_det(x) if total is None else total
+    for link in links:
+        x, log_det = link(x, context)
+        total = total + log_det
+    return x, total
+
+
+class Memory:
+    """What chains keep of their layers' work for the gradient: everything. Others are in memory.py."""
+
+    def chains(self, flow: nn.Module) -> list[Chain]:
+        """Those of ``flow`` that this is for. ValueError where the flow cannot be trained so."""
+        return [module for module in flow.modules() if isinstance(module, Chain)]
+
+    def run(self, chain: Chain, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return through(joined(chain), x, context)
+
+    def statistics(self) -> dict[str, float]:
+        """What a trainer may log."""
+        return {}
+
+
 class Chain(Bijection):
     """Named layers one after the other, each built for the shape that the previous one leaves.
 
@@ -98,6 +143,8 @@ class Chain(Bijection):
     ``order`` lists the names in the order of ``forward`` where the mapping's own will not do, and ``repeat`` stacks
     that many copies, each with parameters of its own, named 0, 1, ….
     """
+
+    memory = Memory()  # Flow.keep gives another
 
     def __init__(
         self,
@@ -124,27 +171,22 @@ class Chain(Bijection):
             self.add_module(name, layer)
             self.out_shape = layer.out_shape
         self.exact = all(layer.exact for layer in self)
+        self.reversible = all(layer.reversible for layer in self)
 
     def __iter__(self):
         return iter(self._modules.values())
 
     def forward(self, x, context=None):
-        total = zero_log_det(x)
-        for layer in joined(self):
-            x, log_det = layer(x, context)
-            total = total + log_det
-        return x, total
+        return self.memory.run(self, x, context)
 
     def inverse(self, z, context=None):
-        total = zero_log_det(z)
-        for layer in reversed(joined(self)):
-            z, log_det = layer.inverse(z, context)
-            total = total + log_det
-        return z, total
+        return through([link.inverse for link in reversed(joined(self))], z, context)
 
 
 class Inverse(Bijection):
     """A bijection run backwards: its ``forward`` is the other's ``inverse``. IAF is ``Inverse`` of MAF."""
+
+    reversible = False
 
     def __init__(self, shape, bijection: Callable[..., Bijection], context_shape=None):
         super().__init__(shape, context_shape)

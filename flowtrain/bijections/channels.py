@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ class Joined:
             back = torch.linalg.inv(weight.double())  # in float64: its error would grow with the weight's condition
             bias = None if bias is None else -(back @ bias.double()).to(z.dtype)
             return mix(z, back.to(z.dtype), bias), -self._log_det(z)
+
+    clues, retrace = Bijection.clues, Bijection.retrace
+
+    def parameters(self):
+        return chain.from_iterable(layer.parameters() for layer in self.layers)
 
     def _affine(self, like):
         weight, bias = self.layers[-1].affine(like)

@@ -131,7 +131,7 @@ class Coupling(Bijection):
 
     def forward(self, x, context=None):
         seen, moved = self.partition.split(x)
-        moved, log_det = self._map(self.univariate, seen, moved, context)
+        moved, log_det = self._map(self.univariate, moved, self._theta(seen, context))
         if self.seen is not None:
             seen, log_det_seen = self.seen(seen, context)
             log_det = log_det + log_det_seen
@@ -142,11 +142,36 @@ class Coupling(Bijection):
         log_det_seen = 0
         if self.seen is not None:
             seen, log_det_seen = self.seen.inverse(seen, context)
-        moved, log_det = self._map(self.univariate.inverse, seen, moved, context)
+        moved, log_det = self._map(self.univariate.inverse, moved, self._theta(seen, context))
         return self.partition.merge(seen, moved), log_det + log_det_seen
 
-    def _map(self, univariate, seen, moved, context):
-        theta = per_element(self.net(seen, context).to(moved.dtype), self.univariate.params)
+    def clues(self, x):
+        seen, moved = self.partition.split(x)
+        return (seen,) if self.univariate.smooth else (seen, moved)
+
+    def retrace(self, z, context=None, mend=lambda clue: clue):
+        """With one evaluation of the network."""
+        with torch.no_grad():
+            seen, moved = self.partition.split(z)
+            if self.seen is not None:
+                seen, _ = self.seen.inverse(seen, context)
+            leaf = self.partition.merge(mend(seen), torch.zeros_like(moved))
+        seen, unknown = self.partition.split(leaf.requires_grad_())
+        theta = self._theta(seen, context)
+        with torch.no_grad():
+            moved = mend(self._map(self.univariate.inverse, moved, theta)[0])
+            x = self.partition.merge(seen, moved)
+            known = self.partition.split(x)[1] - unknown  # what moved, found after the network had seen the rest
+        moved, log_det = self._map(self.univariate, unknown + known, theta)
+        if self.seen is not None:
+            seen, log_det_seen = self.seen(seen, context)
+            log_det = log_det + log_det_seen
+        return x, leaf, self.partition.merge(seen, moved), log_det
+
+    def _theta(self, seen, context):
+        return per_element(self.net(seen, context).to(seen.dtype), self.univariate.params)
+
+    def _map(self, univariate, moved, theta):
         with full_precision(moved):
             moved, log_derivative = univariate(moved, theta)
             return moved, self.partition.count(log_derivative)

@@ -32,6 +32,9 @@ class Elementwise(Bijection):
         x, log_derivative = self.univariate.inverse(z, self.theta.expand(*self.shape, -1))
         return x, sum_event(log_derivative)
 
+    def clues(self, x):
+        return () if self.univariate.smooth else (x,)
+
 
 class Conditional(Bijection):
     """Every element through ``univariate`` with parameters that ``net`` makes from the context alone.

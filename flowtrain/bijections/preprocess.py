@@ -61,6 +61,8 @@ class Logit(Bijection):
     What lies outside [0, 1] has no logit and becomes NaN: to clamp it would be to map many points to one.
     """
 
+    reversible = False  # rounding may find an input just outside
+
     def __init__(self, shape, alpha: float = 0.05, context_shape=None):
         super().__init__(shape, context_shape)
         if not 0 <= alpha < 0.5:

@@ -19,6 +19,8 @@ class PiecewiseLinear(Univariate):
     inverse. With as many bins as data have levels it gives each level a probability of its own.
     """
 
+    smooth = False
+
     def __init__(self, shape, bins: int = 8, floor: float = 1e-5):
         super().__init__(shape)
         if bins < 2:
@@ -64,6 +66,8 @@ class RationalQuadratic(Univariate):
     ends the slope is 1. No width or height is below ``min_width`` or ``min_height`` of the whole interval and no slope
     below ``min_derivative``. With θ = 0 it is the identity.
     """
+
+    smooth = False
 
     steepest = 1e4  # slope of a knot, far above what data ask for: unbounded, one odd θ overflows
 

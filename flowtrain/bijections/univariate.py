@@ -18,6 +18,7 @@ torch.full((64,), -0.0, device="cpu").log1p()
 
 class Univariate(nn.Module):
     params: int
+    smooth = True  # False where the log-derivative has kinks
 
     def __init__(self, shape):
         super().__init__()
