@@ -34,7 +34,7 @@ def bench(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "suite, targets",
-    [("train", 5), ("sample", 10), ("spline", 1), ("data", 3)],
+    [("train", 5), ("sample", 10), ("spline", 1), ("memory", 7), ("data", 3)],
 )
 def test_suites(bench, suite, targets):
     pytest.importorskip("nflows")
