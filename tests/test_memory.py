@@ -161,6 +161,18 @@ def test_a_coupling_needs_one_evaluation_of_its_network_for_its_inverse_and_grad
         assert len(counts) == 2 * 6
 
 
+@pytest.mark.parametrize("kept", [Checkpoint, Reversible])
+def test_a_step_reads_nothing_from_the_device(kept):
+    flow, x = steps(6), torch.randn(4, 4, 8, 8)
+    flow.keep(kept())
+    flow.zero_grad(set_to_none=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        flow(x).mean().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::convolution_backward" in names
+    assert not names & {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
+
+
 def test_evaluation_is_untouched():
     flow, x, context = built("glow")
     flow.eval()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import constant_log_det, full_precision, zero_log_det
-from flowtrain.bijections.channels import ChannelAffine, mix
+from flowtrain.bijections.channels import ChannelAffine, inverse, mix
 
 
 def start_matrix(kind: str, n: int) -> Tensor:
@@ -68,8 +68,8 @@ class _Linear(ChannelAffine):
         return self.weight(), None
 
     def weight_inverse(self) -> Tensor:
-        """W⁻¹, computed in float64: its error would grow with W's condition."""
-        return torch.linalg.inv(self.weight().double())
+        """W⁻¹ in float64."""
+        return inverse(self.weight())
 
     @torch.no_grad()
     def start(self, x: Tensor, inverse: bool = False) -> None:

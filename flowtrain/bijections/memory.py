@@ -30,14 +30,19 @@ class Checkpoint(Memory):
     divided chains, such as a multi-scale layer.
     """
 
+    def __init__(self):
+        self.divided: dict[Chain, list[tuple[str, list[Bijection]]]] = {}
+
     def chains(self, flow):
         return list(_divided(flow))
 
     def run(self, chain, x, context):
         if not torch.is_grad_enabled():
             return super().run(chain, x, context)
+        if chain not in self.divided:
+            self.divided[chain] = list(self.parts(chain))
         total = zero_log_det(x)
-        for way, layers in self.parts(chain):
+        for way, layers in self.divided[chain]:
             x, total = self.take(way, layers, x, context, total)
         return x, total
 
@@ -85,6 +90,7 @@ class Reversible(Checkpoint):
     """
 
     def __init__(self, spacing: int = 8, bound: float = 1e-4):
+        super().__init__()
         self.spacing, self.bound = spacing, bound
         self.error: Tensor | None = None  # the greatest since statistics were asked for, on the device
 
@@ -99,9 +105,9 @@ class Reversible(Checkpoint):
     def take(self, way, layers, x, context, total):
         if way != "reversed":
             return super().take(way, layers, x, context, total)
-        layers = list(_single(layers))
-        parameters = [parameter for layer in layers for parameter in _trained(layer)]
-        x, log_det = _Reversed.apply(layers, self.compare, x, context, *parameters)
+        links = joined(_single(layers))
+        trained = [[parameter for parameter in link.parameters() if parameter.requires_grad] for link in links]
+        x, log_det = _Reversed.apply(links, trained, self.compare, x, context, *chain.from_iterable(trained))
         return x, total + log_det
 
     def layers(self, chain):
@@ -152,8 +158,8 @@ class _Reversed(torch.autograd.Function):
     """Layers one after the other, of which the input and the output are kept, and the lower bits of networks' inputs."""
 
     @staticmethod
-    def forward(ctx, layers, compare, x, context, *parameters):
-        ctx.links, ctx.compare, ctx.random = joined(layers), compare, []
+    def forward(ctx, links, trained, compare, x, context, *parameters):
+        ctx.links, ctx.trained, ctx.compare, ctx.random = links, trained, compare, []
         ctx.again, ctx.autocast = globalbatch.repeater(), _autocast(x.device.type)
         lower = []
 
@@ -165,7 +171,7 @@ class _Reversed(torch.autograd.Function):
             return z.detach(), log_det.detach()
 
         with ctx.autocast():
-            z, log_det = through([partial(link_by_link, link) for link in ctx.links], x.detach(), context)
+            z, log_det = through([partial(link_by_link, link) for link in links], x.detach(), context)
         ctx.counts = [len(bits) for bits in lower]
         ctx.save_for_backward(x, z, context, *chain.from_iterable(lower))
         return z, log_det
@@ -174,10 +180,10 @@ class _Reversed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient, of_log_det):
         kept, output, context, *lower = ctx.saved_tensors
-        wants_context, of_context, of_parameters = ctx.needs_input_grad[3], [], []
+        wants_context, of_context, of_parameters = ctx.needs_input_grad[4], [], []
         x, kind = output, output.device.type
         with torch.random.fork_rng(get_device_states(x)[0], device_type=kind), ctx.again():
-            for link, count, (state, states) in reversed([*zip(ctx.links, ctx.counts, ctx.random)]):
+            for link, trained, count, (state, states) in reversed([*zip(ctx.links, ctx.trained, ctx.counts, ctx.random)]):
                 torch.set_rng_state(state)
                 set_device_states(*states, device_type=kind)
                 given = context if not wants_context else context.detach().requires_grad_()
@@ -185,13 +191,13 @@ class _Reversed(torch.autograd.Function):
                     x, leaf, z, log_det = link.retrace(x, given, _mender(lower[len(lower) - count :]))
                 del lower[len(lower) - count :]
                 ends, pulls = zip(*[pair for pair in ((z, gradient), (log_det, of_log_det)) if pair[0].requires_grad])
-                starts = [leaf, *_trained(link), *([given] if wants_context else [])]
+                starts = [leaf, *trained, *([given] if wants_context else [])]
                 gradient, *others = torch.autograd.grad(ends, starts, pulls, allow_unused=True)
                 if wants_context and (one := others.pop()) is not None:
                     of_context.append(one)
                 of_parameters = others + of_parameters
         ctx.compare(x, kept, output)
-        return None, None, gradient, sum(of_context) if of_context else None, *of_parameters
+        return None, None, None, gradient, sum(of_context) if of_context else None, *of_parameters
 
 
 def _mender(bits: list[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -232,10 +238,6 @@ def _autocast(device: str) -> partial:
     """Autocast as it is now, but for its cache: a weight cast there without gradients would have none later."""
     now = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
     return partial(torch.autocast, device, **now, cache_enabled=False)
-
-
-def _trained(layer) -> list[Tensor]:
-    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
 def _single(layers: Iterable[Bijection]) -> Iterator[Bijection]:
