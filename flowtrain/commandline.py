@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -106,7 +107,7 @@ class _Job:
             cfg = self.loader.load_configuration(self.config_name, self.overrides, RunMode.RUN)
         except MissingConfigException as error:
             raise self._missing(error) from error
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # ~model=0 is a ValueError
             raise one_line(error) from error
         self._check_whole(cfg)
 
@@ -122,9 +123,11 @@ class _Job:
             options = self.loader.get_group_options(group)
             if value is None:
                 raise Refused(f"{group}=null: choose one of {', '.join(options)}")
-            if isinstance(value, str | int | float):
-                if shown(value) not in options and not group.startswith("hydra/"):
-                    raise _no_option(group, shown(value), options)
+            choices = value if isinstance(value, list) else [value]
+            if not isinstance(value, Sweep) and not group.startswith("hydra/"):
+                for choice in choices:
+                    if shown(choice) not in options:
+                        raise _no_option(group, shown(choice), options)
 
     def _missing(self, error: MissingConfigException) -> Refused:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
