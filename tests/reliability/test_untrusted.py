@@ -31,6 +31,9 @@ from flowtrain.data.pictures import MAX_PIXELS, opened
 from flowtrain.engine import checkpoint
 from flowtrain.errors import FlowtrainError, Refused
 
+# of what makes the hostile files
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (".*deprecated", ".*Duplicate name")]
+
 ROOT = Path(__file__).resolve().parents[2]
 DOORS = ["eval ckpt={}", "sample ckpt={}", "check ckpt={}", "score ckpt={} input=x.npy", "train resume={}"]
 DEEDS = (
