@@ -26,13 +26,14 @@ def rows(session: Session) -> Iterator[Row]:
         _check(session, name, function, x[:8].double(), theta[:8].double())
     few = x[:8].double(), theta[:8].double()
     for name in {"nflows", "normflows"} & {*functions}:
-        error = max((a - b).abs().max().item() for a, b in zip(functions[name](*few), ours(*few)))
-        session.check(f"spline, {name}: ours", error, TOLERANCE)
+        session.check(f"spline, {name}: ours", _off(functions[name](*few), ours(*few)), TOLERANCE)
     if session.compiled:
         torch.compiler.reset()
         functions[COMPILED] = torch.compile(ours, fullgraph=True, dynamic=False)
-        error = max((a - b).abs().max().item() for a, b in zip(functions[COMPILED](x, theta), ours(x, theta)))
-        session.check("spline, compiled: ours", error, 1e-4)
+        # in float32, where a steep and narrow bin magnifies roundings: both are judged by what float64 gives
+        exact = ours(x.double(), theta.double())
+        rounding, error = (_off(functions[name](x, theta), exact) for name in (OURS, COMPILED))
+        session.check("spline, compiled: ours", error, 10 * rounding)
     x, theta = x.requires_grad_(), theta.requires_grad_()
     times = session.times({name: _both_ways(function, x, theta) for name, function in functions.items()})
     work = f"spline forward and backward, {side * side:,} elements of {BINS} bins"
@@ -63,6 +64,10 @@ def _check(session: Session, name: str, function: Callable, x: Tensor, theta: Te
     y, log_derivative = function(x, theta)
     (slope,) = torch.autograd.grad(y.sum(), x)
     session.check(f"spline, {name}: log-derivative", (slope.log() - log_derivative).abs().max().item(), TOLERANCE)
+
+
+def _off(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(found, wanted))
 
 
 def _both_ways(function: Callable | nn.Module, x: Tensor, theta: Tensor) -> Callable[[], None]:
