@@ -18,7 +18,7 @@ from flowtrain.signals import end_at_once, end_in_kernel
 
 log = logging.getLogger("flowtrain")
 logging.raiseExceptions = False  # a reader of stdout that has left (| head) is no reason to stop
-failures: list[workers.Failed] = []  # of this process's job, for the command line to report
+failures: list[workers.Failed | BrokenPipeError] = []  # of this process's job, for the command line to report
 
 
 def job(cfg: DictConfig):
@@ -44,7 +44,8 @@ def job(cfg: DictConfig):
         if not sweep:
             if code == Refused.exit_code:
                 _discard(Path(run_dir))
-            failures.append(workers.Failed(text, code))  # raised through Hydra it would bring Hydra's own lines
+            # raised through Hydra it would bring Hydra's own lines
+            failures.append(error if isinstance(error, BrokenPipeError) else workers.Failed(text, code))
             return None
         print(f"flowtrain: job {row['job']}: {row['error']}", file=sys.stderr)
         if interrupted:

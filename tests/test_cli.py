@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import inprocess
 import pytest
 
-from flowtrain import __version__, cli, config, settings
+from flowtrain import __version__, cli, config, jobs, settings
 from flowtrain.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,6 +215,15 @@ def test_a_refusal_inside_the_job_leaves_no_run(tmp_path, devices):
     done = flowtrain("train", *words, *TINY, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):
+    def print_into_nothing(**_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(jobs, "execute", print_into_nothing)
+    with pytest.raises(BrokenPipeError):  # about which main() says nothing
+        inprocess.flowtrain(tmp_path, "check", "model=maf", "dataset=moons")
 
 
 def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):
