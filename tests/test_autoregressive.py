@@ -138,12 +138,24 @@ def test_blocks_under_autocast():
         torch.testing.assert_close(blocks, reference, atol=2e-2 * reference.abs().max().item(), rtol=2e-2)
 
 
-def test_blocks_under_vmap():
+def test_blocks_under_transformations():
     net = randomized(nets.MADE((40,), 2, hidden=256))
     x = torch.randn(8, 40).double()
     torch.testing.assert_close(torch.vmap(lambda x: net(x[None])[0])(x), net(x))
-    jacobian = torch.func.jacrev(lambda x: net(x).sum(0))(x).movedim(2, 0)
-    torch.testing.assert_close(jacobian, each_jacobian(without_blocks(net), x).movedim(2, 0))
+    expected = each_jacobian(without_blocks(net), x)
+    for jacobian in torch.func.jacrev, torch.func.jacfwd:
+        torch.testing.assert_close(jacobian(lambda x: net(x).sum(0))(x), expected)
+
+
+def test_blocks_forward_of_weights():
+    net = randomized(nets.MADE((40,), 2, hidden=256))
+    x, weights = torch.randn(8, 40).double(), dict(net.named_parameters())
+    along = {name: torch.randn_like(weight) for name, weight in weights.items()}
+
+    def tangent(net):
+        return torch.func.jvp(lambda weights: torch.func.functional_call(net, weights, (x,)), (weights,), (along,))[1]
+
+    torch.testing.assert_close(tangent(net), tangent(without_blocks(net)))
 
 
 @EVERY

@@ -39,6 +39,17 @@ class _Staircase(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, weight, _, ctx.rows, ctx.columns = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx, of_x, of_weight, of_bias, *_):
+        x, weight = ctx.saved_tensors
+        tangent = x.new_zeros(len(x), len(weight))
+        if of_x is not None:
+            tangent = tangent + F.linear(of_x, weight)
+        if of_weight is not None:
+            tangent = tangent + F.linear(x, of_weight)
+        return tangent if of_bias is None else tangent + of_bias
 
     @staticmethod
     def backward(ctx, grad):
