@@ -158,6 +158,30 @@ def test_blocks_forward_of_weights():
     torch.testing.assert_close(tangent(net), tangent(without_blocks(net)))
 
 
+@pytest.mark.parametrize("make", [
+    partial(b.Autoregressive, (40,), b.ExpAffine, partial(nets.MADE, hidden=128)),
+    partial(b.Autoregressive, (40,), b.RationalQuadratic, partial(nets.ResidualMADE, hidden=128), order="random"),
+    partial(b.Coupling, (40,), b.RationalQuadratic, partial(nets.ResidualMLP, hidden=8), b.Alternate,
+            partial(b.Elementwise, univariate=b.RationalQuadratic)),
+    partial(b.LULinear, (40,)),
+], ids=["maf", "nsf_autoregressive", "nsf_coupling", "lu"])  # fmt: skip
+def test_a_layer_is_one_graph_with_the_same_numbers(make):
+    """What torch.compile is given, without the compiler itself: that would take most of a minute a layer."""
+    layer = randomized(make())
+    x = event(layer, 5).requires_grad_()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    def results(layer):
+        z, log_det = layer(x)
+        loss = (z.sin().sum(1) + log_det).square().sum()
+        return [z, log_det, *torch.autograd.grad(loss, [x, *parameters])]
+
+    parameters = list(layer.parameters())
+    for graph, reference in zip(results(compiled), results(layer), strict=True):
+        torch.testing.assert_close(graph, reference)
+
+
 @EVERY
 def test_a_new_network_gives_zeros(name):
     net = NETS[name](shape=(6,), out=3)

@@ -113,33 +113,31 @@ class RationalQuadratic(Univariate):
     def _find(self, value: Tensor, theta: Tensor, axis: int) -> _Bin:
         """The bin whose side on ``axis`` (0: x, 1: y) holds ``value``, in [−bound, bound].
 
-        Bins come first, (bins, N): passes over all of them are the cost, and of rows they are many times faster. Where
-        θ has no batch it is one spline for each of N elements, and B values of each.
+        Passes over all bins are the cost. They are cheap where bins come first, so that each is a row, and where masks
+        of 0 and 1 pick a bin: an index, or a mask of booleans, keeps compiled code from working on vectors.
         """
-        splines = theta[..., 0].numel()
-        rows = (len(value) if theta.dim() == value.dim() else 1, splines)
-        theta = theta.movedim(-1, 0).reshape(self.params, splines).contiguous()
-        sizes, slopes = theta.split([2 * self.bins, self.bins - 1])
+        theta = theta.movedim(-1, 0)
+        if theta.dim() == value.dim():  # all examples share it
+            theta = theta[:, None]
+        sizes, slopes = theta.contiguous().split([2 * self.bins, self.bins - 1])
         shares = sizes.unflatten(0, (2, self.bins)).softmax(1)
         with torch.no_grad():
-            ends = shares[axis, :-1].cumsum(0) * self.share[axis]
-            number = torch.arange(1, self.bins, device=value.device, dtype=value.dtype)
-            ends = ends + (self.least[axis] * number - self.bound)[:, None]
-            passed = value.reshape(rows) >= ends[:, None]
+            end, begun = -self.bound, [torch.ones_like(value)]
+            for share in shares[axis, :-1]:
+                end = end + (self.share[axis] * share + self.least[axis])
+                begun.append((value >= end).to(value.dtype))
+            begun = torch.stack([*begun, torch.zeros_like(value)])
+            here, passed = begun[:-1] - begun[1:], begun[1:-1]
             index = passed.sum(0)
-            passed, count = passed.to(value.dtype), index.to(value.dtype)
-        own = shares.gather(1, index.expand(2, *rows))
-        before = (shares[:, :-1, None] * passed).sum(1)
+        own, before = (shares * here).sum(1), (shares[:, :-1] * passed).sum(1)
         start, size = [], []
-        for share, least, before, own in zip(self.share, self.least, before.unbind(), own.unbind()):
-            start.append(share * before + (least * count - self.bound))
+        for share, least, before, own in zip(self.share, self.least, before, own):
+            start.append(share * before + (least * index - self.bound))
             size.append(share * own + least)
-
-        knots = torch.cat((index - 1, index))
-        inner = knots.clamp(0, self.bins - 2)
-        slope = (F.softplus(slopes.gather(0, inner) + self.shift) + self.min_derivative).clamp(max=self.steepest)
-        slope = torch.where(inner == knots, slope, 1.0)
-        return _Bin(*(part.view_as(value) for part in (*start, *size, *slope.chunk(2))))
+        # before the first and after the last inner knot the sum is 0, whose slope is 1
+        slope = torch.stack([(slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)])
+        slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.steepest)
+        return _Bin(*start, *size, *slope)
 
 
 class _Bin(NamedTuple):

@@ -39,17 +39,6 @@ class _Staircase(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, weight, _, ctx.rows, ctx.columns = inputs
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
-
-    @staticmethod
-    def jvp(ctx, of_x, of_weight, of_bias, *_):
-        x, weight = ctx.saved_tensors
-        tangent = x.new_zeros(len(x), len(weight))
-        if of_x is not None:
-            tangent = tangent + F.linear(of_x, weight)
-        if of_weight is not None:
-            tangent = tangent + F.linear(x, of_weight)
-        return tangent if of_bias is None else tangent + of_bias
 
     @staticmethod
     def backward(ctx, grad):
@@ -64,6 +53,25 @@ class _Staircase(torch.autograd.Function):
             top, left = top + size, right
         unseen = x.new_zeros(len(x), x.shape[1] - left)
         return torch.cat([*of_x, unseen], 1) if needed else None, of_weight, grad.sum(0), None, None
+
+
+class _StaircaseBothWays(_Staircase):
+    """With derivatives in the forward direction too, of which torch.compile knows nothing."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Staircase.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx, of_x, of_weight, of_bias, *_):
+        x, weight = ctx.saved_tensors
+        tangent = x.new_zeros(len(x), len(weight))
+        if of_x is not None:
+            tangent = tangent + F.linear(of_x, weight)
+        if of_weight is not None:
+            tangent = tangent + F.linear(x, of_weight)
+        return tangent if of_bias is None else tangent + of_bias
 
 
 class MaskedLinear(nn.Linear):
@@ -96,7 +104,8 @@ class MaskedLinear(nn.Linear):
             return F.linear(x, weight, bias)
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x, weight, bias = (part.to(torch.get_autocast_dtype(device)) for part in (x, weight, bias))
-        return _Staircase.apply(x, weight, bias, self.rows, self.columns)
+        function = _Staircase if torch.compiler.is_compiling() else _StaircaseBothWays
+        return function.apply(x, weight, bias, self.rows, self.columns)
 
 
 class _InSteps:
