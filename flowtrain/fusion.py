@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+from torch import nn
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _separate = False
 
 
 @contextmanager
 def layer_by_layer():
-    """Within it, every layer is called by itself, as its hooks may want too."""
+    """Within it, every layer is called by itself."""
     global _separate
     previous, _separate = _separate, True
     try:
@@ -22,5 +25,6 @@ def layer_by_layer():
         _separate = previous
 
 
-def separate() -> bool:
-    return _separate
+def separate(*modules: nn.Module) -> bool:
+    """Whether ``modules`` are called by themselves: everything is, or one of them has a hook, such as weight_norm's."""
+    return _separate or any(getattr(module, hooks) for module in modules for hooks in _HOOKS)

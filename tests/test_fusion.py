@@ -75,6 +75,19 @@ def test_a_subclass_with_a_direction_of_its_own_is_called():
     assert [type(link) for link in joined(chain)] == [b.LULinear, Doubled, Joined]
 
 
+@pytest.mark.parametrize("where", ["actnorm", "coupling.net.second"])
+@pytest.mark.parametrize("hook", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_what_has_a_hook_is_called(where, hook):
+    layers = {"actnorm": b.ActNorm, "mixing": b.LULinear, "coupling": partial(b.Coupling, univariate=b.SigmoidAffine)}
+    layers["coupling"] = partial(layers["coupling"], net=partial(nets.ConvNet, hidden=6, norm=nets.ActNorm))
+    chain = randomized(b.Chain(picture, layers))
+    calls = []
+    getattr(chain.get_submodule(where), f"register_{hook}_hook")(lambda *_: calls.append(hook))
+    z, log_det = chain(event(chain).requires_grad_())
+    (z.sum() + log_det.sum()).backward()
+    assert calls == [hook]
+
+
 @pytest.mark.parametrize("context_shape", [None, (3,)])
 @pytest.mark.parametrize("norm", [nets.ActNorm, nets.BatchNorm, None])
 def test_norms_inside_a_network_are_folded_into_its_convolutions(norm, context_shape):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowtrain import fusion
 from flowtrain.bijections.base import Bijection, constant_log_det, full_precision
 
 
@@ -85,7 +86,7 @@ class Joined:
 
 
 def _join(layer: Bijection) -> bool:
-    return isinstance(layer, ChannelAffine) and layer.joins
+    return isinstance(layer, ChannelAffine) and layer.joins and not fusion.separate(layer)
 
 
 def inverse(matrix: Tensor) -> Tensor:

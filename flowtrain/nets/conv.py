@@ -182,7 +182,7 @@ class _Preactivated(nn.Module):
 
 def normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, with an actnorm folded into the convolution's few weights: its many outputs are made once."""
-    if not isinstance(norm, ActNorm) or fusion.separate():
+    if not isinstance(norm, ActNorm) or fusion.separate(conv, norm):
         return norm(conv(x))
     scale, bias = norm.log_scale.exp(), norm.bias if conv.bias is None else norm.bias + conv.bias
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias * scale)
