@@ -318,6 +318,8 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
         log.info("paper size: experiment=%s", preset)
     if cost := cost_of_likelihood(flow):
         log.info("%s", cost)
+    if cfg.memory != "none" and not flow.memory.chains(flow):
+        log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", cfg.memory)
     log.info("batch: %d, %d a device in %d part(s); until %s", cfg.batch_size, cfg.batch_size // world,
              cfg.trainer.accumulate, " or ".join(
                  text for text in (settings.max_steps and f"step {settings.max_steps}",

@@ -378,3 +378,10 @@ def test_what_is_refused(words, said, tmp_path):
     with pytest.raises(FlowtrainError, match=said) as caught:
         flowtrain(tmp_path, "train", DIGITS, "devices=1", "max_steps=3", "hydra.run.dir=run", *words)
     assert caught.value.exit_code == 2
+
+
+def test_a_flow_in_which_nothing_is_saved_says_so(tmp_path):
+    words = ("model=made", "dataset=moons", "devices=1", "max_steps=1", "trainer.tensorboard=false")
+    for memory, said in (("checkpoint", True), ("none", False)):
+        assert flowtrain(tmp_path, "train", f"memory={memory}", *words, f"hydra.run.dir={memory}") == 0
+        assert ("so that all is kept" in (tmp_path / memory / "train.log").read_text()) == said
