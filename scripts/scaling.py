@@ -1,0 +1,293 @@
+"""How time and memory grow, measured on this machine: scaling.json, scaling.png and the tables of scaling.md.
+
+    scripts/scaling [--smoke] [folder]      the folder, docs/ where none is named, holds scaling.md
+
+Times are this process's CPU seconds on one thread, which other work on the machine disturbs little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import scaling_page
+import scaling_parallel
+import torch
+from torch import Tensor
+
+from flowtrain.assemble import build_flow
+from flowtrain.benchmarks import ours
+from flowtrain.benchmarks.sample import without_gradients
+from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
+from flowtrain.benchmarks.train import step
+from flowtrain.bijections.ode import exact_trace, traced_exactly
+from flowtrain.config import compose, conf_dir
+from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.split import ArraySplit
+from flowtrain.engine.evaluate import evaluate
+from flowtrain.engine.peak import peak_bytes
+from flowtrain.errors import Refused
+from flowtrain.flow import Flow
+
+
+def glow_vector(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
+    """Glow's steps for vectors, as conf/ has them: the one family here with a dense linear layer, of D² weights."""
+    return ("model=glow_vector", *ours.VECTOR, f"dataset.shape=[{dimensions}]", f"model.steps={steps}",
+            f"model.hidden={hidden}")  # fmt: skip
+
+
+FAMILIES = {
+    "MAF": ours.maf,
+    "NSF coupling": ours.nsf_coupling,
+    "NSF autoregressive": ours.nsf_autoregressive,
+    "Glow's steps": glow_vector,
+}
+WORK = ("density", "training step", "sampling")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    growing: tuple[str, ...]  # families
+    base: dict[str, int]
+    axes: dict[str, tuple[int, ...]]  # each varied by itself around the base
+    autoregressive: dict[str, tuple[tuple[int, int, int], ...]]  # family -> (D, hidden, layers)
+    batch: int  # of those
+    families: tuple[int, int]  # D and batch of the comparison of all families
+    rows: tuple[int, ...]
+    parallel: scaling_parallel.Sizes
+
+
+FULL = Sizes(
+    growing=tuple(FAMILIES),
+    base={"D": 64, "width": 256, "depth": 4, "batch": 256},
+    axes={
+        "D": (16, 64, 256, 1024),
+        "width": (64, 256, 1024),
+        "depth": (2, 4, 8, 16),
+        "batch": (64, 256, 1024, 4096),
+    },
+    autoregressive={
+        "MAF": ((64, 512, 2), (256, 512, 2), (1024, 1024, 2), (3072, 3072, 2)),
+        "NSF autoregressive": ((64, 512, 1), (256, 512, 1), (1024, 1024, 1), (3072, 3072, 1)),
+    },
+    batch=1000,
+    families=(64, 256),
+    rows=(1024, 4096, 16384, 65536),
+    parallel=scaling_parallel.FULL,
+)
+SMOKE = Sizes(
+    growing=("MAF",),
+    base={"D": 6, "width": 8, "depth": 2, "batch": 8},
+    axes={"D": (4, 6), "width": (8, 16), "depth": (2, 4), "batch": (8, 16)},
+    autoregressive={"MAF": ((4, 8, 1), (8, 8, 1)), "NSF autoregressive": ((4, 8, 1),)},
+    batch=8,
+    families=(4, 8),
+    rows=(64, 128),
+    parallel=scaling_parallel.SMOKE,
+)
+
+
+def measure(sizes: Sizes, slice: float) -> dict:
+    """All figures. What takes less than ``slice`` seconds is called often enough to take so long."""
+    clock = Clock(slice)
+    return {
+        "base": sizes.base,
+        "growth": [one for axis in sizes.axes for one in growth(sizes, axis, clock)],
+        "rows": rows(sizes.rows, clock),
+        "autoregressive": autoregressive(sizes, clock),
+        "families": families(*sizes.families, clock),
+        "parallel": scaling_parallel.measure(sizes.parallel),
+    }
+
+
+class Clock:
+    """CPU seconds of variants in turns, three rounds of them."""
+
+    def __init__(self, slice: float):
+        self.slice, self.order = slice, random.Random(0)
+
+    def __call__(self, variants: dict[str, Callable[[], object]]) -> Times:
+        return in_turns(variants, 3, 0.0, self.order, lambda: None, self.slice, time.process_time)
+
+
+def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
+    """What is timed of a flow, each a call on a batch like ``x``; a training step changes no other's cost."""
+    train = step(flow, ours.optimizer(), x)
+
+    def training_step():
+        flow.train()
+        train()
+
+    def evaluated(run: Callable[[], object]) -> Callable[[], None]:
+        def inner():
+            flow.eval()
+            with torch.no_grad():
+                run()
+
+        return inner
+
+    return {
+        "density": evaluated(lambda: flow(x)),
+        "training step": training_step,
+        "sampling": evaluated(lambda: flow.sample(len(x))),
+    }
+
+
+def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
+    """Along one axis, for each family: seconds, bytes, and the powers of the axis that they grow by."""
+    for family in sizes.growing:
+        say(f"{family} by {axis}")
+        points = {}
+        for value in sizes.axes[axis]:
+            size = sizes.base | {axis: value}
+            x = torch.randn(size["batch"], size["D"])
+            points[value] = works(ours.started(FAMILIES[family](size["D"], size["width"], size["depth"]), x, 0), x)
+        for work in WORK:
+            times = clock({value: point[work] for value, point in points.items()})
+            yield curve(family, axis, work, "s", times)
+        for work in WORK[:2]:
+            yield curve(family, axis, work, "B", {value: [peak_bytes(point[work])] for value, point in points.items()})
+
+
+def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list[float]]) -> dict:
+    """``measured``: value on the axis -> what each round gave. The exponent is fitted in each round by itself."""
+    values, series = list(measured), list(zip(*measured.values(), strict=True))
+    return {
+        "family": family, "axis": axis, "work": work, "unit": unit, "at": values,
+        "measured": [Spread.of(list(found)).median for found in measured.values()],
+        "exponent": spread([exponent(values, one) for one in series]),
+        "last_exponent": spread([exponent(values[-2:], one[-2:]) for one in series]),
+    }  # fmt: skip
+
+
+def exponent(x: Iterable[float], y: Iterable[float]) -> float:
+    """The slope of the straight line nearest to log y over log x."""
+    x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (x, y))
+    x = x - x.mean()
+    return ((x * y).sum() / (x * x).sum()).item()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return vars(Spread.of(values))
+
+
+def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
+    """What grows with the rows of a set in memory, and what does not: judging all of them, one epoch's batches, a
+    training step that takes its batch."""
+    say("rows of data")
+    dimensions, batch = 64, min(512, *counts)
+    flow = ours.started(ours.maf(dimensions, 64, 1), torch.randn(batch, dimensions), 0)
+    judge, epoch, train = {}, {}, {}
+    for count in counts:
+        split = ArraySplit(torch.randn(count, dimensions))
+        judge[count] = lambda split=split: evaluate(flow, ordered(split, batch), len(split))
+        epoch[count] = lambda loader=Loader(split, batch): [
+            None for _ in zip(range(loader.steps_per_epoch), loader.batches())
+        ]
+        train[count] = training(copy.deepcopy(flow), Loader(split, batch))
+    runs = {"judging": judge, "an epoch's batches": epoch, "a training step": train}
+    seconds = [curve("MAF", "rows", work, "s", clock(run)) for work, run in runs.items()]
+    peaks = {work: {count: [peak_bytes(once)] for count, once in run.items()} for work, run in runs.items()}
+    return seconds + [curve("MAF", "rows", work, "B", peak) for work, peak in peaks.items()]
+
+
+def training(flow: Flow, loader: Loader) -> Callable[[], None]:
+    """A training step on the next batch."""
+    batches = loader.batches()
+    x = torch.empty(loader.batch_size, *flow.shape)
+    run = step(flow, ours.optimizer(), x)
+
+    def inner():
+        x.copy_(next(batches)[0])
+        run()
+
+    return inner
+
+
+def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
+    """Sampling autoregressive flows, as a multiple of one pass of their density over as many examples."""
+    found = []
+    for family, points in sizes.autoregressive.items():
+        for dimensions, hidden, layers in points:
+            say(f"{family}: sampling at D = {dimensions}")
+            x = torch.randn(sizes.batch, dimensions)
+            flow = ours.started(FAMILIES[family](dimensions, hidden, layers), x[:64], 0)
+            times = clock(
+                {
+                    "density": without_gradients(flow, lambda: flow(x)),
+                    "sampling": without_gradients(flow, lambda: flow.sample(len(x))),
+                }
+            )
+            found.append(
+                {
+                    "family": family, "D": dimensions, "hidden": hidden, "layers": layers, "batch": len(x),
+                    **{work: Spread.of(seconds).median for work, seconds in times.items()},
+                    "ratio": vars(ratio(times, "sampling", "density")),
+                }
+            )  # fmt: skip
+    return found
+
+
+def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
+    """Seconds an example of every model of conf/ that takes vectors, as it stands there."""
+    found = []
+    for model in sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml")):
+        overrides = (f"model={model}", "dataset=miniboone", f"dataset.shape=[{dimensions}]")
+        try:
+            build_flow(compose("train", list(overrides)), "meta")
+        except Refused:  # a model of pictures
+            continue
+        say(f"{model} at D = {dimensions}")
+        x = torch.randn(batch, dimensions)
+        flow = ours.started(overrides, x, 0).eval()
+        with exact_trace() if traced_exactly(flow) else nullcontext():  # as `flowtrain eval` has it
+            times = clock(
+                {
+                    "density": without_gradients(flow, lambda: flow(x)),
+                    "sampling": without_gradients(flow, lambda: flow.sample(batch)),
+                }
+            )
+        found.append(
+            {
+                "model": model, "parameters": sum(p.numel() for p in flow.parameters()),
+                "D": dimensions, "batch": batch,
+                **{work: Spread.of(seconds).median / batch for work, seconds in times.items()},
+            }
+        )  # fmt: skip
+    return found
+
+
+def say(text: str) -> None:
+    print(f"{time.process_time():6.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="measure how time and memory grow")
+    parser.add_argument("folder", nargs="?", default="docs", type=Path, help="holds scaling.md (docs)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    before, began = os.getloadavg()[0], time.process_time()
+    found = measure(SMOKE if options.smoke else FULL, 1e-9 if options.smoke else 0.02)
+    found["machine"] = {
+        "date": date.today().isoformat(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "load": [before, os.getloadavg()[0]],
+        "cpu_seconds": time.process_time() - began,
+    }  # fmt: skip
+    (options.folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    scaling_page.write(found, options.folder)
+    say(f"{options.folder}/scaling.md")
+
+
+if __name__ == "__main__":
+    main()
