@@ -80,7 +80,7 @@ def sent(folder, accumulate):
     return counts[1:]  # in the first, buckets are made anew in the order in which gradients come
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_a_step_sends_its_gradients_once_and_its_figures_once(accumulate, tmp_path):
     for counts in together(partial(sent, accumulate=accumulate), tmp_path):
         assert counts == [2] * (STEPS - 1)
@@ -99,7 +99,10 @@ def skipping(folder, adjoint, accumulate):
     return one.skipped, [parameter.detach() for parameter in flow.parameters()]
 
 
-@pytest.mark.parametrize(("adjoint", "accumulate"), [(True, 1), (False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("adjoint", "accumulate"),
+    [(True, 2), pytest.param(True, 1, marks=pytest.mark.long), pytest.param(False, 1, marks=pytest.mark.long)],
+)
 def test_an_equation_that_one_process_cannot_solve_is_a_bad_step_of_both(adjoint, accumulate, tmp_path):
     (skipped, weights), (other, others) = together(
         partial(skipping, adjoint=adjoint, accumulate=accumulate), tmp_path
@@ -129,6 +132,7 @@ def compiled_steps(folder):
     return graphs[0].graphs, torch.tensor(figures).chunk(2)
 
 
+@pytest.mark.long
 def test_batch_norm_over_two_processes_compiles(tmp_path):
     for graphs, (eager, compiled) in together(compiled_steps, tmp_path):
         assert graphs
