@@ -42,6 +42,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all par
 
 def main(cfg, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
+    data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)  # opens none, and names its own keys
     flow = build_flow(cfg, "meta")  # refuses what cannot be before any data are opened
     _optimizer(cfg, flow)
     _keep(cfg, flow)
@@ -49,7 +50,6 @@ def main(cfg, run_dir: str) -> dict:
     lock = _lock(run_dir) if distributed.is_main() else None
     device = distributed.device()
     autocast = _autocast(cfg.precision, device)
-    data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)
     train, val = data.split("train"), data.split("val")
     loader = Loader(
         train, cfg.batch_size, cfg.seed, data.augment, device, distributed.rank(), distributed.world(),
@@ -186,7 +186,7 @@ def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compi
 def _keep(cfg, flow: Flow) -> None:
     """Have the flow keep of its work in training what ``memory`` says; to be called after compilation."""
     if cfg.memory == "reversible" and cfg.compile is True:
-        raise Refused("compile=true: layers that memory=reversible runs backwards are not compiled; use memory=checkpoint")
+        raise Refused("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
     try:
         flow.keep(MEMORIES[cfg.memory]())
     except ValueError as error:

@@ -193,7 +193,8 @@ def test_names_and_copies_stay():
     flow.keep(Reversible())
     assert list(flow.state_dict()) == names
     twin = copy.deepcopy(flow)
-    given = [chain.memory for chain in twin.modules() if isinstance(chain, b.Chain) and type(chain.memory) is Reversible]
+    memories = [chain.memory for chain in twin.modules() if isinstance(chain, b.Chain)]
+    given = [one for one in memories if isinstance(one, Reversible)]
     assert given and all(one is twin.memory is not flow.memory for one in given)
     assert worst(gradients(twin, x, context)[1], right) <= 1e-5
 
@@ -354,8 +355,9 @@ def test_batch_normalization_is_not_run_backwards():
 
 def losses(folder, *words):
     folder.mkdir()
-    assert flowtrain(folder, "train", "model=glow", DIGITS, "devices=1", "max_steps=20", "hydra.run.dir=run", "model.steps=3", "model.hidden=16",
-                     "trainer.tensorboard=false", "trainer.log_every=5", "trainer.accumulate=2", *words) == 0  # fmt: skip
+    small = ["model=glow", DIGITS, "model.steps=3", "model.hidden=16", "devices=1", "max_steps=20", "hydra.run.dir=run"]
+    quiet = ["trainer.tensorboard=false", "trainer.log_every=5", "trainer.accumulate=2"]
+    assert flowtrain(folder, "train", *small, *quiet, *words) == 0
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return [[line[key] for line in lines if key in line] for key in (
         "train/bits_per_dim", "val/bits_per_dim", "memory/reconstruction_error")]  # fmt: skip

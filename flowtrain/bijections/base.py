@@ -50,8 +50,8 @@ class Bijection(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``forward`` once more, for its gradient, from what it returned: (x, leaf, z, log_det).
 
-        x is recomputed by ``inverse``, without a graph; ``mend`` makes each of its :meth:`clues`, in their order, exact.
-        The gradient of x arrives at ``leaf``, whatever its values.
+        x is recomputed by ``inverse``, without a graph; ``mend`` makes each of its :meth:`clues`, in order, exact. The
+        gradient of x arrives at ``leaf``, whatever its values.
         """
         with torch.no_grad():
             x = mend(self.inverse(z, context)[0])

@@ -78,10 +78,10 @@ class Checkpoint(Memory):
 class Reversible(Checkpoint):
     """Keeps the input of every few networks, an anchor, and recomputes what lies between by the layers' inverses.
 
-    A coupling takes one evaluation of its network for that and for its gradient. A rounding would turn a rectifier on or
-    off and so the gradient into another, so that networks get back what they saw to the last bit: two bytes of each of
-    its numbers are kept, and the inverse finds the others. What a network does not see drifts by roundings from one
-    anchor to the one before, where what was recomputed is compared with what was kept. Layers without a cheap inverse
+    A coupling takes one evaluation of its network for that and for its gradient. A rounding may turn a rectifier on or
+    off, and so the gradient into another. So networks get back what they saw to the last bit: two bytes of each of its
+    numbers are kept, and the inverse finds the others. What a network does not see drifts by roundings from one anchor
+    to the one before, where what was recomputed is compared with what was kept. Layers without a cheap inverse
     (``reversible = False``) are repeated from their input, as :class:`Checkpoint` does.
 
     Args:
@@ -145,8 +145,8 @@ class Reversible(Checkpoint):
             dist.all_reduce(error, dist.ReduceOp.MAX)
         if not (value := error.item()) <= self.bound:
             raise FloatingPointError(
-                f"memory=reversible: the layers' inverses recompute inputs with an error of {value:.2g}, above its bound "
-                f"of {self.bound:g}, and gradients err by as much or more; memory=checkpoint has no such error"
+                f"memory=reversible: the layers' inverses recompute inputs with an error of {value:.2g}, above its "
+                f"bound of {self.bound:g}, and gradients err by as much or more; memory=checkpoint has no such error"
             )
         return {"memory/reconstruction_error": value}
 
@@ -155,7 +155,7 @@ MEMORIES = {"none": Memory, "checkpoint": Checkpoint, "reversible": Reversible}
 
 
 class _Reversed(torch.autograd.Function):
-    """Layers one after the other, of which the input and the output are kept, and the lower bits of networks' inputs."""
+    """Layers one after the other, of which input and output are kept, and the lower bits of what networks see."""
 
     @staticmethod
     def forward(ctx, links, trained, compare, x, context, *parameters):
@@ -183,9 +183,9 @@ class _Reversed(torch.autograd.Function):
         wants_context, of_context, of_parameters = ctx.needs_input_grad[4], [], []
         x, kind = output, output.device.type
         with torch.random.fork_rng(get_device_states(x)[0], device_type=kind), ctx.again():
-            for link, trained, count, (state, states) in reversed([*zip(ctx.links, ctx.trained, ctx.counts, ctx.random)]):
-                torch.set_rng_state(state)
-                set_device_states(*states, device_type=kind)
+            for link, trained, count, random in reversed([*zip(ctx.links, ctx.trained, ctx.counts, ctx.random)]):
+                torch.set_rng_state(random[0])
+                set_device_states(*random[1], device_type=kind)
                 given = context if not wants_context else context.detach().requires_grad_()
                 with torch.enable_grad(), ctx.autocast():
                     x, leaf, z, log_det = link.retrace(x, given, _mender(lower[len(lower) - count :]))
@@ -220,7 +220,7 @@ def _lower_bits(x: Tensor) -> Tensor:
 
 
 def _nearest(x: Tensor, bits: Tensor) -> Tensor:
-    """The numbers next to x that have these lower bits: those that had them, where x is within 2¹⁵ roundings of them."""
+    """The numbers nearest to x with these lower bits: those that had them, where x is within 2¹⁵ roundings of them."""
     number = x.view(_INTEGERS[x.dtype])
     return (number + (bits - number.to(torch.int16))).view(x.dtype)  # a difference of two bytes, modulo 2¹⁶
 
