@@ -2,9 +2,9 @@
 
 Every unit has a degree, the number of first elements that it may depend on: element i (from 0) has degree i + 1, row i
 of the output degree i, and a unit sees those of the layer before whose degree is no greater than its own. Units are
-sorted by degree. So a mask is block-triangular, and the network can also be run in steps: once the elements before i are
-known, the units of degree i are all that row i still lacks, and a whole inverse computes each unit once. Rows between
-two degrees that hidden units have need the same units, and are found in one step.
+sorted by degree. So a mask is block-triangular, and the network can also be run in steps: once the elements before i
+are known, the units of degree i are all that row i still lacks, and a whole inverse computes each unit once. Rows
+between two degrees that hidden units have need the same units, and are found in one step.
 """
 
 from __future__ import annotations
