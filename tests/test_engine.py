@@ -11,6 +11,7 @@ import torch
 
 from flowtrain import bijections as b
 from flowtrain import nets
+from flowtrain.bijections.base import Memory
 from flowtrain.data.order import generator, mix
 from flowtrain.engine import checkpoint
 from flowtrain.engine.ema import EMA
@@ -463,3 +464,18 @@ def test_samples_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
     run(one, tmp_path)
     assert one.step == 30
     assert "step 10: no picture: an ODE came to no end" in caplog.text
+
+
+class Doubtful(Memory):
+    """Finds, when it is asked, that the gradients so far were wrong."""
+
+    def statistics(self):
+        raise FloatingPointError("inverses are off")
+
+
+def test_wrong_gradients_end_a_run_before_its_weights_are_kept(tmp_path):
+    flow = small_flow()
+    flow.keep(Doubtful())
+    with pytest.raises(FloatingPointError, match="inverses are off"):
+        trainer(tmp_path, flow=flow, save_every=5, log_every=1000).fit(Silence())
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()

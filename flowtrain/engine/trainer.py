@@ -306,6 +306,7 @@ class Trainer:
             setattr(self, name, state[name])
 
     def save(self) -> None:
+        self.flow.statistics()  # what its memory knows of wrong gradients since the last report stops the run first
         if distributed.is_main():
             checkpoint.save_last(self.state(), self.directory)
 
