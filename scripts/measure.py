@@ -40,6 +40,7 @@ def measure(name: str, run_dir: str = "") -> None:
     summary = json.loads((Path(run_dir) / "summary.json").read_text())
     environment = json.loads((Path(run_dir) / "environment.json").read_text())
     cores = environment["devices"] * environment["threads"]
+    minutes = summary["seconds"] / 60
     result = {
         "command": f"flowtrain train {entry['command']}",
         "table": entry["table"],
@@ -49,7 +50,7 @@ def measure(name: str, run_dir: str = "") -> None:
         **({"trace": report["trace"]} if "trace" in report else {}),
         "steps": summary["steps"],
         "parameters": summary["parameters"],
-        "budget": f"{summary['seconds'] / 60:.0f} minutes, {summary['steps']:,} steps",
+        "budget": f"{minutes:.0f} minute{'s' * (minutes >= 1.5)}, {summary['steps']:,} steps",
         "machine": f"{cores} core{'s' * (cores > 1)}",
         "published": entry.get("published"),
     }
