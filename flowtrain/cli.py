@@ -214,15 +214,20 @@ def _builds(group: str) -> bool:
 
 def _values(word: str, key: str) -> list:
     """The value of ``key=value``: as it stands where such a path exists, else by Hydra's grammar, a sweep as a list."""
+    from hydra.errors import HydraException
+
     from flowtrain.commandline import parse
 
     text = word.partition("=")[2]
     if os.path.exists(os.path.expanduser(text)):
         return [text]
     item = parse([word])[0]
-    if item.is_sweep_override():
+    if not item.is_sweep_override():
+        return [item.value()]
+    try:
         return [str(value).strip("'\"") for value in item.sweep_iterator()]
-    return [item.value()]
+    except HydraException as error:  # glob(), interval()
+        raise Refused(f"'{word}' does not list its values: write {key}=a,b") from error
 
 
 def hydra(config_name: str, argv: list[str], task=lambda cfg: None) -> None:
