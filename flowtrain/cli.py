@@ -154,7 +154,7 @@ def compose(command: str, words: list[str]) -> int:
     except HydraException as error:
         raise one_line(error) from error
     if jobs.failures:
-        raise jobs.failures[0]
+        raise jobs.failures.pop(0)
     if distributed.world() > 1 and not code:
         jobs.dismiss()
     return code
