@@ -43,8 +43,10 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 def main() -> None:
     end_at_once(announce=True)
-    # before torch starts its threads: ones that spin while they wait make a shared machine ten times slower
+    # before torch starts its threads: ones that spin while they wait make a shared machine ten times slower, and ones
+    # that do not spin at all are woken too late for small operations: on two idle cores a step takes half as long again
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of GNU's OpenMP, which PyTorch has on Linux: some microseconds
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
