@@ -14,10 +14,9 @@ from nflows.transforms import (
 from nflows.transforms.splines import unconstrained_rational_quadratic_spline
 from torch import nn
 
-from flowtrain.benchmarks.ours import BINS, convolutions
-from flowtrain.benchmarks.peers.parts import Layers, Levels, Turn, as_splines, copy_made, copy_residual
-
-BOUND = 3.0
+from flowtrain.benchmarks.ours import convolutions
+from flowtrain.benchmarks.peers.parts import TAILS, Layers, Levels, Turn, copy_made
+from flowtrain.benchmarks.peers.parts import spline_autoregressive, spline_couplings
 
 
 def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:
@@ -32,36 +31,15 @@ def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:
 
 
 def nsf_autoregressive(ours, dimensions: int, hidden: int, steps: int) -> Layers:
-    layers = []
-    for net in ours:
-        layer = MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
-            dimensions, hidden, num_bins=BINS, tails="linear", tail_bound=BOUND, num_blocks=2
-        )
-        made = layer.autoregressive_net
-        copy_made(net, made)
-        as_splines(made.final_layer, BINS, False, getattr(made, "hidden_features", None))
-        layers += [Turn(), layer]
-    return Layers([*layers, Turn()], same=True)
+    return spline_autoregressive(ours, dimensions, hidden, MaskedPiecewiseRationalQuadraticAutoregressiveTransform)
 
 
 def nsf_coupling(ours, dimensions: int, hidden: int, steps: int) -> Layers:
-    layers = []
-    for i, net in enumerate(ours):
-        layer = PiecewiseRationalQuadraticCouplingTransform(
-            [(j + i + 1) % 2 for j in range(dimensions)],
-            lambda inputs, out: ResidualNet(inputs, out, hidden, num_blocks=2),
-            num_bins=BINS,
-            tails="linear",
-            tail_bound=BOUND,
-        )
-        copy_residual(net, layer.transform_net)
-        as_splines(layer.transform_net.final_layer, BINS, True, hidden)
-        layers.append(layer)
-    return Layers(layers, same=True)
+    return spline_couplings(ours, dimensions, hidden, PiecewiseRationalQuadraticCouplingTransform, ResidualNet)
 
 
 def spline(x, widths, heights, slopes):
-    return unconstrained_rational_quadratic_spline(x, widths, heights, slopes, tails="linear", tail_bound=BOUND)
+    return unconstrained_rational_quadratic_spline(x, widths, heights, slopes, **TAILS)
 
 
 class _Convolutions(nn.Module):

@@ -4,7 +4,6 @@ trains through the one of D passes."""
 from __future__ import annotations
 
 import normflows as nf
-import torch
 from normflows.flows.affine.autoregressive import MaskedAffineAutoregressive
 from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
 from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
@@ -12,10 +11,8 @@ from normflows.nets.resnet import ResidualNet
 from normflows.utils.splines import unconstrained_rational_quadratic_spline
 from torch import nn
 
-from flowtrain.benchmarks.ours import BINS
-from flowtrain.benchmarks.peers.parts import Layers, Levels, Turn, as_splines, copy_made, copy_residual
-
-BOUND = 3.0
+from flowtrain.benchmarks.peers.parts import TAILS, Layers, Levels, Turn
+from flowtrain.benchmarks.peers.parts import spline_autoregressive, spline_couplings
 
 
 def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:
@@ -30,36 +27,15 @@ def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:
 
 
 def nsf_autoregressive(ours, dimensions: int, hidden: int, steps: int) -> Layers:
-    layers = []
-    for net in ours:
-        layer = MaskedPiecewiseRationalQuadraticAutoregressive(
-            dimensions, hidden, num_bins=BINS, tails="linear", tail_bound=BOUND, num_blocks=2
-        )
-        made = layer.autoregressive_net
-        copy_made(net, made)
-        as_splines(made.final_layer, BINS, False, getattr(made, "hidden_features", None))
-        layers += [Turn(), layer]
-    return Layers([*layers, Turn()], same=True)
+    return spline_autoregressive(ours, dimensions, hidden, MaskedPiecewiseRationalQuadraticAutoregressive)
 
 
 def nsf_coupling(ours, dimensions: int, hidden: int, steps: int) -> Layers:
-    layers = []
-    for i, net in enumerate(ours):
-        layer = PiecewiseRationalQuadraticCoupling(
-            torch.tensor([(j + i + 1) % 2 for j in range(dimensions)]),
-            lambda inputs, out: ResidualNet(inputs, out, hidden, num_blocks=2),
-            num_bins=BINS,
-            tails="linear",
-            tail_bound=BOUND,
-        )
-        copy_residual(net, layer.transform_net)
-        as_splines(layer.transform_net.final_layer, BINS, True, hidden)
-        layers.append(layer)
-    return Layers(layers, same=True)
+    return spline_couplings(ours, dimensions, hidden, PiecewiseRationalQuadraticCoupling, ResidualNet)
 
 
 def spline(x, widths, heights, slopes):
-    return unconstrained_rational_quadratic_spline(x, widths, heights, slopes, tails="linear", tail_bound=BOUND)
+    return unconstrained_rational_quadratic_spline(x, widths, heights, slopes, **TAILS)
 
 
 class _Backwards(nn.Module):

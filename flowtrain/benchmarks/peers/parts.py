@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.benchmarks.ours import BINS
+
+TAILS = {"tails": "linear", "tail_bound": 3.0}  # of a spline, as the bayesiains family says it
+
 
 class Peer(nn.Module):
     """A peer's flow: ``forward`` is the log-density under a standard normal latent.
@@ -146,3 +150,27 @@ def as_splines(layer: nn.Linear, bins: int, params_first: bool, hidden: int | No
         )
         changed = by_element.movedim(1, -1) * scale + plus
         parameter.copy_(changed.movedim(-1, 1).flatten(0, 1))
+
+
+def spline_autoregressive(ours, dimensions: int, hidden: int, kind: type[nn.Module]) -> Layers:
+    """Our autoregressive spline flow of a family's layers of that ``kind``."""
+    layers = []
+    for net in ours:
+        layer = kind(dimensions, hidden, num_blocks=2, num_bins=BINS, **TAILS)
+        made = layer.autoregressive_net
+        copy_made(net, made)
+        as_splines(made.final_layer, BINS, False, getattr(made, "hidden_features", None))
+        layers += [Turn(), layer]
+    return Layers([*layers, Turn()], same=True)
+
+
+def spline_couplings(ours, dimensions: int, hidden: int, kind: type[nn.Module], network: type[nn.Module]) -> Layers:
+    """Our flow of spline couplings of a family's ``kind``, with its residual ``network``."""
+    layers = []
+    for i, net in enumerate(ours):
+        moves = torch.tensor([(j + i + 1) % 2 for j in range(dimensions)])
+        layer = kind(moves, lambda inputs, out: network(inputs, out, hidden, num_blocks=2), num_bins=BINS, **TAILS)
+        copy_residual(net, layer.transform_net)
+        as_splines(layer.transform_net.final_layer, BINS, True, hidden)
+        layers.append(layer)
+    return Layers(layers, same=True)
