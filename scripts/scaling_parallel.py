@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtrain import distributed, train
+from flowtrain import cli, distributed, train
 from flowtrain.assemble import build_flow
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.timing import Spread, in_turns
@@ -77,6 +77,7 @@ def _member(rank: int, world: int, sizes: Sizes, folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()
     distributed.close()
+    cli.leave(0)
 
 
 def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:

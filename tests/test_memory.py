@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from composed import flow_of
 from inprocess import flowtrain
+from ranks import together
 from torch import nn
 
 from flowtrain import bijections as b
-from flowtrain import globalbatch, nets
+from flowtrain import distributed, globalbatch, nets
 from flowtrain.bijections import memory
 from flowtrain.bijections.memory import Checkpoint, Memory, Reversible
 from flowtrain.engine.compiling import compile_flow
@@ -249,10 +249,8 @@ def test_shared_weights_frozen_weights_and_a_context_that_learns():
         assert worst(found, results[0]) <= 1e-5
 
 
-def _rank(rank, store, out):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    found = {}
+def _gradients(_folder):
+    rank, found = distributed.rank(), {}
     for kept in (Checkpoint(), Reversible()):
         flow, whole = steps(6), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         flow.initialize(whole)
@@ -264,13 +262,11 @@ def _rank(rank, store, out):
             flow.zero_grad(set_to_none=True)
             wrapped(whole[4 * rank : 4 * rank + 4]).mean().backward()
         found[type(kept).__name__] = [parameter.grad.clone() for parameter in flow.parameters()], flow.statistics()
-    torch.save(found, f"{out}.{rank}")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_two_processes_get_the_gradient_of_the_whole_batch(tmp_path):
-    processes.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
-    first, second = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
+    first, second = together(_gradients, tmp_path)
     flow, whole = steps(6), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     flow.initialize(whole)
     flow(whole).mean().backward()

@@ -1,11 +1,11 @@
 """Two processes with gloo: what they send each other, and that what goes wrong in one is a bad step in both."""
 
 import math
-import os
 from functools import partial
 
 import pytest
 import torch
+from ranks import together
 from test_engine import SHAPE, Batches, settings, small_flow
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,21 +50,6 @@ def trainer(folder, flow, poison=(), **changes):
         flow, wrapped, loader, optimizer, Constant(), settings(**changes), None, lambda _flow: None, lambda _flow: None,
         folder, BitsPerDim(), {},
     )  # fmt: skip
-
-
-def in_process(rank, work, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", FLOWTRAIN_STORE=f"{folder}/store")
-    distributed.init()
-    torch.save(work(folder), folder / f"{rank}.pt")
-    distributed.barrier()
-    distributed.close()
-
-
-def together(work, folder):
-    """What ``work(folder)`` returns in each of two processes."""
-    torch.multiprocessing.spawn(in_process, (work, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def sent(folder, accumulate):

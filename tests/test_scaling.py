@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 import torch
-from test_parallel import together
+from ranks import together
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
