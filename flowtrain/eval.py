@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain import distributed
+from flowtrain import distributed, environment
 from flowtrain.assemble import build_flow, columns_of, has_bits, judge, load_weights, open_as
 from flowtrain.assemble import shares
 from flowtrain.bijections import Logit
@@ -24,7 +24,8 @@ EXAMPLES = 1000  # by default with an exact trace, which costs D times a stochas
 
 
 def main(cfg, run_dir: str) -> dict:
-    """Evaluate ``cfg.ckpt``, print a table (or JSON), write eval.json into ``run_dir``; returns what it holds."""
+    """Evaluate ``cfg.ckpt``, print a table (or JSON), write eval.json and environment.json into ``run_dir``;
+    returns what the first holds."""
     flow = build_flow(cfg, distributed.device())
     state = checkpoint.read(cfg.ckpt)
     weights = load_weights(flow, state, cfg.weights)
@@ -59,6 +60,7 @@ def main(cfg, run_dir: str) -> dict:
         )
     if distributed.is_main():
         (Path(run_dir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
+        environment.record(run_dir, distributed.device())
         print(json.dumps(report, indent=2) if cfg.json else table(report))
     return report
 

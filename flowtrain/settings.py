@@ -62,6 +62,7 @@ class Train:
     memory: Literal["none", "checkpoint", "reversible"] = "none"
     resume: bool | str | None = None
     init: str | None = None
+    deterministic: bool = False
     smoke: bool = False
     on_bad: Literal["stop", "skip"] = "stop"
     allow: list[str] = field(default_factory=list)

@@ -9,28 +9,28 @@ import math
 import os
 import platform
 import re
-import subprocess
-import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain import __version__, distributed, globalbatch
+from flowtrain import distributed, environment, globalbatch
 from flowtrain.assemble import build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.bijections.memory import MEMORIES
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.config import build, conf_dir, plain, with_hint
 from flowtrain.data import Loader
-from flowtrain.engine import checkpoint
+from flowtrain.engine import checkpoint, determinism
 from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.measure import measure_of
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.trainer import Settings, Trainer
+from flowtrain.environment import device_name
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.flow import Flow
 from flowtrain.views import View
@@ -49,6 +49,8 @@ def main(cfg, run_dir: str) -> dict:
     schedule = build(cfg.scheduler, allow=cfg.allow)
     lock = _lock(run_dir) if distributed.is_main() else None
     device = distributed.device()
+    if cfg.get("deterministic"):  # absent in older checkpoints
+        determinism.insist()
     autocast = _autocast(cfg.precision, device)
     train, val = data.split("train"), data.split("val")
     loader = Loader(
@@ -65,15 +67,18 @@ def main(cfg, run_dir: str) -> dict:
     state = checkpoint.read(cfg.resume) if cfg.resume else None
     if state is None:
         _start(flow, cfg, train, device)
+    if cfg.get("deterministic"):
+        _tell_cost(flow, loader, autocast)
     trainer = _trainer(cfg, flow, loader, val, schedule, settings, run_dir, device)
     if state is not None:
         trainer.load_state(state)
     reporter = Silence()
     if distributed.is_main():
         _introduce(cfg, flow, train, val, settings, device, run_dir, trainer.step)
+        environment.record(run_dir, device)
         reporter = Reporter(run_dir, trainer.step, settings.max_steps, cfg.trainer.tensorboard)
     try:
-        with explained():
+        with explained(), determinism.explained():
             trainer.fit(reporter)
         with trainer.eagerly():
             summary = _conclude(cfg, flow, trainer, val, run_dir)
@@ -81,7 +86,7 @@ def main(cfg, run_dir: str) -> dict:
         reporter.hyperparameters(_flat(plain(cfg)), {key: summary[key]})
     except torch.OutOfMemoryError as error:
         raise FlowtrainError(
-            f"out of memory on {_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
+            f"out of memory on {device_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
             f"(peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB): a smaller batch_size, a larger "
             "trainer.accumulate, more devices, memory=checkpoint or precision=bfloat16 would need less"
         ) from error
@@ -122,6 +127,12 @@ def _start(flow: Flow, cfg, train, device) -> None:
         torch.manual_seed(cfg.seed)
         flow.initialize(*next(Loader(train, size, cfg.seed, None, device).batches()))
     distributed.broadcast(flow.state_dict().values())
+
+
+def _tell_cost(flow: Flow, loader: Loader, autocast: torch.dtype | None) -> None:
+    x, context = next(loader.batches())
+    with determinism.explained(), nullcontext() if autocast is None else torch.autocast(x.device.type, autocast):
+        log.info("deterministic=true: a gradient takes %.2f times as long", determinism.cost(flow, x, context))
 
 
 def _fit(flow: Flow, columns) -> None:
@@ -292,7 +303,7 @@ def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir: str, step: int) -> None:
-    """The first lines of a run, and environment.json."""
+    """The first lines of a run."""
     world = distributed.world()
     count = sum(parameter.numel() for parameter in flow.parameters())
     parts = {
@@ -301,7 +312,7 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     }
     spread = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
     log.info("run: %s", run_dir)
-    log.info("device: %s × %d, precision %s", _name(device), world, cfg.precision)
+    log.info("device: %s × %d, precision %s", device_name(device), world, cfg.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
     levels = cfg.dataset.levels
     shape = "×".join(map(str, flow.shape))
@@ -328,24 +339,6 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
         log.info("resumed at step %d", step)
     if cfg.trainer.tensorboard:
         log.info("watch: tensorboard --logdir '%s'", Path(run_dir).parent)
-    environment = {
-        "flowtrain": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "device": _name(device), "devices": world, "threads": torch.get_num_threads(),
-        "host": platform.node(), "platform": platform.platform(), "git": _commit(), "command": sys.argv,
-    }  # fmt: skip
-    (Path(run_dir) / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code lies in, if it is one."""
-    found = subprocess.run(
-        ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 def _flat(config: dict, prefix: str = "") -> dict:
