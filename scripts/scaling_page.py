@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import sections
 from matplotlib.figure import Figure
 
 from flowtrain.benchmarks.session import clock
@@ -17,14 +17,8 @@ LINEAR, PASSES = 1.0, 2.5  # the powers of D and depth, and the density passes, 
 
 def write(found: dict, folder: Path) -> None:
     """Put each table between its markers in ``folder``/scaling.md, and draw scaling.png beside it."""
-    page = folder / "scaling.md"
-    text = page.read_text()
     for name, section in SECTIONS.items():
-        marked = re.compile(rf"(<!-- {name}:.*?-->\n).*?(<!-- /{name} -->)", re.S)
-        text, count = marked.subn(lambda match: f"{match[1]}{section(found)}\n{match[2]}", text)
-        if count != 1:
-            raise ValueError(f"{page}: {count} sections {name}, not one")
-    page.write_text(text)
+        sections.write(folder / "scaling.md", name, section(found))
     draw(found, folder / "scaling.png")
 
 

@@ -1,4 +1,8 @@
+import json
+import os
 import sys
+import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -7,12 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # audit.py, layers.py
 
 _promises: list[tuple[int, str, str]] = []  # of docs/reliability.md, as this run has seen them
+_began = time.monotonic()
 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
     parser.addoption(
-        "--reliability", action="store_true", help="do in full what the promises of reliability count, not a tenth"
+        "--reliability", action="store_true", help="the promises of reliability alone, counted in full, not a tenth"
     )
 
 
@@ -21,6 +26,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--reliability"):
+        others = [item for item in items if "promise" not in item.fixturenames]
+        items[:] = [item for item in items if "promise" in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
     if config.getoption("--long"):
         return
     for item in items:
@@ -28,9 +37,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --long"))
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     if not _promises:
         return
+    if config.getoption("--reliability"):  # for scripts/reliability
+        found = {
+            "date": f"{date.today()}", "torch": torch.__version__, "cores": os.cpu_count(), "promises": sorted(_promises),
+            "seconds": time.monotonic() - _began,
+        }  # fmt: skip
+        (config.rootpath / "outputs" / "reliability.json").write_text(json.dumps(found, indent=2) + "\n")
     rows = [("promise", "asked", "seen"), *((str(number), asked, seen) for number, asked, seen in sorted(_promises))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     terminalreporter.section("reliability")

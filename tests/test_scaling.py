@@ -52,7 +52,7 @@ def test_a_page_without_a_section_is_an_error(tmp_path):
 
     machine = {"date": "", "torch": "", "cores": 1, "load": [0, 0], "cpu_seconds": 0}
     (tmp_path / "scaling.md").write_text("# no sections\n")
-    with pytest.raises(ValueError, match="0 sections run"):
+    with pytest.raises(ValueError, match="has 0 sections run"):
         scaling_page.write({"machine": machine}, tmp_path)
 
 

@@ -1,0 +1,72 @@
+"""Promise 14: a long run takes no more memory and no more files as it goes, and its records can be read all the while."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from flowtrain.engine import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = (
+    "train", "model=nice", "dataset=moons", "model.hidden=8", "batch_size=8", "compile=false", "max_minutes=null",
+    "trainer.log_every=20", "trainer.val_every=100", "trainer.val_examples=16", "trainer.save_every=100",
+    "trainer.sample_every=500", "trainer.init_batch=64", "dataset.rows=2000",
+)  # fmt: skip
+STARTED = 0.25  # of the run: until then caches fill
+DRIFT = 4.0  # MiB that noise may look like over the rest of the run
+
+
+def resident(pid: int) -> float:
+    """MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def records(run: Path) -> int:
+    """The step that the records have come to; each is read whole, but for a line that is being written."""
+    *lines, _ = (run / "metrics.jsonl").read_text().split("\n")
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(steps)
+    for file in run.glob("tb/events.*"):
+        events = [event.step for event in EventFileLoader(str(file)).Load()]
+        assert not events or max(events) <= steps[-1] + 20
+    return steps[-1] if steps else 0
+
+
+def test_soak(tmp_path, count, promise):
+    steps = count(20_000)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flowtrain", *TRAIN, f"max_steps={steps}"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.STDOUT)
+    seen, read = [], 0
+    while process.poll() is None:
+        found = [*tmp_path.glob("outputs/*/*/checkpoints/last.pt")]
+        if found:
+            run = found[0].parent.parent
+            try:
+                files, memory = len(os.listdir(f"/proc/{process.pid}/fd")), resident(process.pid)
+            except (FileNotFoundError, ProcessLookupError):
+                break
+            seen.append((records(run), memory, files))
+            checkpoint.read(found[0])
+            read += 1
+        time.sleep(0.2)
+    assert process.wait() == 0, (tmp_path / "out").read_text()
+    assert records(run) == steps and json.loads((run / "summary.json").read_text())["steps"] == steps
+    step, memory, files = np.array([one for one in seen if STARTED * steps < one[0] < steps]).T
+    (slope, level), covariance = np.polyfit(step, memory, 1, cov=True)
+    rest = (1 - STARTED) * steps
+    rise, noise = slope * rest, 2 * covariance[0, 0] ** 0.5 * rest
+    promise(14, f"memory from step {STARTED * steps:.0f} to {steps} of a run with every interval firing: flat",
+            f"{rise:+.2f} ± {noise:.2f} MiB of {level:.0f}, {len(step)} readings")  # fmt: skip
+    promise(14, "open files meanwhile", f"{int(files.min())} to {int(files.max())}")
+    promise(14, "readings of metrics.jsonl, TensorBoard's events and last.pt meanwhile", f"{read} of {read}")
+    assert len(step) >= 8
+    assert rise - noise < DRIFT and memory[-len(memory) // 4 :].mean() - memory[: len(memory) // 4].mean() < 2 * DRIFT
+    assert files.max() - files.min() <= 3  # those of a checkpoint and a picture as they are written
