@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from argparse import Namespace
+from dataclasses import fields
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -25,8 +26,11 @@ from flowtrain import distributed, runs
 from flowtrain.config import conf_dir, is_part, settle
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.restore import RESTORED
-from flowtrain.settings import ROOTS, known_keys, shown, typed_keys
+from flowtrain.settings import ROOTS, Train, known_keys, shown, typed_keys
 
+# what a command that does not train reads of a run's own keys
+READ_BY_ALL = ("seed", "devices", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
+OF_TRAINING = {item.name for item in fields(Train)} - {*READ_BY_ALL, "dist"}
 # what a checkpoint leaves open of its data: where they lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
 
@@ -168,6 +172,8 @@ class _Job:
                 raise _fixed(key)
             if not (item.is_add() or item.is_force_add()):
                 _exists(key, tree, self._names(tree), "")
+            if self.restored and self.command != "train" and key.split(".")[0] in OF_TRAINING and key not in READ_BY_ALL:
+                raise Refused(f"{key}: {self.command} does not train, so it would change nothing")
             if not item.is_delete():
                 _check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False), "")
 

@@ -233,7 +233,10 @@ def test_refusals(table, keys, says, code):
 
 def test_refusals_of_the_command_line(table):
     folder, _, _ = table
-    for word, says in (("batch=1000", "batch=1000: must be"), ("model=nice", "is fixed by the checkpoint")):
+    for word, says in (
+        ("batch=1000", "batch=1000: must be"), ("model=nice", "is fixed by the checkpoint"),
+        ("max_steps=3", "score does not train"), ("trainer.clip=2", "score does not train"),
+    ):  # fmt: skip
         with pytest.raises(Refused, match=says):
             flowtrain(folder, "score", "ckpt=run", "input=rows.csv", word)
     assert not (folder / "run/score").exists()
