@@ -42,7 +42,7 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def main() -> None:
-    end_at_once(announce=True)
+    end_at_once()
     # before torch starts its threads: ones that spin while they wait make a shared machine ten times slower, and ones
     # that do not spin at all are woken too late for small operations: on two idle cores a step takes half as long again
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

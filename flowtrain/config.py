@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import runs
+from flowtrain.engine import status
 from flowtrain.errors import FlowtrainError, Refused
 from flowtrain.settings import ROOTS, known_keys, settled
 
@@ -105,6 +106,8 @@ def run_dir(path: str, resume, *, _root_) -> str:
         else:
             found = runs.run_of(Path(resume)) if resume else None
         _run_dirs[path] = str(found) if found else runs.claim(path)
+        if not found and runs.claiming:
+            status.begun(_run_dirs[path])
     return _run_dirs[path]
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
+import warnings
+from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from glob import glob
 
-from flowtrain.errors import Refused
+from flowtrain.errors import FlowtrainError, Refused
 
-PATIENCE = timedelta(hours=1)  # for a slow rank 0 (a download); a dead one is the launcher's to notice
+PATIENCE = timedelta(hours=1)  # until a job begins; a process that died is the launcher's to notice
 
 
 def _adopt_slurm() -> None:
@@ -99,13 +103,55 @@ def init() -> None:
         torch.cuda.set_device(where)
         backend = "cpu:gloo,cuda:nccl"
     store = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
-    dist.init_process_group(
+    _heeding_signals(
+        dist.init_process_group,
         backend,
         init_method=f"file://{store}" if store else "env://",
         rank=rank(),
         world_size=world(),
         timeout=PATIENCE,
     )
+
+
+def _heeding_signals(work, *args, **kwargs) -> None:
+    """Do what waits in C++ in a thread of its own, so that the main one can answer signals meanwhile."""
+    done = Future()
+
+    def run():
+        try:
+            done.set_result(work(*args, **kwargs))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    done.result()
+
+
+def limit_waits(seconds: float) -> None:
+    """From now on, a process that waits longer for another fails: that one has stopped, or hangs."""
+    if world() > 1:
+        from torch.distributed import distributed_c10d
+
+        init()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer releases name it set_timeout
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+class Lost(FlowtrainError):
+    """Another process of the job has ended, or has not answered for too long."""
+
+
+@contextmanager
+def noticing_the_lost():
+    """Raise Lost for what gloo and NCCL say when another process does not do its part."""
+    try:
+        yield
+    except RuntimeError as error:
+        gloo = world() > 1 and re.search(r"gloo/|Connection (closed|reset) by peer|Timed out waiting", str(error))
+        if gloo or type(error).__name__ == "DistBackendError":
+            text = f"rank {rank()} has lost another process: it has ended, or did not answer for dist.timeout_s seconds"
+            raise Lost(text) from error
+        raise
 
 
 def barrier() -> None:

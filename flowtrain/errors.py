@@ -20,7 +20,7 @@ class Interrupted(FlowtrainError):
         import signal
 
         signum = int(signum)
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.signum = signum
+        self.signum, self.name = signum, signal.Signals(signum).name
+        super().__init__(f"interrupted by {self.name}")
         graceful = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's two ways to say "save and leave"
         self.exit_code = 143 if signum in graceful else 128 + signum

@@ -7,14 +7,16 @@ import logging
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain import allocator, config, distributed, runs, workers
+from flowtrain.engine import status
 from flowtrain.errors import Interrupted, Refused
 from flowtrain.restore import RESTORED
-from flowtrain.signals import end_at_once, end_in_kernel
+from flowtrain.signals import end_in_kernel
 
 log = logging.getLogger("flowtrain")
 logging.raiseExceptions = False  # a reader of stdout that has left (| head) is no reason to stop
@@ -31,15 +33,21 @@ def job(cfg: DictConfig):
     command, run_dir = hydra.job.name, hydra.runtime.output_dir
     row = {"job": hydra.job.get("num", 0), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
     begun = time.monotonic()
+    ended = partial(status.ended, run_dir) if command == "train" else lambda *how: None
     try:
         summary = _run(command, cfg, run_dir, hydra, sweep)
+        ended()
         row = {"status": "finished", "seconds": round(time.monotonic() - begun, 3), **(summary or {}), **row}
         return summary
+    except SystemExit as error:  # a signal before training had begun
+        ended(error)
+        raise
     except Exception as error:
         from flowtrain.cli import explain
 
         interrupted = isinstance(error, Interrupted)
         text, code = explain(error, run_dir)
+        ended(error, text)
         row |= {"status": "interrupted" if interrupted else "failed", "error": text}
         if not sweep:
             if code == Refused.exit_code:
@@ -75,13 +83,16 @@ def _run(command: str, cfg: DictConfig, run_dir: str, hydra, sweep: bool) -> dic
     if values.get("init"):
         values["init"] = str(runs.checkpoint_in(values["init"], "init"))
     arguments = {"command": command, "values": values, "run_dir": run_dir}
+    limit = values["job_timeout"]
     if distributed.world() > 1:  # torchrun: the other ranks wait for this in serve()
+        if limit:
+            raise Refused(f"job_timeout={limit:g}: not under torchrun or srun, which has the processes in its own hands")
         return execute(**distributed.broadcast_object(arguments))
     count = distributed.processes(values["devices"])
-    if count == 1 and not sweep:
+    if count == 1 and not sweep and not limit:
         return execute(**arguments)
     logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    return workers.launch({**arguments, "logging_config": logging_config}, count)
+    return workers.launch({**arguments, "logging_config": logging_config}, count, limit)
 
 
 def execute(command: str, values: dict, run_dir: str, logging_config: dict | None = None) -> dict:
@@ -92,17 +103,18 @@ def execute(command: str, values: dict, run_dir: str, logging_config: dict | Non
         from hydra.core.utils import configure_log
 
         configure_log(OmegaConf.create(logging_config))
-    distributed.init()
     allocator.keep_freed_memory()
-    return importlib.import_module(f"flowtrain.{command}").main(OmegaConf.create(values), run_dir)
+    with distributed.noticing_the_lost():
+        distributed.init()
+        distributed.limit_waits(values["dist"]["timeout_s"])
+        return importlib.import_module(f"flowtrain.{command}").main(OmegaConf.create(values), run_dir)
 
 
 def serve() -> None:
     """A rank above 0 under torchrun or srun: take jobs from rank 0 until there are no more."""
+    end_in_kernel()
     while True:
-        end_in_kernel()
         arguments = distributed.broadcast_object()
-        end_at_once(announce=False)
         if arguments is None:
             return distributed.close()
         execute(**arguments)
@@ -116,7 +128,7 @@ def dismiss() -> None:
 
 def _discard(run_dir: Path) -> None:
     """Remove a new run directory that holds only Hydra's record, the lock and the log of a refusal."""
-    if {item.name for item in run_dir.iterdir()} <= {".hydra", ".lock", "train.log"}:
+    if {item.name for item in run_dir.iterdir()} <= {".hydra", status.LOCK, status.NAME, "train.log"}:
         shutil.rmtree(run_dir)
         if not any(run_dir.parent.iterdir()):
             run_dir.parent.rmdir()

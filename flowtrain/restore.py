@@ -25,7 +25,7 @@ MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, suc
 NEEDED = ("model", "dataset", "trainer", "optimizer", "scheduler")
 # of this machine and this command, never of the file
 OURS = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
-DROPPED = ("devices", "allow")
+DROPPED = ("devices", "allow", "dist", "job_timeout")
 UNSET = {"init": None, "resume": False}
 
 

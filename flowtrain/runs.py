@@ -17,7 +17,8 @@ from flowtrain.errors import FlowtrainError, Refused
 OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt")
-FREE = ("resume", "devices", "max_steps", "max_minutes")  # may differ between a run and its continuation
+# may differ between a run and its continuation
+FREE = ("resume", "devices", "dist", "job_timeout", "max_steps", "max_minutes")
 
 claiming = True  # false while a configuration is only looked at
 

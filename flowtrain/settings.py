@@ -39,6 +39,11 @@ class Trainer:
 
 
 @dataclass
+class Dist:
+    timeout_s: float = bounded(above=0)
+
+
+@dataclass
 class Published:
     value: float
     unit: Literal["bits_per_dim", "nats"]
@@ -66,6 +71,8 @@ class Train:
     smoke: bool = False
     on_bad: Literal["stop", "skip"] = "stop"
     allow: list[str] = field(default_factory=list)
+    dist: Dist = field(default_factory=Dist)
+    job_timeout: float | None = bounded(above=0)
     model: Any = None
     dataset: Any = None
     optimizer: Any = None
@@ -126,6 +133,8 @@ class Bench:
     seed: int = bounded(least=0)
     devices: Literal["auto"] | int = bounded(least=1)
     allow: list[str] = field(default_factory=list)
+    dist: Dist = field(default_factory=Dist)
+    job_timeout: float | None = bounded(above=0)
     suite: Literal["train", "sample", "spline", "memory", "data", "start", "all"] = "all"
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]] = field(default_factory=list)
     threads: int = bounded(least=1)

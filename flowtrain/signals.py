@@ -6,22 +6,23 @@ import sys
 from flowtrain.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME = 1.0  # seconds: a terminal's Ctrl-C reaches a launcher and its workers, and the launcher passes it on
 
 
-def end_at_once(announce: bool) -> None:
+def end_at_once() -> None:
     """Until the trainer installs handlers that save first, a signal ends the process with its code, untraced."""
 
     def end(signum, frame):
         interrupted = Interrupted(signum)
-        if announce:
-            print(f"flowtrain: {interrupted}", file=sys.stderr)
-        raise SystemExit(interrupted.exit_code)  # not an Exception, which a library might catch
+        print(f"flowtrain: {interrupted}", file=sys.stderr)
+        raise SystemExit(interrupted.exit_code) from interrupted  # not an Exception, which a library might catch
 
     for number in SIGNALS:
         signal.signal(number, end)
 
 
 def end_in_kernel() -> None:
-    """While a process waits for the others in C++, where Python's handlers do not run: die of the signal itself."""
+    """In a process that waits for others in C++, where Python's handlers do not run, and has nothing to put in order:
+    until the trainer installs its own, die of the signal itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
 import os
-import platform
 import re
 import warnings
 from contextlib import nullcontext
@@ -24,11 +22,12 @@ from flowtrain.bijections.memory import MEMORIES
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.config import build, conf_dir, plain, with_hint
 from flowtrain.data import Loader
-from flowtrain.engine import checkpoint, determinism
+from flowtrain.engine import checkpoint, determinism, status
 from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.measure import measure_of
 from flowtrain.engine.reporter import Reporter, Silence
+from flowtrain.engine.signals import heed
 from flowtrain.engine.trainer import Settings, Trainer
 from flowtrain.environment import device_name
 from flowtrain.errors import FlowtrainError, Refused
@@ -42,12 +41,16 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all par
 
 def main(cfg, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
+    with status.held(run_dir) if distributed.is_main() else nullcontext():
+        return _train(cfg, run_dir)
+
+
+def _train(cfg, run_dir: str) -> dict:
     data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)  # opens none, and names its own keys
     flow = build_flow(cfg, "meta")  # refuses what cannot be before any data are opened
     _optimizer(cfg, flow)
     _keep(cfg, flow)
     schedule = build(cfg.scheduler, allow=cfg.allow)
-    lock = _lock(run_dir) if distributed.is_main() else None
     device = distributed.device()
     if cfg.get("deterministic"):  # absent in older checkpoints
         determinism.insist()
@@ -94,23 +97,7 @@ def main(cfg, run_dir: str) -> dict:
         raise FlowtrainError(str(error)) from error
     finally:
         reporter.close()
-        if lock:
-            lock.close()
     return summary
-
-
-def _lock(run_dir: str):
-    """Hold the run directory while this process lives: two writers would spoil each other's records."""
-    lock = (Path(run_dir) / ".lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        raise Refused(f"{run_dir}: is being trained by {lock.read().strip() or 'another process'}") from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
 
 
 def _start(flow: Flow, cfg, train, device) -> None:
@@ -212,6 +199,7 @@ def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     torch.manual_seed(loader.seed)
     with torch.no_grad(), globalbatch.reestimating(flow):
         for _ in range(min(loader.steps_per_epoch, steps)):
+            heed()
             x, context = next(batches)
             with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)

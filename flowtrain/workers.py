@@ -20,11 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from flowtrain import distributed
+from flowtrain.distributed import Lost
 from flowtrain.errors import FlowtrainError, Interrupted
-from flowtrain.signals import SIGNALS, end_at_once, end_in_kernel
+from flowtrain.signals import SAME, SIGNALS, end_in_kernel
 
-GRACE = 30  # seconds that the others have to end by themselves once a worker has failed,
-SAVING = 600  # or once it has ended by a signal and they may still be writing
+GRACE = 10  # seconds that the others have to end by themselves once a worker has failed,
+ENDING = 20  # that a job has which took too long,
+SAVING = 600  # that workers have which may still be writing, once one has ended by a signal
 
 
 class Failed(FlowtrainError):
@@ -35,19 +37,22 @@ class Failed(FlowtrainError):
         self.exit_code = exit_code
 
 
-def launch(job: dict, count: int) -> dict:
-    """Run ``job`` (arguments of :func:`flowtrain.jobs.execute`) on ``count`` processes; rank 0's summary."""
+def launch(job: dict, count: int, timeout: float | None) -> dict:
+    """Run ``job`` (arguments of :func:`flowtrain.jobs.execute`) on ``count`` processes; rank 0's summary.
+
+    Raises:
+        Interrupted: this process was asked to end, and so it asked them.
+        Failed: what one of them ended by, or that they took more than ``timeout`` seconds.
+    """
     with tempfile.TemporaryDirectory(prefix="flowtrain-") as folder:
         payload = pickle.dumps({**job, "folder": folder})
-        received: list[int] = []
+        received: list[tuple[int, float]] = []
         group: list[subprocess.Popen] = []
 
         def forward(signum, frame):
-            received.append(signum)
-            again = signum == signal.SIGINT and received.count(signum) > 1  # Ctrl-C twice: at once
-            for worker in group:
-                if worker.poll() is None:
-                    worker.send_signal(signal.SIGKILL if again else signum)
+            received.append((signum, time.monotonic()))
+            again = received[-1][1] - received[0][1] > SAME
+            _tell(group, signal.SIGKILL if again else signal.SIGTERM)
 
         main_thread = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, forward) for number in SIGNALS} if main_thread else {}
@@ -63,17 +68,29 @@ def launch(job: dict, count: int) -> dict:
                 with suppress(BrokenPipeError):  # it has died already
                     worker.stdin.write(payload)
                     worker.stdin.flush()
-            _wait(group)
+                if received:  # perhaps before this one was known
+                    _tell(group, signal.SIGTERM)
+                    break
+            late = _wait(group, timeout)
         finally:
+            silent = [worker for worker in group if worker.poll() is None]
+            _tell(silent, signal.SIGKILL)
             for worker in group:
-                if worker.poll() is None:
-                    worker.kill()
                 worker.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if received:
-            raise Interrupted(received[0])
-        return _outcome(group, Path(folder))
+            raise Interrupted(received[0][0])
+        if late:
+            raise Failed(f"job_timeout={timeout:g}: still ran after {timeout:g} seconds, and was ended", 1)
+        return _outcome(group, silent, Path(folder))
+
+
+def _tell(group, signum: int) -> None:
+    """Workers get SIGTERM for every request: to SIGINT, Python answers with a traceback while it starts."""
+    for worker in group:
+        if worker.poll() is None:
+            worker.send_signal(signum)
 
 
 def _environment(rank: int, count: int, folder: str) -> dict:
@@ -86,31 +103,45 @@ def _environment(rank: int, count: int, folder: str) -> dict:
     return env
 
 
-def _wait(group) -> None:
-    """Until every worker has ended; once one has failed, the others are given some time."""
-    since = None
+def _wait(group, timeout: float | None) -> bool:
+    """Until every worker has ended, or those that are left have had their time since one failed or since ``timeout``
+    passed; whether that has."""
+    begun, late, since, patience = time.monotonic(), False, None, GRACE
     while any(worker.poll() is None for worker in group):
-        failed = [worker.returncode for worker in group if worker.returncode]
-        since = since or failed and time.monotonic()
-        if failed and time.monotonic() - since > (SAVING if set(failed) <= {130, 143} else GRACE):
-            return
+        now = time.monotonic()
+        failed = {worker.returncode for worker in group if worker.returncode}
+        if timeout and not late and not failed and now - begun > timeout:
+            late, since, patience = True, now, ENDING
+            _tell(group, signal.SIGTERM)
+        elif failed and not since:
+            since = now
+        if since and now - since > (SAVING if failed and failed <= {130, 143} else patience):
+            break
         time.sleep(0.05)
+    return late
 
 
-def _outcome(group, folder: Path) -> dict:
-    """Rank 0's summary, or the error that explains the others': flowtrain's own, then a kill, then the first."""
+def _outcome(group, silent, folder: Path) -> dict:
+    """Rank 0's summary, or the error that explains the others': flowtrain's own, then a death, then the first of the
+    others, then that one was ``silent``, which had to be killed; last, that one has lost another."""
     if not any(worker.returncode for worker in group):
         return json.loads((folder / "0.json").read_text())
     errors = []
     for rank, worker in enumerate(group):
-        file = folder / f"{rank}.json"
-        if worker.returncode and file.is_file():
+        file, place = folder / f"{rank}.json", f"(process {rank} of {len(group)})"
+        if worker in silent:
+            errors.append((3, rank, f"a worker no longer answered {place}", 1, None))
+        elif worker.returncode and file.is_file():
             error = json.loads(file.read_text())
-            errors.append((0 if error["ours"] else 2, file.stat().st_mtime, error["error"], error["exit_code"]))
+            order = {"ours": 0, "lost": 4}.get(error["kind"], 2)
+            errors.append((order, file.stat().st_mtime, error["error"], error["exit_code"], error["signum"]))
+        elif worker.returncode and -worker.returncode in SIGNALS:
+            interrupted = Interrupted(-worker.returncode)
+            errors.append((1, rank, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
         elif worker.returncode:
-            errors.append((1, 0, f"{_death(worker.returncode)} (process {rank} of {len(group)})", 1))
-    _, _, text, code = min(errors)
-    raise Failed(text, code)
+            errors.append((1, rank, f"{_death(worker.returncode)} {place}", 1, None))
+    *_, text, code, signum = min(errors, key=lambda error: error[:2])
+    raise Failed(text, code) from (Interrupted(signum) if signum else None)
 
 
 def _death(returncode: int) -> str:
@@ -130,13 +161,13 @@ def main() -> None:
     file = Path(job.pop("folder")) / f"{distributed.rank()}.json"
     result, code = {}, 0
     try:
-        distributed.init()
-        end_at_once(announce=False)
         result = jobs.execute(**job) or {}
         distributed.close()
     except Exception as error:
         text, code = cli.explain(error, job["run_dir"])
-        result = {"error": text, "exit_code": code, "ours": isinstance(error, FlowtrainError)}
+        kind = "lost" if isinstance(error, Lost) else "ours" if isinstance(error, FlowtrainError) else "other"
+        signum = error.signum if isinstance(error, Interrupted) else None
+        result = {"error": text, "exit_code": code, "kind": kind, "signum": signum}
     file.with_suffix(".tmp").write_text(json.dumps(result))
     file.with_suffix(".tmp").replace(file)
     cli.leave(code)

@@ -19,6 +19,7 @@ from flowtrain import eval as evaluation
 from flowtrain import sample, train
 from flowtrain.conditions import contexts
 from flowtrain.config import settle
+from flowtrain.engine import status
 from flowtrain.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,10 +167,8 @@ def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):
-    lock = train._lock(str(tmp_path))
-    with pytest.raises(Refused, match=f"is being trained by process {os.getpid()} on"):
+    with status.held(tmp_path), pytest.raises(Refused, match=f"is being trained by process {os.getpid()} on"):
         trained(tmp_path, *TINY)
-    lock.close()
     trained(tmp_path, *TINY)
 
 

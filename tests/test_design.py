@@ -12,6 +12,7 @@ SOURCE = Path(flowtrain.__file__).parent
 ALLOWED = {  # part -> the parts of flowtrain that it may import
     "errors": set(),
     "tablefile": {"errors"},
+    "signals": {"errors"},
     "fusion": set(),
     "globalbatch": set(),
     "distributed": {"errors"},
@@ -21,7 +22,7 @@ ALLOWED = {  # part -> the parts of flowtrain that it may import
     "flow": {"bijections", "distributions", "fusion", "globalbatch"},
     "data": {"errors", "globalbatch", "tablefile"},
     "plots": {"errors"},
-    "engine": {"bijections", "data", "distributed", "errors", "flow", "fusion", "globalbatch", "plots"},
+    "engine": {"bijections", "data", "distributed", "errors", "flow", "fusion", "globalbatch", "plots", "signals"},
     "benchmarks": {"assemble", "bijections", "config", "data", "engine", "errors", "flow"},
 }
 COMMANDS = {"train", "eval", "sample", "check", "score", "bench"}

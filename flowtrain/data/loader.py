@@ -156,3 +156,5 @@ def _ignore_signals(_worker: int) -> None:
     """Ctrl-C and a scheduler's warning reach every process of the job; the main one decides what they mean."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # torchrun and SLURM send every process SIGTERM too; a second one is from the main process, which has no more use
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from flowtrain import distributed, globalbatch
 from flowtrain.bijections.ode import unsolved_is_nan
 from flowtrain.data.order import mix
-from flowtrain.engine import checkpoint
+from flowtrain.engine import checkpoint, status
 from flowtrain.engine.compiling import Compiled
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.measure import Measure
 from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
-from flowtrain.engine.signals import ASKED, remembered
+from flowtrain.engine.signals import heed, impatiently, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
+from flowtrain.signals import SIGNALS
 
 log = logging.getLogger("flowtrain")
 
@@ -91,6 +92,7 @@ class Trainer:
         self.first_rates = [group["lr"] for group in optimizer.param_groups]
         self.reporter: Reporter | Silence = Silence()
         self.step, self.seconds = 0, 0.0
+        self.validated = self.shown = 0  # at which steps
         self.best, self.stale = math.inf, 0  # validation: the least loss so far, and how many since
         self.skipped, self.bad_in_a_row = 0, 0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
@@ -105,35 +107,40 @@ class Trainer:
         self.reporter, settings = reporter, self.settings
         began = time.monotonic() - self.seconds
         saved = logged = time.monotonic()
-        validated = False
         recorded = settings.profile and distributed.is_main()
         profile = profiled(self.directory.parent) if recorded else nullcontext(lambda: None)
         with remembered() as asked, profile as stepped:
-            batches = self.loader.batches(self.step)
-            while self.progress() < 1 and not self.has_stalled():
-                loss, norm = self.gradient(*next(batches))
-                loss, norm, signum, self.seconds = self.read(loss, norm, asked.signum, time.monotonic() - began)
-                self.update(loss, norm)
-                self.step += 1
-                if self.compiled:
-                    self.compiled.after_step(self.step)
-                stepped()
-                if self.every(settings.log_every):
-                    self.report(norm, elapsed=time.monotonic() - logged)
-                    logged = time.monotonic()
-                if validated := self.every(settings.val_every):
+            try:
+                self.look()  # where a signal ended that
+                batches = self.loader.batches(self.step)
+                while self.progress() < 1 and not self.has_stalled():
+                    # alone: other processes may have begun the step that this one would leave
+                    with impatiently() if distributed.world() == 1 else nullcontext():
+                        batch = next(batches)
+                    loss, norm = self.gradient(*batch)
+                    loss, norm, signum, self.seconds = self.read(loss, norm, asked.signum, time.monotonic() - began)
+                    self.update(loss, norm)
+                    self.step += 1
+                    if self.compiled:
+                        self.compiled.after_step(self.step)
+                    stepped()
+                    if self.every(settings.log_every):
+                        self.report(norm, elapsed=time.monotonic() - logged)
+                        logged = time.monotonic()
+                    if signum:
+                        raise Interrupted(signum)
+                    self.look()
+                    if self.every(settings.save_every) or time.monotonic() - saved > 60 * settings.save_minutes:
+                        self.save()
+                        saved = time.monotonic()
+                if not self.has_stalled():
                     self.validate()
-                if self.every(settings.sample_every):
-                    self.show()
-                if signum or self.every(settings.save_every) or time.monotonic() - saved > 60 * settings.save_minutes:
-                    self.save()
-                    saved = time.monotonic()
-                if signum:
-                    raise Interrupted(signum)
-            if not validated and not self.has_stalled():
-                self.validate()
-            self.show()
+                self.show()
+            except Interrupted:
+                self.save()
+                raise
             self.save()
+            heed()
 
     def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the reduced gradient, on its device."""
@@ -164,11 +171,11 @@ class Trainer:
         process: all that a step decides by, in its one read from the device."""
         world = distributed.world()
         clock = seconds if distributed.rank() == 0 else 0.0
-        own = torch.tensor([clock, *(float(signum == one) for one in ASKED)], dtype=torch.float64)
+        own = torch.tensor([clock, *(float(signum == one) for one in SIGNALS)], dtype=torch.float64)
         shared = torch.stack([loss, norm]).double() / world
         figures = distributed.all_sum(torch.cat([shared, own.to(shared.device, non_blocking=True)]))
         loss, norm, clock, *counts = figures.tolist()
-        return loss, norm, next((one for one, count in zip(ASKED, counts) if count), 0), clock
+        return loss, norm, next((one for one, count in zip(SIGNALS, counts) if count), 0), clock
 
     def update(self, loss: float, norm: float) -> None:
         """Step the optimizer; a loss or gradient that is not finite never reaches it."""
@@ -194,15 +201,26 @@ class Trainer:
                 "a lower optimizer.lr or a trainer.clip may help"
             )
 
+    def look(self) -> None:
+        if self.every(self.settings.val_every):
+            self.validate()
+        if self.every(self.settings.sample_every):
+            self.show()
+
     def validate(self) -> None:
-        """Judge the averaged weights where there are any; keep the best."""
+        """Judge the averaged weights where there are any, and where that is not done; keep the best."""
+        if self.validated == self.step:
+            return
         try:
             with self.eagerly():
                 result = self.judge(self.judged)
+        except Interrupted:
+            raise
         except FlowtrainError as error:  # no reason to lose what was learned
             log.warning("step %d: no validation: %s", self.step, error)
-            self.stale += 1
+            self.stale, self.validated = self.stale + 1, self.step
             return
+        self.validated = self.step
         loss, figure, text = self.measure.judged(result)
         gained = loss < self.best
         log.info("step %d: validation %s%s", self.step, text, ", the best so far" if gained else "")
@@ -214,12 +232,21 @@ class Trainer:
                 checkpoint.save(self.state(), self.directory / "best.pt")
 
     def show(self) -> None:
-        """What the flow makes of the same latents each time, or its density."""
-        if not distributed.is_main():
+        """What the flow makes of the same latents each time, or its density, where that is not done; the others wait."""
+        if self.shown == self.step:
             return
+        if distributed.is_main():
+            with suppress(Interrupted):  # the others are told of it next
+                self.picture()
+        heed()
+        self.shown = self.step
+
+    def picture(self) -> None:
         try:
-            with self.eagerly():
+            with self.eagerly(), impatiently():
                 picture = self.draw(self.judged)
+        except Interrupted:
+            raise
         except (FloatingPointError, FlowtrainError) as error:
             log.warning("step %d: no picture: %s", self.step, error)
             return
@@ -286,6 +313,8 @@ class Trainer:
             "columns": self.columns,
             **{name: getattr(self, name) for name in self._PLAIN},
             "order": self.loader.state_dict(),
+            "validated": self.validated,
+            "shown": self.shown,
             "model": self.flow.state_dict(),
             "ema": self.ema.model.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -304,11 +333,13 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self._PLAIN:
             setattr(self, name, state[name])
+        self.validated, self.shown = (state.get(name, self.step) for name in ("validated", "shown"))  # older: always
 
     def save(self) -> None:
         self.flow.statistics()  # what its memory knows of wrong gradients since the last report stops the run first
         if distributed.is_main():
             checkpoint.save_last(self.state(), self.directory)
+            status.saved(self.directory.parent, self.step)
 
 
 def _statistics(flow: Flow) -> dict[str, float]:
