@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,24 @@ def resident(pid: int) -> float:
 
 def records(run: Path) -> int:
     """The step that the records have come to; each is read whole, but for a line that is being written."""
+    events = [event.step for file in run.glob("tb/events.*") for event in EventFileLoader(str(file)).Load()]
     *lines, _ = (run / "metrics.jsonl").read_text().split("\n")
     steps = [json.loads(line)["step"] for line in lines]
-    assert steps == sorted(steps)
-    for file in run.glob("tb/events.*"):
-        events = [event.step for event in EventFileLoader(str(file)).Load()]
-        assert not events or max(events) <= steps[-1] + 20
+    assert steps == sorted(steps) and max(events, default=0) <= max(steps, default=0)
     return steps[-1] if steps else 0
+
+
+def watched(process, folder: Path, pause: float) -> list[tuple[int, float, int]]:
+    """Step, MiB and open files of a run, read again and again while it lasts, and its records and checkpoint with them."""
+    seen = []
+    while process.poll() is None:
+        for file in folder.glob("outputs/*/*/checkpoints/last.pt"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ends
+                files, memory = len(os.listdir(f"/proc/{process.pid}/fd")), resident(process.pid)
+                seen.append((records(file.parent.parent), memory, files))
+            checkpoint.read(file)
+        time.sleep(pause)
+    return seen
 
 
 def test_soak(tmp_path, count, promise):
@@ -44,20 +56,12 @@ def test_soak(tmp_path, count, promise):
     command = [sys.executable, "-m", "flowtrain", *TRAIN, f"max_steps={steps}"]
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.STDOUT)
-    seen, read = [], 0
-    while process.poll() is None:
-        found = [*tmp_path.glob("outputs/*/*/checkpoints/last.pt")]
-        if found:
-            run = found[0].parent.parent
-            try:
-                files, memory = len(os.listdir(f"/proc/{process.pid}/fd")), resident(process.pid)
-            except (FileNotFoundError, ProcessLookupError):
-                break
-            seen.append((records(run), memory, files))
-            checkpoint.read(found[0])
-            read += 1
-        time.sleep(0.2)
+    try:
+        seen = watched(process, tmp_path, pause=steps / 20_000)
+    finally:
+        process.kill()
     assert process.wait() == 0, (tmp_path / "out").read_text()
+    (run,) = tmp_path.glob("outputs/*/*")
     assert records(run) == steps and json.loads((run / "summary.json").read_text())["steps"] == steps
     step, memory, files = np.array([one for one in seen if STARTED * steps < one[0] < steps]).T
     (slope, level), covariance = np.polyfit(step, memory, 1, cov=True)
@@ -66,7 +70,7 @@ def test_soak(tmp_path, count, promise):
     promise(14, f"memory from step {STARTED * steps:.0f} to {steps} of a run with every interval firing: flat",
             f"{rise:+.2f} ± {noise:.2f} MiB of {level:.0f}, {len(step)} readings")  # fmt: skip
     promise(14, "open files meanwhile", f"{int(files.min())} to {int(files.max())}")
-    promise(14, "readings of metrics.jsonl, TensorBoard's events and last.pt meanwhile", f"{read} of {read}")
+    promise(14, "readings of metrics.jsonl, TensorBoard's events and last.pt meanwhile", f"{len(seen)} of {len(seen)}")
     assert len(step) >= 8
     assert rise - noise < DRIFT and memory[-len(memory) // 4 :].mean() - memory[: len(memory) // 4].mean() < 2 * DRIFT
     assert files.max() - files.min() <= 3  # those of a checkpoint and a picture as they are written
