@@ -31,6 +31,16 @@ def build_flow(cfg, device: torch.device | str) -> Flow:
     return build(cfg.model.flow, allow=cfg.allow).to(device)
 
 
+def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of networks under ``precision``; only where the hardware has it, for elsewhere it costs time."""
+    if precision == "float32":
+        return None
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if not has:
+        raise Refused(f"precision={precision}: this {device.type} has no bfloat16 arithmetic; use precision=float32")
+    return torch.bfloat16
+
+
 def load_weights(flow: Flow, state: dict, weights: str = "auto") -> str:
     """Load a checkpoint's averaged (``ema``) or ``raw`` weights, ``auto`` the averaged where there are; says which."""
     if weights == "auto":

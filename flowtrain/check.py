@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from flowtrain import distributed
-from flowtrain.assemble import build_flow, drawn, load_weights
+from flowtrain.assemble import autocast_of, build_flow, drawn, load_weights
 from flowtrain.data.base import one_hot
 from flowtrain.engine import checkpoint
 from flowtrain.engine.audit import Check, audit, unsettle
+from flowtrain.engine.divergence import Record
+from flowtrain.engine.measure import measure_of
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 
@@ -32,6 +34,8 @@ def main(cfg, run_dir: str) -> dict:
         return {}
     begun = time.monotonic()
     flow = build_flow(cfg, distributed.device())
+    if cfg.get("replay"):
+        return replay(cfg, flow, run_dir)
     count = sum(parameter.numel() for parameter in flow.parameters())
     if cfg.ckpt:
         what = f"{load_weights(flow, checkpoint.read(cfg.ckpt), cfg.weights)} weights of {cfg.ckpt}"
@@ -65,6 +69,36 @@ def main(cfg, run_dir: str) -> dict:
     print(json.dumps(report, indent=2) if cfg.json else table(checks, report), flush=True)
     if failed:
         raise FlowtrainError(f"{len(failed)} of {len(checks)} checks failed, first: {_failure(failed[0])}")
+    return report
+
+
+def replay(cfg, flow: Flow, run_dir: str) -> dict:
+    """Take the step at which a run went wrong once more, in ``flow``; print what is found and write check.json.
+
+    Raises:
+        FlowtrainError: it goes wrong again, or the file is no record of a step.
+    """
+    state = checkpoint.read(cfg.replay)
+    load_weights(flow, state, "raw")
+    try:
+        record = Record.from_state(state.get("divergence"))
+        found = record.replay(flow, measure_of(cfg.dataset.levels), autocast_of(cfg.precision, distributed.device()))
+    except (ValueError, RuntimeError) as error:  # a stranger's numbers may make anything of a flow
+        raise FlowtrainError(f"{cfg.replay}: no record of a step that went wrong ({error})") from error
+    same = found == record.found
+    report = {
+        "passed": found is None,
+        "step": record.step,
+        "layer": found and found.layer,
+        "what": found and found.what,
+        "examples": [record.examples[row] for row in found.rows] if found else [],
+        "as_recorded": same,
+    }
+    (Path(run_dir) / "check.json").write_text(json.dumps(report, indent=2) + "\n")
+    line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.told(found)}"
+    print(json.dumps(report, indent=2) if cfg.json else line, flush=True)
+    if found:
+        raise FlowtrainError(f"step {record.step} goes wrong again: {record.told(found)}")
     return report
 
 

@@ -180,9 +180,13 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
     if command == "bench":  # of no run
         return command, overrides
     key = "resume" if command == "train" else "ckpt"
+    if command == "check" and any(word.startswith("replay=") for word in overrides):
+        key = "replay"
     given = next((word for word in overrides if word.startswith(f"{key}=")), None)
     paths = _values(given, key) if given else []
     others = [word for word in overrides if word != given]
+    if key == "replay" and any(word.startswith("ckpt=") for word in others):
+        raise Refused("give ckpt= or replay=, not both")
     if command == "train" and all(not isinstance(path, str) for path in paths):
         return "train", overrides
     from flowtrain.commandline import check_names, parse
@@ -194,7 +198,9 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
     allow = keys["allow"] if isinstance(keys.get("allow"), list) else []
     if not stub:
         check_names(command, others)
-    if given:
+    if key == "replay":
+        files = [runs.recorded(path) for path in paths]
+    elif given:
         names = runs.LAST if command == "train" else runs.BEST
         files = [runs.checkpoint_in(path, key, names) for path in paths]
     elif stub:
@@ -204,7 +210,7 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
         out = sys.stdout if running and not keys.get("json") else sys.stderr
         print(f"ckpt={os.path.relpath(files[0])}", file=out, flush=True)
     options = ",".join(restore.as_option(key, file, allow) for file in files)
-    return ("resume" if command == "train" else command), [f"{key}={options}", *others]
+    return (command if key == "ckpt" else key), [f"{key}={options}", *others]
 
 
 def _builds(group: str) -> bool:

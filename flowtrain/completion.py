@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from glob import glob
 
-PATHS = ("ckpt=", "resume=", "init=", "input=", "output=")
+PATHS = ("ckpt=", "replay=", "resume=", "init=", "input=", "output=")
 FLAGS = ("--help", "--multirun", "--cfg", "--config-dir")
 
 

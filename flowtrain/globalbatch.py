@@ -30,6 +30,11 @@ def rows(offset: int, total: int):
         _offset, _total = previous
 
 
+def first_row() -> int:
+    """The row of the global batch that a batch begins with."""
+    return _offset
+
+
 @contextmanager
 def centred():
     """Within it, :func:`uniform` returns ½ everywhere: dequantization to the centre of each bin."""

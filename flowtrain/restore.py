@@ -19,7 +19,7 @@ from flowtrain.config import build, is_part
 from flowtrain.errors import FlowtrainError
 from flowtrain.settings import ROOTS, known_keys, settled
 
-RESTORED = ("eval", "sample", "check", "score", "resume")  # root configurations on top of a checkpoint's
+RESTORED = ("eval", "sample", "check", "score", "resume", "replay")  # root configurations on top of a checkpoint's
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100
 MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, such as a width, and of an example
 NEEDED = ("model", "dataset", "trainer", "optimizer", "scheduler")
@@ -183,7 +183,7 @@ def as_option(group: str, file: Path, allow=()) -> str:
         _check_links(run)
     else:
         run = file.parent
-    if group == "ckpt":
+    if group != "resume":
         config["run_dir"] = str(run).replace("${", "\\${")
     name = re.sub(r"[^\w.-]", "_", "_".join([*run.parts[-2:], file.stem]))
     known = ConfigStore.instance().repo.get(group, {})

@@ -38,8 +38,8 @@ def claim(path: str) -> str:
 
 
 def run_of(file: Path) -> Path | None:
-    """The run directory of a checkpoint, or None for a lone file."""
-    return file.parent.parent if file.parent.name == "checkpoints" else None
+    """The run directory of a checkpoint, or of the record of a step that went wrong; None for a lone file."""
+    return file.parent.parent if file.parent.name in ("checkpoints", "divergence") else None
 
 
 def beside(file: str, command: str) -> str:
@@ -82,6 +82,14 @@ def checkpoint_in(path: str, key: str, names=BEST) -> Path:
             if file.is_file():
                 return file.resolve()
     raise Refused(f"{key}={path}: no run directory, for it has no checkpoints/{names[0]} or {names[1]}")
+
+
+def recorded(path: str) -> Path:
+    """The record of a step that went wrong. Raises Refused."""
+    given = Path(path).expanduser()
+    if not given.is_file():
+        raise Refused(f"replay={path}: no such file; a run that diverged names it in its last line")
+    return given.resolve()
 
 
 def last_started() -> Path:

@@ -31,6 +31,7 @@ class Trainer:
     save_minutes: float = bounded(above=0)
     patience: int | None = bounded(least=1)
     max_bad_steps: int = bounded(least=1)
+    rollback: float | None = bounded(above=0, below=1)
     decay: str = ""
     init_batch: int | None = bounded(least=1)
     workers: int = bounded(least=0, below=257)
@@ -107,6 +108,7 @@ class Sample(Train):
 @dataclass
 class Check(Train):
     ckpt: str | None = None
+    replay: str | None = None
     run_dir: str | None = None
     examples: int = bounded(least=1)
     jacobian: int = bounded(least=1)

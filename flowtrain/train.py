@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain import distributed, environment, globalbatch
-from flowtrain.assemble import build_flow, has_bits, judge, load_weights
+from flowtrain.assemble import autocast_of, build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.bijections.memory import MEMORIES
 from flowtrain.bijections.ode import continuous_layers
@@ -54,7 +54,7 @@ def _train(cfg, run_dir: str) -> dict:
     device = distributed.device()
     if cfg.get("deterministic"):  # absent in older checkpoints
         determinism.insist()
-    autocast = _autocast(cfg.precision, device)
+    autocast = autocast_of(cfg.precision, device)
     train, val = data.split("train"), data.split("val")
     loader = Loader(
         train, cfg.batch_size, cfg.seed, data.augment, device, distributed.rank(), distributed.world(),
@@ -220,6 +220,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "seconds": round(trainer.seconds, 3),
         "skipped_steps": trainer.skipped,
+        "rollbacks": trainer.rollbacks,
         "checkpoint": str(best),
         "run_dir": str(run_dir),
     }
@@ -256,7 +257,7 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
         clip=trainer.clip, warmup_steps=warmup, log_every=trainer.log_every, val_every=trainer.val_every,
         sample_every=trainer.sample_every, save_every=trainer.save_every, save_minutes=trainer.save_minutes,
         patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast,
-        profile=trainer.get("profile", False),  # absent in older checkpoints
+        profile=trainer.get("profile", False), rollback=trainer.get("rollback"),  # absent in older checkpoints
     )  # fmt: skip
 
 
@@ -278,16 +279,6 @@ def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
         return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
         raise Refused(f"optimizer: {with_hint(str(error), cfg.optimizer)}") from error
-
-
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of networks under ``precision``; only where the hardware has it, for elsewhere it costs time."""
-    if precision == "float32":
-        return None
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    if not has:
-        raise Refused(f"precision={precision}: this {device.type} has no bfloat16 arithmetic; use precision=float32")
-    return torch.bfloat16
 
 
 def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir: str, step: int) -> None:

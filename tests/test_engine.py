@@ -54,6 +54,9 @@ class Batches:
             yield torch.full(x.shape, math.nan) if step in self.poison else x, None
             step += 1
 
+    def examples(self, step):
+        return [*range(step * BATCH, (step + 1) * BATCH)]
+
     def state_dict(self):
         return {"batch_size": BATCH}
 

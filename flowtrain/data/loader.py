@@ -68,6 +68,10 @@ class Loader:
             start = step % self.steps_per_epoch * self.batch_size
             yield order[start + mine.start : start + mine.stop]
 
+    def examples(self, step: int) -> list[int]:
+        """The numbers of the examples in this process's slice of the batch of ``step``."""
+        return next(self._indices(step)).tolist()
+
     def state_dict(self) -> dict[str, int]:
         """What the order of the data depends on, to be kept with a step number."""
         return {"examples": len(self.split), "batch_size": self.batch_size, "seed": self.seed}

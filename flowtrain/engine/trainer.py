@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowtrain import distributed, globalbatch
-from flowtrain.bijections.ode import unsolved_is_nan
-from flowtrain.data.order import mix
+from flowtrain import distributed
 from flowtrain.engine import checkpoint, status
 from flowtrain.engine.compiling import Compiled
+from flowtrain.engine.divergence import Record, examine, first
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.gradient import Way
 from flowtrain.engine.measure import Measure
 from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
@@ -29,6 +29,8 @@ from flowtrain.flow import Flow
 from flowtrain.signals import SIGNALS
 
 log = logging.getLogger("flowtrain")
+
+MOST_ROLLBACKS = 3  # in a run
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Settings:
     max_bad_steps: int
     autocast: torch.dtype | None
     profile: bool = False
+    rollback: float | None = None
 
 
 class Trainer:
@@ -94,7 +97,10 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.validated = self.shown = 0  # at which steps
         self.best, self.stale = math.inf, 0  # validation: the least loss so far, and how many since
-        self.skipped, self.bad_in_a_row = 0, 0
+        self.skipped, self.bad_in_a_row, self.rollbacks = 0, 0, 0
+        self.good: dict | None = None  # weights, their average and the optimizer, as they were when a step was good
+        self.way = Way(measure, settings.seed, settings.accumulate, settings.autocast)
+        self.batch: tuple[Tensor, Tensor | None] | None = None  # this process's slice of the last
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
 
     def fit(self, reporter: Reporter | Silence) -> None:
@@ -144,27 +150,23 @@ class Trainer:
 
     def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the reduced gradient, on its device."""
-        settings, parameters = self.settings, list(self.flow.parameters())
+        loss = self.backward(x, context)
+        parameters = list(self.flow.parameters())
+        norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None], foreach=True)
+        if self.settings.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm, foreach=True)
+        return loss, norm
+
+    def backward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = x.chunk(settings.accumulate)
-        contexts = [None] * len(parts) if context is None else context.chunk(settings.accumulate)
-        row, loss = distributed.rank() * len(x), 0.0
-        with unsolved_is_nan() as reasons:
-            for i, (part, context) in enumerate(zip(parts, contexts)):
-                torch.manual_seed(mix(settings.seed, self.step))  # nothing to restore but the step
-                with nullcontext() if i == len(parts) - 1 or self.wrapped is self.flow else self.wrapped.no_sync():
-                    with globalbatch.rows(row, distributed.world() * len(x)), self.autocast(x.device.type):
-                        log_prob = self.wrapped(part, context)
-                        part_loss = self.measure.loss(log_prob, self.flow.dimensions).sum() / len(x)
-                    part_loss.backward()
-                loss, row = loss + part_loss.detach(), row + len(part)
+        self.batch = x, context
+        loss, reasons = self.way.backpropagate(
+            self.flow, self.wrapped, x, context, self.step, distributed.rank(), distributed.world()
+        )
         if reasons and not self.skipped:
             log.warning("step %d: %s", self.step, reasons[0])
-        norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None], foreach=True)
-        if settings.clip:
-            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=True)
-        return loss, norm
+        return loss
 
     def read(self, loss: Tensor, norm: Tensor, signum: int, seconds: float) -> tuple[float, float, int, float]:
         """The mean loss, the gradient's norm, any process's signal and the first process's clock, the same on every
@@ -180,6 +182,8 @@ class Trainer:
     def update(self, loss: float, norm: float) -> None:
         """Step the optimizer; a loss or gradient that is not finite never reaches it."""
         if math.isfinite(loss) and math.isfinite(norm):
+            if self.settings.rollback:
+                self.remember()
             for group, first in zip(self.optimizer.param_groups, self.first_rates):
                 group["lr"] = first * self.rate_factor()
             self.optimizer.step()
@@ -194,12 +198,61 @@ class Trainer:
             )
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.settings.max_bad_steps:
-            self.save()
-            raise FlowtrainError(
-                f"stopped at step {self.step}: {self.bad_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite; the weights before them are in {self.directory / 'last.pt'}; "
-                "a lower optimizer.lr or a trainer.clip may help"
-            )
+            self.recover()
+
+    def remember(self) -> None:
+        """Keep what a rollback needs, in the host's memory: the state before a step that is known to be good, at most
+        ``save_every`` steps ago."""
+        if self.good is None or self.step >= self.good["step"] + self.settings.save_every:
+            self.good = _copied({"step": self.step, **self.learned()})
+
+    def recover(self) -> None:
+        """After too many bad steps in a row: back to the last good state with a lower rate, if that is asked for, and on
+        with the batches that follow: those that spoiled the run may do so again.
+
+        Raises:
+            FlowtrainError: it is not, or has been done too often.
+        """
+        how = f"{self.bad_in_a_row} steps in a row had a loss or gradient that is not finite"
+        if self.settings.rollback and self.good and self.rollbacks < MOST_ROLLBACKS:
+            why = self.diverged()
+            self.load_learned(_copied(self.good))
+            self.rollbacks, self.bad_in_a_row = self.rollbacks + 1, 0
+            log.warning(
+                "step %d: %s; %s; on from the weights of step %d, the rate times %g (rollback %d of at most %d)",
+                self.step, how, why, self.good["step"], self.lowered(), self.rollbacks, MOST_ROLLBACKS,
+            )  # fmt: skip
+            return
+        self.save()
+        raise FlowtrainError(
+            f"stopped at step {self.step}: {how}; {self.diverged()}; "
+            f"the weights before them are in {self.directory / 'last.pt'}; "
+            "a lower optimizer.lr, a trainer.clip or trainer.rollback may help"
+        )
+
+    def diverged(self) -> str:
+        """Where the last batch first goes wrong, in words; what a replay needs is kept. On every process."""
+        with self.eagerly():
+            own = examine(self.flow, lambda: self.backward(*self.batch))
+        parts = [None if one is None else one.cpu() for one in self.batch]
+        slices = distributed.all_gather_object((own, *parts, self.loader.examples(self.step)))
+        findings, x, context, examples = zip(*slices)
+        found = first(findings)
+        settings = self.settings
+        record = Record(
+            self.step, settings.seed, settings.accumulate, distributed.world(), torch.cat(x),
+            None if context[0] is None else torch.cat(context), [one for each in examples for one in each], found,
+        )  # fmt: skip
+        path = self.directory.parent / "divergence" / f"step_{self.step}.pt"
+        # weights may be wrong in one process alone
+        writer = next((rank for rank, one in enumerate(findings) if found and one and one.order == found.order), 0)
+        if distributed.rank() == writer:
+            checkpoint.save({**self.described(), "model": self.flow.state_dict(), "ema": None,
+                             "divergence": record.state()}, path)  # fmt: skip
+        distributed.barrier()  # an error in one process ends the others
+        allow = self.config.get("allow")
+        words = f"flowtrain check replay='{path}'" + (f" allow=[{','.join(allow)}]" if allow else "")
+        return f"{record.told(found)}; to see it again: {words}"
 
     def look(self) -> None:
         if self.every(self.settings.val_every):
@@ -291,7 +344,11 @@ class Trainer:
 
     def rate_factor(self) -> float:
         warm = min(1.0, (self.step + 1) / self.settings.warmup_steps) if self.settings.warmup_steps else 1.0
-        return warm * self.schedule(self.progress(), self.step)
+        return warm * self.lowered() * self.schedule(self.progress(), self.step)
+
+    def lowered(self) -> float:
+        """What rollbacks have left of the rate."""
+        return (self.settings.rollback or 1.0) ** self.rollbacks
 
     def has_stalled(self) -> bool:
         return self.settings.patience is not None and self.stale >= self.settings.patience
@@ -299,22 +356,27 @@ class Trainer:
     def every(self, steps: int | None) -> bool:
         return bool(steps) and self.step % steps == 0
 
-    def autocast(self, device: str):
-        dtype = self.settings.autocast
-        return nullcontext() if dtype is None else torch.autocast(device, dtype)
-
     # Everything that a run's future depends on; noise and the order of the data follow from the step.
     _PLAIN = ("step", "seconds", "best", "stale", "skipped", "bad_in_a_row", "loss_sum", "loss_count")
 
     def state(self) -> dict:
         return {
-            "format": 1,
-            "config": self.config,
-            "columns": self.columns,
+            **self.described(),
             **{name: getattr(self, name) for name in self._PLAIN},
+            "rollbacks": self.rollbacks,
+            "good": self.good,
             "order": self.loader.state_dict(),
             "validated": self.validated,
             "shown": self.shown,
+            **self.learned(),
+        }
+
+    def described(self) -> dict:
+        """What says which flow it is."""
+        return {"format": 1, "config": self.config, "columns": self.columns}
+
+    def learned(self) -> dict:
+        return {
             "model": self.flow.state_dict(),
             "ema": self.ema.model.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -327,19 +389,32 @@ class Trainer:
             FlowtrainError: the data are not those that the state was trained on.
         """
         self.loader.load_state_dict(state["order"])
+        self.load_learned(state)
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        self.validated, self.shown = (state.get(name, self.step) for name in ("validated", "shown"))  # older: always
+        self.rollbacks, self.good = state.get("rollbacks", 0), state.get("good")  # absent in older checkpoints
+
+    def load_learned(self, state: dict) -> None:
         self.flow.load_state_dict(state["model"])
         if self.ema:
             self.ema.model.load_state_dict(state["ema"] or state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in self._PLAIN:
-            setattr(self, name, state[name])
-        self.validated, self.shown = (state.get(name, self.step) for name in ("validated", "shown"))  # older: always
 
     def save(self) -> None:
         self.flow.statistics()  # what its memory knows of wrong gradients since the last report stops the run first
         if distributed.is_main():
             checkpoint.save_last(self.state(), self.directory)
             status.saved(self.directory.parent, self.step)
+
+
+def _copied(state):
+    """Plain containers with copies of their tensors, in the host's memory."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
 
 
 def _statistics(flow: Flow) -> dict[str, float]:

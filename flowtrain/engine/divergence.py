@@ -1,0 +1,245 @@
+"""Where training first met a number that is not finite: which layer, in which direction, for which examples.
+
+The step is taken once more, layer by layer, with an eye on all that passes: slow, and done only once a run is lost.
+What is kept of it is enough to do that again elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain import fusion, globalbatch
+from flowtrain.bijections import Bijection, Chain, MultiScale
+from flowtrain.bijections.memory import Checkpoint
+from flowtrain.engine.gradient import Way
+from flowtrain.engine.measure import Measure
+from flowtrain.flow import Flow
+
+_FORWARD, _BACKWARD, _PARAMETERS, _NORM = range(4)
+_END = 2**31  # after every layer
+_NAMED = 8  # examples in a line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is not finite where all before it is.
+
+    Attributes:
+        order: the lesser, the earlier; the same in all parts and processes.
+        layer: its dotted name; "data", "context", "base" and "loss" are what no layer is to blame for.
+        what: of it, as in "the output of layer pairs.0.even".
+        rows: of the global batch; none where examples cannot be told apart.
+    """
+
+    order: tuple[int, int]
+    layer: str
+    what: str
+    rows: tuple[int, ...] = ()
+
+
+def examine(flow: Flow, step: Callable[[], Tensor]) -> Finding | None:
+    """The first finding in a training ``step`` of ``flow``, forward and backward, which returns its loss; its gradient
+    must not be clipped. None where all is finite. Every process takes part."""
+    memory = flow.memory
+    flow.keep(Checkpoint())  # every layer is called, and less memory taken than was free for the step itself
+    try:
+        with fusion.layer_by_layer(), globalbatch.repeater()(), _watching(flow) as (found, places):
+            loss = step()
+    finally:
+        flow.keep(memory)
+    if not loss.isfinite():
+        found.append(Finding((_FORWARD, _END + 1), "loss", "the loss"))
+    found += _in_parameters(flow, places)
+    gradients = _gradients(flow)
+    if not nn.utils.get_total_norm([gradient for _, gradient in gradients]).isfinite():
+        name, _ = max(gradients, key=lambda pair: pair[1].abs().max().item())
+        found.append(Finding((_NORM, 0), _owner(name, places), f"the gradient's norm, most of it of {_short(name)}"))
+    return _with_weight(flow, first(found), places)
+
+
+def first(found: Iterable[Finding | None]) -> Finding | None:
+    """The earliest of some findings, with the rows of all that are the same."""
+    found = [each for each in found if each is not None]
+    if not found:
+        return None
+    least = min(found, key=lambda each: each.order)
+    rows = {row for each in found if each.order == least.order and each.what == least.what for row in each.rows}
+    return Finding(least.order, least.layer, least.what, tuple(sorted(rows)))
+
+
+@contextmanager
+def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
+    """Within it the list fills; and the layers, by name, have the places in which they were called."""
+    found: list[Finding] = []
+    places: dict[str, int] = {}
+    calls = count()
+
+    def look(order, layer: str, what: str, row: int, numbers: Tensor) -> None:
+        wrong = ~numbers.detach().isfinite().reshape(len(numbers), -1).all(1)
+        if wrong.any():
+            rows = (row + wrong.nonzero().flatten()).tolist()
+            found.append(Finding(order, layer, what, tuple(rows)))
+
+    def look_back(place: int, layer: str, what: str, tensor: Tensor) -> None:
+        row = globalbatch.first_row()
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: look((_BACKWARD, -place), layer, what, row, gradient))
+
+    def begin(_flow, inputs):
+        nonlocal calls
+        calls = count()
+        for name, given in zip(("data", "context"), inputs):
+            if given is not None and given.is_floating_point():
+                look((_FORWARD, -1), name, f"the {name}", globalbatch.first_row(), given)
+
+    def enter(name: str, _layer, inputs):
+        given, *rest = inputs
+        places[name] = next(calls)
+        if torch.is_grad_enabled() and given.is_floating_point():
+            given = (given if given.requires_grad else given.detach().requires_grad_()).clone()  # this layer's alone
+            look_back(places[name], name, f"the gradient of layer {name}'s input", given)
+        return given, *rest
+
+    def leave(name: str, _layer, _inputs, outputs):
+        for what, made in zip(("output", "log-determinant"), outputs):
+            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", globalbatch.first_row(), made)
+
+    def end(_bijection, _inputs, outputs):
+        look_back(_END, "base", "the gradient of the base", outputs[0])
+
+    def finish(_flow, _inputs, log_prob):
+        look((_FORWARD, _END), "base", "the log-likelihood, of the base", globalbatch.first_row(), log_prob)
+        look_back(_END + 1, "loss", "the gradient of the loss", log_prob)
+
+    handles = [flow.register_forward_pre_hook(begin), flow.register_forward_hook(finish)]
+    for name, layer in _layers(flow):
+        handles += [
+            layer.register_forward_pre_hook(lambda *call, name=name: enter(name, *call)),
+            layer.register_forward_hook(lambda *call, name=name: leave(name, *call)),
+        ]
+    handles.append(flow.bijection.register_forward_hook(end))
+    try:
+        yield found, places
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(flow: Flow) -> Iterator[tuple[str, Bijection]]:
+    """Those that do the work: not what only holds others."""
+    for name, layer in flow.bijection.named_modules():
+        if isinstance(layer, Bijection) and not isinstance(layer, Chain | MultiScale):
+            yield name or "bijection", layer
+
+
+def _gradients(flow: Flow) -> list[tuple[str, Tensor]]:
+    return [(name, one.grad) for name, one in flow.named_parameters() if one.grad is not None]
+
+
+def _in_parameters(flow: Flow, places: dict[str, int]) -> Iterator[Finding]:
+    for name, gradient in _gradients(flow):
+        if not gradient.isfinite().all():
+            layer = _owner(name, places)
+            yield Finding((_PARAMETERS, -places.get(layer, _END)), layer, f"the gradient of {_short(name)}")
+
+
+def _with_weight(flow: Flow, found: Finding | None, places: dict[str, int]) -> Finding | None:
+    """What else there is to say where a weight of the layer is not finite itself."""
+    for name, weight in flow.named_parameters():
+        if found and _owner(name, places) == found.layer and not weight.isfinite().all():
+            return replace(found, what=f"{found.what}, whose {_short(name)} is not finite")
+    return found
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("bijection.")
+
+
+def _owner(parameter: str, places: dict[str, int]) -> str:
+    """The innermost layer that holds a parameter."""
+    name = _short(parameter)
+    holders = [layer for layer in places if name.startswith(f"{layer}.")]
+    return max(holders, key=len, default=name.partition(".")[0])
+
+
+# ---- to see it again -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A global batch that went wrong, and what a replay needs beside the weights.
+
+    Attributes:
+        x, context: of all processes, (B, *shape) and (B, *context_shape) or None.
+        examples: the numbers in the train split of its B examples.
+        seed, parts, world: how it was worked on; see :class:`Way`.
+        found: where it first went wrong.
+    """
+
+    step: int
+    seed: int
+    parts: int
+    world: int
+    x: Tensor
+    context: Tensor | None
+    examples: list[int]
+    found: Finding | None
+
+    def state(self) -> dict:
+        """As plain data, for a checkpoint."""
+        found = self.found and {**asdict(self.found), "order": list(self.found.order), "rows": list(self.found.rows)}
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "found": found}
+
+    @classmethod
+    def from_state(cls, state) -> Record:
+        """ValueError for what :meth:`state` has not made."""
+        try:
+            found = state["found"] and Finding(**state["found"])
+            found = found and replace(found, order=tuple(found.order), rows=tuple(found.rows))
+            record = cls(**{**state, "found": found})
+            numbers = [record.step, record.seed, record.parts, record.world, *record.examples]
+            tensors = [record.x, *([] if record.context is None else [record.context])]
+            sound = all(type(number) is int for number in numbers) and min(record.parts, record.world) > 0
+            sound = sound and all(isinstance(one, Tensor) and one.dim() > 0 for one in tensors)
+            if not sound or {len(one) for one in tensors} != {len(record.examples)} or not record.examples:
+                raise ValueError("its numbers do not fit its batch")
+            if len(record.examples) % record.world:
+                raise ValueError("its batch cannot be shared evenly")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return record
+
+    def replay(self, flow: Flow, measure: Measure, autocast: torch.dtype | None) -> Finding | None:
+        """The first finding of ``flow``, which has the weights of then. Slices of several processes take turns, so that
+        batch normalization has the moments of each alone."""
+        device = next(flow.parameters()).device
+        way = Way(measure, self.seed, self.parts, autocast)
+        contexts = [None] * self.world if self.context is None else self.context.to(device).chunk(self.world)
+        slices = list(zip(self.x.to(device).chunk(self.world), contexts))
+
+        def step():
+            flow.train()
+            flow.zero_grad()
+            losses = [
+                way.backpropagate(flow, flow, *one, self.step, rank, self.world)[0] for rank, one in enumerate(slices)
+            ]
+            return sum(losses) / self.world
+
+        return examine(flow, step)
+
+    def told(self, found: Finding | None) -> str:
+        """A finding in words."""
+        if found is None:
+            return "but all is finite when that batch is taken once more: neither data nor weights are to blame"
+        numbers = [self.examples[row] for row in found.rows]
+        if not numbers:
+            return f"first {found.what}"
+        named = ", ".join(map(str, numbers[:_NAMED]))
+        more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+        return f"first {found.what}, of train example{'s' * (len(numbers) > 1)} {named}{more}"

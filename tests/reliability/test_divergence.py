@@ -1,0 +1,264 @@
+"""Numbers that are not finite: no step uses them, and who is to blame for them is said, and shown again."""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from composed import composed
+from inprocess import flowtrain
+from omegaconf import OmegaConf
+from ranks import together
+from test_engine import BATCH, same, small_flow
+from test_parallel import Slices, trainer
+
+from flowtrain import check, cli, distributed, train
+from flowtrain.config import build, settle
+from flowtrain.engine import checkpoint
+from flowtrain.engine.divergence import Record
+from flowtrain.engine.measure import BitsPerDim
+from flowtrain.engine.reporter import Silence
+from flowtrain.errors import FlowtrainError
+
+TINY = (
+    "dataset=moons", "dataset.rows=2000", "batch_size=32", "max_steps=20", "model.hidden=8", "trainer.warmup_steps=0",
+    "trainer.tensorboard=false", "trainer.val_every=100", "trainer.sample_every=null", "trainer.max_bad_steps=3",
+    "allow=[traps]",
+)  # fmt: skip
+FIRST, AMID, LAST = "[preprocess,trap,flatten,pairs]", "[preprocess,flatten,trap,pairs]", "[preprocess,flatten,pairs,trap]"
+ACTNORM = "norm=actnorm"
+
+
+def trap(way, value, order=AMID, after=5):
+    where = "+model.flow.bijection"
+    target = f"{{_target_: traps.Trap, _partial_: true, way: {way}, value: {value}, after: {after}}}"
+    return f"{where}.layers.trap={target}", f"{where}.order={order}"
+
+
+def data(value, spoiled="null"):
+    return "dataset._target_=traps.Spoiled", f"+dataset.value={value}", f"+dataset.spoiled={spoiled}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a run, and what has to be said of it: the layer, and a word of what of it."""
+
+    words: tuple[str, ...]
+    layer: str
+    what: str
+    more: tuple[str, ...] = ()
+    model: str = "realnvp_vector"
+    rows: str = "beyond"  # the edge, are to blame; or "some", or "none"
+
+
+FAULTS = [
+    Fault(data("nan"), "data", "data"),
+    Fault(data("inf"), "data", "data", ("trainer.accumulate=2",)),
+    Fault(data("-inf"), "data", "data", ("memory=checkpoint", "trainer.ema=null")),
+    Fault(data("1e30"), "scaling", "norm", model="nice", rows="none"),
+    Fault(trap("output", "nan"), "trap", "output"),
+    Fault(trap("output", "-inf"), "trap", "output", ("trainer.accumulate=4",)),
+    Fault(trap("output", "inf", FIRST), "trap", "output", ("memory=reversible", ACTNORM)),
+    Fault(trap("output", "1e30", LAST), "base", "log-likelihood", rows="some"),
+    Fault(trap("output", "inf", "[preprocess,flatten,trap,steps]"), "trap", "output", model="maf"),
+    Fault(trap("log_determinant", "nan"), "trap", "log-determinant", ("memory=checkpoint",)),
+    Fault(trap("log_determinant", "inf", FIRST), "trap", "log-determinant", ("optimizer=sgd",)),
+    Fault(trap("gradient", "nan"), "trap", "gradient"),
+    Fault(trap("gradient", "inf", FIRST), "trap", "gradient", ("trainer.accumulate=2",)),
+    Fault(trap("gradient", "nan"), "trap", "gradient", ("memory=reversible", ACTNORM)),
+    Fault(trap("gradient", "-inf"), "trap", "gradient", ("trainer.clip=null", "optimizer=adamax")),
+    Fault(trap("gradient", "1e36"), "trap", "norm", rows="none"),
+    Fault(trap("gradient_of_a_weight", "nan"), "trap", "scale", rows="none"),
+    Fault(trap("gradient_of_a_weight", "-inf", LAST), "trap", "scale", ("memory=checkpoint",), rows="none"),
+    Fault(trap("weight", "nan"), "trap", "whose trap.scale is not finite", rows="some"),
+    Fault(trap("weight", "inf", LAST), "trap", "whose trap.scale is not finite", ("trainer.ema=null",), rows="some"),
+]
+
+
+def configured(*words):
+    return OmegaConf.create(settle(composed(*words), "train"))
+
+
+def wrong_with(fault: Fault, folder) -> str | None:
+    """What is not as promised when ``fault`` spoils a run."""
+    folder.mkdir()
+    cfg = configured(f"model={fault.model}", *TINY, *fault.words, *fault.more)
+    try:
+        train.main(cfg, str(folder))
+    except FlowtrainError as error:
+        code, line = error.exit_code, str(error)
+    else:
+        return "it ended well"
+    if code != 1 or "3 steps in a row" not in line or "\n" in line:
+        return f"{code}: {line}"
+    (file,) = folder.glob("divergence/*.pt")
+    record = checkpoint.read(file)["divergence"]
+    found, x = record["found"], record["x"]
+    if f"step {record['step']}:" not in line or str(file) not in line or found["what"] not in line:
+        return line
+    if found["layer"] != fault.layer or fault.what not in found["what"]:
+        return f"{found['what']} of {found['layer']} is blamed"
+    beyond = (~(x.abs() <= 1e29).all(1) | (x[:, 0] > 0.5)).nonzero().flatten().tolist()
+    rows = {"beyond": beyond, "none": [], "some": found["rows"][:]}[fault.rows]
+    if found["rows"] != rows or (not rows) != (fault.rows == "none"):
+        return f"rows {found['rows']} are blamed, not {rows}"
+    split = build(cfg.dataset, allow=cfg.allow).split("train")
+    if not torch.equal(split.data[record["examples"]].nan_to_num(), x.nan_to_num()):
+        return "its examples are not those of the batch"
+    kept = checkpoint.read(folder / "checkpoints/last.pt")
+    if "weight" not in fault.words[0] and not all(value.isfinite().all() for value in kept["model"].values()):
+        return "a weight is not finite"
+    return _shown_otherwise(cfg, file, record)
+
+
+def _shown_otherwise(cfg, file, record) -> str | None:
+    """What a replay says that is not in ``record``."""
+    again = file.parent.parent / "again"
+    again.mkdir()
+    try:
+        check.main(OmegaConf.create({**cfg, "ckpt": None, "replay": str(file), "json": False}), str(again))
+    except FlowtrainError as error:
+        report = json.loads((again / "check.json").read_text())
+        found = record["found"]
+        examples = [record["examples"][row] for row in found["rows"]]
+        if (report["layer"], report["what"], report["examples"]) == (found["layer"], found["what"], examples):
+            return None if report["as_recorded"] and found["what"] in str(error) else str(error)
+        return str(report)
+    return "its replay is finite"
+
+
+def test_faults_are_survived_told_and_shown_again(tmp_path, count, promise):
+    chosen = random.Random(1).sample(range(len(FAULTS)), count(len(FAULTS)))
+    wrong = {}
+    for number in chosen:
+        if what := wrong_with(FAULTS[number], tmp_path / str(number)):
+            wrong[FAULTS[number]] = what
+    promise(7, "20 faults survived, told by step, layer and examples, and shown again by a replay",
+            f"{len(chosen) - len(wrong)} of {len(chosen)}")  # fmt: skip
+    assert not wrong, "\n".join(f"{fault}: {what}" for fault, what in wrong.items())
+
+
+# ---- on the command line -------------------------------------------------------------------------------------------
+
+
+def run(cwd, *words):
+    """The exit code, and the line of an error."""
+    try:
+        return flowtrain(cwd, *words), ""
+    except FlowtrainError as error:
+        text, code = cli.explain(error)
+        return code, text
+
+
+def test_the_command_that_a_run_ends_with(tmp_path, capsys):
+    code, line = run(tmp_path, "train", "model=realnvp_vector", *TINY, *trap("output", "nan"))
+    assert code == 1 and "first the output of layer trap, of train examples" in line
+    words = line.partition("flowtrain check ")[2].partition(";")[0].replace("'", "").split()
+    capsys.readouterr()
+    code, again = run(tmp_path, "check", *words, "json=true")
+    assert code == 1 and again.startswith("step 7 goes wrong again: first the output of layer trap")
+    report = json.loads(capsys.readouterr().out)
+    assert report["as_recorded"] and report["layer"] == "trap"
+    path, allow = words
+    assert run(tmp_path, "check", path)[1].endswith("is not allowed (your own classes: allow=[module])")
+    assert run(tmp_path, "check", "replay=none.pt")[0] == 2
+    last = next(tmp_path.glob("outputs/*/*/checkpoints/last.pt"))
+    code, line = run(tmp_path, "check", f"replay={last}", allow)
+    assert code == 1 and "no record of a step that went wrong" in line
+
+
+# ---- what is skipped, and what is taken back -----------------------------------------------------------------------
+
+
+def test_spoiled_examples_cost_their_batches_alone(tmp_path):
+    cfg = configured("model=realnvp_vector", *TINY, *data("nan", "[3,700]"), "max_steps=50")  # an epoch
+    summary = train.main(cfg, str(tmp_path))
+    assert 1 <= summary["skipped_steps"] <= 2 and math.isfinite(summary["log_likelihood"])
+
+
+WILD = (
+    "model=realnvp_vector", *TINY, "optimizer=sgd", "optimizer.lr=1e8", "trainer.clip=null", "trainer.rollback=1e-3",
+    "scheduler=constant", "trainer.save_every=12", "max_steps=40",
+)  # fmt: skip
+
+
+def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    summary = train.main(configured(*WILD), str(whole))
+    train.main(configured(*WILD, "max_steps=12"), str(parts))
+    middle = parts / "checkpoints/previous.pt"  # as of step 12, before what ends a run
+    assert 0 < checkpoint.read(middle)["rollbacks"] < summary["rollbacks"]
+    train.main(configured(*WILD, f"resume={middle}"), str(parts))
+    states = [checkpoint.read(each / "checkpoints/last.pt") for each in (whole, parts)]
+    for state in states:
+        state["config"] = None
+    equal = same(*states)
+    promise(7, "rolled back to the last good state with a lower rate, bit-identical when resumed",
+            f"{summary['rollbacks']} of {summary['rollbacks']}" if equal else "not identical")  # fmt: skip
+    assert equal and math.isfinite(summary["log_likelihood"]) and summary["steps"] == 40
+    assert "the rate times 1e-06 (rollback 2 of at most 3)" in caplog.text
+    rates = [json.loads(row)["train/lr"] for row in (whole / "metrics.jsonl").read_text().splitlines() if "lr" in row]
+    assert rates[-1] == 1e8 * 1e-3 ** summary["rollbacks"]
+
+
+def test_rollbacks_come_to_an_end(tmp_path):
+    spoiled = trap("output", "nan", after=1)
+    with pytest.raises(FlowtrainError, match="stopped at step 12: 3 steps in a row"):  # four times three, from step 1 on
+        train.main(configured("model=realnvp_vector", *TINY, *spoiled, "trainer.rollback=0.5"), str(tmp_path))
+
+
+# ---- two processes -------------------------------------------------------------------------------------------------
+
+
+class Halves(Slices):
+    def examples(self, step):
+        first = step * BATCH + distributed.rank() * BATCH // 2
+        return [*range(first, first + BATCH // 2)]
+
+
+def of_two(folder):
+    """What a process of two says in the end: of data spoiled in one, then of a weight spoiled in one."""
+    one = trainer(folder / "data", small_flow(), max_bad_steps=3, max_steps=20)
+    one.loader = Halves(poison=range(4, 99))
+    lines = []
+    try:
+        one.fit(Silence())
+    except FlowtrainError as error:
+        lines.append(str(error))
+    one = trainer(folder / "weight", small_flow(), max_bad_steps=3, max_steps=12, rollback=0.5)
+    one.loader = Halves()
+    update = one.update
+
+    def spoiling(loss, norm):
+        update(loss, norm)
+        if one.step == 5 and distributed.rank() == 1:
+            with torch.no_grad():
+                one.flow.bijection.mixing.lu[1] = math.nan
+
+    one.update = spoiling
+    one.judge = lambda _flow: (_ for _ in ()).throw(FlowtrainError("not here"))
+    one.fit(Silence())
+    return lines, one.rollbacks, one.skipped, [parameter.detach() for parameter in one.flow.parameters()]
+
+
+def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
+    (lines, rollbacks, skipped, weights), (others, *counts, other_weights) = together(of_two, tmp_path)
+    agreed = lines == others and (rollbacks, skipped) == tuple(counts) and all(map(torch.equal, weights, other_weights))
+    promise(7, "data, and a weight, spoiled in one process of two: both agree", f"{2 * agreed} of 2")
+    assert agreed and (rollbacks, skipped) == (1, 3)
+    assert all(weight.isfinite().all() for weight in weights)
+    state = checkpoint.read(tmp_path / "data/divergence/step_6.pt")
+    record = Record.from_state(state["divergence"])
+    assert record.found.layer == "data" and record.found.rows == tuple(range(BATCH // 2, BATCH))
+    assert f"train examples {6 * BATCH + BATCH // 2}, " in lines[0]
+    flow = small_flow()
+    flow.load_state_dict(state["model"])
+    assert record.replay(flow, BitsPerDim(), None) == record.found
+    state = checkpoint.read(tmp_path / "weight/divergence/step_8.pt")  # of the process whose weight it is
+    assert not state["model"]["bijection.mixing.lu"].isfinite().all()
+    found = Record.from_state(state["divergence"]).found
+    assert found.layer == "mixing" and "whose mixing.lu is not finite" in found.what
