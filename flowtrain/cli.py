@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from functools import partial
 
 from flowtrain import __version__
 from flowtrain.errors import FlowtrainError, Refused
@@ -201,8 +202,8 @@ def restored(command: str, overrides: list[str], stub: bool, running: bool) -> t
     if key == "replay":
         files = [runs.recorded(path) for path in paths]
     elif given:
-        names = runs.LAST if command == "train" else runs.BEST
-        files = [runs.checkpoint_in(path, key, names) for path in paths]
+        find = runs.given_to_continue if command == "train" else partial(runs.checkpoint_in, key=key)
+        files = [find(path) for path in paths]
     elif stub:
         return command, [f"{key}={restore.stub(key)}", *others]
     else:

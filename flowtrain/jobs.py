@@ -69,7 +69,7 @@ def _run(command: str, cfg: DictConfig, run_dir: str, hydra, sweep: bool) -> dic
     restored = hydra.job.config_name in RESTORED
     values = config.settle(cfg, command, restored)
     if values.get("resume") is True:
-        file = runs.to_continue(Path(run_dir))
+        file = runs.to_continue(Path(run_dir) / "checkpoints")
         if file is None:
             log.info("resume=true: no run of this configuration under %s/, so this is a new one", runs.OUTPUTS)
         values["resume"] = str(file) if file else None

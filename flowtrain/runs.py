@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import re
 from datetime import datetime
 from pathlib import Path
 
 from flowtrain.errors import FlowtrainError, Refused
 
+log = logging.getLogger("flowtrain")
+
 OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
-LAST = ("last.pt", "previous.pt")
+LAST = ("last.pt", "previous.pt", "best.pt")
 # may differ between a run and its continuation
 FREE = ("resume", "devices", "dist", "job_timeout", "max_steps", "max_minutes")
 
@@ -61,12 +64,6 @@ def newest_first() -> list[Path]:
     return sorted((folder.parent for folder in OUTPUTS.rglob("checkpoints")), key=started, reverse=True)
 
 
-def verified(file: Path) -> bool:
-    from flowtrain.engine import checkpoint
-
-    return file.is_file() and checkpoint.verify(file)
-
-
 def checkpoint_in(path: str, key: str, names=BEST) -> Path:
     """The checkpoint at ``path``: a file, or the first of ``names`` in a run directory. Raises Refused."""
     given = Path(path).expanduser()
@@ -95,15 +92,42 @@ def recorded(path: str) -> Path:
 def last_started() -> Path:
     """The best checkpoint of the run under ``outputs/`` that started last and has a whole one."""
     for run in newest_first():
-        for name in BEST:
-            if verified(run / "checkpoints" / name):
-                return (run / "checkpoints" / name).resolve()
+        folder = run / "checkpoints"
+        file, problems = _first_whole(folder, [name for name in BEST if (folder / name).exists()])
+        if problems:
+            log.warning("%s", "; ".join(problems))
+        if file:
+            return file.resolve()
     raise Refused("there is no run with a checkpoint under outputs/ here: give ckpt=PATH, or train one first")
 
 
-def to_continue(run: Path) -> Path | None:
-    """The last whole checkpoint of a run."""
-    return next((run / "checkpoints" / name for name in LAST if verified(run / "checkpoints" / name)), None)
+def to_continue(folder: Path) -> Path | None:
+    """The last whole one of a run's checkpoints, after a warning where that is not the newest."""
+    file, problems = _first_whole(folder, LAST)
+    if file and problems:
+        log.warning("%s; continuing from %s", "; ".join(problems), file.name)
+    return file
+
+
+def given_to_continue(path: str) -> Path:
+    """The checkpoint that ``resume=path`` means: that file, or a run's last whole one. Raises Refused."""
+    file = checkpoint_in(path, "resume", LAST)
+    return file if Path(path).expanduser().is_file() else to_continue(file.parent) or file
+
+
+def _first_whole(folder: Path, names) -> tuple[Path | None, list[str]]:
+    """The first of ``names`` in ``folder`` that is whole, or None; and what is wrong with those before it."""
+    from flowtrain.engine import checkpoint
+
+    problems = []
+    for name in names:
+        try:
+            checkpoint.check(folder / name)
+        except FlowtrainError as error:
+            problems.append(str(error))
+        else:
+            return folder / name, problems
+    return None, problems
 
 
 def same_as(config: dict) -> Path | None:
@@ -114,7 +138,9 @@ def same_as(config: dict) -> Path | None:
         return {key: value for key, value in config.items() if key not in FREE}
 
     for run in newest_first():
-        file = to_continue(run)
+        file, problems = _first_whole(run / "checkpoints", LAST)
+        if file is None and any((run / "checkpoints").glob("*.pt")):
+            log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
         if file and fixed(checkpoint.read_config(file)) == fixed(config):
             return run.resolve()
     return None

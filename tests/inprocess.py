@@ -7,7 +7,7 @@ import sys
 
 from hydra.core.config_store import ConfigStore
 
-from flowtrain import cli, jobs
+from flowtrain import cli, config, jobs
 
 
 def flowtrain(cwd, *words) -> int:
@@ -15,7 +15,9 @@ def flowtrain(cwd, *words) -> int:
     before, sys.argv = os.getcwd(), ["flowtrain"]
     os.chdir(cwd)
     jobs.failures.clear()
-    ConfigStore.instance().repo.pop("ckpt", None)  # of the commands before: Hydra copies them many times
+    for group in ("ckpt", "resume"):
+        ConfigStore.instance().repo.pop(group, None)  # of the commands before: Hydra copies them many times
+    config._run_dirs.clear()
     try:
         return cli.run(list(words))
     finally:

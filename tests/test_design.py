@@ -12,17 +12,21 @@ SOURCE = Path(flowtrain.__file__).parent
 ALLOWED = {  # part -> the parts of flowtrain that it may import
     "errors": set(),
     "tablefile": {"errors"},
+    "files": {"errors"},
     "signals": {"errors"},
+    "checked": set(),
     "fusion": set(),
     "globalbatch": set(),
     "distributed": {"errors"},
     "distributions": {"globalbatch"},
     "nets": {"fusion", "globalbatch"},
     "bijections": {"distributions", "fusion", "globalbatch"},
-    "flow": {"bijections", "distributions", "fusion", "globalbatch"},
+    "flow": {"bijections", "checked", "distributions", "fusion", "globalbatch"},
     "data": {"errors", "globalbatch", "tablefile"},
-    "plots": {"errors"},
-    "engine": {"bijections", "data", "distributed", "errors", "flow", "fusion", "globalbatch", "plots", "signals"},
+    "plots": {"errors", "files"},
+    "engine": {
+        "bijections", "data", "distributed", "errors", "files", "flow", "fusion", "globalbatch", "plots", "signals",
+    },  # fmt: skip
     "benchmarks": {"assemble", "bijections", "config", "data", "engine", "errors", "flow"},
 }
 COMMANDS = {"train", "eval", "sample", "check", "score", "bench"}

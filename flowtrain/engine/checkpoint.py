@@ -14,10 +14,12 @@ import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from flowtrain import files
 from flowtrain.errors import FlowtrainError
 
 _MARK = b"flowtrain sha256 "
@@ -26,38 +28,91 @@ _MEMBER = re.compile(r"[\w.-]+(/[\w.-]+)+")
 _DEPTH = 64  # of containers: a configuration's own limit is lower
 
 
-def save(state: dict, path: Path) -> None:
-    """Write ``state`` to ``path`` so that at any moment either the old file or the new one is there, complete."""
+def save(state: dict, path: Path, kept: Path | None = None) -> None:
+    """Write ``state`` to ``path`` so that at any moment either the old file or the new one is there, complete.
+
+    The old one goes to ``kept``, but only when the new one stands in its place: what was at ``kept`` is replaced last.
+
+    Raises:
+        Unwritable: the disk does not take it; then all is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new, spare = files.temporary(path), kept and files.temporary(kept)
+    archive = _Archive(new)
     try:
-        torch.save(state, temporary)
-        with open(temporary, "r+b") as file:
-            comment = _MARK + _digest(file, temporary.stat().st_size).encode()
-            file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, 0 so far
-            file.write(len(comment).to_bytes(2, "little") + comment)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        torch.save(state, archive)
+        archive.finish()
+        if kept and path.exists():
+            _duplicate(path, spare)
+        os.replace(new, path)
+        if kept and spare.exists():
+            os.replace(spare, kept)
         _sync_directory(path.parent)
+    except OSError as error:
+        raise files.unwritable(path, archive.size, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        archive.close()
+        for left in filter(None, (new, spare)):
+            files.discard(left)
 
 
 def save_last(state: dict, directory: Path) -> Path:
     """Write ``last.pt``, keeping the one before as ``previous.pt``."""
-    last, previous = Path(directory) / "last.pt", Path(directory) / "previous.pt"
-    if last.exists():
-        link = previous.with_name(f".previous.{os.getpid()}.tmp")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(last, link)  # last.pt stays in its place until the new one replaces it
-        except OSError:  # a file system without hard links
-            shutil.copy2(last, link)
-        os.replace(link, previous)
-    save(state, last)
+    last = Path(directory) / "last.pt"
+    save(state, last, kept=last.with_name("previous.pt"))
     return last
+
+
+class _Archive:
+    """What torch.save writes into: a file that it counts and digests.
+
+    The writer in C++ must come to its end, or it hides why it did not: :meth:`finish` raises the first error.
+    """
+
+    def __init__(self, path: Path):
+        self.size, self.file, self.error, self.digest = 0, None, None, hashlib.sha256()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "wb")
+        except OSError as error:
+            self.error = error
+
+    def write(self, data) -> int:
+        self.size += len(data)
+        if self.error is None:
+            self.digest.update(data)
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        """Add the comment, and see all to the disk."""
+        if self.error is not None:
+            raise self.error
+        comment = _MARK + self.digest.hexdigest().encode()
+        self.file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, 0 so far
+        self.file.write(len(comment).to_bytes(2, "little") + comment)
+        self.size += len(comment)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # of what a full disk did not take
+                self.file.close()
+
+
+def _duplicate(path: Path, spare: Path) -> None:
+    files.discard(spare)
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, spare)
 
 
 def read(path, map_location="cpu", mmap: bool = False) -> dict:
@@ -69,12 +124,19 @@ def read(path, map_location="cpu", mmap: bool = False) -> dict:
         FlowtrainError: the file is damaged, or no flowtrain checkpoint.
     """
     path = Path(path)
-    check(path)
     try:
-        _check_members(path)
-        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused next
-            state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        with open(path, "rb") as file:  # one file, though another process may put a newer one in its place meanwhile
+            _check(path, file)
+            _check_members(file)
+            file.seek(0)
+            source = f"/dev/fd/{file.fileno()}" if mmap else file
+            with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused next
+                state = torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
         _check_plain(state)
+    except FlowtrainError:
+        raise
+    except OSError as error:
+        raise FlowtrainError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever an archive with a right digest may still hold
         reason = str(error) if type(error) is ValueError else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
@@ -83,12 +145,13 @@ def read(path, map_location="cpu", mmap: bool = False) -> dict:
     return state
 
 
-def _check_members(path: Path) -> None:
+def _check_members(file) -> None:
     """What torch.save writes: stored as it is, so that no file unpacks to more than its own size, under plain names.
 
     Raises ValueError.
     """
-    with zipfile.ZipFile(path) as archive:
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len(archive.comment) != _COMMENT:  # then another reader might find other members
             raise ValueError("its digest is not its comment")
@@ -136,19 +199,27 @@ def check(path: Path) -> None:
         FlowtrainError: they differ, or there is none.
     """
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            if size >= 2 and file.read(2) != b"PK":  # how the archives of torch.save begin
-                raise FlowtrainError(f"{path}: not a flowtrain checkpoint")
-            file.seek(max(0, size - _COMMENT))
-            comment = file.read()
-            found = _digest(file, size - _COMMENT) if comment.startswith(_MARK) else None
+            _check(path, file)
     except OSError as error:
         raise FlowtrainError(f"{path}: cannot be read ({error.strerror})") from error
-    if found is None:
-        raise FlowtrainError(f"{path}: no flowtrain checkpoint, or its end is missing ({size} bytes)")
-    expected = comment[len(_MARK) :].decode("ascii", "replace")
-    if found != expected:
+
+
+def _check(path: Path, file) -> None:
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(2)
+    file.seek(max(0, size - _COMMENT))
+    comment = file.read()
+    if not comment.startswith(_MARK):
+        if size >= 2 and head != b"PK":  # how the archives of torch.save begin
+            raise FlowtrainError(f"{path}: not a flowtrain checkpoint")
+        raise FlowtrainError(
+            f"{path}: no flowtrain checkpoint, or its end is missing ({size} bytes): its SHA-256 is "
+            f"{_digest(file, size)}, what was written is not there"
+        )
+    found, expected = _digest(file, size - _COMMENT), comment[len(_MARK) :]
+    if found.encode() != expected:
+        expected = re.sub(rb"[^0-9a-f]", b"?", expected).decode()  # none of its bytes moves a cursor
         raise FlowtrainError(f"{path}: damaged; its SHA-256 is {found}, {expected} was written")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from flowtrain import files
 
 
 def grid(pictures: Tensor, levels: int, columns: int | None = None, side: int = 512) -> Tensor:
@@ -24,13 +27,9 @@ def grid(pictures: Tensor, levels: int, columns: int | None = None, side: int = 
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write a (3, H, W) uint8 picture; a half-written file never stands under ``path``."""
+    """Write a (3, H, W) uint8 picture; a half-written file never stands under ``path``. Raises Unwritable."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(data, format="png")
+    files.write(path, data.getvalue())

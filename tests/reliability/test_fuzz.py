@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain import cli, restore, runs
+from flowtrain import cli, restore
 from flowtrain.data import DownsampledImageNet, Power, Table
 from flowtrain.data.inputs import PictureArray, PictureFiles, TableRows, plain_columns
 from flowtrain.engine import checkpoint
@@ -143,7 +143,7 @@ def test_any_checkpoint(tmp_path_factory, small_checkpoint, change, before):
 def test_the_checkpoint_is_good(tmp_path, small_checkpoint):
     """Else nothing above would get far."""
     hostile.sealed(tmp_path / "good.pt", small_checkpoint)
-    assert settled(lambda: restore.embedded(tmp_path / "good.pt")) and runs.verified(tmp_path / "good.pt")
+    assert settled(lambda: restore.embedded(tmp_path / "good.pt")) and checkpoint.verify(tmp_path / "good.pt")
 
 
 PICTURES = {}
