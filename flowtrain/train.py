@@ -10,6 +10,7 @@ import re
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.measure import measure_of
 from flowtrain.engine.reporter import Reporter, Silence
-from flowtrain.engine.signals import heed
+from flowtrain.engine.signals import heeded
 from flowtrain.engine.trainer import Settings, Trainer
 from flowtrain.environment import device_name
 from flowtrain.errors import FlowtrainError, Refused
@@ -198,9 +199,7 @@ def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
     with torch.no_grad(), globalbatch.reestimating(flow):
-        for _ in range(min(loader.steps_per_epoch, steps)):
-            heed()
-            x, context = next(batches)
+        for x, context in heeded(islice(batches, min(loader.steps_per_epoch, steps))):
             with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)
 

@@ -26,7 +26,7 @@ from flowtrain.signals import SAME, SIGNALS, end_in_kernel
 
 GRACE = 10  # seconds that the others have to end by themselves once a worker has failed,
 ENDING = 20  # that a job has which took too long,
-SAVING = 600  # that workers have which may still be writing, once one has ended by a signal
+SAVING = 600  # that the first has, which may be writing, once another has ended by a signal
 
 
 class Failed(FlowtrainError):
@@ -115,7 +115,8 @@ def _wait(group, timeout: float | None) -> bool:
             _tell(group, signal.SIGTERM)
         elif failed and not since:
             since = now
-        if since and now - since > (SAVING if failed and failed <= {130, 143} else patience):
+        saving = failed and failed <= {130, 143} and group[0].poll() is None
+        if since and now - since > (SAVING if saving else patience):
             break
         time.sleep(0.05)
     return late

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -96,6 +96,13 @@ def impatiently() -> Iterator[None]:
         asked.impatient = False
 
 
+def awaited(batches: Iterator, default=None):
+    """The next of ``batches``, or ``default``; Interrupted soon after a signal, but for one of several processes: the
+    others may have begun the step that it would leave."""
+    with impatiently() if distributed.world() == 1 else nullcontext():
+        return next(batches, default)
+
+
 def heed() -> None:
     """Raise Interrupted on every process if one has noted a signal. To be called by all of them."""
     if _asked:
@@ -109,7 +116,7 @@ def heeded(batches: Iterable) -> Iterator:
         return
     batches, nothing = iter(batches), object()
     while True:
-        batch = next(batches, nothing)
+        batch = awaited(batches, nothing)
         if not _shared(batch is not nothing):
             return
         if batch is not nothing:  # another process has one more

@@ -23,7 +23,7 @@ from flowtrain.engine.gradient import Way
 from flowtrain.engine.measure import Measure
 from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
-from flowtrain.engine.signals import heed, impatiently, remembered
+from flowtrain.engine.signals import awaited, heed, impatiently, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.signals import SIGNALS
@@ -120,10 +120,7 @@ class Trainer:
                 self.look()  # where a signal ended that
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.has_stalled():
-                    # alone: other processes may have begun the step that this one would leave
-                    with impatiently() if distributed.world() == 1 else nullcontext():
-                        batch = next(batches)
-                    loss, norm = self.gradient(*batch)
+                    loss, norm = self.gradient(*awaited(batches))
                     loss, norm, signum, self.seconds = self.read(loss, norm, asked.signum, time.monotonic() - began)
                     self.update(loss, norm)
                     self.step += 1

@@ -1,0 +1,253 @@
+"""Commands in processes that can be killed, without the seconds that a start costs: a server imports PyTorch and
+flowtrain once and forks a process for each command, and one for each worker of a command with ``devices=``.
+
+Run as a program it is the server: a line of JSON asks for a process or for its end, another answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from flowtrain.engine import checkpoint
+
+HERE = Path(__file__).resolve().parent
+
+
+class Server:
+    """Starts processes; to be closed."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE), env.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+        )
+
+    def ask(self, **question):
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, cwd: Path, *words, kind="command", **env) -> Started:
+        cwd.mkdir(exist_ok=True)
+        return Started(self, cwd, self.ask(do="start", cwd=str(cwd), words=words, kind=kind, env=env))
+
+    def run(self, cwd: Path, *words, **env) -> int:
+        return self.start(cwd, *words, **env).wait()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Started:
+    """A process of the server; what it says is in ``out`` and ``err``."""
+
+    def __init__(self, server: Server, cwd: Path, pid: int):
+        self.server, self.cwd, self.pid = server, cwd, pid
+
+    def wait(self, timeout: float = 120) -> int | None:
+        """Its exit code, negative for a signal that killed it; None where it still runs."""
+        return self.server.ask(do="wait", pid=self.pid, timeout=timeout)
+
+    def kill(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def rank(self, rank: int) -> int:
+        """The process id of a worker."""
+        for pid in self.children():
+            words = Path(f"/proc/{pid}/environ")
+            told = self.cwd / f"rank.{pid}"
+            if told.exists() and int(told.read_text()) == rank or f"\0RANK={rank}\0" in f"\0{words.read_text()}":
+                return pid
+        raise LookupError(f"rank {rank} of {self.pid}")
+
+    def until(self, condition, timeout: float = 60) -> None:
+        """Wait until ``condition()``, which sees the folder; the process must not end before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end and self.alive(), self.err
+            time.sleep(0.005)
+
+    def alive(self) -> bool:
+        return self.server.ask(do="wait", pid=self.pid, timeout=0) is None
+
+    @property
+    def out(self) -> str:
+        return (self.cwd / f"out.{self.pid}").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.cwd / f"err.{self.pid}").read_text()
+
+
+def steps(run: Path) -> list[dict]:
+    """metrics.jsonl without clocks and rates."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def state(run: Path) -> dict:
+    """Of last.pt, without the clock and what says where the run was."""
+    found = checkpoint.read(run / "checkpoints" / "last.pt")
+    return {key: value for key, value in found.items() if key not in ("seconds", "config")}
+
+
+def same(one, other) -> bool:
+    """Whether two states are equal, tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def runs_in(cwd: Path) -> list[Path]:
+    return sorted(path for path in cwd.glob("outputs/*/*") if path.is_dir())
+
+
+# -- the server
+
+
+class ForkedWorker:
+    """What flowtrain.workers needs of Popen."""
+
+    ends: list = []  # of the workers' pipes, for this process to write into
+
+    def __init__(self, _command, stdin, env, start_new_session):
+        assert start_new_session and stdin == subprocess.PIPE
+        read, write = os.pipe()
+        self.returncode = None
+        self.pid = os.fork()
+        if not self.pid:
+            _as_a_process(lambda: self.work(read, write, env))
+        os.close(read)
+        self.stdin = os.fdopen(write, "wb")
+        self.ends.append(self.stdin)
+
+    def work(self, read, write, env):
+        from flowtrain import workers
+
+        os.setsid()
+        os.close(write)
+        for end in self.ends:
+            end.close()
+        os.dup2(read, 0)
+        sys.stdin = os.fdopen(0, closefd=False)
+        os.environ.update(env)
+        Path(f"rank.{os.getpid()}").write_text(env["RANK"])
+        workers.main()
+
+    def poll(self):
+        if self.returncode is None:
+            pid, code = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(code)
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.01)
+
+    def send_signal(self, signum):
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+
+def _as_a_process(main) -> None:
+    """Run ``main`` with the signals of a new process, and end."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(env)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.argv = ["flowtrain", *words]
+    from flowtrain import cli
+
+    sys.path.insert(0, cwd)
+    if "SLOW" in env:
+        import slow
+
+        slow.patch()
+    _as_a_process(cli.main)
+
+
+def _wait(pid: int, timeout: float, ended={}):  # noqa: B006: what has been waited for once
+    end = time.monotonic() + timeout
+    while pid not in ended:
+        found, code = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(code)
+        elif time.monotonic() >= end:
+            return None
+        else:
+            time.sleep(0.005)
+    return ended[pid]
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from types import SimpleNamespace
+
+    import inprocess
+
+    import torch._dynamo  # noqa: F401: and what else a run would import
+
+    from flowtrain import eval, sample, train, workers  # noqa: F401
+
+    workers.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
+    workers.ENDING = 3  # what hangs in a test has nothing to save
+    with open(os.devnull, "w") as nowhere:
+        before, sys.stdout = sys.stdout, nowhere
+        inprocess.flowtrain(".", "train", "--cfg", "job")  # brings what composing needs
+        sys.stdout = before
+    for line in sys.stdin:
+        question = json.loads(line)
+        do = {"start": _start, "wait": _wait}[question.pop("do")]
+        answers.write(json.dumps(do(**question)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    serve()
