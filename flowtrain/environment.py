@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain import __version__, distributed
+from flowtrain import __version__, distributed, files
 
 PACKAGES = ("hydra-core", "numpy", "omegaconf", "pillow", "scikit-learn", "torch", "torchdiffeq", "torchvision")
 
@@ -30,7 +30,7 @@ def record(directory: str, device: torch.device) -> None:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "host": platform.node(), "platform": platform.platform(), "command": sys.argv,
     }  # fmt: skip
-    (Path(directory) / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    files.write(Path(directory) / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
 
 def _commit() -> str | None:

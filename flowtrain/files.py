@@ -75,6 +75,6 @@ def discard(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove the temporary files that processes killed while they wrote left below ``directory``."""
-    for path in Path(directory).rglob(".*.tmp"):
+    """Remove the temporary files that processes killed while they wrote left in ``directory``."""
+    for path in Path(directory).glob(".*.tmp"):
         discard(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain import distributed, environment, globalbatch
+from flowtrain import distributed, environment, files, globalbatch
 from flowtrain.assemble import autocast_of, build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.bijections.memory import MEMORIES
@@ -43,6 +43,9 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all par
 def main(cfg, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
     with status.held(run_dir) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            for folder in ("", "checkpoints", "samples"):
+                files.sweep(Path(run_dir) / folder)
         return _train(cfg, run_dir)
 
 
@@ -80,7 +83,8 @@ def _train(cfg, run_dir: str) -> dict:
     if distributed.is_main():
         _introduce(cfg, flow, train, val, settings, device, run_dir, trainer.step)
         environment.record(run_dir, device)
-        reporter = Reporter(run_dir, trainer.step, settings.max_steps, cfg.trainer.tensorboard)
+        lines = state and state.get("lines")  # absent in older checkpoints
+        reporter = Reporter(run_dir, trainer.step, settings.max_steps, cfg.trainer.tensorboard, lines)
     try:
         with explained(), determinism.explained():
             trainer.fit(reporter)
@@ -224,9 +228,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         "run_dir": str(run_dir),
     }
     if distributed.is_main():
-        temporary = Path(run_dir) / ".summary.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        temporary.replace(Path(run_dir) / "summary.json")
+        files.write(Path(run_dir) / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         best = trainer.measure.judged(result)[2]
         log.info("finished after %d steps, %.0f s: best validation %s", trainer.step, trainer.seconds, best)
         if pictures := sorted((Path(run_dir) / "samples").glob("*.png")):

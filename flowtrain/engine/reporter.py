@@ -10,20 +10,33 @@ from pathlib import Path
 
 from torch import Tensor
 
+from flowtrain import files
 from flowtrain.plots.grid import save_png
 
 log = logging.getLogger("flowtrain")
 
 
 class Reporter:
-    """The records of one run under ``run_dir``, of which what lies beyond ``step`` is cut."""
+    """The records of one run under ``run_dir``, of which what lies beyond ``step`` and the first ``lines`` is cut.
 
-    def __init__(self, run_dir: Path, step: int, max_steps: int | None, tensorboard: bool):
+    Attributes:
+        lines: how many metrics.jsonl has.
+
+    Its methods raise Unwritable where the disk does not take what they write.
+    """
+
+    def __init__(
+        self, run_dir: Path, step: int, max_steps: int | None, tensorboard: bool, lines: int | None = None
+    ):
         self.run_dir = Path(run_dir)
         path = self.run_dir / "metrics.jsonl"
-        _cut(path, step)
-        self.file = path.open("a")
-        self.board = _board(self.run_dir / "tb", step) if tensorboard else None
+        self.lines = _cut(path, step, lines)
+        with files.writing(path):
+            self.file = path.open("ab", buffering=0)
+        self.board = None
+        if tensorboard:
+            with self.to_board():
+                self.board = _board(self.run_dir / "tb", step)
         self.bar, self.open = None, ExitStack()
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -34,11 +47,12 @@ class Reporter:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl and the same in TensorBoard. Clocks and rates are named ``time/…``."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        files.append(self.file, (json.dumps({"step": step, **values}) + "\n").encode())
+        self.lines += 1
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with self.to_board():
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
 
     def progress(self, step: int, figure: str, rate: float, left: float | None) -> None:
         """Show where training stands: ``figure`` with its unit, ``rate`` in examples a second, ``left`` in seconds."""
@@ -54,44 +68,52 @@ class Reporter:
         path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
         save_png(picture, path)
         if self.board:
-            self.board.add_image(name, picture, step)
+            with self.to_board():
+                self.board.add_image(name, picture, step)
         return path
 
     def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
         """What TensorBoard's HParams page compares runs by."""
         if self.board:
-            self.board.add_hparams(values, metrics, run_name=".")
+            with self.to_board():
+                self.board.add_hparams(values, metrics, run_name=".")
+
+    def to_board(self):
+        return files.writing(self.run_dir / "tb")
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
         if self.bar is not None:
             self.bar.close()
         self.open.close()
+        if self.board:
+            with self.to_board():
+                self.board.close()
 
 
 class Silence:
     """A reporter for every process but the first."""
 
+    lines = 0
+
     def __getattr__(self, _name):
         return lambda *args, **kwargs: None
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines beyond ``step``, and one that a kill left half-written."""
+def _cut(path: Path, step: int, lines: int | None) -> int:
+    """Drop the lines after the first ``lines`` or beyond ``step``, and one that a kill left half-written; how many are
+    left."""
     if not path.exists():
-        return
+        return 0
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines()[:lines]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    files.write(path, "".join(kept).encode())
+    return len(kept)
 
 
 def _board(directory: Path, step: int):

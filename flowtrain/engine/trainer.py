@@ -365,6 +365,7 @@ class Trainer:
             "order": self.loader.state_dict(),
             "validated": self.validated,
             "shown": self.shown,
+            "lines": self.reporter.lines,
             **self.learned(),
         }
 
