@@ -9,7 +9,7 @@ from functools import partial
 
 from flowtrain import __version__
 from flowtrain.errors import FlowtrainError, Refused
-from flowtrain.signals import end_at_once
+from flowtrain.signals import end_at_once, end_with_torchrun
 
 COMMANDS = {
     "train": "fit a flow to data",
@@ -44,6 +44,7 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 def main() -> None:
     end_at_once()
+    end_with_torchrun()
     # before torch starts its threads: ones that spin while they wait make a shared machine ten times slower, and ones
     # that do not spin at all are woken too late for small operations: on two idle cores a step takes half as long again
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -102,15 +102,18 @@ def init() -> None:
 
         torch.cuda.set_device(where)
         backend = "cpu:gloo,cuda:nccl"
-    store = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
-    _heeding_signals(
-        dist.init_process_group,
-        backend,
-        init_method=f"file://{store}" if store else "env://",
-        rank=rank(),
-        world_size=world(),
-        timeout=PATIENCE,
-    )
+    _heeding_signals(_join, backend)
+
+
+def _join(backend: str) -> None:
+    import torch.distributed as dist
+
+    place = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
+    meeting = dist.rendezvous(f"file://{place}" if place else "env://", rank(), world(), timeout=PATIENCE)
+    store, _, _ = next(meeting)
+    # torchrun keeps its store when it starts processes anew, and in it the addresses of those that died
+    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=attempt, rank=rank(), world_size=world(), timeout=PATIENCE)
 
 
 def _heeding_signals(work, *args, **kwargs) -> None:

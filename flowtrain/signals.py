@@ -1,5 +1,6 @@
 """The signals that end a command in order: 130 for SIGINT, 143 for SIGTERM and SIGUSR1."""
 
+import os
 import signal
 import sys
 
@@ -19,6 +20,14 @@ def end_at_once() -> None:
 
     for number in SIGNALS:
         signal.signal(number, end)
+
+
+def end_with_torchrun() -> None:
+    """Get SIGTERM when the parent ends, as torchrun does by a signal that it does not pass on, such as SIGUSR1."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def end_in_kernel() -> None:

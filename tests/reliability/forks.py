@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -208,7 +209,7 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
         import slow
 
         slow.patch()
-    _as_a_process(cli.main)
+    _as_a_process({"command": cli.main, "torchrun": _torchrun}[kind])
 
 
 def _wait(pid: int, timeout: float, ended={}):  # noqa: B006: what has been waited for once
@@ -222,6 +223,26 @@ def _wait(pid: int, timeout: float, ended={}):  # noqa: B006: what has been wait
         else:
             time.sleep(0.005)
     return ended[pid]
+
+
+def _torchrun() -> None:
+    """What ``torchrun --standalone --nproc-per-node=2 --max-restarts=$RESTARTS -m flowtrain`` does, forking."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=str(os.getpid()), rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=int(os.environ["RESTARTS"]), monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, _rank)()
+
+
+def _rank() -> None:
+    from flowtrain import cli
+
+    Path(f"rank.{os.getpid()}").write_text(os.environ["RANK"])
+    cli.leave = lambda code: os._exit(code) if code else None  # the agent waits for what a good one returns
+    with suppress(SystemExit):
+        cli.main()
 
 
 def serve() -> None:

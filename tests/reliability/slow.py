@@ -90,6 +90,7 @@ def patch() -> None:
         "data": lambda: setattr(Loader, "batches", batches),
         "moments": lambda: setattr(Loader, "batches", again),
         "step": lambda: before(Trainer, "update", SAVING, late),
+        "every step": lambda: before(Trainer, "update", 0.1),
         "stuck": lambda: before(Trainer, "update", when=late),
         "validation": lambda: setattr(assemble, "shares", shares),
         "picture": lambda: before(views.View, "__call__", when=late),
