@@ -109,11 +109,15 @@ def drawn(
 
 
 def decode(flow: Flow, latents: torch.Tensor, context: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:
-    """The data of latents, on the CPU, a batch at a time."""
+    """The data of latents, on the CPU, a batch at a time. FlowtrainError where some are not finite."""
     contexts = [None] * len(latents) if context is None else context.split(batch)
     was_training = flow.training
     flow.eval()
-    with exact_arithmetic():
-        parts = [flow.decode(*pair).cpu() for pair in zip(latents.split(batch), contexts)]
-    flow.train(was_training)
+    try:
+        with exact_arithmetic():
+            parts = [flow.decode(*pair).cpu() for pair in zip(latents.split(batch), contexts)]
+    except ValueError as error:
+        raise FlowtrainError(f"some samples are not finite; a lower temperature may help: {error}") from error
+    finally:
+        flow.train(was_training)
     return torch.cat(parts)

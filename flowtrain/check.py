@@ -40,8 +40,9 @@ def main(cfg, run_dir: str) -> dict:
     if cfg.ckpt:
         what = f"{load_weights(flow, checkpoint.read(cfg.ckpt), cfg.weights)} weights of {cfg.ckpt}"
         context = _context(cfg, flow, cfg.examples)
-        x = _drawn(flow, cfg, context)
-        if not x.isfinite().all():  # the audit will tell where that comes from
+        try:
+            x = _drawn(flow, cfg, context)
+        except FlowtrainError:  # not finite; the audit will tell where that comes from
             x = _made_up(flow, cfg, cfg.examples)
     else:
         what = f"a new {cfg.model.name} for {cfg.dataset.name}"

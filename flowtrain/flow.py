@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowtrain import fusion, globalbatch
 from flowtrain.bijections.base import Bijection, Memory, at_least_float32, built, size
 from flowtrain.bijections.ode import states_only
+from flowtrain.checked import mapped, taken
 from flowtrain.distributions import Distribution, StandardNormal
 
 
@@ -23,7 +24,10 @@ class Flow(nn.Module):
         base: factory called with the bijection's ``out_shape`` as ``shape`` and with ``context_shape``.
         context_shape: of the context that comes with each example, or None.
 
-    ``forward`` is ``log_prob``, so that whatever wraps a module (DDP, compile, hooks) wraps the likelihood.
+    ``forward`` is the likelihood, so that whatever wraps a module (DDP, compile, hooks) wraps that; it computes, and
+    looks at no number. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` look, for which the host
+    waits for the device: they take real numbers of any kind, compute in the precision of the flow's weights, and return
+    what is finite or raise a ValueError that names the shape or the first row (from 0) at fault.
     """
 
     memory = Memory()
@@ -52,23 +56,27 @@ class Flow(nn.Module):
         z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
 
-    log_prob = forward
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``forward``'s log p(x) in nats, (B,), looked at: finite or a ValueError."""
+        return mapped("x", *self._taken("x", x, self.shape, context), "log-likelihood", self)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (B,)."""
-        return to_bits_per_dim(self(x, context), self.dimensions)
+        return to_bits_per_dim(self.log_prob(x, context), self.dimensions)
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of x; integers go in at the centre of their bins, so that ``decode`` returns the very same."""
+        x, context = self._taken("x", x, self.shape, context)
         with globalbatch.centred(), states_only():
-            return self.bijection(x, context)[0]
+            return mapped("x", x, context, "latent", lambda *given: self.bijection(*given)[0])
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of a latent."""
+        z, context = self._taken("z", z, self.bijection.out_shape, context)
         with states_only():
-            return self.bijection.inverse(z, context)[0]
+            return mapped("z", z, context, "inverse", lambda *given: self.bijection.inverse(*given)[0])
 
     @torch.no_grad()
     def latents(
@@ -84,9 +92,8 @@ class Flow(nn.Module):
         and draws at several temperatures that differ in nothing else. A base that depends on the context needs one,
         (n, *context_shape).
         """
-        like = next(self.parameters(), torch.empty(0))
         z = self.base.sample(n, temperature, context, generator)
-        return z.to(like.device, at_least_float32(like.dtype))
+        return z.to(self._like.device, at_least_float32(self._like.dtype))
 
     def sample(
         self,
@@ -98,6 +105,21 @@ class Flow(nn.Module):
         """n examples, (n, *shape). ``temperature`` scales how far the latents lie from their means, which are 0 for the
         standard bases (Kingma & Dhariwal 2018, section 6); see ``Distribution.sample``."""
         return self.decode(self.latents(n, temperature, generator, context), context)
+
+    @property
+    def _like(self) -> Tensor:
+        """Some number of the flow's: where and in which precision it computes."""
+        return next(self.parameters(), torch.empty(0))
+
+    def _taken(self, name: str, x: Tensor, shape: tuple, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and its context as the flow takes them. ValueError where it cannot."""
+        dtype, wanted = at_least_float32(self._like.dtype), self.bijection.context_shape
+        x = taken(name, x, shape, dtype)
+        if wanted is None:
+            return x, None
+        if context is None or len(context) != len(x):
+            raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(wanted)} each")
+        return x, taken("context", context, wanted, dtype)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:

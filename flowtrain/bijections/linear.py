@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import constant_log_det, full_precision, zero_log_det
-from flowtrain.bijections.channels import ChannelAffine, inverse, mix
+from flowtrain.bijections.channels import ChannelAffine, inverse, mix_exactly, mixer
 
 
 def start_matrix(kind: str, n: int) -> Tensor:
@@ -79,11 +79,11 @@ class _Linear(ChannelAffine):
 
     def forward(self, x, context=None):
         with full_precision(x):
-            return mix(x, self.weight()), constant_log_det(self.pixels * self.log_abs_det(), x)
+            return mixer(self)(x, self.weight()), constant_log_det(self.pixels * self.log_abs_det(), x)
 
     def inverse(self, z, context=None):
         with full_precision(z):
-            return mix(z, self.weight_inverse().to(z.dtype)), constant_log_det(-self.pixels * self.log_abs_det(), z)
+            return mix_exactly(z, self.weight_inverse()), constant_log_det(-self.pixels * self.log_abs_det(), z)
 
 
 class DenseLinear(_Linear):
@@ -142,9 +142,9 @@ class LULinear(_Linear):
         if x.dim() > 2:
             return super().forward(x, context)
         with full_precision(x):
-            lower, upper = self.factors()
-            h = F.linear(x, upper)
-            z = torch.addmm(h, h, lower.T).index_select(1, self.order)
+            lower, upper = self.factors() if self.training else (factor.double() for factor in self.factors())
+            h = F.linear(x.to(upper.dtype), upper)
+            z = torch.addmm(h, h, lower.T).index_select(1, self.order).to(x.dtype)
             return z, constant_log_det(self.log_abs_det(), x)
 
     def inverse(self, z, context=None):

@@ -15,7 +15,11 @@ class Dequantize(Bijection):
     """Integers 0 … levels − 1 to (x + u)/levels in [0, 1), u uniform (Theis et al. 2016, section 3.1).
 
     Its log-determinant is −D·log(levels), the density of u being 1: E[log p] bounds log P(x) from below. ``inverse``
-    rounds down to the integer whose bin holds the value, uint8 up to 256 levels and int64 above.
+    rounds down to the integer whose bin holds the value, uint8 up to 256 levels and int64 above. What is none of these
+    integers becomes NaN, as in ``Logit``.
+
+    Raises:
+        FloatingPointError: in ``inverse``, of NaN, which no integer could tell.
     """
 
     exact = False
@@ -37,9 +41,12 @@ class Dequantize(Bijection):
         # the bin, or decoding returns another integer
         margin = 2 * torch.finfo(x.dtype).eps
         y = torch.clamp(x + u, x * (1 + margin), (x + 1) * (1 - margin)) / self.levels
+        y = torch.where(x == x.floor().clamp(0, self.levels - 1), y, math.nan)
         return y, zero_log_det(x) + self.log_det
 
     def inverse(self, z, context=None):
+        if z.isnan().any():
+            raise FloatingPointError("integers of what is not a number")
         x = (z * self.levels).floor().clamp(0, self.levels - 1)
         return x.to(self.integers), zero_log_det(z) - self.log_det
 

@@ -46,17 +46,18 @@ class Additive(Univariate):
 class Scale(Univariate):
     """y = x·exp(s): with parameters of its own, NICE's diagonal scaling (Dinh et al. 2015, section 3.3).
 
-    Its log-determinant is Σs with its sign, not ‖s‖₁.
+    Its log-determinant is Σs with its sign, not ‖s‖₁. s is clamped at ±``bound``, beyond what any data ask for.
     """
 
     params = 1
+    bound = 30.0
 
     def forward(self, x, theta):
-        s = theta[..., 0]
+        s = theta[..., 0].clamp(-self.bound, self.bound)
         return x * s.exp(), s.expand_as(x)
 
     def inverse(self, y, theta):
-        s = theta[..., 0]
+        s = theta[..., 0].clamp(-self.bound, self.bound)
         return y * (-s).exp(), (-s).expand_as(y)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowtrain import fusion, globalbatch
 from flowtrain.bijections import Bijection, Chain, Inverse, MultiScale
 from flowtrain.bijections.base import size
-from flowtrain.bijections.ode import continuous_layers, exact_trace, traced_exactly
+from flowtrain.bijections.ode import continuous_layers, exact_trace, states_only, traced_exactly
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.engine.jacobian import Piece, affordable, bound, disagreement
 from flowtrain.flow import Flow
@@ -274,7 +274,11 @@ def _worst(found: dict[str, Tensor]) -> str | None:
 def _changed(flow: Flow, x: Tensor, context: Tensor | None) -> int:
     """How many of the data's integers another integer comes back for."""
     x, context = _as_weights(flow, x), _as_weights(flow, context)
-    back = flow.decode(flow.encode(x, context), context)
+    try:
+        with globalbatch.centred(), states_only():
+            back, _ = flow.bijection.inverse(flow.bijection(x, context)[0], context)
+    except FloatingPointError:
+        return x.numel()
     if not x.is_floating_point():
         return int((back != x).sum())
     whole = (x == x.round()) & (x.abs() < _EXACT_INTEGERS)  # of a table's columns some are real

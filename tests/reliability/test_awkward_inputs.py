@@ -1,0 +1,288 @@
+"""Inputs that are not as they should be, or only just: every model is right about them or names the row or shape."""
+
+import math
+import re
+import time
+
+import pytest
+import torch
+from composed import ONLY_PICTURES, flow_of, options
+from layers import UNIVARIATE
+
+from flowtrain import bijections as b
+from flowtrain.bijections.ode import exact_trace
+from flowtrain.errors import Refused
+from flowtrain.flow import Flow
+
+MODELS = options("model")
+LEVELS = 17
+B, BAD = 5, 3  # rows, and which one is awkward
+SECONDS = 60  # of one call: no hang, on a machine that has other work too
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    """A small flow away from its start, of evaluation, and a batch for it."""
+    torch.manual_seed(0)
+    if request.param in ONLY_PICTURES:
+        small = ["dataset=digits", "dataset.image_size=4", "dataset.halvings=1", "model.hidden=4"]
+        flow = flow_of(f"model={request.param}", *small)
+        x = torch.randint(0, LEVELS, (64, 1, 4, 4), dtype=torch.uint8)
+    else:
+        flow = flow_of(f"model={request.param}", "dataset=moons", "dataset.shape=[3]", "model.hidden=8")
+        x = torch.randn(64, 3)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    flow.initialize(x)
+    return flow.eval(), x[:B]
+
+
+@pytest.fixture(scope="module")
+def tally(promise):
+    """Counts the cases of each test, and says so when all are done."""
+    seen = {}
+    yield seen
+    for asked, (right, refused) in sorted(seen.items()):
+        promise(11, f"{asked}, of {len(MODELS)} models: right or a ValueError", f"{right} right, {refused} refused")
+
+
+def log_prob(flow, x):
+    """With the same noise each time, and the exact trace of an ODE; within the time for it."""
+    torch.manual_seed(1)
+    begun = time.monotonic()
+    try:
+        with torch.no_grad(), exact_trace():
+            return flow.log_prob(x)
+    finally:
+        assert time.monotonic() - begun < SECONDS
+
+
+def right_or_refused(tally, asked, says, attempt, expected=lambda made: None):
+    """``attempt()`` gives what is finite and what ``expected`` takes, or says why not in words that match ``says``."""
+    right, refused = tally.get(asked, (0, 0))
+    try:
+        made = attempt()
+    except (ValueError, Refused) as error:
+        assert re.search(says, str(error))
+        tally[asked] = right, refused + 1
+        return
+    assert made.isfinite().all()
+    expected(made)
+    tally[asked] = right + 1, refused
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])
+def test_values_out_of_all_bounds(case, value, tally):
+    flow, x = case
+    x = x.float().clone()
+    x[BAD].view(-1)[0] = value
+    alone = x[BAD : BAD + 1]
+
+    def as_in_float64(made):  # a number this large has a likelihood where float32 holds it
+        flow.double()
+        try:
+            torch.testing.assert_close(made[BAD:].double()[:1], log_prob(flow, alone.double()), rtol=1e-3, atol=1e-3)
+        finally:
+            flow.float()
+
+    right_or_refused(tally, f"{value:g}", f"row {BAD} of x", lambda: log_prob(flow, x), as_in_float64)
+    if not math.isfinite(value):
+        with pytest.raises(ValueError, match=f"row {BAD} of x holds a number that is not finite"):
+            flow.encode(x)
+        z = torch.zeros(B, *flow.bijection.out_shape)
+        z[BAD, 0] = value
+        with pytest.raises(ValueError, match=f"row {BAD} of z holds a number that is not finite"):
+            flow.decode(z)
+
+
+def test_latents_out_of_all_bounds(case, tally):
+    flow, _ = case
+    z = torch.zeros(B, *flow.bijection.out_shape)
+    z[BAD, 0] = 1e20
+    right_or_refused(tally, "latents of 1e20", f"row {BAD} of z", lambda: flow.decode(z))
+
+
+def test_knots_and_bounds(case, tally):
+    """Bounds of splines and their neighbours, knots of equal bins, and the ends of the integers, where preprocessing's
+    unit interval ends."""
+    flow, x = case
+    if x.dtype == torch.uint8:
+        ends = [0, 1, LEVELS - 2, LEVELS - 1]
+        x = torch.stack([torch.full_like(x[0], value) for value in ends])
+    else:
+        ends = [0.0, 1.0, -1.0, 3.0, -3.0, 0.75, 2.25, -1.5, 3.0000002, 2.9999998]
+        x = torch.stack([torch.full_like(x[0], value) for value in ends])
+    made = log_prob(flow, x)
+    assert made.isfinite().all()
+    back = flow.decode(flow.encode(x))
+    if x.dtype == torch.uint8:
+        assert torch.equal(back, x)
+    else:
+        torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
+    tally["knots, bounds, 0 and 1"] = tally.get("knots, bounds, 0 and 1", (0, 0))[0] + 1, 0
+
+
+def test_what_is_no_integer_of_the_data(case, tally):
+    flow, x = case
+    if x.dtype != torch.uint8:
+        return
+    for value in (-1.0, 0.5, float(LEVELS), 300.0):
+        wrong = x.float()
+        wrong[BAD, 0, 2, 2] = value
+        with pytest.raises(ValueError, match=f"row {BAD} of x"):
+            log_prob(flow, wrong)
+    asked = "integers outside the data's, fractions"
+    tally[asked] = 0, tally.get(asked, (0, 0))[1] + 1
+
+
+def test_batches_of_none_and_of_one(case, tally):
+    flow, x = case
+    for training in (False, True):
+        flow.train(training)
+        try:
+            assert log_prob(flow, x[:0]).shape == (0,)
+        finally:
+            flow.eval()
+    assert flow.encode(x[:0]).shape == (0, *flow.bijection.out_shape)
+    assert flow.decode(flow.latents(0)).shape == flow.sample(0).shape == (0, *flow.shape)
+    if x.dtype != torch.uint8:  # whose noise is drawn for the batch
+        torch.testing.assert_close(log_prob(flow, x[:1]), log_prob(flow, x)[:1], rtol=1e-4, atol=1e-3)
+    assert log_prob(flow, x[:1]).isfinite().all() and flow.sample(1).shape == (1, *flow.shape)
+    for asked in ("an empty batch", "a batch of one"):
+        tally[asked] = tally.get(asked, (0, 0))[0] + 1, 0
+
+
+def test_memory_in_any_order(case, tally):
+    flow, x = case
+    scattered = torch.empty(B, *x.shape[:0:-1], dtype=x.dtype).permute(0, *range(x.dim() - 1, 0, -1))
+    scattered = torch.stack([scattered, scattered], -1)[..., 0].copy_(x)
+    assert not scattered.is_contiguous()
+    torch.testing.assert_close(log_prob(flow, scattered), log_prob(flow, x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(flow.encode(scattered), flow.encode(x), rtol=1e-4, atol=1e-4)
+    tally["not contiguous"] = tally.get("not contiguous", (0, 0))[0] + 1, 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.int64, torch.bool])
+def test_numbers_of_other_kinds(case, dtype, tally):
+    flow, x = case
+    x = x.float().abs().clamp(max=1).round() if dtype in (torch.uint8, torch.int64, torch.bool) else x.half()
+    expected = log_prob(flow, x.float())
+    made = log_prob(flow, x.to(dtype))
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
+    tally[str(dtype)] = tally.get(str(dtype), (0, 0))[0] + 1, 0
+
+
+def test_a_flow_in_float64(case, tally):
+    flow, x = case
+    single = log_prob(flow, x) if x.dtype != torch.uint8 else None
+    flow.double()
+    try:
+        made = log_prob(flow, x)
+        assert made.dtype == torch.float64 and made.isfinite().all()
+        if single is not None:
+            torch.testing.assert_close(made, single.double(), rtol=1e-4, atol=1e-3)
+        assert flow.sample(2).isfinite().all()
+    finally:
+        flow.float()
+    tally["a flow in float64"] = tally.get("a flow in float64", (0, 0))[0] + 1, 0
+
+
+def test_wrong_shapes(case, tally):
+    flow, x = case
+    for wrong in (x[0], x[..., :-1], x.unsqueeze(1), x.flatten(), torch.zeros(()), torch.zeros(0), torch.zeros(B, 99)):
+        for call in (flow, flow.log_prob, flow.encode):
+            with pytest.raises(ValueError, match="events of shape"):
+                call(wrong)
+    for wrong in (torch.zeros(B, flow.dimensions + 1), torch.zeros(flow.dimensions), torch.zeros(B)):
+        with pytest.raises(ValueError, match="events of shape"):
+            flow.decode(wrong)
+    with pytest.raises(ValueError, match="complex"):
+        flow.log_prob(x.to(torch.complex64))
+    tally["wrong shapes"] = 0, tally.get("wrong shapes", (0, 0))[1] + 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_dimension(model, tally):
+    if model in ONLY_PICTURES:
+        overrides, x = ["dataset=digits", "dataset.shape=[1,1,1]"], torch.randint(0, LEVELS, (B, 1, 1, 1))
+    else:
+        overrides, x = ["dataset=moons", "dataset.shape=[1]"], torch.randn(B, 1)
+
+    def attempt():
+        flow = flow_of(f"model={model}", *overrides, "model.hidden=8")
+        flow.initialize(x)
+        made = log_prob(flow.eval(), x)
+        torch.testing.assert_close(flow.decode(flow.encode(x)).to(x.dtype), x, rtol=0, atol=1e-4)
+        return made
+
+    right_or_refused(tally, "D = 1", "shape|1×1", attempt)
+
+
+@pytest.mark.parametrize("name", ["piecewise_linear", "rational_quadratic"])
+def test_every_knot(name):
+    """Of a thousand splines, as near as a number can lie, on it and on both sides."""
+    spline, theta = UNIVARIATE[name](shape=(1,)), torch.randn(1000, 1, 14)
+    if name == "piecewise_linear":
+        theta, low, high = theta[..., :5], 0.0, 1.0
+        knots = torch.linspace(low, high, 6).expand(1000, -1)
+    else:
+        low, high = -spline.bound, spline.bound
+        widths = spline.least[0] + spline.share[0] * theta[:, 0, :5].softmax(-1)
+        knots = torch.cat([torch.zeros(1000, 1), widths.cumsum(-1)], -1) + low
+    for x in knots.unbind(1):
+        for near in (x, x.nextafter(x + 1), x.nextafter(x - 1), torch.full_like(x, low), torch.full_like(x, high)):
+            y, log_there = spline(near[:, None], theta)
+            back, log_back = spline.inverse(y, theta)
+            assert log_there.isfinite().all() and log_back.isfinite().all()
+            torch.testing.assert_close(back, near[:, None], rtol=0, atol=1e-3)
+
+
+# ---- rows and shapes of a context, matrices without an inverse, equations without an end ----------------------------
+
+
+def test_contexts():
+    flow = flow_of("model=maf", "dataset=digits", "dataset.context=label", "model.hidden=8").eval()
+    x, context = torch.zeros(B, 1, 8, 8), torch.eye(10)[:B]
+    assert flow.log_prob(x, context.double()).isfinite().all()
+    for wrong in (None, context[:1], context[:, :3]):
+        with pytest.raises(ValueError, match="context"):
+            flow.log_prob(x, wrong)
+    context[BAD, 0] = math.nan
+    with pytest.raises(ValueError, match=f"row {BAD} of context"):
+        flow.log_prob(x, context)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 2)])
+def test_a_singular_matrix(shape):
+    flow = Flow(shape, b.DenseLinear).eval()
+    flow.bijection.set_weight(torch.ones(3, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="row 0 of x, .*has no log-likelihood that is finite"):
+        flow.log_prob(torch.ones(B, *shape))
+    with pytest.raises(ValueError, match="row 0 of z, .*has no inverse that is finite"):
+        flow.decode(torch.ones(B, *shape))
+
+
+class Explosive(torch.nn.Module):
+    """dx/dt = x² from 0 to 1: no end for x ≥ 1."""
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, t, x, context=None):
+        return self.rate * x.square()
+
+
+def test_an_equation_without_an_end_names_the_row():
+    flow = Flow((1,), lambda **shapes: b.Continuous(net=Explosive, **shapes)).eval()
+    x = torch.tensor([[0.1], [-5.0], [0.5], [2.0], [0.2]])
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="row 3 of x, .*an ODE .*came to"):
+        flow.log_prob(x)
+    with pytest.raises(ValueError, match="row 3 of x, .*an ODE .*came to"):
+        flow.encode(x)
+    assert time.monotonic() - begun < SECONDS
+    expected = x[:3] / (1 - x[:3])
+    torch.testing.assert_close(flow.encode(x[:3]), expected, rtol=1e-4, atol=1e-4)
