@@ -25,9 +25,7 @@ class Reporter:
     Its methods raise Unwritable where the disk does not take what they write.
     """
 
-    def __init__(
-        self, run_dir: Path, step: int, max_steps: int | None, tensorboard: bool, lines: int | None = None
-    ):
+    def __init__(self, run_dir: Path, step: int, max_steps: int | None, tensorboard: bool, lines: int | None = None):
         self.run_dir = Path(run_dir)
         path = self.run_dir / "metrics.jsonl"
         self.lines = _cut(path, step, lines)

@@ -209,6 +209,9 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
         import slow
 
         slow.patch()
+    import deaths
+
+    deaths.prepare(env)
     _as_a_process({"command": cli.main, "torchrun": _torchrun}[kind])
 
 
