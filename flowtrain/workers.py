@@ -105,16 +105,18 @@ def _environment(rank: int, count: int, folder: str) -> dict:
 
 def _wait(group, timeout: float | None) -> bool:
     """Until every worker has ended, or those that are left have had their time since one failed or since ``timeout``
-    passed; whether that has."""
+    passed; whether that has. A signal that ended one of them before it could tell the others is meant for all."""
     begun, late, since, patience = time.monotonic(), False, None, GRACE
-    while any(worker.poll() is None for worker in group):
+    while None in (codes := [worker.poll() for worker in group]):
         now = time.monotonic()
-        failed = {worker.returncode for worker in group if worker.returncode}
+        failed = {code for code in codes if code}
         if timeout and not late and not failed and now - begun > timeout:
             late, since, patience = True, now, ENDING
             _tell(group, signal.SIGTERM)
         elif failed and not since:
             since = now
+            if any(-code in SIGNALS for code in failed):
+                _tell(group, signal.SIGTERM)
         saving = failed and failed <= {130, 143} and group[0].poll() is None
         if since and now - since > (SAVING if saving else patience):
             break
