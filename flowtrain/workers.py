@@ -71,7 +71,7 @@ def launch(job: dict, count: int, timeout: float | None) -> dict:
                 if received:  # perhaps before this one was known
                     _tell(group, signal.SIGTERM)
                     break
-            late = _wait(group, timeout)
+            late, first = _wait(group, timeout)
         finally:
             silent = [worker for worker in group if worker.poll() is None]
             _tell(silent, signal.SIGKILL)
@@ -83,7 +83,7 @@ def launch(job: dict, count: int, timeout: float | None) -> dict:
             raise Interrupted(received[0][0])
         if late:
             raise Failed(f"job_timeout={timeout:g}: still ran after {timeout:g} seconds, and was ended", 1)
-        return _outcome(group, silent, Path(folder))
+        return _outcome(group, first, silent, Path(folder))
 
 
 def _tell(group, signum: int) -> None:
@@ -103,10 +103,11 @@ def _environment(rank: int, count: int, folder: str) -> dict:
     return env
 
 
-def _wait(group, timeout: float | None) -> bool:
+def _wait(group, timeout: float | None) -> tuple[bool, int | None]:
     """Until every worker has ended, or those that are left have had their time since one failed or since ``timeout``
-    passed; whether that has. A signal that ended one of them before it could tell the others is meant for all."""
-    begun, late, since, patience = time.monotonic(), False, None, GRACE
+    passed; whether that has, and which failed first. A signal that ended one of them before it could tell the others
+    is meant for all."""
+    begun, late, since, patience, first = time.monotonic(), False, None, GRACE, None
     while None in (codes := [worker.poll() for worker in group]):
         now = time.monotonic()
         failed = {code for code in codes if code}
@@ -114,17 +115,17 @@ def _wait(group, timeout: float | None) -> bool:
             late, since, patience = True, now, ENDING
             _tell(group, signal.SIGTERM)
         elif failed and not since:
-            since = now
+            since, first = now, next(rank for rank, code in enumerate(codes) if code)
             if any(-code in SIGNALS for code in failed):
                 _tell(group, signal.SIGTERM)
         saving = failed and failed <= {130, 143} and group[0].poll() is None
         if since and now - since > (SAVING if saving else patience):
             break
         time.sleep(0.05)
-    return late
+    return late, first
 
 
-def _outcome(group, silent, folder: Path) -> dict:
+def _outcome(group, first: int | None, silent, folder: Path) -> dict:
     """Rank 0's summary, or the error that explains the others': flowtrain's own, then a death, then the first of the
     others, then that one was ``silent``, which had to be killed; last, that one has lost another."""
     if not any(worker.returncode for worker in group):
@@ -140,9 +141,9 @@ def _outcome(group, silent, folder: Path) -> dict:
             errors.append((order, file.stat().st_mtime, error["error"], error["exit_code"], error["signum"]))
         elif worker.returncode and -worker.returncode in SIGNALS:
             interrupted = Interrupted(-worker.returncode)
-            errors.append((1, rank, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
+            errors.append((1, rank != first, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
         elif worker.returncode:
-            errors.append((1, rank, f"{_death(worker.returncode)} {place}", 1, None))
+            errors.append((1, rank != first, f"{_death(worker.returncode)} {place}", 1, None))
     *_, text, code, signum = min(errors, key=lambda error: error[:2])
     raise Failed(text, code) from (Interrupted(signum) if signum else None)
 
