@@ -60,6 +60,7 @@ def remembered() -> Iterator[Asked]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         _asked = None
+        theirs.shutdown(socket.SHUT_RDWR)  # forked readers of data have copies of it, which closing would not reach
         theirs.close()
         watch.join()
         ours.close()
