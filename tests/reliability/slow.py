@@ -99,3 +99,10 @@ def patch() -> None:
         "one second": lambda: setattr(hydra.core.utils, "datetime", OneSecond),
     }
     places[os.environ["SLOW"]]()
+
+
+if __name__ == "__main__":  # as a script of torchrun's
+    from flowtrain import cli
+
+    patch()
+    cli.main()
