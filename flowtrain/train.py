@@ -100,6 +100,10 @@ def _train(cfg, run_dir: str) -> dict:
         ) from error
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
+    except files.Unwritable as error:
+        kept = any(trainer.directory.glob("*.pt"))
+        how = "the same command with resume=true goes on from the last checkpoint" if kept else "nothing was saved yet"
+        raise files.Unwritable(f"{error}; {how}") from error
     finally:
         reporter.close()
     return summary

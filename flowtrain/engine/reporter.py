@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -85,7 +86,8 @@ class Reporter:
             self.bar.close()
         self.open.close()
         if self.board:
-            with self.to_board():
+            told = sys.exc_info()[0] is not None  # of several errors that a full disk makes, the first
+            with suppress(OSError) if told else self.to_board():
                 self.board.close()
 
 
@@ -117,7 +119,14 @@ def _cut(path: Path, step: int, lines: int | None) -> int:
 def _board(directory: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = _unless_told
     return SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+
+
+def _unless_told(thread, otherwise=threading.excepthook) -> None:
+    """TensorBoard's own thread gives what stops it to the next call as well: no traceback is needed."""
+    if not (isinstance(thread.exc_value, OSError) and type(thread.thread).__module__.startswith("tensorboard.")):
+        otherwise(thread)
 
 
 def _clock(seconds: float) -> str:

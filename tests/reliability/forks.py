@@ -210,8 +210,10 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
 
         slow.patch()
     import deaths
+    import disks
 
     deaths.prepare(env)
+    disks.prepare(env, words)
     _as_a_process({"command": cli.main, "torchrun": _torchrun}[kind])
 
 
