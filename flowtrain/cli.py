@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 
 from flowtrain import __version__
@@ -88,9 +89,10 @@ def explain(error: BaseException, run_dir: str | None = None) -> tuple[str, int]
     text = " ".join(f"{type(error).__name__}: {error}".split())
     log = os.path.join(run_dir or "", "train.log")
     if run_dir and os.path.isfile(log):
-        with open(log, "a") as file:
-            traceback.print_exception(error, file=file)
-        return f"{text} (traceback in {log})", 1
+        with suppress(OSError):  # of a full disk
+            with open(log, "a") as file:
+                traceback.print_exception(error, file=file)
+            return f"{text} (traceback in {log})", 1
     return f"{text} (HYDRA_FULL_ERROR=1 shows where)", 1
 
 

@@ -64,13 +64,13 @@ def save_last(state: dict, directory: Path) -> Path:
 
 
 class _Archive:
-    """What torch.save writes into: a file that it counts and digests.
+    """What torch.save writes into: a file that it digests and whose ``size`` it counts, the comment's included.
 
     The writer in C++ must come to its end, or it hides why it did not: :meth:`finish` raises the first error.
     """
 
     def __init__(self, path: Path):
-        self.size, self.file, self.error, self.digest = 0, None, None, hashlib.sha256()
+        self.size, self.file, self.error, self.digest = _COMMENT, None, None, hashlib.sha256()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "wb")
@@ -97,7 +97,6 @@ class _Archive:
         comment = _MARK + self.digest.hexdigest().encode()
         self.file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, 0 so far
         self.file.write(len(comment).to_bytes(2, "little") + comment)
-        self.size += len(comment)
         self.file.flush()
         os.fsync(self.file.fileno())
 

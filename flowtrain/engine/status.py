@@ -49,7 +49,7 @@ def ended(run_dir, error: BaseException | None = None, text: str | None = None) 
             _write(run_dir, **how)
     except _Taken:
         pass
-    except files.Unwritable:
+    except (OSError, files.Unwritable):  # a disk that is full, or may only be read
         if error is None:  # else that is the one to tell
             raise
 

@@ -44,7 +44,7 @@ def told(text: str, fault: str, place: str, size: int) -> bool:
     if not found:
         return False
     needed, free = (int(number.replace(",", "")) for number in found.groups()[:2])
-    likely = {"checkpoint": abs(needed - size) < 2000, "metrics": 100 < needed < 400, "picture": needed > 1000}[place]
+    likely = {"checkpoint": abs(needed - size) < 500, "metrics": 100 < needed < 400, "picture": needed > 1000}[place]
     return likely and (free < 4096 if fault == "full" else free > 2**20) and bool(found[3]) == (fault == "limit")
 
 

@@ -96,7 +96,7 @@ def test_killed_in_a_save(server, whole, composed, tmp_path, count, promise, pla
         cwd = tmp_path / str(number)
         # an old last.pt is needed to be pruned
         death = {"place": place, "save": dice.randint(1 + (place == "pruning"), SAVES + 1)}
-        death |= {"byte": dice.randrange(size - 2000), "part": (number + dice.randrange(4)) % 4}
+        death |= {"byte": dice.randrange(200, size - 2000), "part": (number + dice.randrange(4)) % 4}
         assert server.run(cwd, *WORDS, **composed(number), DEATH=json.dumps(death)) == -signal.SIGKILL
         equal += goes_on(server, cwd, run, **composed(number))
     promise(1, f"kills {place}, then bit for bit as if there had been none", f"{equal} of {cases}")
