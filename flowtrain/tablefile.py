@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
+import math
 import os
 import re
 import warnings
@@ -60,6 +61,10 @@ class Csv:
         self.path = path
         with open(path, encoding="utf-8-sig", newline="") as file:
             line = file.readline()
+        with open(path, "rb") as file:
+            file.seek(-min(1, path.stat().st_size), os.SEEK_END)
+            if file.read() not in (b"\n", b"\r"):
+                log.warning("%s ends in the middle of a line; if it has been cut short, its last value is wrong", path)
         self.delimiter = max(",;\t", key=line.count)
         self.names = next(csv.reader([line], delimiter=self.delimiter), [])
         if not self.names or all(_is_number(name) for name in self.names):
@@ -130,10 +135,10 @@ class Parquet:
 
 
 class Npy:
-    """An array of numbers (N, D), read where it lies; its columns are c0, c1, …."""
+    """An array of numbers (N, D); its columns are c0, c1, …."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, array(path)
+        self.path, self.rows = path, Array(path)
         if self.rows.ndim != 2 or self.rows.dtype.kind not in "fiub":
             raise Refused(f"{path} holds {self.rows.dtype} {list(self.rows.shape)}: must be numbers (rows, columns)")
         self.names = [f"c{i}" for i in range(self.rows.shape[1])]
@@ -148,13 +153,46 @@ class Npy:
             yield {name: part[:, place].astype(np.float64) for name, place in zip(names, places, strict=True)}
 
 
-def array(path: Path) -> np.ndarray:
-    """The array in an .npy, read where it lies. FlowtrainError for a damaged one."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of how a damaged header is written
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # whatever the header makes it raise; its own text asks for a pickle's risk
-        raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
+class Array:
+    """The array in an .npy, of which slices are read when they are asked for. To map it into memory would end the
+    process, without a word, where another one cuts the file short.
+
+    Raises FlowtrainError for a damaged one.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of how a damaged header is written
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+                self.shape, turned, self.dtype = read(file)
+                self.start = file.tell()
+        except Exception as error:  # whatever the header makes it raise
+            raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
+        if self.dtype.hasobject:
+            raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers")
+        self.ndim = len(self.shape)
+        size, due = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
+        if size < due:
+            raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes, {due:,} are due")
+        self.whole = np.load(path, allow_pickle=False) if turned and self.ndim > 1 else None  # column after column
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if self.whole is not None:
+            return self.whole[rows]
+        first, stop, _ = rows.indices(len(self))
+        each = math.prod(self.shape[1:])
+        with open(self.path, "rb") as file:
+            file.seek(self.start + self.dtype.itemsize * each * first)
+            found = np.fromfile(file, self.dtype, each * (stop - first))
+        if len(found) < each * (stop - first):
+            row = first + len(found) // each + 1
+            raise FlowtrainError(f"cannot read {self.path} from row {row} on: it has been cut short")
+        return found.reshape(-1, *self.shape[1:]) if each else np.empty((stop - first, *self.shape[1:]), self.dtype)
 
 
 KINDS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
@@ -331,6 +369,25 @@ def _names(key: str, value) -> list | None:
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         raise Refused(f"dataset.{key}={value}: must be a list of columns, such as [age,income]")
     return list(value)
+
+
+@contextmanager
+def unchanged(path: Path):
+    """Within it, several readings of a file are of the same. FlowtrainError, whatever else was raised, if not."""
+    before = _version(path)
+    try:
+        yield
+    finally:
+        if _version(path) != before:
+            raise FlowtrainError(f"{path} has changed while it was read")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager

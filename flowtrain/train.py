@@ -219,6 +219,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
     load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
     result = judge(flow, val, cfg, draws=cfg.trainer.val_draws)
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
+    bad = {part: _unreadable(split) for part, split in (("train", trainer.loader.split), ("validation", val))}
     summary = {
         **(bits if has_bits(cfg, trainer.loader.split.columns) else {}),
         "log_likelihood": result.log_likelihood,
@@ -228,6 +229,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         "seconds": round(trainer.seconds, 3),
         "skipped_steps": trainer.skipped,
         "rollbacks": trainer.rollbacks,
+        "unreadable": sum(bad.values()),
         "checkpoint": str(best),
         "run_dir": str(run_dir),
     }
@@ -235,11 +237,19 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         files.write(Path(run_dir) / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         best = trainer.measure.judged(result)[2]
         log.info("finished after %d steps, %.0f s: best validation %s", trainer.step, trainer.seconds, best)
+        for part, number in bad.items():
+            if number:
+                log.warning("on_bad=skip: %d unreadable pictures of the %s split were done without", number, part)
         if pictures := sorted((Path(run_dir) / "samples").glob("*.png")):
             log.info("samples: %s", pictures[-1])
         places = "".join(f" dataset.{key}='{cfg.dataset[key]}'" for key in ("root", "path") if _is_ours(cfg, key))
         log.info("next: flowtrain eval ckpt='%s'%s", run_dir, places)
     return summary
+
+
+def _unreadable(split) -> int:
+    """How many examples of a split some process could not read."""
+    return len({number for numbers in distributed.all_gather_object([*split.bad]) for number in numbers})
 
 
 def _is_ours(cfg, key: str) -> bool:

@@ -18,7 +18,7 @@ from flowtrain.data.columns import Columns
 from flowtrain.data.loader import ordered
 from flowtrain.data.pictures import SUFFIXES, PictureSplit, source
 from flowtrain.errors import FlowtrainError, Refused
-from flowtrain.tablefile import KINDS, Block, Column, TableFile, array
+from flowtrain.tablefile import KINDS, Array, Block, Column, TableFile
 
 GROUP = 256
 TABLES, ARRAY, ARCHIVES = tuple(KINDS), ".npy", (".zip", ".tar")
@@ -115,7 +115,7 @@ class PictureArray(Input):
 
     def __init__(self, path: Path, shape: tuple[int, ...], levels: int, on_bad: str = "stop"):
         self.path, self.shape, self.levels, self.on_bad = path, tuple(shape), levels, on_bad
-        self.array = array(path)
+        self.array = Array(path)
         fitting = [self.shape, self.shape[1:]] if self.shape[0] == 1 else [self.shape]
         if self.array.shape[1:] not in fitting or self.array.dtype.kind not in "iu":
             wanted = " or ".join(f"[N, {', '.join(map(str, one))}]" for one in fitting)

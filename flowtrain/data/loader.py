@@ -1,8 +1,13 @@
 """Batches: in a resumable order for training, each example once for evaluation."""
 
+import logging
 import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -11,6 +16,8 @@ from torch.utils.data import DataLoader
 from flowtrain.data.order import permutation, shard
 from flowtrain.data.split import Split
 from flowtrain.errors import FlowtrainError, Refused
+
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -72,16 +79,21 @@ class Loader:
         """The numbers of the examples in this process's slice of the batch of ``step``."""
         return next(self._indices(step)).tolist()
 
-    def state_dict(self) -> dict[str, int]:
-        """What the order of the data depends on, to be kept with a step number."""
-        return {"examples": len(self.split), "batch_size": self.batch_size, "seed": self.seed}
+    def state_dict(self) -> dict[str, int | str]:
+        """What the order of the data depends on, and the data, to be kept with a step number."""
+        return {"examples": len(self.split), "batch_size": self.batch_size, "seed": self.seed, "data": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    @cached_property
+    def digest(self) -> str:
+        return self.split.digest()
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """FlowtrainError where a step number saved with ``state`` would mean other data here."""
+        words = {"examples": "the train split's number of examples", "data": "the SHA-256 of the train split"}
         for key, now in self.state_dict().items():
-            if state[key] != now:
-                what = "the train split's number of examples" if key == "examples" else key
-                raise FlowtrainError(f"cannot resume: {what} was {state[key]} and is now {now}; init=CKPT starts anew")
+            if state.get(key, now) != now:  # older checkpoints know nothing of the data
+                was, what = state[key], words.get(key, key)
+                raise FlowtrainError(f"cannot resume: {what} was {was} and is now {now}; init=CKPT starts anew")
 
 
 def ordered(
@@ -117,9 +129,39 @@ def _take(
         for index in indices:
             yield index, *split.take(index)
         return
+    left, failed = map(Tensor.tolist, indices), None  # a tensor would travel with all of its epoch's order
+    while True:
+        waiting: deque[list[int]] = deque()
+        batches = _read(split, replace, _noted(left, waiting), workers)
+        try:
+            for index, x, problems in batches:
+                waiting.popleft()
+                split.report(problems)
+                yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
+            return
+        except WorkerEnded as error:
+            line = f"{error} while {split.place(waiting[0][0])} and what follows were read"
+            if split.on_bad == "stop" or waiting[0] == failed:
+                raise FlowtrainError(f"{line}; trainer.workers=0 does without") from error
+            log.warning("%s; on_bad=skip: others read it again", line)
+            failed, left = waiting[0], chain([*waiting], left)
+
+
+class WorkerEnded(Exception):
+    """A process that reads pictures is gone."""
+
+
+def _noted(indices: Iterable[list[int]], waiting: deque) -> Iterator[list[int]]:
+    for index in indices:
+        waiting.append(index)
+        yield index
+
+
+def _read(split: Split, replace: bool, indices: Iterator[list[int]], workers: int) -> Iterator:
+    """What :class:`_Reader` makes of each index, in order. WorkerEnded where that cannot go on."""
     loader = DataLoader(
         _Reader(split, replace),
-        sampler=(index.tolist() for index in indices),  # a tensor would travel with all of its epoch's order
+        sampler=indices,
         batch_size=None,  # an item of the sampler is a whole batch
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -127,19 +169,28 @@ def _take(
         pin_memory=split.device.type == "cuda",
         generator=torch.Generator(),  # or opening it would draw from the generator that makes the noise
     )
-    batches = iter(loader)
+    with _undisturbed():
+        batches = iter(loader)
     while True:
         try:
-            index, x, problems = next(batches)
+            batch = next(batches)
         except StopIteration:
             return
         except RuntimeError as error:
             if workers == 0:
                 raise
-            why = str(error).splitlines()[0]
-            raise FlowtrainError(f"a data worker ended early: {why}; trainer.workers=0 does without") from error
-        split.report(problems)
-        yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
+            raise WorkerEnded(f"a data worker ended early ({str(error).splitlines()[0]})") from error
+        yield batch
+
+
+@contextmanager
+def _undisturbed():
+    """Take back the handler that torch installs within it: a worker's end is found where its batch is due, at most 5 s
+    later, and not in the middle of a step."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 class _Reader:

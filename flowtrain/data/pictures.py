@@ -1,9 +1,11 @@
 """Picture files: where they are (a folder, a .zip, a .tar), how one is decoded, and a split of them."""
 
+import hashlib
 import io
 import logging
 import os
 import tarfile
+import time
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -25,11 +27,28 @@ MAX_PIXELS = 64_000_000  # a larger picture counts as unreadable: decoding it wo
 _TRIES = 100  # pictures tried in place of an unreadable one
 
 
+class Moment:
+    """When a run listed its pictures."""
+
+    SLACK = 2.0  # seconds by which a file server's clock may be wrong
+
+    def __init__(self):
+        self.seconds = time.time()
+
+    def same(self, file: BinaryIO) -> BinaryIO:
+        """``file``; ValueError where it has been written to since. What says that it is from the future says nothing."""
+        written = os.fstat(file.fileno()).st_mtime
+        if self.seconds + self.SLACK < written < time.time() + self.SLACK:
+            file.close()
+            raise ValueError("it has changed since the run began")
+        return file
+
+
 class Folder:
     """The pictures under a folder, by their paths within it, sorted."""
 
     def __init__(self, path: Path):
-        self.path, names, seen = path, [], set()
+        self.path, self.since, names, seen = path, Moment(), [], set()
         try:
             for here, folders, files in os.walk(path, followlinks=True, onerror=_raise):
                 identity = os.stat(here).st_dev, os.stat(here).st_ino
@@ -46,14 +65,14 @@ class Folder:
         return str(self.path / name)
 
     def open(self, name: str) -> BinaryIO:
-        return open(self.path / name, "rb")
+        return self.since.same(open(self.path / name, "rb"))
 
 
 class Zip:
     """The pictures in a .zip, read where they lie."""
 
     def __init__(self, path: Path):
-        self.path, self._archive, self._pid = path, None, None
+        self.path, self.since, self._archive, self._pid = path, Moment(), None, None
         try:
             with zipfile.ZipFile(path) as archive:
                 self.names = sorted(name for name in archive.namelist() if _is_picture(name))
@@ -66,6 +85,7 @@ class Zip:
     def open(self, name: str) -> BinaryIO:
         if self._pid != os.getpid():  # a worker that shared its parent's file would share its position too
             self._archive, self._pid = zipfile.ZipFile(self.path), os.getpid()
+        self.since.same(self._archive.fp)
         return self._archive.open(name)
 
     def __getstate__(self):
@@ -76,7 +96,7 @@ class Tar:
     """The pictures in a plain .tar, read where they lie (a compressed one has no place to jump to)."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.since = path, Moment()
         try:
             with tarfile.open(path, "r:") as archive:
                 members = [member for member in archive if member.isfile() and _is_picture(member.name)]
@@ -91,7 +111,7 @@ class Tar:
     def open(self, name: str) -> BinaryIO:
         offset, size = self._places[name]
         with open(self.path, "rb") as file:
-            file.seek(offset)
+            self.since.same(file).seek(offset)
             return io.BytesIO(file.read(size))
 
 
@@ -115,6 +135,8 @@ def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> I
     with warnings.catch_warnings(action="ignore"):  # of what is refused next
         picture = Image.open(file)
     with picture:
+        if picture.format == "GIF" and not _is_whole_gif(file):  # PIL makes do with the beginning
+            raise ValueError("its end is missing")
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed")
@@ -123,6 +145,15 @@ def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> I
         if picture.mode.startswith("I;16"):  # PIL would clip 16 bits to 255 instead of scaling them
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(picture).convert(mode)
+
+
+def _is_whole_gif(file: BinaryIO) -> bool:
+    """Whether a GIF ends as it should. Where ``file`` stands stays the same."""
+    place = file.tell()
+    file.seek(0)
+    whole = file.read().rstrip(b"\0").endswith(b";")
+    file.seek(place)
+    return whole
 
 
 def decode(
@@ -184,6 +215,13 @@ class PictureSplit(Split):
     def __len__(self) -> int:
         return len(self.names)
 
+    def digest(self) -> str:
+        """Of the pictures' names."""
+        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def place(self, number: int) -> str:
+        return f"the picture {self.source.where(self.names[number])} (index {number})"
+
     def to(self, device) -> "PictureSplit":
         self.device = torch.device(device)
         return self
@@ -223,7 +261,7 @@ class PictureSplit(Split):
     def report(self, problems: dict[int, str]) -> None:
         """Stops at the first of ``problems``, or notes them and warns of the first ever."""
         for number, why in problems.items():
-            line = f"cannot read the picture {self.source.where(self.names[number])} (index {number}): {why}"
+            line = f"cannot read {self.place(number)}: {why}"
             if self.on_bad == "stop":
                 raise FlowtrainError(f"{line}; on_bad=skip would do without it")
             if not self.bad:

@@ -1,10 +1,14 @@
 """A split: examples to take by number. This one is held in memory; pictures.py has the one that reads files."""
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.errors import Refused
+
+DIGESTED = 2**26  # bytes
 
 
 class Split:
@@ -28,6 +32,10 @@ class Split:
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """A SHA-256 that other examples, or another order, would change: of what is cheap to look at."""
         raise NotImplementedError
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -56,6 +64,15 @@ class ArraySplit(Split):
             None if rows is None else rows.index_select(0, index).to(self.device, non_blocking=True)
             for rows in (self.data, self.context)
         )
+
+    def digest(self) -> str:
+        """Of all numbers, or of evenly spaced examples where they are more than 64 MiB."""
+        step = max(1, -(-self.data.nbytes // DIGESTED))
+        parts = [part[::step].cpu().contiguous().numpy() for part in (self.data, self.context) if part is not None]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        return digest.hexdigest()
 
     def to(self, device) -> "ArraySplit":
         self.device = torch.device(device)

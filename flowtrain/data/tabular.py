@@ -11,7 +11,7 @@ from flowtrain.data.columns import Columns, raw
 from flowtrain.data.split import ArraySplit, cut
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import Refused
-from flowtrain.tablefile import BLOCK, TableFile
+from flowtrain.tablefile import BLOCK, TableFile, unchanged
 
 
 class Table(Vectors):
@@ -70,12 +70,14 @@ class Table(Vectors):
         if self.path is None:
             raise Refused(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
         file = TableFile(self.path)
-        count, columns = self._survey(file)
+        with unchanged(self.path):
+            count, columns = self._survey(file)
+            both = _values(file, columns, count)
         if self.context_shape is not None and list(self.context_shape) != columns.context_shape:
             self._refuse("context_shape", list(self.context_shape), f"{self.path} makes it {columns.context_shape}")
         parts = cut(count, self.val_size, self.test_size, self.split_seed)
         parts = {part: np.sort(chosen) for part, chosen in parts.items()}
-        rows, context = (_divided(values, parts) for values in _values(file, columns, count))
+        rows, context = (_divided(values, parts) for values in both)
         self._known = self._known or columns.fitted(rows["train"], context["train"])
         self._parts = {
             part: (rows[part], self._known.standardized(context[part]) if columns.context else None) for part in parts

@@ -1,6 +1,7 @@
 """The sets that torchvision knows, in its file layout under ``dataset.root``."""
 
-import pickle
+import hashlib
+import math
 import struct
 import tarfile
 from urllib.error import URLError
@@ -36,6 +37,16 @@ class TorchvisionImages(ArrayImages):
     def _labels(self, found):
         return found.targets
 
+    def _sums(self) -> dict[str, str]:
+        """The MD5 of each file, by its path under ``dataset.root``, where they are known."""
+        return {}
+
+    def _damage(self, file: str) -> str | None:
+        """What is wrong with a file, if that can be told from outside."""
+        expected = self._sums().get(file)
+        found = expected and hashlib.md5((self.root / file).read_bytes(), usedforsecurity=False).hexdigest()
+        return None if found == expected else f"the MD5 of {self.root / file} is {found}, {expected} is due"
+
     def _load(self, part: str) -> tuple[Tensor, Tensor, str]:
         on_first_rank(lambda: self._fetch(part))
         if not self._found(part):  # process 0 has them, on another machine's disk
@@ -43,10 +54,10 @@ class TorchvisionImages(ArrayImages):
         try:
             found = self._build(str(self.root), part, download=False)
             data, labels = found.data, self._labels(found)
-        except (RuntimeError, OSError, ValueError, EOFError, struct.error, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever a damaged file makes torchvision raise
+            damage = next(filter(None, map(self._damage, self._files(part))), f"files under {self.root}: {_line(error)}")
             raise FlowtrainError(
-                f"dataset={self.name}: files under {self.root} are damaged ({_line(error)});"
-                f" remove {self._hint()} and get them again"
+                f"dataset={self.name}: damaged: {damage}; remove {self._hint()} and get them again"
             ) from error
         data, labels = torch.as_tensor(data), torch.as_tensor(labels).long()  # MNIST's are tensors already
         if data.dim() == 3:
@@ -85,6 +96,15 @@ class MNIST(TorchvisionImages):
         kinds = ("images-idx3", "labels-idx1")
         return [f"{self.torchvision_class}/raw/{p}-{kind}-ubyte" for p in ("train", "t10k") for kind in kinds]
 
+    def _damage(self, file: str) -> str | None:
+        with open(self.root / file, "rb") as stream:
+            head = stream.read(16)
+        count = head[3] if len(head) > 3 else 0  # of the sides, which follow
+        if not 1 <= count <= 3 or len(head) < 4 + 4 * count:
+            return f"{self.root / file} has no header"
+        size, due = (self.root / file).stat().st_size, 4 + 4 * count + math.prod(struct.unpack_from(f">{count}I", head, 4))
+        return None if size == due else f"{self.root / file} has {size:,} bytes, {due:,} are due"
+
     def _hint(self) -> str:
         return f"{self.torchvision_class}/raw/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte"
 
@@ -111,6 +131,12 @@ class CIFAR10(TorchvisionImages):
         names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
         return [f"cifar-10-batches-py/{name}" for name in names]
 
+    def _sums(self) -> dict[str, str]:
+        from torchvision.datasets import CIFAR10 as Theirs
+
+        sums = [*Theirs.train_list, *Theirs.test_list, (Theirs.meta["filename"], Theirs.meta["md5"])]
+        return {f"cifar-10-batches-py/{name}": md5 for name, md5 in sums}
+
     def _hint(self) -> str:
         return "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
 
@@ -123,6 +149,11 @@ class SVHN(TorchvisionImages):
 
     def _files(self, part: str) -> list[str]:
         return [f"{part}_32x32.mat"]
+
+    def _sums(self) -> dict[str, str]:
+        from torchvision.datasets import SVHN as Theirs
+
+        return {name: md5 for _, name, md5 in Theirs.split_list.values()}
 
     def _hint(self) -> str:
         return "{train,test}_32x32.mat"
