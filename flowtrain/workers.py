@@ -29,6 +29,10 @@ ENDING = 20  # that a job has which took too long,
 SAVING = 600  # that the first has, which may be writing, once another has ended by a signal
 
 
+# the code of a worker that had no time to say why -> the signal: its first while it started, its second later
+ENDED_BY = {-signum: signum for signum in SIGNALS} | {Interrupted(signum).exit_code: signum for signum in SIGNALS[:2]}
+
+
 class Failed(FlowtrainError):
     """A worker's error, with its exit code."""
 
@@ -139,8 +143,8 @@ def _outcome(group, first: int | None, silent, folder: Path) -> dict:
             error = json.loads(file.read_text())
             order = {"ours": 0, "lost": 4}.get(error["kind"], 2)
             errors.append((order, file.stat().st_mtime, error["error"], error["exit_code"], error["signum"]))
-        elif worker.returncode and -worker.returncode in SIGNALS:
-            interrupted = Interrupted(-worker.returncode)
+        elif worker.returncode in ENDED_BY:
+            interrupted = Interrupted(ENDED_BY[worker.returncode])
             errors.append((1, rank != first, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
         elif worker.returncode:
             errors.append((1, rank != first, f"{_death(worker.returncode)} {place}", 1, None))

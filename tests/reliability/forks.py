@@ -66,13 +66,16 @@ class Started:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def rank(self, rank: int) -> int:
-        """The process id of a worker."""
-        for pid in self.children():
-            words = Path(f"/proc/{pid}/environ")
-            told = self.cwd / f"rank.{pid}"
-            if told.exists() and int(told.read_text()) == rank or f"\0RANK={rank}\0" in f"\0{words.read_text()}":
-                return pid
-        raise LookupError(f"rank {rank} of {self.pid}")
+        """The process id of a worker, once it has begun."""
+        found = []
+
+        def begun():
+            told = [self.cwd / f"rank.{pid}" for pid in self.children()]
+            found.extend(int(path.suffix[1:]) for path in told if path.exists() and path.read_text() == str(rank))
+            return found
+
+        self.until(begun)
+        return found[0]
 
     def until(self, condition, timeout: float = 60) -> None:
         """Wait until ``condition()``, which sees the folder; the process must not end before."""
