@@ -86,7 +86,7 @@ def _run(command: str, cfg: DictConfig, run_dir: str, hydra, sweep: bool) -> dic
     limit = values["job_timeout"]
     if distributed.world() > 1:  # torchrun: the other ranks wait for this in serve()
         if limit:
-            raise Refused(f"job_timeout={limit:g}: not under torchrun or srun, which has the processes in its own hands")
+            raise Refused(f"job_timeout={limit:g}: not under torchrun or srun, which have the processes in hand")
         return execute(**distributed.broadcast_object(arguments))
     count = distributed.processes(values["devices"])
     if count == 1 and not sweep and not limit:

@@ -1,4 +1,4 @@
-"""``status.json`` in a run directory: how far the run is saved, who runs it or how that ended, and whether it can go on.
+"""``status.json`` in a run directory: how far a run is saved, who runs it or how it ended, whether it can go on.
 
     {"state": "interrupted", "resumable": true, "step": 1200, "signal": "SIGTERM", "error": null, "pid": 7, "host": "a"}
 

@@ -282,7 +282,7 @@ class Trainer:
                 checkpoint.save(self.state(), self.directory / "best.pt")
 
     def show(self) -> None:
-        """What the flow makes of the same latents each time, or its density, where that is not done; the others wait."""
+        """What the flow makes of the same latents each time, or its density, if that is not done; the others wait."""
         if self.shown == self.step:
             return
         if distributed.is_main():

@@ -239,7 +239,8 @@ def _torchrun() -> None:
 
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=str(os.getpid()), rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=int(os.environ["RESTARTS"]), monitor_interval=0.1, start_method="fork",
+        rdzv_endpoint="localhost:0", max_restarts=int(os.environ["RESTARTS"]), monitor_interval=0.1,
+        start_method="fork",
     )  # fmt: skip
     elastic_launch(config, _rank)()
 

@@ -1,4 +1,4 @@
-"""Where a run can be caught: each place here takes half a minute once ``SLOW`` names it, and says so in a file ``here``."""
+"""Where a run can be caught: each place takes half a minute once ``SLOW`` names it, and says so in a file ``here.0``."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_torchrun(server, whole, tmp_path, count, promise):
     assert not problems
 
 
-def test_torchrun_itself(server, whole, tmp_path, count):
+def test_torchrun_itself(server, whole, tmp_path, count, promise):
     """The same once without forking."""
     if count(2) == 1:
         pytest.skip("takes as long as all others; with --reliability")
@@ -204,6 +204,7 @@ def test_torchrun_itself(server, whole, tmp_path, count):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    left = SimpleNamespace(cwd=tmp_path)
-    assert not saved_soon(left, signal.SIGTERM) and process.returncode == 1
-    assert resumed_as(whole(2), server, tmp_path, 2)
+    left = saved_soon(SimpleNamespace(cwd=tmp_path), signal.SIGTERM)
+    right = not left and process.returncode == 1 and resumed_as(whole(2), server, tmp_path, 2)
+    promise(4, "the same, SIGTERM to torchrun itself, without forking", f"{int(right)} of 1")
+    assert right, (left, process.returncode)
