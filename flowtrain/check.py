@@ -81,11 +81,13 @@ def replay(cfg, flow: Flow, run_dir: str) -> dict:
     """
     state = checkpoint.read(cfg.replay)
     load_weights(flow, state, "raw")
+    autocast = autocast_of(cfg.precision, distributed.device())
     try:
         record = Record.from_state(state.get("divergence"))
-        found = record.replay(flow, measure_of(cfg.dataset.levels), autocast_of(cfg.precision, distributed.device()))
-    except (ValueError, RuntimeError) as error:  # a stranger's numbers may make anything of a flow
-        raise FlowtrainError(f"{cfg.replay}: no record of a step that went wrong ({error})") from error
+        found = record.replay(flow, measure_of(cfg.dataset.levels), autocast)
+    except Exception as error:  # whatever a stranger's numbers make a flow raise
+        reason = " ".join(str(error).split())[:200]
+        raise FlowtrainError(f"{cfg.replay}: no record of a step that went wrong ({reason})") from error
     same = found == record.found
     report = {
         "passed": found is None,

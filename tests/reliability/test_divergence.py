@@ -169,6 +169,28 @@ def test_the_command_that_a_run_ends_with(tmp_path, capsys):
     assert code == 1 and "no record of a step that went wrong" in line
 
 
+SPOILT = (
+    {"x": "text"}, {"x": torch.zeros(32, 5)}, {"x": torch.zeros(32, 2, dtype=torch.complex64)}, {"x": torch.zeros(31, 2)},
+    {"world": 10**12}, {"world": 0}, {"world": 3}, {"parts": 0}, {"seed": None}, {"step": "1"},
+    {"examples": []}, {"examples": [1.5] * 32}, {"context": torch.zeros(31, 3)}, {"context": 1}, {"found": {"layer": 3}},
+    {"found": [1]}, {"more": 1},
+)  # fmt: skip
+
+
+def test_a_record_that_is_none(tmp_path):
+    with pytest.raises(FlowtrainError):
+        train.main(configured("model=realnvp_vector", *TINY, *trap("output", "nan")), str(tmp_path))
+    (file,) = tmp_path.glob("divergence/*.pt")
+    state = checkpoint.read(file)
+    cfg = {**state["config"], "ckpt": None, "replay": str(file), "json": False}
+    for number, spoilt in enumerate(SPOILT):
+        checkpoint.save({**state, "divergence": {**state["divergence"], **spoilt}}, file)
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(FlowtrainError, match=r"step_7\.pt: no record of a step that went wrong \(") as caught:
+            check.main(OmegaConf.create(cfg), str(tmp_path / str(number)))
+        assert "\n" not in str(caught.value), spoilt
+
+
 # ---- what is skipped, and what is taken back -----------------------------------------------------------------------
 
 
