@@ -32,8 +32,7 @@ class DequantizeColumns(_Fitted):
     """x + u in the columns of integers and categories, u uniform in [0, 1), and x in those of real numbers.
 
     The density of u is 1, so that the log-determinant is 0 and E[log p] bounds the log-probability of the integers
-    from below (Theis et al. 2016, section 3.1). ``inverse`` rounds down, and categories to codes that exist. What is no
-    integer, or no code of a category, becomes NaN.
+    from below (Theis et al. 2016, section 3.1). ``inverse`` rounds down, and categories to codes that exist.
     """
 
     exact = False
@@ -57,14 +56,11 @@ class DequantizeColumns(_Fitted):
         u = globalbatch.uniform(x.shape, device=x.device, dtype=x.dtype)
         # x + u rounds up to x + 1 now and then
         y = torch.minimum(x + self.width * u, torch.nextafter(x + self.width, x))
-        y = torch.where((self.width == 0) | (x == self._whole(x)), y, torch.nan)
         return y, zero_log_det(x)
 
     def inverse(self, z, context=None):
-        return torch.where(self.width > 0, self._whole(z), z), zero_log_det(z)
-
-    def _whole(self, x):
-        return x.floor().maximum(self.least).minimum(self.greatest)
+        whole = z.floor().maximum(self.least).minimum(self.greatest)
+        return torch.where(self.width > 0, whole, z), zero_log_det(z)
 
 
 class Standardize(_Fitted):

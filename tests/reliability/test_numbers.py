@@ -106,7 +106,7 @@ def figures(error):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_round_trips(group, count, promise):
-    n, steps = count(EXAMPLES[group]), count(20 if group == "continuous, of pictures" else 100)
+    n, steps = count(EXAMPLES[group]), count(50 if "pictures" in group else 200)
     seen = {}
     for model in GROUPS[group]:
         flow, draw = new(model)
