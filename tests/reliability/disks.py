@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 from inprocess import flowtrain
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flowtrain import cli
 from flowtrain.engine import checkpoint
@@ -21,7 +22,7 @@ from flowtrain.engine.reporter import Reporter
 from flowtrain.workers import Failed
 
 FAULTS = {"full": errno.ENOSPC, "limit": errno.EFBIG, "quota": errno.EDQUOT, "read-only": errno.EROFS}
-PLACES = {"checkpoint": "last.pt", "metrics": "metrics.jsonl", "picture": "samples_00000060.png"}
+PLACES = {"checkpoint": "last.pt", "metrics": "metrics.jsonl", "picture": "samples_00000060.png", "board": "tb"}
 SIZE = 2**20  # of a small disk
 NEW_NAMESPACE = 0x00020000
 
@@ -56,11 +57,22 @@ class Disk:
 
     def quota(self, name: str) -> None:
         """Writing fails, as this machine's disks have no quotas."""
+        if name == "tb":
+            return self._events(errno.EDQUOT)
         self._open(name, errno.EDQUOT, when="written")
 
     def read_only(self, name: str) -> None:
         """Nothing can be opened to be written."""
         self._open(name, errno.EROFS, when="opened")
+
+    def _events(self, number: int) -> None:
+        original = RecordWriter.write
+
+        def refusing(self, data):
+            raise OSError(number, os.strerror(number))
+
+        RecordWriter.write = refusing
+        self.mend = lambda: setattr(RecordWriter, "write", original)
 
     def _open(self, name: str, number: int, when: str) -> None:
         original = builtins.open
@@ -95,7 +107,8 @@ def _trial(words, fault: str, place: str) -> None:
             return print("\nno mounts")
     disk, name = Disk(), PLACES[place]
     owner, method, moment = {
-        "checkpoint": (checkpoint, "save_last", 2), "metrics": (Reporter, "scalars", 27), "picture": (Reporter, "picture", 1),
+        "checkpoint": (checkpoint, "save_last", 2), "metrics": (Reporter, "scalars", 27),
+        "board": (Reporter, "scalars", 27), "picture": (Reporter, "picture", 1),
     }[place]  # fmt: skip
     original, calls = getattr(owner, method), []
 
