@@ -157,7 +157,8 @@ class _Job:
 
     def _is_overlay(self, item) -> bool:
         top = item.config_path.split("/")[0]
-        return not item.primary and not item.package and top not in ("base", "train", "hydra", "ckpt", "resume", "replay")
+        parts = ("base", "train", "hydra", "ckpt", "resume", "replay")
+        return not item.primary and not item.package and top not in parts
 
     # -- the words of the command line
 

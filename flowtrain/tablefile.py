@@ -162,11 +162,12 @@ class Array:
 
     def __init__(self, path: Path):
         self.path = path
+        npy = np.lib.format
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         try:
-            with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of how a damaged header is written
-                version = np.lib.format.read_magic(file)
-                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-                self.shape, turned, self.dtype = read(file)
+            # warnings tell how a damaged header is written
+            with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+                self.shape, turned, self.dtype = readers[npy.read_magic(file)](file)
                 self.start = file.tell()
         except Exception as error:  # whatever the header makes it raise
             raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error

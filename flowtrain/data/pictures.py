@@ -36,7 +36,7 @@ class Moment:
         self.seconds = time.time()
 
     def same(self, file: BinaryIO) -> BinaryIO:
-        """``file``; ValueError where it has been written to since. What says that it is from the future says nothing."""
+        """``file``; ValueError where it has been written to since. A time that is yet to come says nothing."""
         written = os.fstat(file.fileno()).st_mtime
         if self.seconds + self.SLACK < written < time.time() + self.SLACK:
             file.close()

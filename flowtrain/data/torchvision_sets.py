@@ -55,9 +55,10 @@ class TorchvisionImages(ArrayImages):
             found = self._build(str(self.root), part, download=False)
             data, labels = found.data, self._labels(found)
         except Exception as error:  # whatever a damaged file makes torchvision raise
-            damage = next(filter(None, map(self._damage, self._files(part))), f"files under {self.root}: {_line(error)}")
+            found = [damage for file in self._files(part) if (damage := self._damage(file))]
+            what = found[0] if found else f"files under {self.root}: {_line(error)}"
             raise FlowtrainError(
-                f"dataset={self.name}: damaged: {damage}; remove {self._hint()} and get them again"
+                f"dataset={self.name}: damaged: {what}; remove {self._hint()} and get them again"
             ) from error
         data, labels = torch.as_tensor(data), torch.as_tensor(labels).long()  # MNIST's are tensors already
         if data.dim() == 3:
@@ -102,7 +103,8 @@ class MNIST(TorchvisionImages):
         count = head[3] if len(head) > 3 else 0  # of the sides, which follow
         if not 1 <= count <= 3 or len(head) < 4 + 4 * count:
             return f"{self.root / file} has no header"
-        size, due = (self.root / file).stat().st_size, 4 + 4 * count + math.prod(struct.unpack_from(f">{count}I", head, 4))
+        sides = struct.unpack_from(f">{count}I", head, 4)
+        size, due = (self.root / file).stat().st_size, 4 + 4 * count + math.prod(sides)
         return None if size == due else f"{self.root / file} has {size:,} bytes, {due:,} are due"
 
     def _hint(self) -> str:

@@ -204,8 +204,8 @@ class Trainer:
             self.good = _copied({"step": self.step, **self.learned()})
 
     def recover(self) -> None:
-        """After too many bad steps in a row: back to the last good state with a lower rate, if that is asked for, and on
-        with the batches that follow: those that spoiled the run may do so again.
+        """After too many bad steps in a row: back to the last good state with a lower rate, if that is asked for, and
+        on with the batches that follow: those that spoiled the run may do so again.
 
         Raises:
             FlowtrainError: it is not, or has been done too often.
