@@ -259,11 +259,19 @@ def serve() -> None:
     os.dup2(2, 1)
     from types import SimpleNamespace
 
+    # what a process would import for itself is imported here
+    import deaths  # noqa: F401
+    import disks  # noqa: F401
+    import hydra.experimental.callback  # noqa: F401
     import inprocess
+    import slow  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    from PIL import Image
 
-    import torch._dynamo  # noqa: F401: and what else a run would import
+    from flowtrain import allow, eval, nets, results, sample, train, workers  # noqa: F401
+    from flowtrain.engine import schedules  # noqa: F401
 
-    from flowtrain import eval, sample, train, workers  # noqa: F401
+    Image.init()
 
     workers.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
     workers.ENDING = 3  # what hangs in a test has nothing to save
