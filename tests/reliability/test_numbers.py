@@ -27,7 +27,7 @@ EXAMPLES = {
     "couplings of vectors": 1_000_000,
     "autoregressive": 1_000_000,
     "mixtures of normals": 50_000,
-    "continuous": 100_000,
+    "continuous": 50_000,
     "pictures": 15_625,
     "continuous, of pictures": 1_000,
 }
@@ -59,7 +59,7 @@ def new(model):
     return flow.eval(), draw
 
 
-def train(flow, draw, steps, rate=5e-3):
+def train(flow, draw, steps, rate):
     flow.train()
     optimizer = torch.optim.Adam(flow.parameters(), rate)
     for _ in range(steps):
@@ -107,12 +107,14 @@ def figures(error):
 @pytest.mark.parametrize("group", GROUPS)
 def test_round_trips(group, count, promise):
     n, steps = count(EXAMPLES[group]), count(50 if "pictures" in group else 200)
+    # five times the default rate makes maps steep; of an equation it makes one that multiplies its solver's errors
+    rate = 1e-3 if "continuous" in group else 5e-3
     seen = {}
     for model in GROUPS[group]:
         flow, draw = new(model)
         for state in ("new", "trained"):
             if state == "trained":
-                train(flow, draw, steps)
+                train(flow, draw, steps, rate)
             x = draw(n)
             if x.dtype == torch.uint8:
                 x = (x + torch.rand(x.shape)).clamp(max=LEVELS - 1e-5) / LEVELS
@@ -147,7 +149,7 @@ def test_a_deep_glow_inverts_its_own_samples(count, promise):
     seen = {}
     for state in ("new", "trained"):
         if state == "trained":
-            train(flow, draw, count(50), rate=1e-3)
+            train(flow, draw, count(50), 1e-3)
         chain = exact(flow)
         with torch.no_grad():
             x = torch.cat([chain.inverse(z)[0] for z in flow.latents(n).split(512)])
