@@ -148,6 +148,8 @@ def compose(command: str, words: list[str]) -> int:
     parser.error = lambda message: _refuse_flag(parser, message)
     args = parser.parse_intermixed_args(words)
     flags = [word for word in words if word not in args.overrides]
+    if args.multirun and args.cfg:
+        raise Refused("--cfg shows one job: leave --multirun and its lists of values out")
     runs.claiming = not (args.help or args.hydra_help or args.cfg or args.info)
     config_name, args.overrides = restored(command, args.overrides, args.help or args.hydra_help, runs.claiming)
     code = 0

@@ -86,6 +86,7 @@ def test_other_refusals(refusal):
     assert "did you mean 'train'?" in refusal("trian")
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
     assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
+    assert "--cfg shows one job" in refusal("train", "--multirun", "model=nice,glow", "--cfg", "job")
     assert "under outputs/" in refusal("eval")
     assert "ckpt=nowhere: no such file" in refusal("sample", "ckpt=nowhere")
 
