@@ -176,10 +176,11 @@ def _read(split: Split, replace: bool, indices: Iterator[list[int]], workers: in
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, OSError) as error:  # the last two where it ends while it hands a batch over
             if workers == 0:
                 raise
-            raise WorkerEnded(f"a data worker ended early ({str(error).splitlines()[0]})") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise WorkerEnded(f"a data worker ended early ({reason})") from error
         yield batch
 
 

@@ -157,9 +157,10 @@ class ForkedWorker:
 
     def poll(self):
         if self.returncode is None:
-            pid, code = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(code)
+            with suppress(ChildProcessError):  # a signal's handler asks amid the call that learns it
+                pid, code = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(code)
         return self.returncode
 
     def wait(self):
