@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain import __version__, distributed
+from flowtrain import __version__, distributed, files
 from flowtrain.benchmarks import SUITES, peers, report
 from flowtrain.benchmarks.session import Session
 
@@ -68,7 +68,7 @@ def main(cfg, run_dir: str) -> dict:
         "exactness": session.exactness,
         "compile_seconds": session.compile_seconds,
     }
-    (Path(run_dir) / "bench.json").write_text(json.dumps(found, indent=2) + "\n")
+    files.write_json(Path(run_dir) / "bench.json", found)
     if cfg.plot:
         report.plot(rows, Path(run_dir) / "bench.png")
     print(json.dumps(found, indent=2) if cfg.json else report.table(rows), flush=True)

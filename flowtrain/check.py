@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtrain import distributed
+from flowtrain import distributed, files
 from flowtrain.assemble import autocast_of, build_flow, drawn, load_weights
 from flowtrain.data.base import one_hot
 from flowtrain.engine import checkpoint
@@ -66,7 +66,7 @@ def main(cfg, run_dir: str) -> dict:
         "device": str(x.device),
         "seconds": round(time.monotonic() - begun, 1),
     }
-    (Path(run_dir) / "check.json").write_text(json.dumps(report, indent=2) + "\n")
+    files.write_json(Path(run_dir) / "check.json", report)
     print(json.dumps(report, indent=2) if cfg.json else table(checks, report), flush=True)
     if failed:
         raise FlowtrainError(f"{len(failed)} of {len(checks)} checks failed, first: {_failure(failed[0])}")
@@ -97,7 +97,7 @@ def replay(cfg, flow: Flow, run_dir: str) -> dict:
         "examples": [record.examples[row] for row in found.rows] if found else [],
         "as_recorded": same,
     }
-    (Path(run_dir) / "check.json").write_text(json.dumps(report, indent=2) + "\n")
+    files.write_json(Path(run_dir) / "check.json", report)
     line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.told(found)}"
     print(json.dumps(report, indent=2) if cfg.json else line, flush=True)
     if found:

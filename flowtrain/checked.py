@@ -50,7 +50,7 @@ def _first_not_finite(x: Tensor) -> int | None:
     finite = x.isfinite()
     if finite.all():
         return None
-    return int((~finite).flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else int((~finite).nonzero()[0])
+    return int((~finite).reshape(len(x), -1).any(1).nonzero()[0])
 
 
 def _first_refused(function: Callable, x: Tensor, context: Tensor | None) -> int:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from flowtrain import __version__
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, Refused, cause_of
 from flowtrain.signals import end_at_once, end_with_torchrun
 
 COMMANDS = {
@@ -81,10 +81,7 @@ def explain(error: BaseException, run_dir: str | None = None) -> tuple[str, int]
 
     if FULL_ERROR and type(error).__name__ != "Failed":  # a Failed has been shown where it happened
         traceback.print_exception(error)
-    found = error
-    while found is not None and not isinstance(found, FlowtrainError):
-        found = found.__cause__
-    if found is not None:
+    if found := cause_of(error, FlowtrainError):
         return " ".join(str(found).split()), found.exit_code
     text = " ".join(f"{type(error).__name__}: {error}".split())
     log = os.path.join(run_dir or "", "train.log")

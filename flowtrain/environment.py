@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -30,7 +29,7 @@ def record(directory: str, device: torch.device) -> None:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "host": platform.node(), "platform": platform.platform(), "command": sys.argv,
     }  # fmt: skip
-    files.write(Path(directory) / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+    files.write_json(Path(directory) / "environment.json", environment)
 
 
 def _commit() -> str | None:

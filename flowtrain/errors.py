@@ -24,3 +24,10 @@ class Interrupted(FlowtrainError):
         super().__init__(f"interrupted by {self.name}")
         graceful = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's two ways to say "save and leave"
         self.exit_code = 143 if signum in graceful else 128 + signum
+
+
+def cause_of(error: BaseException | None, kind: type):
+    """The first error of a ``kind`` among ``error`` and what it was raised from; None where there is none."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain import distributed, environment
+from flowtrain import distributed, environment, files
 from flowtrain.assemble import build_flow, columns_of, has_bits, judge, load_weights, open_as
 from flowtrain.assemble import shares
 from flowtrain.bijections import Logit
@@ -59,14 +59,14 @@ def main(cfg, run_dir: str) -> dict:
             cfg.published, result, flow.dimensions, cfg.split, cfg.dataset.levels, split.description, logit
         )
     if distributed.is_main():
-        (Path(run_dir) / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
+        files.write_json(Path(run_dir) / "eval.json", report)
         environment.record(run_dir, distributed.device())
         print(json.dumps(report, indent=2) if cfg.json else table(report))
     return report
 
 
 def _in_logit_space(flow: Flow, split: Split, cfg, examples: int | None, result: Evaluation) -> float | None:
-    """The log-likelihood of logits, as MAF's pictures have it: ours less what preprocessing adds. None without logits."""
+    """The log-likelihood of logits, as MAF's pictures have it: ours less what preprocessing adds; or None."""
     preprocess = getattr(flow.bijection, "preprocess", None)
     if preprocess is None or not any(isinstance(layer, Logit) for layer in preprocess.modules()):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -52,6 +53,11 @@ def write(path: Path, data: bytes) -> None:
             os.replace(new, path)
         finally:
             discard(new)
+
+
+def write_json(path: Path, value) -> None:
+    """``value`` as text, in one move. Raises Unwritable."""
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def append(file, data: bytes) -> None:

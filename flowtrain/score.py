@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtrain import distributed, globalbatch
+from flowtrain import distributed, files, globalbatch
 from flowtrain.assemble import build_flow, columns_of, has_bits, is_picture, load_weights
 from flowtrain.bijections.ode import exact_trace, traced_exactly
 from flowtrain.config import build
@@ -74,7 +74,7 @@ def main(cfg, run_dir: str) -> dict:
         "weights": weights,
         "checkpoint": str(cfg.ckpt),
     }
-    (Path(run_dir) / "score.json").write_text(json.dumps(report, indent=2) + "\n")
+    files.write_json(Path(run_dir) / "score.json", report)
     print(json.dumps(report, indent=2) if cfg.json else table(report), flush=True)
     return report
 
@@ -212,7 +212,7 @@ def _output(cfg, run_dir: str) -> Path:
 @contextmanager
 def _written(path: Path, heads: list[str]):
     """Gives a function that takes rows. The file is there only when all have been written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = files.temporary(path)
     try:
         with (_parquet if path.suffix.lower() == ".parquet" else _csv)(temporary, heads) as write:
             yield write
@@ -220,7 +220,7 @@ def _written(path: Path, heads: list[str]):
     except OSError as error:
         raise FlowtrainError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        files.discard(temporary)
 
 
 @contextmanager

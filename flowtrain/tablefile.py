@@ -169,10 +169,10 @@ class Array:
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
                 self.shape, turned, self.dtype = readers[npy.read_magic(file)](file)
                 self.start = file.tell()
+            if self.dtype.hasobject:
+                raise ValueError("it holds objects")
         except Exception as error:  # whatever the header makes it raise
             raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
-        if self.dtype.hasobject:
-            raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers")
         self.ndim = len(self.shape)
         size, due = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
         if size < due:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from flowtrain.data import Loader
 from flowtrain.engine import checkpoint, determinism, status
 from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
 from flowtrain.engine.ema import EMA
+from flowtrain.engine.gradient import Way
 from flowtrain.engine.measure import measure_of
 from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.signals import heeded
@@ -75,7 +75,7 @@ def _train(cfg, run_dir: str) -> dict:
     if state is None:
         _start(flow, cfg, train, device)
     if cfg.get("deterministic"):
-        _tell_cost(flow, loader, autocast)
+        _tell_cost(flow, loader, cfg, autocast)
     trainer = _trainer(cfg, flow, loader, val, schedule, settings, run_dir, device)
     if state is not None:
         trainer.load_state(state)
@@ -125,10 +125,12 @@ def _start(flow: Flow, cfg, train, device) -> None:
     distributed.broadcast(flow.state_dict().values())
 
 
-def _tell_cost(flow: Flow, loader: Loader, autocast: torch.dtype | None) -> None:
-    x, context = next(loader.batches())
-    with determinism.explained(), nullcontext() if autocast is None else torch.autocast(x.device.type, autocast):
-        log.info("deterministic=true: a gradient takes %.2f times as long", determinism.cost(flow, x, context))
+def _tell_cost(flow: Flow, loader: Loader, cfg, autocast: torch.dtype | None) -> None:
+    way = Way(measure_of(cfg.dataset.levels), cfg.seed, cfg.trainer.accumulate, autocast)
+    batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
+    with determinism.explained():
+        ratio = determinism.cost(flow, lambda copy: way.backpropagate(copy, copy, *batch, *place))
+    log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
 def _fit(flow: Flow, columns) -> None:
@@ -234,7 +236,7 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         "run_dir": str(run_dir),
     }
     if distributed.is_main():
-        files.write(Path(run_dir) / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        files.write_json(Path(run_dir) / "summary.json", summary)
         best = trainer.measure.judged(result)[2]
         log.info("finished after %d steps, %.0f s: best validation %s", trainer.step, trainer.seconds, best)
         for part, number in bad.items():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from flowtrain.errors import Refused
 from flowtrain.flow import Flow
@@ -36,23 +36,23 @@ def explained():
         raise Refused(f"deterministic=true: {operation} has no deterministic form here; use false") from error
 
 
-def cost(flow: Flow, x: Tensor, context: Tensor | None) -> float:
-    """How many times as long the gradient of a batch takes with :func:`insist` as without: the median of a few."""
+def cost(flow: Flow, step: Callable[[Flow], object]) -> float:
+    """How many times as long ``step`` takes of a copy of ``flow`` with :func:`insist` as without: a median."""
     flow, ratios = copy.deepcopy(flow).train(), []  # its counters and moments are not the run's
     torch.use_deterministic_algorithms(False)
-    _seconds(flow, x, context)  # the first is slower
+    _seconds(flow, step)  # the first is slower
     for _ in range(ROUNDS):
         torch.use_deterministic_algorithms(False)
-        free = _seconds(flow, x, context)
+        free = _seconds(flow, step)
         torch.use_deterministic_algorithms(True)
-        ratios.append(_seconds(flow, x, context) / free)
+        ratios.append(_seconds(flow, step) / free)
     return median(ratios)
 
 
-def _seconds(flow: Flow, x: Tensor, context: Tensor | None) -> float:
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+def _seconds(flow: Flow, step: Callable[[Flow], object]) -> float:
+    wait = torch.cuda.synchronize if next(flow.parameters()).is_cuda else lambda: None
     wait()
     began = time.monotonic()
-    flow(x, context).mean().backward()
+    step(flow)
     wait()
     return time.monotonic() - began

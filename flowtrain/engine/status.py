@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flowtrain import files
-from flowtrain.errors import Interrupted, Refused
+from flowtrain.errors import Interrupted, Refused, cause_of
 
 NAME, LOCK = "status.json", ".lock"
 
@@ -37,7 +37,7 @@ def saved(run_dir, step: int) -> None:
 def ended(run_dir, error: BaseException | None = None, text: str | None = None) -> None:
     """The run has ended, by ``error``, told in ``text``; or it has finished. Another process that has the run by now
     has the word."""
-    interrupted = _cause(error, Interrupted)
+    interrupted = cause_of(error, Interrupted)
     if error is None:
         how = {"state": "finished", "resumable": False}
     elif interrupted:
@@ -86,16 +86,10 @@ def _locked(run_dir):
         yield
 
 
-def _cause(error: BaseException | None, kind):
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__
-    return error
-
-
 def _write(run_dir, **changes) -> None:
     path = Path(run_dir) / NAME
     known = dict.fromkeys(("state", "resumable", "step", "signal", "error", "pid", "host")) | {"step": 0}
     if path.is_file():
         with suppress(ValueError):  # a machine that lost its power may have left it empty
             known |= json.loads(path.read_text())
-    files.write(path, (json.dumps(known | changes, indent=2) + "\n").encode())
+    files.write_json(path, known | changes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 
+from flowtrain import files
 from flowtrain.errors import Refused
 
 DATA, SAMPLES = "#33638d", "#d1495b"
@@ -218,13 +220,9 @@ def _head(figure, title: str | None, colours: dict[str, str]) -> None:
 
 def _save(figure, path: Path) -> None:
     """A half-written file never stands under ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format=path.suffix[1:] or "png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = BytesIO()
+    figure.savefig(data, format=path.suffix[1:] or "png")
+    files.write(path, data.getvalue())
 
 
 def _number(value: float, digits: int = 6) -> str:

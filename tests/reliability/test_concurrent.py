@@ -6,8 +6,7 @@ import platform
 import signal
 import socket
 
-import pytest
-from forks import Server, runs_in, steps
+from forks import runs_in, steps
 
 WORDS = [
     "train", "model=realnvp_vector", "model.hidden=8", "model.pairs=1", "dataset=moons", "dataset.rows=500",
@@ -37,13 +36,6 @@ class Schedule:
             time.sleep(2)
         return 1.0
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    one = Server()
-    yield one
-    one.close()
 
 
 def test_ten_runs_in_one_second(server, tmp_path, promise):

@@ -1,4 +1,4 @@
-"""Promise 6: a disk that takes no more costs a run what it did since its last checkpoint, and one line says what lacks."""
+"""Promise 6: a disk that takes no more costs a run what it did since its last checkpoint; one line says what lacks."""
 
 import errno
 import json
@@ -7,7 +7,7 @@ import re
 
 import disks
 import pytest
-from forks import Server, runs_in, same, state, steps
+from forks import runs_in, same, state, steps
 
 WORDS = (
     "train", "model=realnvp_vector", "model.pairs=1", "model.hidden=8", "dataset=moons", "dataset.rows=400",
@@ -15,13 +15,6 @@ WORDS = (
     "trainer.save_every=25", "trainer.tensorboard=false", "resume=true",
 )  # fmt: skip
 CASES = [(fault, place) for place in ("checkpoint", "metrics", "picture") for fault in disks.FAULTS]
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import time
 import deaths
 import pytest
 import torch
-from forks import Server, runs_in, same, state, steps
+from forks import runs_in, same, state, steps
 
 from flowtrain.config import compose, plain
 from flowtrain.engine import checkpoint
@@ -21,13 +21,6 @@ WORDS = (
     "resume=true",
 )  # fmt: skip
 SAVES = 5  # of last.pt while that trains, and one more at its end
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,18 @@ def figures(error):
     return error.max().item(), error.kthvalue(math.ceil(0.9999 * len(error))).values.item()
 
 
+def measured(chain, x, x64, at_once):
+    """The worst error, what 99.99 % do not exceed, the worst of ``x64`` in float64, and how many were not finite."""
+    error, lost = errors(chain, x, at_once=at_once)
+    error64, lost64 = errors(in_float64(chain), x64)
+    return *figures(error), error64.max().item(), lost + lost64
+
+
+def assert_kept(seen):
+    for key, (worst, most, worst64, lost) in seen.items():
+        assert worst <= 1e-3 and most <= 1e-4 and worst64 <= 1e-8 and lost == 0, key
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_round_trips(group, count, promise):
     n, steps = count(EXAMPLES[group]), count(50 if "pictures" in group else 200)
@@ -119,9 +131,7 @@ def test_round_trips(group, count, promise):
             if x.dtype == torch.uint8:
                 x = (x + torch.rand(x.shape)).clamp(max=LEVELS - 1e-5) / LEVELS
             chain = exact(flow)
-            error, lost = errors(chain, x, at_once=8192 if x.dim() == 2 else 512)
-            error64, lost64 = errors(in_float64(chain), x[: -(-n // 50)].double())
-            seen[model, state] = *figures(error), error64.max().item(), lost + lost64
+            seen[model, state] = measured(chain, x, x[: -(-n // 50)].double(), 8192 if x.dim() == 2 else 512)
     for state in ("new", "trained"):
         each = {model: values for (model, when), values in seen.items() if when == state}
         worst, most, worst64 = (max(values[i] for values in each.values()) for i in range(3))
@@ -131,8 +141,7 @@ def test_round_trips(group, count, promise):
             f"{group}, {state}: there and back within 1e-3, 99.99 % 1e-4, float64 1e-8",
             f"{worst:.0e}, {most:.0e}, {worst64:.0e}, not finite {lost}; of each of {len(each)}, {n:,} examples",
         )
-    for key, (worst, most, worst64, lost) in seen.items():
-        assert worst <= 1e-3 and most <= 1e-4 and worst64 <= 1e-8 and lost == 0, key
+    assert_kept(seen)
 
 
 def test_a_deep_glow_inverts_its_own_samples(count, promise):
@@ -154,17 +163,14 @@ def test_a_deep_glow_inverts_its_own_samples(count, promise):
         with torch.no_grad():
             x = torch.cat([chain.inverse(z)[0] for z in flow.latents(n).split(512)])
             x64 = in_float64(chain).inverse(flow.latents(-(-n // 50)).double())[0]
-        error, lost = errors(chain, x, at_once=512)
-        error64, lost64 = errors(in_float64(chain), x64)
-        seen[state] = *figures(error), error64.max().item(), lost + lost64
+        seen[state] = measured(chain, x, x64, 512)
         worst, most, worst64, lost = seen[state]
         promise(
             11,
             f"Glow of 3 levels of 32 steps, {state}: its own samples within 1e-3, 99.99 % 1e-4, float64 1e-8",
             f"{worst:.0e}, {most:.0e}, {worst64:.0e}, not finite {lost}; of {n:,} pictures of 192 numbers",
         )
-    for state, (worst, most, worst64, lost) in seen.items():
-        assert worst <= 1e-3 and most <= 1e-4 and worst64 <= 1e-8 and lost == 0, state
+    assert_kept(seen)
 
 
 # ---- hostile parameters: measured beside the best that float32 can do, an exact map whose y is rounded once ---------

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from forks import Server, runs_in, same, state, steps
+from forks import runs_in, same, state, steps
 
 WORDS = [
     "train", "model=realnvp_vector", "model.hidden=8", "model.pairs=1", "dataset=moons", "dataset.rows=500",
@@ -19,13 +19,6 @@ NOISY = [  # order, dequantization, dropout, the moments of batches: all of the 
     "batch_size=32", "scheduler=constant", "trainer.tensorboard=false", "trainer.log_every=1", "trainer.val_every=1000",
     "trainer.sample_every=null",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server():
-    one = Server()
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from forks import Server, runs_in, same, state, steps
+from forks import runs_in, same, state, steps
 
 from flowtrain.errors import Interrupted
 
@@ -25,13 +25,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STARTING = ("check", "job", "import", "open", "start")
 TRAINING = ("data", "step", "moments", "validation", "picture", "saving", "end")
 SOON = 5  # seconds
-
-
-@pytest.fixture(scope="module")
-def server():
-    one = Server()
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")
