@@ -198,7 +198,7 @@ class _Job:
                 hint = _suggestion(key, known) or "its file needs '# @package _global_' as its first line; "
                 raise Refused(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
         if not self.restored and not self._drops_a_layer():
-            _check_references(cfg)
+            _check_references(cfg, {item.key_or_group.split(".")[0] for item in parse(self.overrides)})
         try:
             values = settle(cfg, self.command, self.restored)
         except OmegaConfBaseException as error:
@@ -321,13 +321,17 @@ def _check_shares(batch_size: int, processes: int, accumulate: int) -> None:
         )
 
 
-def _check_references(cfg: DictConfig) -> None:
-    """A knob of the model that nothing refers to would change nothing: refuse it."""
+def _check_references(cfg: DictConfig, named: set[str]) -> None:
+    """A knob of the model that nothing refers to would change nothing: refuse it.
+
+    So would a part that a word of the command line is ``named`` for, if it is referred to by itself alone. Where the
+    data bring it along, a model may leave it.
+    """
     content = OmegaConf.to_container(cfg, resolve=False)
     content.pop("hydra", None)
-    used = set(_references(content, ()))
     knobs = [f"model.{name}" for name in content.get("model") or {} if name not in ("flow", "name")]
     for knob in [*knobs, *filter(is_part, content)]:
+        used = set(_references({name: part for name, part in content.items() if name != knob or name not in named}, ()))
         if not any(key == knob or key.startswith(f"{knob}.") for key in used):
             near = _suggestion(knob, {*knobs, *used} - {knob})
             raise Refused(f"{knob}: nothing in this model refers to it, so it would change nothing; {near}".rstrip("; "))

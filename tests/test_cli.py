@@ -85,6 +85,7 @@ def test_train_refuses(refusal, word, says):
 def test_other_refusals(refusal):
     assert "did you mean 'train'?" in refusal("trian")
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
+    assert "preprocess: nothing in this model" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
     assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
     assert "--cfg shows one job" in refusal("train", "--multirun", "model=nice,glow", "--cfg", "job")
     assert "under outputs/" in refusal("eval")
