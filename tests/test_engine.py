@@ -315,7 +315,7 @@ def test_checkpoints_verify_themselves(tmp_path):
     path = tmp_path / "a.pt"
     state = {"config": {"model": {"steps": 3}}, "model": {"w": torch.randn(1000)}, "step": 7}
     checkpoint.save(state, path)
-    assert checkpoint.verify(path)
+    checkpoint.check(path)
     assert same(checkpoint.read(path), state)
     assert checkpoint.read_config(path) == state["config"]
     assert torch.load(path, weights_only=True)["step"] == 7  # torch opens it as it is

@@ -222,14 +222,6 @@ def _check(path: Path, file) -> None:
         raise FlowtrainError(f"{path}: damaged; its SHA-256 is {found}, {expected} was written")
 
 
-def verify(path) -> bool:
-    try:
-        check(Path(path))
-    except FlowtrainError:
-        return False
-    return True
-
-
 def read_config(path) -> dict:
     """The configuration in a checkpoint, as plain containers; the tensors stay in the file."""
     config = read(path, mmap=True).get("config")
