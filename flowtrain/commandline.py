@@ -30,7 +30,7 @@ from flowtrain.settings import ROOTS, Train, known_keys, shown, typed_keys
 
 # what a command that does not train reads of a run's own keys
 READ_BY_ALL = ("seed", "devices", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
-OF_TRAINING = {item.name for item in fields(Train)} - {*READ_BY_ALL, "dist"}
+OF_TRAINING = {item.name for item in fields(Train)} - {*READ_BY_ALL, "dist", "model", "dataset"}
 # what a checkpoint leaves open of its data: where they lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
 

@@ -104,6 +104,14 @@ def test_the_mean_is_that_of_eval(digits):
     np.testing.assert_allclose(rows["bits_per_dim"], -rows["log_likelihood"] / 64 / np.log(2))
 
 
+def test_the_data_of_an_evaluation_may_have_moved(table, tmp_path):
+    folder, run_dir, frame = table
+    frame.to_csv(tmp_path / "moved.csv", index=False)
+    assert flowtrain(tmp_path, "eval", f"ckpt='{run_dir}'", "dataset.path=moved.csv") == 0
+    evaluated = json.loads(next(run_dir.glob("eval/*/eval.json")).read_text())
+    assert evaluated["examples"] == 70 and "moved.csv" in evaluated["data"]
+
+
 def test_batches_change_nothing_and_seeds_the_noise(digits):
     folder, run_dir = digits
     one, other, third = (
