@@ -28,6 +28,9 @@ BLOCK = 2**16  # rows of a block
 CSV_BLOCK = 2**24  # bytes of a block of text
 MOST_CATEGORIES = 1000  # more different texts are names, not categories
 EXACT = 2.0**22  # float32 tells x from x + ½ up to here
+WHOLE = 2.0**53  # and float64 x from x + 1
+# numbers as they are not read: 12,5 or 1.234,5 or 1'234 or 12 %
+OTHERWISE_WRITTEN = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
 UNNAMED = ("", "Unnamed: 0", "__index_level_0__")  # what pandas makes of an index that was written along
 
 Block = dict[str, np.ndarray]  # name -> float64, NaN where missing, or objects: text, None where missing
@@ -55,20 +58,22 @@ class Column:
 
 
 class Csv:
-    """Columns separated by commas, semicolons or tabs, whichever the first line, which names them, has most of."""
+    """Columns separated by commas, semicolons, tabs or bars, whichever the first line, which names them, has most of."""
 
     def __init__(self, path: Path):
         self.path = path
         with open(path, encoding="utf-8-sig", newline="") as file:
             line = file.readline()
-        with open(path, "rb") as file:
-            file.seek(-min(1, path.stat().st_size), os.SEEK_END)
-            if file.read() not in (b"\n", b"\r"):
-                log.warning("%s ends in the middle of a line; if it has been cut short, its last value is wrong", path)
-        self.delimiter = max(",;\t", key=line.count)
+        if line.count('"') % 2:
+            raise Refused(f"{path}: the name of a column holds a line break; name it otherwise")
+        self.delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", line).count)
         self.names = next(csv.reader([line], delimiter=self.delimiter), [])
         if not self.names or all(_is_number(name) for name in self.names):
             raise Refused(f"{path} has no first line that names its columns")
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() not in (b"\n", b"\r"):
+                log.warning("%s ends in the middle of a line; if it has been cut short, its last value is wrong", path)
 
     def texts(self, names: Sequence[str]) -> set[str]:
         """Which of the columns hold text, as their first rows have it."""
@@ -294,6 +299,13 @@ class _Texts:
             row = min(map(self.rows.get, others))
             text = next(text for text in others if self.rows[text] == row)
             raise Refused(f"column '{self.name}', row {row}: '{text}' is no number, as most values of the column are")
+        if others and all(map(OTHERWISE_WRITTEN.fullmatch, self.rows)):
+            row = min(map(self.rows.get, others))
+            text = next(text for text in others if self.rows[text] == row)
+            raise Refused(
+                f"column '{self.name}', row {row}: '{text}' is a number in a form that is not read; write 1234.5, or leave"
+                " the column out"
+            )
         return Column(self.name, "categorical", tuple(sorted(self.rows)))
 
 
@@ -318,8 +330,14 @@ class _Numbers:
         reach = max(abs(self.least - self.offset), abs(self.greatest - self.offset))
         if reach > np.finfo(np.float32).max:
             raise Refused(f"column '{self.name}': values up to {reach:g} are too large for float32")
-        is_integer = self.whole and reach <= EXACT
-        if self.whole and not is_integer:
+        exact = max(abs(self.least), abs(self.greatest)) < WHOLE
+        is_integer = self.whole and exact and reach <= EXACT
+        if not exact:
+            log.warning(
+                "column '%s': numbers up to %.16g, where neighbours are more than 1 apart in float64; taken as real"
+                " numbers, which are rounded", self.name, max(self.least, self.greatest, key=abs),
+            )  # fmt: skip
+        elif self.whole and not is_integer:
             log.warning(
                 "column '%s': whole numbers from %.16g to %.16g, too far apart for float32 to dequantize;"
                 " taken as real numbers", self.name, self.least, self.greatest,
@@ -400,6 +418,8 @@ def _reading(path: Path):
         raise Refused(f"{path.suffix} files need more packages: pip install 'flowtrain[tables]'") from error
     except FlowtrainError:
         raise
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not in UTF-8: save it so") from error
     except Exception as error:  # whatever a damaged file makes a library raise
         raise FlowtrainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 

@@ -569,6 +569,10 @@ def csv(text, rows=40):
         ("", {}, ("no first line that names",)),
         ("a,b\n" + "1,2020-02-03\n" * 20, {}, ("column 'b' holds date32",)),
         ("a,b\n" + "".join(f"{i},id{i}\n" for i in range(1500)), {}, ("column 'b'", "1,000 different texts")),
+        ("a;b\n" + "".join(f"{i};{i},5\n" for i in range(40)), {}, ("column 'b', row 1", "'0,5' is a number in a form")),
+        ("a\tb\n" + "".join(f"{i}\t{i}.5 %\n" for i in range(40)), {}, ("'0.5 %' is a number in a form",)),
+        ('a,b\n' + "".join(f'{i},"{i},000"\n' for i in range(40)), {}, ("'0,000' is a number in a form",)),
+        ('a,"b\nc"\n' + "1,2\n3,4\n" * 20, {}, ("name of a column holds a line break",)),
     ],
 )
 def test_tables_that_cannot_be_modelled_are_refused(tmp_path, text, keys, parts):
@@ -611,6 +615,26 @@ def test_whole_numbers_too_far_apart_and_rounded_numbers_are_said(tmp_path, capl
     assert columns.kinds == ["real", "real"]
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "'c0': whole numbers" in said[0] and "'c1': real numbers that often repeat" in said[1]
+
+
+def test_separators_are_those_outside_of_quotes(tmp_path):
+    for head, mark in (('"width, depth, height";b', ";"), ("a|b", "|")):
+        (tmp_path / "t.csv").write_text(head + "\n" + "".join(f"{i / 7}{mark}{i % 5}.5\n" for i in range(40)))
+        assert data.Table(path=str(tmp_path / "t.csv")).split("train").columns.kinds == ["real", "real"]
+
+
+def test_files_in_another_code_or_empty(tmp_path, caplog):
+    (tmp_path / "t.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
+    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "t.csv is not in UTF-8")
+    (tmp_path / "t.csv").write_bytes(b"")
+    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "no first line")
+    assert not caplog.records  # the refusal says it all
+
+
+def test_whole_numbers_that_float64_does_not_hold_are_said(tmp_path, caplog):
+    (tmp_path / "t.csv").write_text("id\n" + "".join(f"{2**53 + 2 * i + 1}\n" for i in range(300)))
+    columns = data.Table(path=str(tmp_path / "t.csv")).split("train").columns
+    assert columns.kinds == ["real"] and "'id': numbers up to" in caplog.records[0].getMessage()
 
 
 def test_a_large_offset_keeps_integers_exact(tmp_path):
