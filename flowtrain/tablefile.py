@@ -155,7 +155,9 @@ class Npy:
         places = [self.names.index(name) for name in names]
         for start in range(0, len(self.rows), BLOCK):
             part = self.rows[start : start + BLOCK]
-            yield {name: part[:, place].astype(np.float64) for name, place in zip(names, places, strict=True)}
+            with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever reads it refuses
+                block = {name: part[:, place].astype(np.float64) for name, place in zip(names, places, strict=True)}
+            yield block
 
 
 class Array:

@@ -637,6 +637,18 @@ def test_whole_numbers_that_float64_does_not_hold_are_said(tmp_path, caplog):
     assert columns.kinds == ["real"] and "'id': numbers up to" in caplog.records[0].getMessage()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("bits", "kind"), [(0x7F800001, "u4"), (0x7FF0000000000001, "u8")])
+def test_a_signalling_nan_is_refused_without_a_warning(tmp_path, bits, kind):
+    rows = np.random.default_rng(0).normal(size=(40, 2)).astype(f"f{kind[1]}")
+    rows.view(kind)[2, 1] = bits
+    np.save(tmp_path / "a.npy", rows)
+    one_line(lambda: data.Table(path=str(tmp_path / "a.npy")).split("train"), "column 'c1', row 3")
+    columns = Columns((Column("c0", "real"), Column("c1", "real")))
+    frame = next(tablefile.TableFile(tmp_path / "a.npy").blocks(["c0", "c1"]))
+    one_line(lambda: columns.encode(frame), "column 'c1', row 3")
+
+
 def test_a_large_offset_keeps_integers_exact(tmp_path):
     years = 2_000_000_000 + np.random.default_rng(0).integers(0, 1000, (300, 1))
     np.save(tmp_path / "a.npy", years)

@@ -159,7 +159,7 @@ def _raw(column: Column, values: Iterable, first_row: int) -> np.ndarray:
         if _text(value) is None:
             raise missing(column.name, first_row + row) from None
         raise Refused(f"column '{column.name}', row {first_row + row}: '{value}' is no number") from None
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large, or a signalling NaN, is refused below
         held = (numbers - column.offset).astype(np.float32)
     if not np.isfinite(held).all():
         raise missing(column.name, first_row + int(np.isfinite(held).argmin()))
