@@ -100,6 +100,7 @@ class _Job:
 
     def __init__(self, loader, command: str, config_name: str, overrides: list[str]):
         self.loader, self.command, self.config_name, self.overrides = loader, command, config_name, overrides
+        self.words = parse(overrides)
         self.restored = config_name in RESTORED
 
     def check(self) -> None:
@@ -118,7 +119,7 @@ class _Job:
     # -- the options of groups
 
     def _check_options(self) -> None:
-        for item in parse(self.overrides):
+        for item in self.words:
             group, value = item.key_or_group, item.value()
             if item.is_delete() or not self.loader.repository.group_exists(group):
                 continue
@@ -182,7 +183,7 @@ class _Job:
         """Then what it referred to may stay behind without a use."""
         return any(
             item.key_or_group.startswith("model.") and (item.is_delete() or item.value() is None)
-            for item in parse(self.overrides)
+            for item in self.words
         )
 
     def _names(self, tree) -> list[str]:
@@ -198,7 +199,7 @@ class _Job:
                 hint = _suggestion(key, known) or "its file needs '# @package _global_' as its first line; "
                 raise Refused(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
         if not self.restored and not self._drops_a_layer():
-            _check_references(cfg, {item.key_or_group.split(".")[0] for item in parse(self.overrides)})
+            _check_references(cfg, {item.key_or_group.split(".")[0] for item in self.words})
         try:
             values = settle(cfg, self.command, self.restored)
         except OmegaConfBaseException as error:
@@ -329,9 +330,10 @@ def _check_references(cfg: DictConfig, named: set[str]) -> None:
     """
     content = OmegaConf.to_container(cfg, resolve=False)
     content.pop("hydra", None)
+    uses = {name: set(_references(part, (name,))) for name, part in content.items()}
     knobs = [f"model.{name}" for name in content.get("model") or {} if name not in ("flow", "name")]
     for knob in [*knobs, *filter(is_part, content)]:
-        used = set(_references({name: part for name, part in content.items() if name != knob or name not in named}, ()))
+        used = set().union(*(keys for name, keys in uses.items() if name != knob or name not in named))
         if not any(key == knob or key.startswith(f"{knob}.") for key in used):
             near = _suggestion(knob, {*knobs, *used} - {knob})
             raise Refused(f"{knob}: nothing in this model refers to it, so it would change nothing; {near}".rstrip("; "))

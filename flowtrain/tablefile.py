@@ -298,17 +298,13 @@ class _Texts:
     def column(self) -> Column:
         others = [text for text in self.rows if not _is_number(text)]
         if 0 < len(others) < len(self.rows) / 2:  # such as a ? for what is missing
-            row = min(map(self.rows.get, others))
-            text = next(text for text in others if self.rows[text] == row)
-            raise Refused(f"column '{self.name}', row {row}: '{text}' is no number, as most values of the column are")
-        if others and all(map(OTHERWISE_WRITTEN.fullmatch, self.rows)):
-            row = min(map(self.rows.get, others))
-            text = next(text for text in others if self.rows[text] == row)
-            raise Refused(
-                f"column '{self.name}', row {row}: '{text}' is a number in a form that is not read; write 1234.5, or leave"
-                " the column out"
-            )
-        return Column(self.name, "categorical", tuple(sorted(self.rows)))
+            why = "is no number, as most values of the column are"
+        elif others and all(map(OTHERWISE_WRITTEN.fullmatch, self.rows)):
+            why = "is a number in a form that is not read; write 1234.5, or leave the column out"
+        else:
+            return Column(self.name, "categorical", tuple(sorted(self.rows)))
+        text = min(others, key=self.rows.get)
+        raise Refused(f"column '{self.name}', row {self.rows[text]}: '{text}' {why}")
 
 
 class _Numbers:
