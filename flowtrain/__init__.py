@@ -12,7 +12,7 @@ def __getattr__(name: str):
 
         return Flow
     if name == "load":
-        from flowtrain.restore import load
+        from flowtrain.config.restore import load
 
         return load
     raise AttributeError(f"module 'flowtrain' has no attribute '{name}'")

@@ -7,8 +7,8 @@ class FlowtrainError(Exception):
     exit_code = 1
 
 
-class Refused(FlowtrainError):
-    """Refused before any data are touched: a bad key or value, a missing file, no such checkpoint."""
+class UsageError(FlowtrainError):
+    """UsageError before any data are touched: a bad key or value, a missing file, no such checkpoint."""
 
     exit_code = 2
 

@@ -15,25 +15,29 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain import distributed, environment, files, globalbatch
-from flowtrain.assemble import autocast_of, build_flow, has_bits, judge, load_weights
 from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.bijections.memory import MEMORIES
 from flowtrain.bijections.ode import continuous_layers
-from flowtrain.config import build, conf_dir, plain, with_hint
+from flowtrain.commands.data import has_bits
+from flowtrain.commands.evaluation import judge
+from flowtrain.commands.previews import View
+from flowtrain.config.build import build, build_flow, with_hint
+from flowtrain.config.compose import conf_dir, plain
 from flowtrain.data import Loader
-from flowtrain.engine import checkpoint, determinism, status
+from flowtrain.engine import determinism
 from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.gradient import Way
 from flowtrain.engine.measure import measure_of
+from flowtrain.engine.precision import autocast_of
 from flowtrain.engine.reporter import Reporter, Silence
-from flowtrain.engine.signals import heeded
 from flowtrain.engine.trainer import Settings, Trainer
-from flowtrain.environment import device_name
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
-from flowtrain.views import View
+from flowtrain.runtime import checkpoint, distributed, environment, files, globalbatch, status
+from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.runtime.environment import device_name
+from flowtrain.runtime.interrupts import heeded
 
 log = logging.getLogger("flowtrain")
 
@@ -61,11 +65,17 @@ def _train(cfg, run_dir: str) -> dict:
     autocast = autocast_of(cfg.precision, device)
     train, val = data.split("train"), data.split("val")
     loader = Loader(
-        train, cfg.batch_size, cfg.seed, data.augment, device, distributed.rank(), distributed.world(),
+        train,
+        cfg.batch_size,
+        cfg.seed,
+        data.augment,
+        device,
+        distributed.rank(),
+        distributed.world(),
         cfg.trainer.workers,
-    )  # fmt: skip
+    )
     if cfg.batch_size % (distributed.world() * cfg.trainer.accumulate):
-        raise Refused(
+        raise UsageError(
             f"batch_size={cfg.batch_size} is not a multiple of devices × trainer.accumulate "
             f"({distributed.world()} × {cfg.trainer.accumulate})"
         )
@@ -140,7 +150,7 @@ def _fit(flow: Flow, columns) -> None:
             try:
                 module.fit(columns)
             except ValueError as error:
-                raise Refused(f"preprocess: {type(module).__name__} {error}") from error
+                raise UsageError(f"preprocess: {type(module).__name__} {error}") from error
 
 
 def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings, run_dir: str, device) -> Trainer:
@@ -159,9 +169,21 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
 
     columns = loader.split.columns
     return Trainer(
-        flow, wrapped, loader, _optimizer(cfg, flow), schedule, settings, ema, validate, view, run_dir,
-        measure_of(cfg.dataset.levels), plain(cfg), columns.record() if columns else None, compiled,
-    )  # fmt: skip
+        flow,
+        wrapped,
+        loader,
+        _optimizer(cfg, flow),
+        schedule,
+        settings,
+        ema,
+        validate,
+        view,
+        run_dir,
+        measure_of(cfg.dataset.levels),
+        plain(cfg),
+        columns.record() if columns else None,
+        compiled,
+    )
 
 
 def _parallel(flow: Flow, device: torch.device, accumulate: int) -> DistributedDataParallel:
@@ -173,9 +195,12 @@ def _parallel(flow: Flow, device: torch.device, accumulate: int) -> DistributedD
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it, older ones only this
         return DistributedDataParallel(
-            flow, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True, static_graph=accumulate == 1 and not continuous_layers(flow),
-        )  # fmt: skip
+            flow,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=accumulate == 1 and not continuous_layers(flow),
+        )
 
 
 def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compiled | None:
@@ -185,7 +210,7 @@ def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compi
         return None
     try:
         return compile_flow(flow)
-    except Refused as error:
+    except UsageError as error:
         if cfg.compile == "auto":
             log.info("compile=auto: trains without: %s", error)
             return None
@@ -195,11 +220,11 @@ def _compile(flow: Flow, cfg, settings: Settings, device: torch.device) -> Compi
 def _keep(cfg, flow: Flow) -> None:
     """Have the flow keep of its work in training what ``memory`` says; to be called after compilation."""
     if cfg.memory == "reversible" and cfg.compile is True:
-        raise Refused("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
+        raise UsageError("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
     try:
         flow.keep(MEMORIES[cfg.memory]())
     except ValueError as error:
-        raise Refused(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
@@ -241,9 +266,9 @@ def _conclude(cfg, flow: Flow, trainer: Trainer, val, run_dir: str) -> dict:
         log.info("finished after %d steps, %.0f s: best validation %s", trainer.step, trainer.seconds, best)
         for part, number in bad.items():
             if number:
-                log.warning("on_bad=skip: %d unreadable pictures of the %s split were done without", number, part)
-        if pictures := sorted((Path(run_dir) / "samples").glob("*.png")):
-            log.info("samples: %s", pictures[-1])
+                log.warning("on_bad=skip: %d unreadable images of the %s split were done without", number, part)
+        if images := sorted((Path(run_dir) / "samples").glob("*.png")):
+            log.info("samples: %s", images[-1])
         places = "".join(f" dataset.{key}='{cfg.dataset[key]}'" for key in ("root", "path") if _is_ours(cfg, key))
         log.info("next: flowtrain eval ckpt='%s'%s", run_dir, places)
     return summary
@@ -264,18 +289,29 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
     limits = [cfg.max_steps, trainer.max_epochs and math.ceil(trainer.max_epochs * steps_per_epoch)]
     max_steps = min((limit for limit in limits if limit), default=None)
     if max_steps is None and cfg.max_minutes is None:
-        raise Refused("no end: give max_steps, max_minutes or trainer.max_epochs")
+        raise UsageError("no end: give max_steps, max_minutes or trainer.max_epochs")
     warmup = trainer.warmup_steps
     if trainer.warmup_epochs:
         warmup = math.ceil(trainer.warmup_epochs * steps_per_epoch)
         log.info("trainer.warmup_epochs=%g is %d steps", trainer.warmup_epochs, warmup)
     return Settings(
-        seed=cfg.seed, max_steps=max_steps, max_minutes=cfg.max_minutes, accumulate=trainer.accumulate,
-        clip=trainer.clip, warmup_steps=warmup, log_every=trainer.log_every, val_every=trainer.val_every,
-        sample_every=trainer.sample_every, save_every=trainer.save_every, save_minutes=trainer.save_minutes,
-        patience=trainer.patience, max_bad_steps=trainer.max_bad_steps, autocast=autocast,
-        profile=trainer.get("profile", False), rollback=trainer.get("rollback"),  # absent in older checkpoints
-    )  # fmt: skip
+        seed=cfg.seed,
+        max_steps=max_steps,
+        max_minutes=cfg.max_minutes,
+        accumulate=trainer.accumulate,
+        clip=trainer.clip,
+        warmup_steps=warmup,
+        log_every=trainer.log_every,
+        val_every=trainer.val_every,
+        sample_every=trainer.sample_every,
+        save_every=trainer.save_every,
+        save_minutes=trainer.save_minutes,
+        patience=trainer.patience,
+        max_bad_steps=trainer.max_bad_steps,
+        autocast=autocast,
+        profile=trainer.get("profile", False),
+        rollback=trainer.get("rollback"),  # absent in older checkpoints
+    )
 
 
 def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
@@ -283,7 +319,7 @@ def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
     try:
         decays = re.compile(cfg.trainer.decay)
     except re.error as error:
-        raise Refused(f"trainer.decay={cfg.trainer.decay}: no regular expression ({error})") from error
+        raise UsageError(f"trainer.decay={cfg.trainer.decay}: no regular expression ({error})") from error
     named = list(flow.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays.search(name)]},
@@ -295,7 +331,7 @@ def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
     try:
         return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
-        raise Refused(f"optimizer: {with_hint(str(error), cfg.optimizer)}") from error
+        raise UsageError(f"optimizer: {with_hint(str(error), cfg.optimizer)}") from error
 
 
 def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir: str, step: int) -> None:
@@ -313,8 +349,13 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     levels = cfg.dataset.levels
     shape = "×".join(map(str, flow.shape))
     if levels:
-        log.info("shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
-                 shape, flow.dimensions, levels, math.log2(levels))  # fmt: skip
+        log.info(
+            "shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
+            shape,
+            flow.dimensions,
+            levels,
+            math.log2(levels),
+        )
     else:
         log.info("shape %s, D = %d, real numbers: likelihoods in nats", shape, flow.dimensions)
     if flow.bijection.context_shape:
@@ -327,10 +368,20 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
         log.info("%s", cost)
     if cfg.memory != "none" and not flow.memory.chains(flow):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", cfg.memory)
-    log.info("batch: %d, %d a device in %d part(s); until %s", cfg.batch_size, cfg.batch_size // world,
-             cfg.trainer.accumulate, " or ".join(
-                 text for text in (settings.max_steps and f"step {settings.max_steps}",
-                                   settings.max_minutes and f"{settings.max_minutes:g} minutes") if text))  # fmt: skip
+    log.info(
+        "batch: %d, %d a device in %d part(s); until %s",
+        cfg.batch_size,
+        cfg.batch_size // world,
+        cfg.trainer.accumulate,
+        " or ".join(
+            text
+            for text in (
+                settings.max_steps and f"step {settings.max_steps}",
+                settings.max_minutes and f"{settings.max_minutes:g} minutes",
+            )
+            if text
+        ),
+    )
     if step:
         log.info("resumed at step %d", step)
     if cfg.trainer.tensorboard:

@@ -25,25 +25,30 @@ import scaling_parallel
 import torch
 from torch import Tensor
 
-from flowtrain.assemble import build_flow
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.sample import without_gradients
+from flowtrain.benchmarks.sampling import without_gradients
 from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
-from flowtrain.benchmarks.train import step
+from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections.ode import exact_trace, traced_exactly
-from flowtrain.config import compose, conf_dir
+from flowtrain.config.build import build_flow
+from flowtrain.config.compose import compose, conf_dir
 from flowtrain.data.loader import Loader, ordered
 from flowtrain.data.split import ArraySplit
 from flowtrain.engine.evaluate import evaluate
 from flowtrain.engine.peak import peak_bytes
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 
 def glow_vector(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
     """Glow's steps for vectors, as conf/ has them: the one family here with a dense linear layer, of D² weights."""
-    return ("model=glow_vector", *ours.VECTOR, f"dataset.shape=[{dimensions}]", f"model.steps={steps}",
-            f"model.hidden={hidden}")  # fmt: skip
+    return (
+        "model=glow_vector",
+        *ours.VECTOR,
+        f"dataset.shape=[{dimensions}]",
+        f"model.steps={steps}",
+        f"model.hidden={hidden}",
+    )
 
 
 FAMILIES = {
@@ -163,11 +168,15 @@ def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list
     """``measured``: value on the axis -> what each round gave. The exponent is fitted in each round by itself."""
     values, series = list(measured), list(zip(*measured.values(), strict=True))
     return {
-        "family": family, "axis": axis, "work": work, "unit": unit, "at": values,
+        "family": family,
+        "axis": axis,
+        "work": work,
+        "unit": unit,
+        "at": values,
         "measured": [Spread.of(list(found)).median for found in measured.values()],
         "exponent": spread([exponent(values, one) for one in series]),
         "last_exponent": spread([exponent(values[-2:], one[-2:]) for one in series]),
-    }  # fmt: skip
+    }
 
 
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
@@ -230,11 +239,15 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
             )
             found.append(
                 {
-                    "family": family, "D": dimensions, "hidden": hidden, "layers": layers, "batch": len(x),
+                    "family": family,
+                    "D": dimensions,
+                    "hidden": hidden,
+                    "layers": layers,
+                    "batch": len(x),
                     **{work: Spread.of(seconds).median for work, seconds in times.items()},
                     "ratio": vars(ratio(times, "sampling", "density")),
                 }
-            )  # fmt: skip
+            )
     return found
 
 
@@ -245,7 +258,7 @@ def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
         overrides = (f"model={model}", "dataset=miniboone", f"dataset.shape=[{dimensions}]")
         try:
             build_flow(compose("train", list(overrides)), "meta")
-        except Refused:  # a model of pictures
+        except UsageError:  # a model of images
             continue
         say(f"{model} at D = {dimensions}")
         x = torch.randn(batch, dimensions)
@@ -259,11 +272,13 @@ def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
             )
         found.append(
             {
-                "model": model, "parameters": sum(p.numel() for p in flow.parameters()),
-                "D": dimensions, "batch": batch,
+                "model": model,
+                "parameters": sum(p.numel() for p in flow.parameters()),
+                "D": dimensions,
+                "batch": batch,
                 **{work: Spread.of(seconds).median / batch for work, seconds in times.items()},
             }
-        )  # fmt: skip
+        )
     return found
 
 
@@ -280,10 +295,12 @@ def main() -> None:
     before, began = os.getloadavg()[0], time.process_time()
     found = measure(SMOKE if options.smoke else FULL, 1e-9 if options.smoke else 0.02)
     found["machine"] = {
-        "date": date.today().isoformat(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
         "load": [before, os.getloadavg()[0]],
         "cpu_seconds": time.process_time() - began,
-    }  # fmt: skip
+    }
     (options.folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     scaling_page.write(found, options.folder)
     say(f"{options.folder}/scaling.md")

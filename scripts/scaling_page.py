@@ -80,10 +80,13 @@ def _rows(found: dict) -> str:
     counts = curves[0]["at"]
     head = ["work", *(f"{count:,} rows" for count in counts), "power"]
     body = (
-        [one["work"] + ", memory" * (one["unit"] == "B"), *map(show[one["unit"]], one["measured"]),
-         _power(one["exponent"])]
+        [
+            one["work"] + ", memory" * (one["unit"] == "B"),
+            *map(show[one["unit"]], one["measured"]),
+            _power(one["exponent"]),
+        ]
         for one in curves
-    )  # fmt: skip
+    )
     return _table(head, body)
 
 
@@ -92,11 +95,17 @@ def _autoregressive(found: dict) -> str:
     head = ["family", "D", "hidden units", "layers", "density", "sampling", "sampling ÷ density", f"≤ {PASSES}"]
     body = [
         [
-            one["family"], one["D"], one["hidden"], one["layers"], clock(one["density"]), clock(one["sampling"]),
-            f"{one['ratio']['median']:.2f} ± {one['ratio']['half_range']:.2f}", _yes(_at_most(one["ratio"], PASSES)),
+            one["family"],
+            one["D"],
+            one["hidden"],
+            one["layers"],
+            clock(one["density"]),
+            clock(one["sampling"]),
+            f"{one['ratio']['median']:.2f} ± {one['ratio']['half_range']:.2f}",
+            _yes(_at_most(one["ratio"], PASSES)),
         ]
         for one in points
-    ]  # fmt: skip
+    ]
     return _table(head, body)
 
 
@@ -107,10 +116,15 @@ def _yes(reached: bool) -> str:
 def _families(found: dict) -> str:
     head = ["`model=`", "parameters", "density, an example", "sampling, an example", "sampling ÷ density"]
     body = (
-        [f"`{one['model']}`", f"{one['parameters']:,}", _micro(one["density"]), _micro(one["sampling"]),
-         f"{one['sampling'] / one['density']:.2f}"]
+        [
+            f"`{one['model']}`",
+            f"{one['parameters']:,}",
+            _micro(one["density"]),
+            _micro(one["sampling"]),
+            f"{one['sampling'] / one['density']:.2f}",
+        ]
         for one in found["families"]
-    )  # fmt: skip
+    )
     return _table(head, body)
 
 
@@ -132,17 +146,23 @@ def _parallel(found: dict) -> str:
     head = ["flow", "gradients", *parts]
     body = (
         [
-            f"{one['flow']}, D = {one['size'][0]}, batch {one['batch']} each", _size(one["gradient_bytes"]),
-            *(_milliseconds(one[name][part]) for name in ("process_time", "perf_counter")
-              for part in ("alone", "shared", "overhead")),
+            f"{one['flow']}, D = {one['size'][0]}, batch {one['batch']} each",
+            _size(one["gradient_bytes"]),
+            *(
+                _milliseconds(one[name][part])
+                for name in ("process_time", "perf_counter")
+                for part in ("alone", "shared", "overhead")
+            ),
         ]
         for one in flows
-    )  # fmt: skip
+    )
     messages = _table(
         ["all-reduce of", "CPU ms of a process", "wall-clock ms"],
-        ([_size(one["bytes"]), _milliseconds(one["process_time"]), _milliseconds(one["perf_counter"])]
-         for one in found["parallel"]["messages"]),
-    )  # fmt: skip
+        (
+            [_size(one["bytes"]), _milliseconds(one["process_time"]), _milliseconds(one["perf_counter"])]
+            for one in found["parallel"]["messages"]
+        ),
+    )
     return f"{_table(head, body)}\n\n{messages}"
 
 
@@ -170,28 +190,48 @@ def overlap(step: dict) -> float:
 def _presets(found: dict) -> str:
     head = ["preset", "gradients", "small reductions", "kernels", "operations an example", "on this core", "an example"]
     body = (
-        [f"`{one['preset']}`", _size(one["gradient_bytes"]), one["small"], f"{one['kernels']:,}",
-         f"{one['flops'] / 1e9:.3g}·10⁹",
-         f"{one['flops'] / one['seconds'] / 1e9:.3g}·10⁹ a second", clock(one["seconds"])]
+        [
+            f"`{one['preset']}`",
+            _size(one["gradient_bytes"]),
+            one["small"],
+            f"{one['kernels']:,}",
+            f"{one['flops'] / 1e9:.3g}·10⁹",
+            f"{one['flops'] / one['seconds'] / 1e9:.3g}·10⁹ a second",
+            clock(one["seconds"]),
+        ]
         for one in found["parallel"]["presets"]
-    )  # fmt: skip
+    )
     return _table(head, body)
 
 
 def _model(found: dict) -> str:
     head = ["preset", "GPUs", "examples on each", "compute", "all-reduce", "of it exposed", "efficiency"]
     body = (
-        [f"`{one['preset']}`", one["gpus"], one["batch"], clock(one["compute"]), clock(one["all_reduce"]),
-         clock(one["exposed"]), f"{one['efficiency']:.0%}"]
+        [
+            f"`{one['preset']}`",
+            one["gpus"],
+            one["batch"],
+            clock(one["compute"]),
+            clock(one["all_reduce"]),
+            clock(one["exposed"]),
+            f"{one['efficiency']:.0%}",
+        ]
         for one in found["parallel"]["model"]
-    )  # fmt: skip
+    )
     return _table(head, body)
 
 
 SECTIONS: dict[str, Callable[[dict], str]] = {
-    "run": _run, "growth": _growth, "rows": _rows, "autoregressive": _autoregressive, "families": _families,
-    "parallel": _parallel, "overlap": _overlap, "presets": _presets, "model": _model,
-}  # fmt: skip
+    "run": _run,
+    "growth": _growth,
+    "rows": _rows,
+    "autoregressive": _autoregressive,
+    "families": _families,
+    "parallel": _parallel,
+    "overlap": _overlap,
+    "presets": _presets,
+    "model": _model,
+}
 
 
 def draw(found: dict, path: Path) -> None:

@@ -19,13 +19,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtrain import cli, distributed, train
-from flowtrain.assemble import build_flow
+from flowtrain import train
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.timing import Spread, in_turns
-from flowtrain.benchmarks.train import step
-from flowtrain.config import compose
-from flowtrain.globalbatch import RunningMoments
+from flowtrain.benchmarks.training_steps import step
+from flowtrain.cli import exit_codes
+from flowtrain.config.build import build_flow
+from flowtrain.config.compose import compose
+from flowtrain.runtime import distributed
+from flowtrain.runtime.globalbatch import RunningMoments
 
 FLOWS = {"MAF": ours.maf, "NSF coupling": ours.nsf_coupling}
 WARM_UP, PROFILED = 5, 5  # steps
@@ -77,7 +79,7 @@ def _member(rank: int, world: int, sizes: Sizes, folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()
     distributed.close()
-    cli.leave(0)
+    exit_codes.leave(0)
 
 
 def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
@@ -165,10 +167,14 @@ def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
         run()
     seconds = in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]
     return {
-        "preset": name, "batch": cfg.batch_size, "gradient_bytes": _bytes(flow),
-        "flops": counter.get_total_flops() / examples, "seconds": Spread.of(seconds).median / examples,
-        "kernels": kernels.count, "small": 1 + 4 * sum(isinstance(module, RunningMoments) for module in flow.modules()),
-    }  # fmt: skip
+        "preset": name,
+        "batch": cfg.batch_size,
+        "gradient_bytes": _bytes(flow),
+        "flops": counter.get_total_flops() / examples,
+        "seconds": Spread.of(seconds).median / examples,
+        "kernels": kernels.count,
+        "small": 1 + 4 * sum(isinstance(module, RunningMoments) for module in flow.modules()),
+    }
 
 
 class _Kernels(TorchDispatchMode):
@@ -204,11 +210,15 @@ def predicted(preset: dict) -> list[dict]:
             exposed = ring(last, count, bandwidth, hop) + max(0.0, hidden) + small
             rows.append(
                 {
-                    "preset": preset["preset"], "gpus": count, "batch": batch, "compute": compute,
-                    "all_reduce": ring(size, count, bandwidth, hop), "exposed": exposed,
+                    "preset": preset["preset"],
+                    "gpus": count,
+                    "batch": batch,
+                    "compute": compute,
+                    "all_reduce": ring(size, count, bandwidth, hop),
+                    "exposed": exposed,
                     "efficiency": compute / (compute + exposed),
                 }
-            )  # fmt: skip
+            )
     return rows
 
 

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 import flowtrain
 from flowtrain.bijections.ode import exact_trace
-from flowtrain.config import build
+from flowtrain.config.build import build
+from flowtrain.config.restore import embedded
 from flowtrain.plots.density import data_panel, model_panel, sheet, view_of
 from flowtrain.plots.grid import save_png
-from flowtrain.restore import embedded
 
 SIDE = 160
 sweep, models, toys = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.functional import jacobian
 
-from flowtrain import globalbatch
+from flowtrain.runtime import globalbatch
 
 
 def randomized(module, scale=0.1, seed=0):

@@ -6,8 +6,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from flowtrain.assemble import build_flow
-from flowtrain.config import conf_dir, plain
+from flowtrain.config.build import build_flow
+from flowtrain.config.compose import conf_dir, plain
 
 
 def composed(*overrides: str):
@@ -29,9 +29,11 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-PICTURES = [name for name in options("dataset") if "image_size: null" not in (conf_dir() / f"dataset/{name}.yaml").read_text()]
-VECTORS = sorted({*options("dataset")} - {*PICTURES, "table"})  # but a table of one's own, which needs a file
-ONLY_PICTURES = ("autoregressive", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
+IMAGES = [
+    name for name in options("dataset") if "image_size: null" not in (conf_dir() / f"dataset/{name}.yaml").read_text()
+]
+VECTORS = sorted({*options("dataset")} - {*IMAGES, "table"})  # but a table of one's own, which needs a file
+ONLY_IMAGES = ("autoregressive", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
 
 
 def parameters(flow) -> int:

@@ -42,9 +42,12 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     if config.getoption("--reliability"):  # for scripts/reliability
         found = {
-            "date": f"{date.today()}", "torch": torch.__version__, "cores": os.cpu_count(), "promises": sorted(_promises),
+            "date": f"{date.today()}",
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+            "promises": sorted(_promises),
             "seconds": time.monotonic() - _began,
-        }  # fmt: skip
+        }
         (config.rootpath / "outputs" / "reliability.json").write_text(json.dumps(found, indent=2) + "\n")
     rows = [("promise", "asked", "seen"), *((str(number), asked, seen) for number, asked, seen in sorted(_promises))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -7,7 +7,8 @@ import sys
 
 from hydra.core.config_store import ConfigStore
 
-from flowtrain import cli, config, jobs
+from flowtrain.cli import jobs, main
+from flowtrain.config import compose
 
 
 def flowtrain(cwd, *words) -> int:
@@ -17,8 +18,8 @@ def flowtrain(cwd, *words) -> int:
     jobs.failures.clear()
     for group in ("ckpt", "resume"):
         ConfigStore.instance().repo.pop(group, None)  # of the commands before: Hydra copies them many times
-    config._run_dirs.clear()
+    compose._run_dirs.clear()
     try:
-        return cli.run(list(words))
+        return main.run(list(words))
     finally:
         os.chdir(before)

@@ -13,7 +13,7 @@ causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
-picture, vector = (4, 4, 6), (5,)
+image, vector = (4, 4, 6), (5,)
 
 UNIVARIATE = {
     "additive": b.Additive,
@@ -38,7 +38,6 @@ glow_step = partial(
 )
 
 
-
 def standardize(shape):
     """As after a table's train split."""
     layer = b.Standardize(shape)
@@ -47,41 +46,45 @@ def standardize(shape):
 
 
 LAYERS = {
-    "actnorm": partial(b.ActNorm, picture),
+    "actnorm": partial(b.ActNorm, image),
     "actnorm_vector": partial(b.ActNorm, vector),
-    "batchnorm": partial(b.BatchNorm, picture),
-    "dense_linear": partial(b.DenseLinear, picture),
-    "lu_linear": partial(b.LULinear, picture),
+    "batchnorm": partial(b.BatchNorm, image),
+    "dense_linear": partial(b.DenseLinear, image),
+    "lu_linear": partial(b.LULinear, image),
     "lu_linear_vector": partial(b.LULinear, vector, start="permutation"),
-    "permutation": partial(b.Permutation, picture, order=[2, 0, 3, 1]),
+    "permutation": partial(b.Permutation, image, order=[2, 0, 3, 1]),
     "reverse": partial(b.Reverse, vector),
-    "shuffle": partial(b.Shuffle, picture),
+    "shuffle": partial(b.Shuffle, image),
     "diagonal_first": partial(b.DiagonalFirst, (8, 2, 2)),
-    "squeeze": partial(b.Squeeze, picture),
-    "unsqueeze": partial(b.Unsqueeze, picture),
-    "flatten": partial(b.Flatten, picture),
-    "center": partial(b.Center, picture),
+    "squeeze": partial(b.Squeeze, image),
+    "unsqueeze": partial(b.Unsqueeze, image),
+    "flatten": partial(b.Flatten, image),
+    "center": partial(b.Center, image),
     "standardize": partial(standardize, vector),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
     "inverse": partial(b.Inverse, vector, b.ActNorm),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
     ),
-    "glow_step": partial(glow_step, picture),
+    "glow_step": partial(glow_step, image),
     "coupling_swap": partial(b.Coupling, vector, b.SigmoidAffine, mlp, partial(b.Halves, swap=True)),
     "coupling_context": partial(b.Coupling, vector, b.SigmoidAffine, mlp, context_shape=(3,)),
-    "coupling_conv_context": partial(b.Coupling, picture, b.TanhAffine, conv, context_shape=(3,)),
+    "coupling_conv_context": partial(b.Coupling, image, b.TanhAffine, conv, context_shape=(3,)),
     "coupling_residual_context": partial(
-        b.Coupling, picture, b.TanhAffine, residual, partial(b.Checkerboard, colour=1), context_shape=(3,)
+        b.Coupling, image, b.TanhAffine, residual, partial(b.Checkerboard, colour=1), context_shape=(3,)
     ),
     "coupling_preactivated_context": partial(
-        b.Coupling, picture, b.RationalQuadratic, partial(nets.PreactivatedConvNet, hidden=4, blocks=2),
-        partial(b.Halves, swap=True), context_shape=(3,),
+        b.Coupling,
+        image,
+        b.RationalQuadratic,
+        partial(nets.PreactivatedConvNet, hidden=4, blocks=2),
+        partial(b.Halves, swap=True),
+        context_shape=(3,),
     ),
     "alternate": partial(b.Coupling, vector, b.TanhAffine, mlp, b.Alternate),
     "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),
-    "checkerboard": partial(b.Coupling, picture, b.TanhAffine, residual, b.Checkerboard),
-    "checkerboard_other": partial(b.Coupling, picture, b.Additive, conv, partial(b.Checkerboard, colour=1)),
+    "checkerboard": partial(b.Coupling, image, b.TanhAffine, residual, b.Checkerboard),
+    "checkerboard_other": partial(b.Coupling, image, b.Additive, conv, partial(b.Checkerboard, colour=1)),
     "multiscale": partial(
         b.MultiScale,
         (1, 8, 8),
@@ -90,9 +93,7 @@ LAYERS = {
         exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     ),
     "multiscale_last": partial(b.MultiScale, (2, 4, 4), levels=2, level=b.Squeeze, last=b.ActNorm),
-    **{
-        f"elementwise_{name}": partial(b.Elementwise, vector, univariate=map) for name, map in UNIVARIATE.items()
-    },
+    **{f"elementwise_{name}": partial(b.Elementwise, vector, univariate=map) for name, map in UNIVARIATE.items()},
     **{
         f"autoregressive_{name}": partial(b.Autoregressive, vector, map, causal)
         for name, map in UNIVARIATE.items()
@@ -108,20 +109,28 @@ LAYERS = {
         b.Inverse, vector, partial(b.Autoregressive, univariate=b.ExpAffine, net=masked), context_shape=(3,)
     ),
     "coupling_seen": partial(
-        b.Coupling, vector, b.SigmoidAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate,
-        seen=partial(b.Elementwise, univariate=b.ExpAffine), context_shape=(3,),
+        b.Coupling,
+        vector,
+        b.SigmoidAffine,
+        partial(nets.ResidualMLP, hidden=8),
+        b.Alternate,
+        unconditional=partial(b.Elementwise, univariate=b.ExpAffine),
+        context_shape=(3,),
     ),
     "continuous": partial(ode, vector, partial(nets.ODENet, hidden=6, depth=1)),
     "continuous_context": partial(
-        ode, vector, partial(nets.ODENet, hidden=6, depth=1, layer="concat", activation="softplus"),
-        learn_time=True, context_shape=(3,),
+        ode,
+        vector,
+        partial(nets.ODENet, hidden=6, depth=1, layer="concat", activation="softplus"),
+        learn_time=True,
+        context_shape=(3,),
     ),
-    "continuous_picture": partial(
+    "continuous_image": partial(
         ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1), solver="dopri8", context_shape=(3,)
     ),
-    "continuous_picture_squash": partial(
+    "continuous_image_squash": partial(
         ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1, layer="concatsquash", activation="tanh")
     ),
-    "elementwise_shared": partial(b.Elementwise, picture, b.ExpAffine, share=[1, 2]),
+    "elementwise_shared": partial(b.Elementwise, image, b.ExpAffine, share=[1, 2]),
     **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},
 }

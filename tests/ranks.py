@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from flowtrain import cli, distributed
+from flowtrain.cli import exit_codes
+from flowtrain.runtime import distributed
 
 
 def _in_process(rank, work, folder):
@@ -14,7 +15,7 @@ def _in_process(rank, work, folder):
     torch.save(work(folder), folder / f"{rank}.pt")
     distributed.barrier()
     distributed.close()
-    cli.leave(0)
+    exit_codes.leave(0)
 
 
 def together(work, folder):

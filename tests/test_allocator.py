@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flowtrain.allocator import keep_freed_memory
+from flowtrain.runtime.allocator import keep_freed_memory
 
 FAULTS = """
 import ctypes, resource, sys

@@ -158,13 +158,23 @@ def test_blocks_forward_of_weights():
     torch.testing.assert_close(tangent(net), tangent(without_blocks(net)))
 
 
-@pytest.mark.parametrize("make", [
-    partial(b.Autoregressive, (40,), b.ExpAffine, partial(nets.MADE, hidden=128)),
-    partial(b.Autoregressive, (40,), b.RationalQuadratic, partial(nets.ResidualMADE, hidden=128), order="random"),
-    partial(b.Coupling, (40,), b.RationalQuadratic, partial(nets.ResidualMLP, hidden=8), b.Alternate,
-            partial(b.Elementwise, univariate=b.RationalQuadratic)),
-    partial(b.LULinear, (40,)),
-], ids=["maf", "nsf_autoregressive", "nsf_coupling", "lu"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(b.Autoregressive, (40,), b.ExpAffine, partial(nets.MADE, hidden=128)),
+        partial(b.Autoregressive, (40,), b.RationalQuadratic, partial(nets.ResidualMADE, hidden=128), order="random"),
+        partial(
+            b.Coupling,
+            (40,),
+            b.RationalQuadratic,
+            partial(nets.ResidualMLP, hidden=8),
+            b.Alternate,
+            partial(b.Elementwise, univariate=b.RationalQuadratic),
+        ),
+        partial(b.LULinear, (40,)),
+    ],
+    ids=["maf", "nsf_autoregressive", "nsf_coupling", "lu"],
+)
 def test_a_layer_is_one_graph_with_the_same_numbers(make):
     """What torch.compile is given, without the compiler itself: that would take most of a minute a layer."""
     layer = randomized(make())
@@ -216,19 +226,25 @@ def test_the_jacobian_is_triangular_in_the_order(order):
         torch.testing.assert_close(ordered.diagonal(0, 1, 2).log().sum(1), function(x)[1])
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: b.Autoregressive((6,), b.ExpAffine, NETS["made"], order="backwards"), "order='backwards' must be"),
-    (lambda: b.Autoregressive((2, 3), b.ExpAffine, NETS["made"]), "flatten first"),
-    (lambda: b.Autoregressive((6,), b.TanhAffine, NETS["made"]), "weights of its own"),
-    (lambda: nets.MADE((6,), 2, degrees="even"), "degrees='even' must be"),
-    (lambda: nets.MADE((6,), 2, activation="elu"), "activation='elu' must be"),
-    (lambda: nets.MADE((6,), 2, depth=0), "depth=0 must be"),
-    (lambda: nets.ResidualMADE((6,), 2, hidden=0), "hidden=0 must be"),
-    (lambda: nets.ResidualMADE((6, 2), 2), "flatten first"),
-    (lambda: nets.ResidualMLP((6, 2), 2), "flatten first"),
-    (lambda: nets.MADE((6,), 2, context_shape=(2, 3)), "context vector"),
-    (lambda: b.Coupling((1, 4, 4), b.ExpAffine, nets.ConvNet, b.Checkerboard, seen=b.ActNorm), "seen: Checkerboard"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: b.Autoregressive((6,), b.ExpAffine, NETS["made"], order="backwards"), "order='backwards' must be"),
+        (lambda: b.Autoregressive((2, 3), b.ExpAffine, NETS["made"]), "flatten first"),
+        (lambda: b.Autoregressive((6,), b.TanhAffine, NETS["made"]), "weights of its own"),
+        (lambda: nets.MADE((6,), 2, degrees="even"), "degrees='even' must be"),
+        (lambda: nets.MADE((6,), 2, activation="elu"), "activation='elu' must be"),
+        (lambda: nets.MADE((6,), 2, depth=0), "depth=0 must be"),
+        (lambda: nets.ResidualMADE((6,), 2, hidden=0), "hidden=0 must be"),
+        (lambda: nets.ResidualMADE((6, 2), 2), "flatten first"),
+        (lambda: nets.ResidualMLP((6, 2), 2), "flatten first"),
+        (lambda: nets.MADE((6,), 2, context_shape=(2, 3)), "context vector"),
+        (
+            lambda: b.Coupling((1, 4, 4), b.ExpAffine, nets.ConvNet, b.Checkerboard, seen=b.ActNorm),
+            "seen: Checkerboard",
+        ),
+    ],
+)
 def test_what_cannot_be_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -344,7 +360,7 @@ def test_the_seen_half_is_seen_before_it_is_mapped():
     z, _ = layer(x)
     seen, moved = layer.partition.split(x)
     z_seen, z_moved = layer.partition.split(z)
-    torch.testing.assert_close(z_seen, layer.seen(seen)[0])
+    torch.testing.assert_close(z_seen, layer.unconditional(seen)[0])
     theta = layer.net(seen).unflatten(1, (2, -1)).movedim(1, -1)
     torch.testing.assert_close(z_moved, layer.univariate(moved, theta)[0])
 
@@ -498,9 +514,13 @@ def test_nsf_coupling_against_nflows(first):
     resnet = pytest.importorskip("nflows.nn.nets.resnet")
     mask = (torch.arange(7) % 2 == first).int()
     theirs = transforms.PiecewiseRationalQuadraticCouplingTransform(
-        mask, lambda n, m: resnet.ResidualNet(n, m, hidden_features=16, num_blocks=2), num_bins=8, tails="linear",
-        tail_bound=3.0, apply_unconditional_transform=True,
-    ).double()  # fmt: skip
+        mask,
+        lambda n, m: resnet.ResidualNet(n, m, hidden_features=16, num_blocks=2),
+        num_bins=8,
+        tails="linear",
+        tail_bound=3.0,
+        apply_unconditional_transform=True,
+    ).double()
     seen = partial(b.Elementwise, univariate=b.RationalQuadratic)
     ours = b.Coupling(
         (7,), b.RationalQuadratic, partial(nets.ResidualMLP, hidden=16), partial(b.Alternate, first=first), seen
@@ -520,7 +540,7 @@ def test_nsf_coupling_against_nflows(first):
         ours.net.last.bias.copy_(bias.T.flatten())
         own = theirs.unconditional_transform
         own = torch.cat((own.unnormalized_widths, own.unnormalized_heights, own.unnormalized_derivatives), -1)
-        ours.seen.theta.copy_(to_our_spline(spline, own))
+        ours.unconditional.theta.copy_(to_our_spline(spline, own))
     assert_same(ours, theirs, 2 * torch.randn(200, 7).double())
 
 

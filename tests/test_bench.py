@@ -10,11 +10,12 @@ import pytest
 import torch
 from inprocess import flowtrain
 
-from flowtrain import cli, settings
 from flowtrain.benchmarks import SUITES, ours, peers, report
 from flowtrain.benchmarks.session import BARE, Row, Session
 from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.cli import exit_codes
+from flowtrain.config import schema
+from flowtrain.errors import FlowtrainError, UsageError
 
 TINY = ("smoke=true", "threads=1", "rounds=3", "seconds=0.01", "compile=false", "plot=false")
 
@@ -94,7 +95,7 @@ def test_compiled_rows(bench, suite, targets):
 
 @pytest.mark.parametrize("word", ["suite=splines", "peers=[nflow]", "rounds=0", "seconds=0", "threads=0", "ckpt=run"])
 def test_refused(tmp_path, word):
-    with pytest.raises(Refused, match=word.partition("=")[0]):
+    with pytest.raises(UsageError, match=word.partition("=")[0]):
         flowtrain(tmp_path, "bench", word)
     assert not list(tmp_path.iterdir())
 
@@ -102,7 +103,7 @@ def test_refused(tmp_path, word):
 def test_help_and_completion_name_each_key(tmp_path, capsys, monkeypatch):
     assert flowtrain(tmp_path, "bench", "--help") == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"  {key}[=.]", text) for key in settings.known_keys("bench"))
+    assert all(re.search(rf"  {key}[=.]", text) for key in schema.known_keys("bench"))
     assert all(f"suite={suite}" in text for suite in (*SUITES, "all"))
     monkeypatch.setenv("COMP_LINE", "flowtrain bench su")
     flowtrain(tmp_path, "-sc", "query=bash")
@@ -117,7 +118,7 @@ def test_what_is_not_exact_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ours.Encoded, "encode", wrong)
     with pytest.raises(FlowtrainError, match="log-determinant is off by") as failure:
         flowtrain(tmp_path, "bench", *TINY, "suite=train", "peers=[]")
-    assert failure.value.exit_code == 1 and cli.explain(failure.value)[1] == 1
+    assert failure.value.exit_code == 1 and exit_codes.explain(failure.value)[1] == 1
     assert not list(tmp_path.rglob("bench.json"))
 
 
@@ -149,17 +150,22 @@ def test_ratios_are_of_rounds():
 def test_plot_and_markdown(bench, tmp_path):
     pytest.importorskip("matplotlib")
     found, _ = bench("suite=spline", "peers=[nflows]", "plot=true")
-    (picture,) = tmp_path.glob("outputs/bench/*/bench.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    (image,) = tmp_path.glob("outputs/bench/*/bench.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
     text = report.markdown(found)
     assert "nflows 0." in text and f"| {found['rows'][0]['work']} |" in text
 
 
 def test_profile_of_training_steps(tmp_path, capsys):
     words = (
-        "train", "batch_size=8", "model.steps=1", "model.hidden=8", "trainer.val_examples=16",
-        "trainer.tensorboard=false", "trainer.profile=true",
-    )  # fmt: skip
+        "train",
+        "batch_size=8",
+        "model.steps=1",
+        "model.hidden=8",
+        "trainer.val_examples=16",
+        "trainer.tensorboard=false",
+        "trainer.profile=true",
+    )
     assert flowtrain(tmp_path, *words, "max_steps=12") == 0
     (run,) = tmp_path.glob("outputs/digits-glow/*")
     events = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]

@@ -13,13 +13,14 @@ from inprocess import flowtrain
 from layers import conv, glow_step, mlp
 
 from flowtrain import bijections as b
-from flowtrain import cli, nets
+from flowtrain import nets
 from flowtrain.bijections.ode import Continuous
-from flowtrain.engine import checkpoint
+from flowtrain.cli import exit_codes
 from flowtrain.engine.audit import audit, unsettle
 from flowtrain.engine.jacobian import Piece, affordable, disagreement, log_abs_det
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
+from flowtrain.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTY = """
@@ -111,18 +112,40 @@ def test_new_flows_pass(command, folder, capsys, words):
 @pytest.mark.parametrize(
     ("words", "faults", "layer"),
     [
-        (["norm._target_=faulty_parts.OnePercent"], {"log-det of each layer, forward", "log-det of the flow, forward",
-         "log-det of each layer, inverse", "log-det of the flow, inverse"}, ".norm"),
-        (["norm._target_=faulty_parts.OneWay"], {"log-dets cancel in float64", "log-dets cancel in float32",
-         "log-det of each layer, inverse", "log-det of the flow, inverse"}, ".norm"),
-        (["norm._target_=faulty_parts.NoWayBack"], {"round trip in float64, median", "round trip in float64, greatest"},
-         ".norm"),
-        (["norm._target_=faulty_parts.Overflows", "model=glow_vector", "dataset=moons"],
-         {"numbers not finite from extreme data"}, ".norm"),
+        (
+            ["norm._target_=faulty_parts.OnePercent"],
+            {
+                "log-det of each layer, forward",
+                "log-det of the flow, forward",
+                "log-det of each layer, inverse",
+                "log-det of the flow, inverse",
+            },
+            ".norm",
+        ),
+        (
+            ["norm._target_=faulty_parts.OneWay"],
+            {
+                "log-dets cancel in float64",
+                "log-dets cancel in float32",
+                "log-det of each layer, inverse",
+                "log-det of the flow, inverse",
+            },
+            ".norm",
+        ),
+        (
+            ["norm._target_=faulty_parts.NoWayBack"],
+            {"round trip in float64, median", "round trip in float64, greatest"},
+            ".norm",
+        ),
+        (
+            ["norm._target_=faulty_parts.Overflows", "model=glow_vector", "dataset=moons"],
+            {"numbers not finite from extreme data"},
+            ".norm",
+        ),
         (["base._target_=faulty_parts.Heavy", "model=maf", "dataset=moons"], {"mass of the density"}, None),
     ],
     ids=["log-det", "one log-det", "inverse", "overflow", "density"],
-)  # fmt: skip
+)
 def test_a_fault_is_found(command, folder, words, faults, layer):
     words = words if any(word.startswith("model=") for word in words) else ["model=glow", "dataset=digits", *words]
     with pytest.raises(FlowtrainError, match="checks failed, first: ") as caught:
@@ -133,7 +156,7 @@ def test_a_fault_is_found(command, folder, words, faults, layer):
         assert faults == found.keys()
     for name in faults:
         assert found[name] is None if layer is None else found[name].endswith(layer)
-    assert cli.explain(caught.value)[1] == 1
+    assert exit_codes.explain(caught.value)[1] == 1
 
 
 def test_a_wrong_log_det_ends_the_process_with_one_line(folder):
@@ -187,12 +210,12 @@ def test_a_run(command, folder, run, capsys):
 def test_refusals(command, words, says):
     with pytest.raises(FlowtrainError, match=says.replace("?", r"\?")) as caught:
         command("check", *words)
-    assert cli.explain(caught.value)[1] == 2
+    assert exit_codes.explain(caught.value)[1] == 2
 
 
 def test_a_checkpoint_fixes_its_model(command, run):
     for word in ("model=nice", "univariate=affine", "model.steps=2"):
-        with pytest.raises(Refused, match="is fixed by the checkpoint"):
+        with pytest.raises(UsageError, match="is fixed by the checkpoint"):
             command("check", f"ckpt={run}", word)
 
 
@@ -309,8 +332,11 @@ def test_an_ode_is_as_exact_as_its_solver(kind):
     checks = {check.name: check for check in audit(flow, x[:4])}
     right = {name for name, check in checks.items() if check.passed}
     assert checks["log-det of the flow, forward"].tolerance == pytest.approx(1e-5)
-    assert checks.keys() - right == ({f"log-det of {what}, {way}" for what in ("each layer", "the flow")
-                                      for way in ("forward", "inverse")} if kind is Off else set())  # fmt: skip
+    assert checks.keys() - right == (
+        {f"log-det of {what}, {way}" for what in ("each layer", "the flow") for way in ("forward", "inverse")}
+        if kind is Off
+        else set()
+    )
     if kind is Off:
         assert checks["log-det of each layer, forward"].layer == "ode"
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import inprocess
 import pytest
 
-from flowtrain import __version__, cli, config, jobs, settings
-from flowtrain.errors import Refused
+from flowtrain import __version__
+from flowtrain.cli import exit_codes, jobs, main
+from flowtrain.config import compose, schema
+from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["max_steps=2", "smoke=true", "trainer.tensorboard=false"]
@@ -33,10 +35,10 @@ def refusal(tmp_path, monkeypatch):
     def say(*words) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["flowtrain"])
-        with pytest.raises(Refused) as caught:
-            cli.run(list(words))
+        with pytest.raises(UsageError) as caught:
+            main.run(list(words))
         assert not (tmp_path / "outputs").exists()
-        text, code = cli.explain(caught.value)
+        text, code = exit_codes.explain(caught.value)
         assert code == 2 and "\n" not in text
         return text
 
@@ -132,9 +134,8 @@ def test_one_line_and_code_of_the_process(tmp_path):
 
 
 def test_help_and_version_without_torch(tmp_path):
-    code = (
-        "import sys; from flowtrain import cli; cli.run(sys.argv[1:]); assert not {'torch', 'hydra'} & set(sys.modules)"
-    )
+    code = "import sys; from flowtrain.cli.main import run; run(sys.argv[1:]); "
+    code += "assert not {'torch', 'hydra'} & set(sys.modules)"
     for word in ("--help", "--version"):
         done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
@@ -143,11 +144,11 @@ def test_help_and_version_without_torch(tmp_path):
     groups = [path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
     for word in [f"{name}:" for name in groups] + [f"{name}=" for name in groups]:
         assert word in done.stdout, word
-    for key in settings.known_keys("train"):
+    for key in schema.known_keys("train"):
         assert f"{key}:" in done.stdout, key
     for command in ("eval", "sample"):
         done = flowtrain(command, "--help", cwd=tmp_path)
-        own = set(settings.known_keys(command)) - set(settings.known_keys("train")) - {"run_dir"}
+        own = set(schema.known_keys(command)) - set(schema.known_keys("train")) - {"run_dir"}
         assert done.returncode == 0 and all(f"{key}=" in done.stdout for key in own)
 
 
@@ -231,9 +232,14 @@ def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):
 def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):
     # the second job's data are missing
     done = flowtrain(
-        "train", "--multirun", "dataset=digits,mnist,digits", "dataset.download=false", "dataset.root=nowhere", *TINY,
+        "train",
+        "--multirun",
+        "dataset=digits,mnist,digits",
+        "dataset.download=false",
+        "dataset.root=nowhere",
+        *TINY,
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     (sweep,) = (tmp_path / "outputs/sweeps").iterdir()
     rows = list(csv.DictReader(open(sweep / "results.csv", newline="")))
     assert done.returncode == 1
@@ -254,9 +260,13 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
     words = ["train", "max_steps=1000000", f"devices={devices}", "trainer.tensorboard=false", "smoke=false"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "flowtrain", *words], cwd=tmp_path, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "flowtrain", *words],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step "):
             break
@@ -283,8 +293,8 @@ def test_every_option_composes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     for group in ("model", "dataset", "optimizer", "scheduler", "experiment"):
-        for path in sorted((config.conf_dir() / group).glob("*.yaml")):
+        for path in sorted((compose.conf_dir() / group).glob("*.yaml")):
             monkeypatch.setattr(sys, "argv", ["flowtrain"])
             file = ["dataset.path=a.csv"] if path.stem == "table" else []
-            assert cli.run(["train", f"{group}={path.stem}", *file, "--cfg", "job"]) == 0, path
+            assert main.run(["train", f"{group}={path.stem}", *file, "--cfg", "job"]) == 0, path
     assert not (tmp_path / "outputs").exists()

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from composed import ONLY_PICTURES, composed, configuration, flow_of, options
+from composed import ONLY_IMAGES, composed, configuration, flow_of, options
 from omegaconf import OmegaConf
 from PIL import Image
 
 import flowtrain
-from flowtrain import eval as evaluation
-from flowtrain import sample, train
-from flowtrain.conditions import contexts
-from flowtrain.config import settle
-from flowtrain.engine import status
-from flowtrain.errors import Refused
+from flowtrain import train
+from flowtrain.commands import eval as evaluation
+from flowtrain.commands import sample
+from flowtrain.commands.contexts import contexts
+from flowtrain.config.compose import settle
+from flowtrain.errors import UsageError
+from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["smoke=true", "trainer.tensorboard=false"]
@@ -44,8 +45,8 @@ def test_every_model_trains_evaluates_and_samples(model, tmp_path):
     cfg, summary = trained(tmp_path, f"model={model}", *TINY)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["steps"] == 3 and 2 < summary["bits_per_dim"] < 8
-    pictures = sorted((tmp_path / "samples").glob("*.png"))
-    assert Image.open(pictures[-1]).size[0] > 200
+    images = sorted((tmp_path / "samples").glob("*.png"))
+    assert Image.open(images[-1]).size[0] > 200
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 3
 
@@ -77,7 +78,7 @@ def table(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_PICTURES}))
+@pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_IMAGES}))
 def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, table, tmp_path):
     words = [f"model={model}", "dataset=table", f"dataset.path={table}", "dataset.context=[sort]", *TINY]
     cfg, summary = trained(tmp_path, *words)
@@ -92,7 +93,7 @@ def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, tabl
     ages, incomes = (np.array([float(row[name]) for row in rows]) for name in ("age", "income"))
     assert 0 < ages.mean() < 100 and 1e4 < incomes.mean() < 1e5  # in its units
     assert Image.open(paths["pairs"]).size[0] > 300
-    with pytest.raises(Refused, match="conditional on sort: give context="):
+    with pytest.raises(UsageError, match="conditional on sort: give context="):
         sample.main(*of_checkpoint(cfg, summary, tmp_path / "none", **SAMPLE))
 
 
@@ -124,7 +125,7 @@ def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
         assert np.load(sample.main(asked, folder)["npy"]).shape == (6, 1, 8, 8)
     assert evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **EVAL))["examples"] == 40
     for label, says in ((10, "the classes are 0 to 9"), ([], "the classes are")):
-        with pytest.raises(Refused, match=says):
+        with pytest.raises(UsageError, match=says):
             sample.main(*of_checkpoint(cfg, summary, tmp_path / f"bad{label}", **{**SAMPLE, "label": label}))
 
 
@@ -167,21 +168,24 @@ def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):
-    with status.held(tmp_path), pytest.raises(Refused, match=f"is being trained by process {os.getpid()} on"):
+    with status.held(tmp_path), pytest.raises(UsageError, match=f"is being trained by process {os.getpid()} on"):
         trained(tmp_path, *TINY)
     trained(tmp_path, *TINY)
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["optimizer.lr=-1.0"], "optimizer: Invalid learning rate"),
-    (["+optimizer.foo=1"], "optimizer: .*foo"),
-    (["scheduler=exponential", "scheduler.every=0"], "scheduler: .*every=0 at least 1"),
-    (["trainer.decay='['"], "trainer.decay=.*no regular expression"),
-    (["batch_size=5000"], "batch_size=5000 is larger than the train split"),
-    (["dataset.image_size=8", "model.levels=4"], "sides of 1×1 cannot be halved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["optimizer.lr=-1.0"], "optimizer: Invalid learning rate"),
+        (["+optimizer.foo=1"], "optimizer: .*foo"),
+        (["scheduler=exponential", "scheduler.every=0"], "scheduler: .*every=0 at least 1"),
+        (["trainer.decay='['"], "trainer.decay=.*no regular expression"),
+        (["batch_size=5000"], "batch_size=5000 is larger than the train split"),
+        (["dataset.image_size=8", "model.levels=4"], "sides of 1×1 cannot be halved"),
+    ],
+)
 def test_what_cannot_be_is_refused(words, says, tmp_path):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(UsageError, match=says):
         trained(tmp_path, *words)
 
 
@@ -217,10 +221,14 @@ def process(*words, cwd):
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("words", [
-    ["model=glow", "model.steps=2", "model.hidden=16", "model.dropout=0.3", "mixing.start=whitening"],
-    ["model=realnvp", "model.hidden=4", "dataset.shift=1"],
-], ids=["glow", "realnvp"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=glow", "model.steps=2", "model.hidden=16", "model.dropout=0.3", "mixing.start=whitening"],
+        ["model=realnvp", "model.hidden=4", "dataset.shift=1"],
+    ],
+    ids=["glow", "realnvp"],
+)
 def test_one_and_two_processes_give_the_same_losses(words, tmp_path):
     """Order, noise, dropout, augmentation, the start from data and batch norm's moments are the global batch's."""
     words = [*words, "max_steps=6", "trainer.log_every=1", "trainer.val_every=3", "trainer.val_examples=64"]
@@ -236,7 +244,7 @@ def test_one_and_two_processes_give_the_same_losses(words, tmp_path):
 
 
 @pytest.mark.long
-def test_all_cifar10_test_pictures_survive_encoding():
+def test_all_cifar10_test_images_survive_encoding():
     data = Path(os.environ.get("FLOWTRAIN_DATA", "data"))
     if not (data / "cifar-10-batches-py").exists():
         pytest.skip("CIFAR-10 is not there: set FLOWTRAIN_DATA to a folder that holds cifar-10-batches-py")
@@ -244,9 +252,9 @@ def test_all_cifar10_test_pictures_survive_encoding():
 
     cfg = configuration("dataset=cifar10", "dataset.download=false", f"dataset.root={data}")
     keys = {key: value for key, value in OmegaConf.to_container(cfg.dataset).items() if key != "_target_"}
-    pictures = CIFAR10(**keys).split("test")
+    images = CIFAR10(**keys).split("test")
     flow = flow_of("dataset=cifar10", "model.steps=4").eval()
-    flow.initialize(pictures.take(torch.arange(256))[0])
-    for index in torch.arange(len(pictures)).split(500):
-        x, _ = pictures.take(index)
+    flow.initialize(images.take(torch.arange(256))[0])
+    for index in torch.arange(len(images)).split(500):
+        x, _ = images.take(index)
         assert torch.equal(flow.decode(flow.encode(x)), x)

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 from composed import flow_of
-from torch import nn
 
 from flowtrain import bijections as b
-from flowtrain import globalbatch, nets
+from flowtrain import nets
 from flowtrain.engine.compiling import compile_flow, regions, signature
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
+from flowtrain.runtime import globalbatch
 
 BATCH = 8
 
@@ -46,10 +46,16 @@ def gradient(flow, x, context=None):
     return loss.detach(), {name: parameter.grad for name, parameter in flow.named_parameters()}
 
 
-@pytest.mark.parametrize("words", [
-    ["model=glow", "model.steps=3", "model.levels=1"], ["model=maf", "model.steps=3"], ["model=realnvp"],
-    ["model=nsf_coupling"],
-], ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=glow", "model.steps=3", "model.levels=1"],
+        ["model=maf", "model.steps=3"],
+        ["model=realnvp"],
+        ["model=nsf_coupling"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_compiled_training_is_the_same_and_compiles_once(words):
     flow, x = digits_flow(*words, "model.hidden=16")
     names, eager = list(flow.state_dict()), gradient(flow, x)
@@ -109,7 +115,7 @@ def test_what_solves_or_goes_element_by_element_stays_as_it_is():
     found = list(regions(flow_of("model=hybrid", "dataset=digits").bijection))
     assert found and not any(isinstance(part, b.Continuous) for region in found for part in region.modules())
     for model in ("ffjord", "iaf"):
-        with pytest.raises(Refused, match="compile=true: nothing in this flow can be compiled"):
+        with pytest.raises(UsageError, match="compile=true: nothing in this flow can be compiled"):
             compile_flow(flow_of(f"model={model}", "dataset=digits"))
 
 
@@ -137,17 +143,23 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(registry, "get_default_backend", lambda: broken)
     flow, _ = digits_flow("model=nice", "model.hidden=8")
-    with pytest.raises(Refused, match="compile=true: torch.compile does not work here .*no compiler.*; use compile="):
+    with pytest.raises(
+        UsageError, match="compile=true: torch.compile does not work here .*no compiler.*; use compile="
+    ):
         compile_flow(flow)
 
 
 def test_context_and_autocast_reach_a_compiled_step():
     layers = {
-        "steps": partial(b.Chain, repeat=2, layers={
-            "actnorm": b.ActNorm,
-            "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16)),
-        }),
-    }  # fmt: skip
+        "steps": partial(
+            b.Chain,
+            repeat=2,
+            layers={
+                "actnorm": b.ActNorm,
+                "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16)),
+            },
+        ),
+    }
     flow = Flow((6,), partial(b.Chain, layers=layers), context_shape=(3,))
     with torch.no_grad():
         for parameter in flow.parameters():

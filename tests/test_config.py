@@ -3,10 +3,11 @@
 import pytest
 from omegaconf import OmegaConf
 
-from flowtrain import cli, config, restore, runs
-from flowtrain.allow import check_targets
-from flowtrain.errors import FlowtrainError, Refused
-from flowtrain.settings import Sample, Trainer, settled
+from flowtrain.cli import exit_codes
+from flowtrain.config import build, compose, restore, runs
+from flowtrain.config.allow import check_targets
+from flowtrain.config.schema import Sample, Trainer, settled
+from flowtrain.errors import FlowtrainError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from flowtrain.settings import Sample, Trainer, settled
     ],
 )
 def test_settings_name_the_key_and_what_is_right(values, message):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UsageError) as caught:
         settled(Trainer, values, complete=False)
     assert message in str(caught.value)
 
@@ -29,24 +30,24 @@ def test_settings_name_the_key_and_what_is_right(values, message):
 def test_settings_convert_and_complete():
     assert settled(Trainer, {"clip": 1}, complete=False) == {"clip": 1.0}
     assert settled(Sample, {"temperature": [1, 0.5]}, complete=False) == {"temperature": [1.0, 0.5]}
-    with pytest.raises(Refused, match="trainer.accumulate: is missing"):
+    with pytest.raises(UsageError, match="trainer.accumulate: is missing"):
         settled(Trainer, {"clip": 1}, "trainer.")
-    with pytest.raises(Refused, match="no key 'trainer.clipp'; did you mean 'trainer.clip'"):
+    with pytest.raises(UsageError, match="no key 'trainer.clipp'; did you mean 'trainer.clip'"):
         settled(Trainer, {"clipp": 1}, "trainer.")
 
 
 @pytest.mark.parametrize("side, count", [(1, 0), (7, 0), (8, 1), (28, 2), (32, 3), (64, 4), (256, 6)])
 def test_halvings(side, count):
-    assert config.halvings(side) == count
+    assert compose.halvings(side) == count
 
 
 def test_levels():
-    assert config.levels(17, None) == 17
-    assert config.levels(256, None) == 256
-    assert config.levels(256, 5) == 32
+    assert compose.levels(17, None) == 17
+    assert compose.levels(256, None) == 256
+    assert compose.levels(256, 5) == 32
     for native, bits in ((17, 4), (256, 0), (256, 9), (256, 2.5)):
-        with pytest.raises(Refused, match="dataset.bits"):
-            config.levels(native, bits)
+        with pytest.raises(UsageError, match="dataset.bits"):
+            compose.levels(native, bits)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_levels():
     ["os.system", "torch.optim.adam.torch.hub.os.mkdir", "torch.optim.Optimizer", "flowtrain.flow.math.exp", ["a"], 3],
 )
 def test_allow_list_is_exact(target):
-    with pytest.raises(Refused, match="model.part"):
+    with pytest.raises(UsageError, match="model.part"):
         check_targets({"model": {"part": {"_target_": target}}})
 
 
@@ -63,9 +64,9 @@ def test_allow_list_knows_public_classes_and_what_a_module_defines(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ownparts.py").write_text("from os import system\nclass Mine: pass\n")
     check_targets({"_target_": "ownparts.Mine"}, allow=["ownparts"])
-    with pytest.raises(Refused):
+    with pytest.raises(UsageError):
         check_targets({"_target_": "ownparts.system"}, allow=["ownparts"])
-    with pytest.raises(Refused, match="nowhere_at_all"):
+    with pytest.raises(UsageError, match="nowhere_at_all"):
         check_targets({}, allow=["nowhere_at_all"])
 
 
@@ -74,16 +75,16 @@ def test_an_unforeseen_error_of_a_constructor_is_one_line(tmp_path, monkeypatch)
     (tmp_path / "odd_module.py").write_text("class Odd:\n    def __init__(self):\n        raise KeyError('odd')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(KeyError) as caught:
-        config.build(OmegaConf.create({"_target_": "odd_module.Odd"}), allow=["odd_module"])
-    assert cli.explain(caught.value) == ("KeyError: 'odd' (HYDRA_FULL_ERROR=1 shows where)", 1)
+        build.build(OmegaConf.create({"_target_": "odd_module.Odd"}), allow=["odd_module"])
+    assert exit_codes.explain(caught.value) == ("KeyError: 'odd' (HYDRA_FULL_ERROR=1 shows where)", 1)
 
 
 def test_build_names_the_node_that_is_refused():
     cfg = OmegaConf.create({"model": {"part": {"_target_": "flowtrain.bijections.Squeeze", "shape": [3]}}})
-    with pytest.raises(Refused, match="model.part: "):
-        config.build(cfg.model)
-    with pytest.raises(Refused, match="model: .*nonsense"):
-        config.build(OmegaConf.create({"model": {"_target_": "flowtrain.bijections.Squeeze", "nonsense": 1}}).model)
+    with pytest.raises(UsageError, match="model.part: "):
+        build.build(cfg.model)
+    with pytest.raises(UsageError, match="model: .*nonsense"):
+        build.build(OmegaConf.create({"model": {"_target_": "flowtrain.bijections.Squeeze", "nonsense": 1}}).model)
 
 
 def test_claim_gives_each_run_its_directory(tmp_path, monkeypatch):

@@ -17,10 +17,11 @@ from PIL import Image
 
 from flowtrain import data
 from flowtrain.data.download import fetch
-from flowtrain.data.order import mix, permutation, shard
-from flowtrain.data.pictures import PictureSplit, decode, source
+from flowtrain.data.image_files import ImageFileSplit, decode, source
+from flowtrain.data.order import permutation, shard
 from flowtrain.data.split import cut
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.runtime.seeds import mix
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted((CONF / "dataset").glob("*.yaml"))
@@ -30,7 +31,7 @@ KEYS = (  # in this order
 ).split()
 
 
-def one_line(call, *parts, error=Refused):
+def one_line(call, *parts, error=UsageError):
     """``call`` is refused with one line that holds all ``parts``."""
     with pytest.raises(error) as caught:
         call()
@@ -50,18 +51,18 @@ def genuine(*files):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures in nested folders: colour, grey, RGBA, 16-bit and a photograph's size, and things beside."""
+    """Twenty images in nested folders: colour, grey, RGBA, 16-bit and a photograph's size, and things beside."""
     draw = np.random.default_rng(0)
     for i in range(20):
-        here = tmp_path / "pictures" / f"class{i % 3}"
+        here = tmp_path / "images" / f"class{i % 3}"
         here.mkdir(parents=True, exist_ok=True)
         mode, sides = ("RGB", "L", "RGBA")[i % 3], ((12, 8), (8, 8), (40, 60))[i % 3]
         deep = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
         pixels = draw.integers(0, 256, (*sides, deep), dtype=np.uint8).squeeze()
         Image.fromarray(pixels).save(here / f"{i:02d}.png")
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
-    (tmp_path / "pictures" / "._05.png").write_text("what macOS leaves behind")
-    return tmp_path / "pictures"
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / "._05.png").write_text("what macOS leaves behind")
+    return tmp_path / "images"
 
 
 # ------------------------------------------------------------------ YAML
@@ -255,7 +256,7 @@ def test_augment_of_a_dataset():
     assert data.CIFAR10(flip=True, shift=3).augment.shift == 3
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
 def test_image_folder(folder):
@@ -266,11 +267,13 @@ def test_image_folder(folder):
     x = parts["train"].take(torch.arange(13))[0]
     assert x.shape == (13, 3, 8, 8) and x.dtype == torch.uint8
     assert str(folder) in parts["train"].description and parts["train"].streams
-    grey = data.ImageFolder(path=str(folder), image_size=8, channels=1, bits=5).split("train").take(torch.tensor([0]))[0]
+    grey = (
+        data.ImageFolder(path=str(folder), image_size=8, channels=1, bits=5).split("train").take(torch.tensor([0]))[0]
+    )
     assert grey.shape == (1, 1, 8, 8) and grey.max() < 32
 
 
-def test_pictures_of_the_right_size_are_kept_exactly(folder):
+def test_images_of_the_right_size_are_kept_exactly(folder):
     name = folder / "class1" / "01.png"  # grey 8×8
     with open(name, "rb") as file:
         assert np.array_equal(decode(file, 8, 1)[0], np.asarray(Image.open(name)))
@@ -304,14 +307,13 @@ def png(pixels):
 def test_archives_are_read_where_they_lie(folder, tmp_path, kind):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if kind == "zip":
-        with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
             [archive.write(path, path.relative_to(folder)) for path in files]
     else:
-        with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        with tarfile.open(tmp_path / "images.tar", "w") as archive:
             [archive.add(path, path.relative_to(folder)) for path in files]
     there, packed = (
-        data.ImageFolder(path=str(path), image_size=8).split("train")
-        for path in (folder, tmp_path / f"pictures.{kind}")
+        data.ImageFolder(path=str(path), image_size=8).split("train") for path in (folder, tmp_path / f"images.{kind}")
     )
     assert there.names == packed.names
     index = torch.arange(len(there))
@@ -330,7 +332,7 @@ def test_streaming_is_the_same_for_any_workers_and_ranks(folder):
     ]
     for step, batch in enumerate(alone):
         assert torch.equal(batch, torch.cat([rank[step] for rank in ranks]))
-    assert torch.equal(state, torch.random.get_rng_state())  # the noise does not depend on who read the pictures
+    assert torch.equal(state, torch.random.get_rng_state())  # the noise does not depend on who read the images
 
 
 def test_links_in_a_circle_end(folder):
@@ -338,7 +340,7 @@ def test_links_in_a_circle_end(folder):
     assert len(source(folder).names) == 20
 
 
-def test_own_folders_of_a_picture_set(tmp_path):
+def test_own_folders_of_a_image_set(tmp_path):
     for part, number in (("train", 8), ("valid", 3)):
         (tmp_path / "celeba_hq" / part).mkdir(parents=True)
         for i in range(number):
@@ -351,20 +353,20 @@ def test_own_folders_of_a_picture_set(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_picture(folder, caplog, workers):
+def test_an_unreadable_image(folder, caplog, workers):
     bad = folder / "class0" / "03.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    (folder / "class1" / "04.png").write_text("not a picture")
+    (folder / "class1" / "04.png").write_text("not an image")
 
     def opened(on_bad):
         images = data.ImageFolder(path=str(folder), image_size=8, on_bad=on_bad)
-        return PictureSplit(source(folder), source(folder).names, images.shape, on_bad=on_bad)
+        return ImageFileSplit(source(folder), source(folder).names, images.shape, on_bad=on_bad)
 
     split = opened("stop")
     names = split.names
     one_line(
         lambda: list(data.ordered(split, 4, workers=workers)),
-        f"cannot read the picture {bad} (index {names.index('class0/03.png')})",
+        f"cannot read the image {bad} (index {names.index('class0/03.png')})",
         "on_bad=skip",
         error=FlowtrainError,
     )
@@ -380,25 +382,25 @@ def test_a_folder_of_nothing_readable_ends(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_text("nothing")
     split = data.ImageFolder(path=str(tmp_path), image_size=8, on_bad="skip").split("train")
-    one_line(lambda: steps(data.Loader(split, 2), 0, 1), "unreadable pictures", error=FlowtrainError)
-    one_line(lambda: split.take(torch.tensor([0])), "unreadable pictures", error=FlowtrainError)
+    one_line(lambda: steps(data.Loader(split, 2), 0, 1), "unreadable images", error=FlowtrainError)
+    one_line(lambda: split.take(torch.tensor([0])), "unreadable images", error=FlowtrainError)
 
 
-def test_a_gigantic_picture_is_unreadable(tmp_path):
+def test_a_gigantic_image_is_unreadable(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
-    split = PictureSplit(source(tmp_path), ["a.png", "b.png"], (1, 8, 8))
+    split = ImageFileSplit(source(tmp_path), ["a.png", "b.png"], (1, 8, 8))
     one_line(lambda: split.take(torch.tensor([0])), "9000x9000", "64,000,000", error=FlowtrainError)
 
 
 def test_missing_and_empty_folders(tmp_path):
     one_line(lambda: data.ImageFolder().split("train"), "dataset.path=FOLDER")
     one_line(lambda: data.ImageFolder(path=str(tmp_path / "none")).split("train"), "dataset.path=", "does not exist")
-    one_line(lambda: data.ImageFolder(path=str(tmp_path)).split("train"), "dataset.path", "no pictures", ".png")
-    (tmp_path / "pictures.rar").touch()
-    one_line(lambda: data.ImageFolder(path=str(tmp_path / "pictures.rar")).split("train"), ".zip or .tar")
-    (tmp_path / "pictures.zip").write_text("no archive")
-    one_line(lambda: data.ImageFolder(path=str(tmp_path / "pictures.zip")).split("train"), "zip", error=FlowtrainError)
+    one_line(lambda: data.ImageFolder(path=str(tmp_path)).split("train"), "dataset.path", "no images", ".png")
+    (tmp_path / "images.rar").touch()
+    one_line(lambda: data.ImageFolder(path=str(tmp_path / "images.rar")).split("train"), ".zip or .tar")
+    (tmp_path / "images.zip").write_text("no archive")
+    one_line(lambda: data.ImageFolder(path=str(tmp_path / "images.zip")).split("train"), "zip", error=FlowtrainError)
     one_line(lambda: data.CelebAHQ(root=str(tmp_path)).split("train"), "dataset=celebahq", "celeba_hq")
     one_line(lambda: data.CelebA(root=str(tmp_path)).split("train"), "img_align_celeba", "list_eval_partition.txt")
 
@@ -416,7 +418,7 @@ def test_celeba(tmp_path):
     assert [len(celeba.split(name)) for name in ("train", "val", "test")] == [4, 1, 1]
     assert (celeba.split("test").take(torch.tensor([0]))[0] == 77).all()
     table.write_text(table.read_text() + "000009.png 2\n")
-    one_line(lambda: celeba.split("test"), "1 of the 2 pictures")
+    one_line(lambda: celeba.split("test"), "1 of the 2 images")
 
 
 # ------------------------------------------------------------------ downsampled ImageNet

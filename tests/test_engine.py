@@ -11,9 +11,7 @@ import torch
 
 from flowtrain import bijections as b
 from flowtrain import nets
-from flowtrain.bijections.base import Memory
-from flowtrain.data.order import generator, mix
-from flowtrain.engine import checkpoint
+from flowtrain.bijections.bijection import Memory
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import evaluate
 from flowtrain.engine.measure import BitsPerDim, NatsPerRow
@@ -21,8 +19,10 @@ from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.schedules import Constant, Cosine, Exponential, Linear, Steps
 from flowtrain.engine.trainer import Settings, Trainer
 from flowtrain.errors import FlowtrainError, Interrupted
-from flowtrain.files import Unwritable
 from flowtrain.flow import Flow
+from flowtrain.runtime import checkpoint
+from flowtrain.runtime.files import Unwritable
+from flowtrain.runtime.seeds import generator, mix
 
 LEVELS, SHAPE, BATCH = 8, (6,), 16
 
@@ -33,9 +33,7 @@ def small_flow(dropout=0.2):
         "dequantize": partial(b.Dequantize, levels=LEVELS),
         "actnorm": b.ActNorm,
         "mixing": b.LULinear,
-        "coupling": partial(
-            b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=dropout)
-        ),
+        "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=dropout)),
         "norm": b.BatchNorm,
     }
     return Flow(SHAPE, partial(b.Chain, layers=layers))
@@ -67,9 +65,21 @@ class Batches:
 
 def settings(**changes):
     base = dict(
-        seed=1, max_steps=30, max_minutes=None, accumulate=1, clip=1.0, warmup_steps=5, log_every=4, val_every=10,
-        sample_every=1000, save_every=10, save_minutes=60, patience=None, max_bad_steps=4, autocast=None,
-    )  # fmt: skip
+        seed=1,
+        max_steps=30,
+        max_minutes=None,
+        accumulate=1,
+        clip=1.0,
+        warmup_steps=5,
+        log_every=4,
+        val_every=10,
+        sample_every=1000,
+        save_every=10,
+        save_minutes=60,
+        patience=None,
+        max_bad_steps=4,
+        autocast=None,
+    )
     return Settings(**{**base, **changes})
 
 
@@ -81,9 +91,19 @@ def trainer(run_dir, loader=None, ema=0.9, flow=None, **changes):
         return evaluate(judged, [(torch.arange(BATCH), test, None)], BATCH)
 
     return Trainer(
-        flow, flow, loader or Batches(), torch.optim.Adam(flow.parameters(), 1e-2), Cosine(), settings(**changes),
-        EMA(flow, ema) if ema else None, judge, lambda _flow: None, run_dir, BitsPerDim(), {"some": "config"},
-    )  # fmt: skip
+        flow,
+        flow,
+        loader or Batches(),
+        torch.optim.Adam(flow.parameters(), 1e-2),
+        Cosine(),
+        settings(**changes),
+        EMA(flow, ema) if ema else None,
+        judge,
+        lambda _flow: None,
+        run_dir,
+        BitsPerDim(),
+        {"some": "config"},
+    )
 
 
 def same(a, b):
@@ -152,8 +172,10 @@ def test_each_part_of_the_state_matters(tmp_path, part):
 def test_accumulated_parts_equal_the_whole_batch(tmp_path):
     flows = []
     for parts in (1, 4):
-        layers = {"dequantize": partial(b.Dequantize, levels=LEVELS), "coupling": partial(
-            b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=0.3))}  # fmt: skip
+        layers = {
+            "dequantize": partial(b.Dequantize, levels=LEVELS),
+            "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=0.3)),
+        }
         torch.manual_seed(0)
         flow = Flow(SHAPE, partial(b.Chain, layers=layers))
         trainer(tmp_path, flow=flow, accumulate=parts, max_steps=5).fit(Silence())
@@ -467,7 +489,7 @@ def test_samples_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
     one.draw = draw
     run(one, tmp_path)
     assert one.step == 30
-    assert "step 10: no picture: an ODE came to no end" in caplog.text
+    assert "step 10: no image: an ODE came to no end" in caplog.text
 
 
 class Doubtful(Memory):

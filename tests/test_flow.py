@@ -11,9 +11,10 @@ from audit import assert_exact, randomized
 from layers import LAYERS, conv, glow_step, mlp, residual
 
 from flowtrain import bijections as b
-from flowtrain import fusion, globalbatch, nets
+from flowtrain import nets
 from flowtrain.distributions import Logistic, StandardNormal
 from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.runtime import fusion, globalbatch
 
 
 def preprocess(levels, alpha):
@@ -21,7 +22,7 @@ def preprocess(levels, alpha):
     return partial(b.Chain, layers={"dequantize": partial(b.Dequantize, levels=levels), **last})
 
 
-def picture_flow(shape, levels=256, alpha=None, body=None):
+def image_flow(shape, levels=256, alpha=None, body=None):
     layers = {"preprocess": preprocess(levels, alpha), "body": body or b.Flatten}
     return Flow(shape, partial(b.Chain, layers=layers))
 
@@ -51,30 +52,30 @@ two_pixels = partial(
 
 
 def mass(flow, levels, noise, nodes=48):
-    """Σ over all pictures of ∫ p(x + ε) dε, by Gauss-Legendre quadrature in float64."""
+    """Σ over all images of ∫ p(x + ε) dε, by Gauss-Legendre quadrature in float64."""
     at, weight = np.polynomial.legendre.leggauss(nodes)
     at, weight = torch.tensor((at + 1) / 2), torch.tensor(weight / 2)
     noise(torch.cartesian_prod(at, at).view(-1, 2, 1, 1))
     weight = torch.cartesian_prod(weight, weight).prod(1)
     total = 0.0
     for x in product(range(levels), repeat=2):
-        pictures = torch.tensor(x).view(1, 2, 1, 1).expand(len(weight), -1, -1, -1)
-        total += (flow(pictures).exp() * weight).sum().item()
+        images = torch.tensor(x).view(1, 2, 1, 1).expand(len(weight), -1, -1, -1)
+        total += (flow(images).exp() * weight).sum().item()
     return total
 
 
 @pytest.mark.parametrize("body", [None, two_pixels], ids=["identity", "flow"])
-def test_probabilities_of_all_pictures_sum_to_one(body, noise):
-    flow = randomized(picture_flow((2, 1, 1), levels=4, alpha=0.0, body=body), scale=0.3)
+def test_probabilities_of_all_images_sum_to_one(body, noise):
+    flow = randomized(image_flow((2, 1, 1), levels=4, alpha=0.0, body=body), scale=0.3)
     assert mass(flow, 4, noise) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(("alpha", "inside"), [(0.05, 0.9935), (None, 0.1466)])
 def test_probabilities_sum_to_the_mass_inside_the_cube(alpha, inside, noise):
-    identity = randomized(picture_flow((2, 1, 1), levels=4, alpha=alpha))
+    identity = randomized(image_flow((2, 1, 1), levels=4, alpha=alpha))
     assert mass(identity, 4, noise) == pytest.approx(inside, abs=1e-4)
 
-    flow = randomized(picture_flow((2, 1, 1), levels=4, alpha=alpha, body=two_pixels), scale=0.3)
+    flow = randomized(image_flow((2, 1, 1), levels=4, alpha=alpha, body=two_pixels), scale=0.3)
     y = flow.latents(400_000, generator=torch.Generator().manual_seed(0))
     for layer in [*flow.bijection.body][::-1] + [*flow.bijection.preprocess][:0:-1]:
         y = layer.inverse(y)[0]
@@ -119,7 +120,7 @@ def test_bits_per_dim_against_an_independent_computation(bits, alpha, noise):
     rng = np.random.default_rng(0)
     x, u = rng.integers(0, levels, (5, *shape)), rng.uniform(size=(5, *shape))
     noise(torch.tensor(u))
-    flow = picture_flow(shape, levels, alpha).double()
+    flow = image_flow(shape, levels, alpha).double()
 
     y = (x + u) / levels  # in numpy, from the definitions
     if alpha is None:
@@ -174,21 +175,21 @@ def test_logit_is_exact(alpha):
     assert_exact(b.Logit((3,), alpha), x)
 
 
-def image_flow(alpha=None, levels=3):
+def multiscale_flow(alpha=None, levels=3):
     body = partial(
         b.MultiScale,
         levels=levels,
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
         exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     )
-    return picture_flow((3, 8, 8), 256, alpha, body)
+    return multiscale_flow((3, 8, 8), 256, alpha, body)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.05])
 def test_encode_then_decode_returns_the_very_integers(alpha):
     torch.manual_seed(0)
     x = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
-    flow = image_flow(alpha)
+    flow = multiscale_flow(alpha)
     flow.initialize(x)
     z = flow.encode(x)
     assert z.shape == (200, 192)
@@ -197,7 +198,7 @@ def test_encode_then_decode_returns_the_very_integers(alpha):
 
 def test_every_latent_depends_on_every_pixel():
     torch.manual_seed(0)
-    flow = randomized(image_flow())
+    flow = randomized(multiscale_flow())
     body = flow.bijection.body
     total = 0
     for seed in range(3):
@@ -214,14 +215,16 @@ def test_every_latent_depends_on_every_pixel():
 def test_initialize_standardizes_every_actnorm_once():
     torch.manual_seed(0)
     x = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    flow = image_flow()
+    flow = multiscale_flow()
     flow.initialize(x)
     seen = []
     norms = [module for module in flow.modules() if isinstance(module, b.ActNorm | nets.ActNorm)]
     for module in norms:
         assert module.started
         # a copy: a network's rectifier writes in place
-        module.register_forward_hook(lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out).clone()))
+        module.register_forward_hook(
+            lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out).clone())
+        )
 
     def run():
         seen.clear()
@@ -334,7 +337,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
     [
         (lambda: Flow((1, 7, 8), partial(b.Chain, layers={"squeeze": b.Squeeze})), "squeeze: sides of 7×8"),
         (lambda: b.Halves((1, 4, 4)), "no two halves"),
-        (lambda: b.Checkerboard((4,)), "needs pictures"),
+        (lambda: b.Checkerboard((4,)), "needs images"),
         (lambda: b.Chain((4,), {"a": b.ActNorm}, order=["b"]), "order must name each layer once"),
         (lambda: b.Chain((4,), {"a": b.ActNorm}, order=["a", "a"]), "order must name each layer once"),
         (lambda: b.Chain((4,), {"forward": b.ActNorm}), "cannot be named 'forward'"),
@@ -348,7 +351,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
         (lambda: b.LULinear((3,), "orthogonal"), "start='orthogonal'"),
         (lambda: b.Conditional((2,), b.ExpAffine, mlp), "needs a context"),
         (lambda: nets.MLP((1, 2, 2), 4), "takes vectors"),
-        (lambda: conv(shape=(4,), out=2), "takes pictures"),
+        (lambda: conv(shape=(4,), out=2), "takes images"),
         (lambda: residual(shape=(4, 2, 2), out=2, context_shape=(2, 2)), "takes a context vector"),
         (lambda: nets.Dropout(1.0), "dropout=1.0"),
         (lambda: conv(shape=(1, 2, 2), out=2, hidden=-3), "hidden=-3 must be at least 1"),
@@ -366,7 +369,7 @@ def test_constructors_name_what_they_refuse(make, says):
 
 def test_a_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"takes \[3, 8, 8\]"):
-        image_flow()(torch.zeros(2, 3, 4, 4))
+        multiscale_flow()(torch.zeros(2, 3, 4, 4))
 
 
 def test_dropout_evaluates_as_the_identity_and_keeps_the_mean():

@@ -8,12 +8,13 @@ from audit import assert_exact, context_for, event, randomized
 from layers import conv, glow_step
 
 from flowtrain import bijections as b
-from flowtrain import fusion, nets
-from flowtrain.bijections.base import joined
+from flowtrain import nets
+from flowtrain.bijections.bijection import joined
 from flowtrain.bijections.channels import Joined
 from flowtrain.flow import Flow
+from flowtrain.runtime import fusion
 
-picture = (4, 4, 6)
+image = (4, 4, 6)
 CHAINS = {  # layers, and how many are left when they are joined
     "glow": (dict(norm=b.ActNorm, mixing=b.LULinear), 1),
     "glow_dense": (dict(norm=b.ActNorm, mixing=b.DenseLinear), 1),
@@ -49,7 +50,7 @@ def assert_same(layer, x, context=None):
 def test_channel_maps_are_one_product(name, memory_format):
     layers, left = CHAINS[name]
     torch.manual_seed(0)
-    chain = randomized(b.Chain(picture, layers))
+    chain = randomized(b.Chain(image, layers))
     links = joined(chain)
     assert len(links) == left and any(isinstance(link, Joined) for link in links)
     with fusion.layer_by_layer():
@@ -71,7 +72,7 @@ class Doubled(b.ActNorm):
 
 
 def test_a_subclass_with_a_direction_of_its_own_is_called():
-    chain = b.Chain(picture, dict(mixing=b.LULinear, norm=Doubled, after=b.ActNorm, last=b.ActNorm))
+    chain = b.Chain(image, dict(mixing=b.LULinear, norm=Doubled, after=b.ActNorm, last=b.ActNorm))
     assert [type(link) for link in joined(chain)] == [b.LULinear, Doubled, Joined]
 
 
@@ -80,7 +81,7 @@ def test_a_subclass_with_a_direction_of_its_own_is_called():
 def test_what_has_a_hook_is_called(where, hook):
     layers = {"actnorm": b.ActNorm, "mixing": b.LULinear, "coupling": partial(b.Coupling, univariate=b.SigmoidAffine)}
     layers["coupling"] = partial(layers["coupling"], net=partial(nets.ConvNet, hidden=6, norm=nets.ActNorm))
-    chain = randomized(b.Chain(picture, layers))
+    chain = randomized(b.Chain(image, layers))
     calls = []
     getattr(chain.get_submodule(where), f"register_{hook}_hook")(lambda *_: calls.append(hook))
     z, log_det = chain(event(chain).requires_grad_())
@@ -92,7 +93,7 @@ def test_what_has_a_hook_is_called(where, hook):
 @pytest.mark.parametrize("norm", [nets.ActNorm, nets.BatchNorm, None])
 def test_norms_inside_a_network_are_folded_into_its_convolutions(norm, context_shape):
     net = partial(nets.ConvNet, hidden=6, norm=norm)
-    layer = randomized(b.Coupling(picture, b.SigmoidAffine, net, context_shape=context_shape))
+    layer = randomized(b.Coupling(image, b.SigmoidAffine, net, context_shape=context_shape))
     assert_same(layer, event(layer), context_for(layer))
 
 

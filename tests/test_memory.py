@@ -12,13 +12,14 @@ from ranks import together
 from torch import nn
 
 from flowtrain import bijections as b
-from flowtrain import distributed, globalbatch, nets
+from flowtrain import nets
 from flowtrain.bijections import memory
 from flowtrain.bijections.memory import Checkpoint, Memory, Reversible
 from flowtrain.engine.compiling import compile_flow
 from flowtrain.engine.peak import peak_bytes
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
+from flowtrain.runtime import distributed, globalbatch
 
 DIGITS, PLANE = "dataset=digits", "dataset=moons"
 FLOWS = {
@@ -302,9 +303,17 @@ class Blunt(b.ActNorm):
 
 
 def test_an_inverse_that_is_off_stops_training():
-    flow = Flow((4,), partial(b.Chain, layers={
-        "blunt": Blunt, "coupling": partial(b.Coupling, univariate=b.Additive, net=partial(nets.MLP, hidden=8))
-    }, repeat=2))  # fmt: skip
+    flow = Flow(
+        (4,),
+        partial(
+            b.Chain,
+            layers={
+                "blunt": Blunt,
+                "coupling": partial(b.Coupling, univariate=b.Additive, net=partial(nets.MLP, hidden=8)),
+            },
+            repeat=2,
+        ),
+    )
     flow.keep(Reversible(bound=1e-4))
     gradients(flow, torch.randn(5, 4))
     with pytest.raises(FloatingPointError, match=r"memory=reversible.* error of 0\.00\d*, above its bound of 0\.0001"):
@@ -355,8 +364,10 @@ def losses(folder, *words):
     quiet = ["trainer.tensorboard=false", "trainer.log_every=5", "trainer.accumulate=2"]
     assert flowtrain(folder, "train", *small, *quiet, *words) == 0
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [[line[key] for line in lines if key in line] for key in (
-        "train/bits_per_dim", "val/bits_per_dim", "memory/reconstruction_error")]  # fmt: skip
+    return [
+        [line[key] for line in lines if key in line]
+        for key in ("train/bits_per_dim", "val/bits_per_dim", "memory/reconstruction_error")
+    ]
 
 
 def test_a_run_in_less_memory_is_the_same_run(tmp_path):
@@ -367,11 +378,14 @@ def test_a_run_in_less_memory_is_the_same_run(tmp_path):
     assert len(errors) == 4 and all(0 < error < 1e-5 for error in errors)
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["model=realnvp", "memory=reversible"], "memory=reversible: batch normalization"),
-    (["memory=reversible", "compile=true"], "compile=true: .* memory=checkpoint"),
-    (["memory=less"], "memory=less: must be none or checkpoint or reversible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=realnvp", "memory=reversible"], "memory=reversible: batch normalization"),
+        (["memory=reversible", "compile=true"], "compile=true: .* memory=checkpoint"),
+        (["memory=less"], "memory=less: must be none or checkpoint or reversible"),
+    ],
+)
 def test_what_is_refused(words, said, tmp_path):
     with pytest.raises(FlowtrainError, match=said) as caught:
         flowtrain(tmp_path, "train", DIGITS, "devices=1", "max_steps=3", "hydra.run.dir=run", *words)
@@ -380,6 +394,6 @@ def test_what_is_refused(words, said, tmp_path):
 
 def test_a_flow_in_which_nothing_is_saved_says_so(tmp_path):
     words = ("model=made", "dataset=moons", "devices=1", "max_steps=1", "trainer.tensorboard=false")
-    for memory, said in (("checkpoint", True), ("none", False)):
-        assert flowtrain(tmp_path, "train", f"memory={memory}", *words, f"hydra.run.dir={memory}") == 0
-        assert ("so that all is kept" in (tmp_path / memory / "train.log").read_text()) == said
+    for mode, said in (("checkpoint", True), ("none", False)):
+        assert flowtrain(tmp_path, "train", f"memory={mode}", *words, f"hydra.run.dir={mode}") == 0
+        assert ("so that all is kept" in (tmp_path / mode / "train.log").read_text()) == said

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from audit import assert_exact, randomized
-from composed import ONLY_PICTURES, PICTURES, VECTORS, configuration, flow_of, options, parameters
+from composed import IMAGES, ONLY_IMAGES, VECTORS, configuration, flow_of, options, parameters
 
-from flowtrain.config import conf_dir
-from flowtrain.errors import Refused
+from flowtrain.config.compose import conf_dir
+from flowtrain.errors import UsageError
 
 # What the presets have, beside the papers' or their reference code's count; docs/presets.md explains differences.
 COUNTS = json.loads((conf_dir().parent / "tests/parameter_counts.json").read_text())
@@ -20,22 +20,22 @@ def test_experiments_have_their_parameter_count(experiment):
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("dataset", PICTURES)
-def test_every_model_fits_every_picture(model, dataset):
+@pytest.mark.parametrize("dataset", IMAGES)
+def test_every_model_fits_every_image(model, dataset):
     flow = flow_of(f"model={model}", f"dataset={dataset}", device="meta")
     assert flow.bijection.out_shape == (flow.dimensions,)
 
 
-@pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_PICTURES}))
+@pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_IMAGES}))
 @pytest.mark.parametrize("dataset", VECTORS)
 def test_every_other_model_fits_every_vector(model, dataset):
     flow = flow_of(f"model={model}", f"dataset={dataset}", device="meta")
     assert flow.bijection.out_shape == (flow.dimensions,)
 
 
-@pytest.mark.parametrize("model", ONLY_PICTURES)
-def test_a_model_of_pictures_says_so_of_vectors(model):
-    with pytest.raises(Refused, match=r"picture|levels"):
+@pytest.mark.parametrize("model", ONLY_IMAGES)
+def test_a_model_of_images_says_so_of_vectors(model):
+    with pytest.raises(UsageError, match=r"image|levels"):
         flow_of(f"model={model}", "dataset=moons", device="meta")
 
 
@@ -52,14 +52,18 @@ def test_every_model_takes_every_univariate_map(model, univariate):
     assert any(type(module).__name__ == kind for module in flow.bijection.modules())
 
 
-@pytest.mark.parametrize("overrides", [
-    ["model=glow", "model.levels=2", "model.steps=1", "model.hidden=4"],
-    ["model=glow", "model.levels=2", "model.steps=1", "model.hidden=4", "mixing=plain", "univariate=additive"],
-    ["model=glow", "model.levels=1", "model.steps=1", "model.hidden=4", "mixing=shuffle", "norm=batchnorm"],
-    ["model=realnvp", "model.levels=2", "model.hidden=2"],
-    ["model=realnvp", "model.levels=2", "model.hidden=2", "norm=actnorm", "univariate=affine"],
-    ["model=nice", "model.hidden=4", "base=normal"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=glow", "model.levels=2", "model.steps=1", "model.hidden=4"],
+        ["model=glow", "model.levels=2", "model.steps=1", "model.hidden=4", "mixing=plain", "univariate=additive"],
+        ["model=glow", "model.levels=1", "model.steps=1", "model.hidden=4", "mixing=shuffle", "norm=batchnorm"],
+        ["model=realnvp", "model.levels=2", "model.hidden=2"],
+        ["model=realnvp", "model.levels=2", "model.hidden=2", "norm=actnorm", "univariate=affine"],
+        ["model=nice", "model.hidden=4", "base=normal"],
+    ],
+    ids=" ".join,
+)
 def test_exact_on_3x8x8(overrides):
     """The whole flow after its preprocessing, against the autograd Jacobian."""
     flow = flow_of("dataset=synthetic", "dataset.image_size=8", "dataset.shape=[3,8,8]", *overrides)

@@ -10,11 +10,11 @@ from audit import event, randomized
 from composed import flow_of
 from torch import nn
 
-from flowtrain import globalbatch
 from flowtrain.bijections import Chain, Continuous
 from flowtrain.bijections.ode import ADAPTIVE, FIXED, continuous_layers, exact_trace, states_only, unsolved_is_nan
 from flowtrain.flow import Flow
 from flowtrain.nets import ConvODENet, ODENet
+from flowtrain.runtime import globalbatch
 
 DOUBLE = torch.float64
 exactly = partial(Continuous, rtol=1e-10, atol=1e-10)
@@ -105,7 +105,7 @@ def test_every_solver_solves(solver):
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-@pytest.mark.parametrize("kind", ["vector", "picture"])
+@pytest.mark.parametrize("kind", ["vector", "image"])
 def test_hutchinsons_trace_is_unbiased(noise, kind):
     """Its mean over many draws lies within four standard errors of the exact trace, whose spread it has not."""
     shape, net_ = ((4,), net) if kind == "vector" else ((1, 2, 2), partial(ConvODENet, hidden=3, depth=1))
@@ -197,7 +197,7 @@ def penalty_by_quadrature(layer, name, x, n=100):
         if name == "kinetic":
             total = total + step * velocity.square().sum()
         else:
-            one = lambda row, t=t: layer.net(t + 0.5 * step, row[None])[0]  # noqa: E731
+            one = lambda row, t=t: layer.net(t + 0.5 * step, row[None])[0]
             total = total + step * torch.func.vmap(torch.func.jacrev(one))(middle).square().sum()
         x = x + step * velocity
     return total
@@ -426,36 +426,55 @@ def test_a_density_in_the_plane_integrates_to_one():
     assert abs(density.sum().item() * (side[1] - side[0]).item() ** 2 - 1) < 1e-3
 
 
-@pytest.mark.parametrize("name, value", [
-    ("solver", "dopri6"), ("train_solver", "scipy_solver"), ("trace", "none"), ("noise", "uniform"), ("time", 0.0),
-    ("rtol", -1.0), ("atol", math.inf), ("train_tolerance", 0.0), ("steps", 0), ("max_steps", 0),
-    ("kinetic", -0.1), ("jacobian", -1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("solver", "dopri6"),
+        ("train_solver", "scipy_solver"),
+        ("trace", "none"),
+        ("noise", "uniform"),
+        ("time", 0.0),
+        ("rtol", -1.0),
+        ("atol", math.inf),
+        ("train_tolerance", 0.0),
+        ("steps", 0),
+        ("max_steps", 0),
+        ("kinetic", -0.1),
+        ("jacobian", -1.0),
+    ],
+)
 def test_what_a_layer_cannot_be_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
         Continuous((2,), net, **{name: value})
 
 
-@pytest.mark.parametrize("make, match", [
-    (partial(ODENet, (1, 4, 4)), "flatten"),
-    (partial(ConvODENet, (4,)), "pictures"),
-    (partial(ODENet, (4,), layer="squash"), "layer='squash'"),
-    (partial(ConvODENet, (1, 4, 4), activation="relu"), "activation='relu'"),
-    (partial(ODENet, (4,), depth=0), "depth=0"),
-    (partial(ODENet, (4,), context_shape=(1, 2, 2)), "context vector"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (partial(ODENet, (1, 4, 4)), "flatten"),
+        (partial(ConvODENet, (4,)), "images"),
+        (partial(ODENet, (4,), layer="squash"), "layer='squash'"),
+        (partial(ConvODENet, (1, 4, 4), activation="relu"), "activation='relu'"),
+        (partial(ODENet, (4,), depth=0), "depth=0"),
+        (partial(ODENet, (4,), context_shape=(1, 2, 2)), "context vector"),
+    ],
+)
 def test_what_a_net_cannot_be_is_refused_by_name(make, match):
     with pytest.raises(ValueError, match=match):
         make()
 
 
-@pytest.mark.parametrize("overrides, sizes", [
-    (["model=ffjord", "dataset=moons", "model.blocks=2"], [2, 2]),
-    (["model=hybrid", "dataset=moons", "model.hidden=8"], [2]),
-    (["model=ffjord_image", "model.hidden=3", "model.depth=1"], [64, 64, 32]),
-    (["model=hybrid_image", "model.hidden=4"], [32]),
-    (["model=glow"], []),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides, sizes",
+    [
+        (["model=ffjord", "dataset=moons", "model.blocks=2"], [2, 2]),
+        (["model=hybrid", "dataset=moons", "model.hidden=8"], [2]),
+        (["model=ffjord_image", "model.hidden=3", "model.depth=1"], [64, 64, 32]),
+        (["model=hybrid_image", "model.hidden=4"], [32]),
+        (["model=glow"], []),
+    ],
+    ids=str,
+)
 def test_whole_models_invert_and_their_equations_are_found(overrides, sizes):
     """Whatever is before the first equation, the log-determinants of both ways cancel."""
     flow = flow_of(*overrides)

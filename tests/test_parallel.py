@@ -10,12 +10,13 @@ from test_engine import SHAPE, Batches, settings, small_flow
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
-from flowtrain import distributed, nets, train
+from flowtrain import nets, train
 from flowtrain.engine.compiling import compile_flow
 from flowtrain.engine.measure import BitsPerDim
 from flowtrain.engine.schedules import Constant
 from flowtrain.engine.trainer import Trainer
 from flowtrain.flow import Flow
+from flowtrain.runtime import distributed
 
 STEPS = 4
 
@@ -47,9 +48,19 @@ def trainer(folder, flow, poison=(), **changes):
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3, fused=True)
     wrapped = train._parallel(flow, torch.device("cpu"), changes.get("accumulate", 1))
     return Trainer(
-        flow, wrapped, loader, optimizer, Constant(), settings(**changes), None, lambda _flow: None, lambda _flow: None,
-        folder, BitsPerDim(), {},
-    )  # fmt: skip
+        flow,
+        wrapped,
+        loader,
+        optimizer,
+        Constant(),
+        settings(**changes),
+        None,
+        lambda _flow: None,
+        lambda _flow: None,
+        folder,
+        BitsPerDim(),
+        {},
+    )
 
 
 def sent(folder, accumulate):
@@ -89,14 +100,10 @@ def skipping(folder, adjoint, accumulate):
     [(True, 2), pytest.param(True, 1, marks=pytest.mark.long), pytest.param(False, 1, marks=pytest.mark.long)],
 )
 def test_an_equation_that_one_process_cannot_solve_is_a_bad_step_of_both(adjoint, accumulate, tmp_path):
-    (skipped, weights), (other, others) = together(
-        partial(skipping, adjoint=adjoint, accumulate=accumulate), tmp_path
-    )
+    (skipped, weights), (other, others) = together(partial(skipping, adjoint=adjoint, accumulate=accumulate), tmp_path)
     assert skipped == other == 1
     assert all(map(torch.equal, weights, others))
     assert all(one.isfinite().all() for one in weights)
-
-
 
 
 def compiled_steps(folder):

@@ -38,5 +38,5 @@ def test_affine_maps_against_zuko():
 
 def test_squeeze_against_nflows():
     reshape = pytest.importorskip("nflows.transforms.reshape")
-    picture = torch.randn(2, 3, 4, 6)
-    torch.testing.assert_close(b.Squeeze((3, 4, 6))(picture)[0], reshape.SqueezeTransform()(picture)[0])
+    image = torch.randn(2, 3, 4, 6)
+    torch.testing.assert_close(b.Squeeze((3, 4, 6))(image)[0], reshape.SqueezeTransform()(image)[0])

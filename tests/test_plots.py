@@ -1,4 +1,4 @@
-"""Pictures: that what they show is where it should be and as bright as it should be, and that labels can be read."""
+"""Images: that what they show is where it should be and as bright as it should be, and that labels can be read."""
 
 import math
 import subprocess
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 from flowtrain.plots import density as plane
 from flowtrain.plots import pairs as table
 from flowtrain.plots.colours import GREY, VIRIDIS, shade
@@ -42,10 +42,10 @@ def test_colours_are_those_of_viridis():
 
 def test_colours_of_what_lies_outside():
     values = torch.tensor([[-math.inf, -1.0, 0.0], [1.0, 7.0, math.inf]])
-    picture = shade(values)
-    assert picture.shape == (3, 2, 3) and picture.dtype == torch.uint8
-    assert (picture[:, 0].T == torch.tensor(FIRST)).all()
-    assert (picture[:, 1].T == torch.tensor(LAST)).all()
+    image = shade(values)
+    assert image.shape == (3, 2, 3) and image.dtype == torch.uint8
+    assert (image[:, 0].T == torch.tensor(FIRST)).all()
+    assert (image[:, 1].T == torch.tensor(LAST)).all()
     assert shade(torch.tensor([math.nan]))[:, 0].tolist() == list(GREY)
 
 
@@ -55,10 +55,10 @@ def test_colours_of_what_lies_outside():
 def test_the_data_and_their_true_density_look_alike():
     spread = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(2**18)  # less uneven than random points
     data = torch.special.ndtri(spread.double())
-    picture = plane.density(normal, data)
-    assert picture.shape == (3, 400, 806) and picture.dtype == torch.uint8
-    assert (picture[:, :, 400:406] == 255).all()
-    left, right = cells_of(picture[:, :, :400], 25), cells_of(picture[:, :, 406:], 25)
+    image = plane.density(normal, data)
+    assert image.shape == (3, 400, 806) and image.dtype == torch.uint8
+    assert (image[:, :, 400:406] == 255).all()
+    left, right = cells_of(image[:, :, :400], 25), cells_of(image[:, :, 406:], 25)
     wrong = plane.density(lambda points: normal(points) - math.log(1.3), data)[:, :, 406:]
     assert (left - right).abs().max() < 4
     assert (left - cells_of(wrong, 25)).abs().max() > 40  # one that does not integrate to one is seen
@@ -149,17 +149,17 @@ def test_what_is_no_density_is_refused(data, says):
 # ---- the line ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(picture, colour):
-    """The first row from above that has about this colour in each column, or the picture's height."""
-    close = (picture.int() - torch.tensor(colour)[:, None, None]).abs().sum(0) < 60
-    return torch.where(close.any(0), close.int().argmax(0), picture.shape[1])
+def rows_of(image, colour):
+    """The first row from above that has about this colour in each column, or the image's height."""
+    close = (image.int() - torch.tensor(colour)[:, None, None]).abs().sum(0) < 60
+    return torch.where(close.any(0), close.int().argmax(0), image.shape[1])
 
 
 def test_the_curve_of_the_true_density_follows_the_bars():
     data = torch.randn(200_000, 1)
-    picture = plane.density(lambda x: normal(torch.cat((x, 0 * x), 1)) + 0.5 * math.log(2 * math.pi), data)
-    assert picture.shape == (3, 400, 806) and picture.dtype == torch.uint8
-    bars, curve = rows_of(picture, plane.PALE)[100:-100], rows_of(picture, plane.STRONG)[100:-100]
+    image = plane.density(lambda x: normal(torch.cat((x, 0 * x), 1)) + 0.5 * math.log(2 * math.pi), data)
+    assert image.shape == (3, 400, 806) and image.dtype == torch.uint8
+    bars, curve = rows_of(image, plane.PALE)[100:-100], rows_of(image, plane.STRONG)[100:-100]
     assert curve.min() < 60 and curve.max() > 250
     bars, curve = bars[bars < 400], curve[bars < 400]  # bars stand a pixel apart
     assert len(bars) > 400 and (bars - curve).abs().float().quantile(0.95) < 15
@@ -342,8 +342,8 @@ def test_the_file_is_whole_and_nothing_else_is_touched(tmp_path):
     pairs(tmp_path / "new" / "pairs.png", rows(50, 2), rows(50, 2))
     assert dict(matplotlib.rcParams) == before
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.png"]
-    picture = np.asarray(Image.open(tmp_path / "new" / "pairs.png").convert("RGB"))
-    assert min(picture.shape[:2]) > 500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    image = np.asarray(Image.open(tmp_path / "new" / "pairs.png").convert("RGB"))
+    assert min(image.shape[:2]) > 500 and len(np.unique(image.reshape(-1, 3), axis=0)) > 20
     code = (
         f"import sys; from flowtrain.plots.pairs import pairs; pairs({str(tmp_path / 'a.svg')!r}, [[1.5], [3]]); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
@@ -354,7 +354,7 @@ def test_the_file_is_whole_and_nothing_else_is_touched(tmp_path):
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(Refused, match=r"pip install 'flowtrain\[plots\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'flowtrain\[plots\]'"):
         pairs("x.png", rows(10, 2))
 
 

@@ -38,7 +38,7 @@ def test_smoke(tmp_path):
     batch = next(o for o in found["growth"] if (o["axis"], o["work"], o["unit"]) == ("batch", "density", "B"))
     assert 0.5 < batch["exponent"]["median"] <= 1
     assert {one["model"] for one in found["families"]} >= {"maf", "iaf", "nsf_coupling", "ffjord"}
-    assert "glow" not in {one["model"] for one in found["families"]}  # of pictures
+    assert "glow" not in {one["model"] for one in found["families"]}  # of images
     for flow in found["parallel"]["flows"]:
         assert flow["gradient_bytes"] > 0
         assert all(step["all_reduce"] for step in flow["profile"])

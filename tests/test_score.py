@@ -17,17 +17,25 @@ from inprocess import flowtrain
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain import load, score, train
-from flowtrain.config import settle
+from flowtrain import load, train
+from flowtrain.commands import score
+from flowtrain.config.compose import settle
 from flowtrain.data import Columns, Digits, inputs
-from flowtrain.engine import checkpoint
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {  # of conf/score.yaml
-    "input": None, "output": None, "draws": 1, "batch": 256, "label": None, "weights": "auto", "on_bad": "stop",
-    "json": False, "allow": [],
-}  # fmt: skip
+    "input": None,
+    "output": None,
+    "draws": 1,
+    "batch": 256,
+    "label": None,
+    "weights": "auto",
+    "on_bad": "stop",
+    "json": False,
+    "allow": [],
+}
 
 
 def trained(folder, *words) -> Path:
@@ -57,16 +65,16 @@ def likelihoods(run_dir, folder, **keys) -> np.ndarray:
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     run_dir = trained(folder, "dataset=digits", "model=glow")
-    pictures = Digits().split("test").take(torch.arange(359))[0]
-    np.save(folder / "test.npy", pictures.numpy())
-    np.save(folder / "grey.npy", pictures[:20, 0].numpy())
+    images = Digits().split("test").take(torch.arange(359))[0]
+    np.save(folder / "test.npy", images.numpy())
+    np.save(folder / "grey.npy", images[:20, 0].numpy())
     return folder, run_dir
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A run on 3×16×16 pictures and a folder of other sizes, one of them no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """A run on 3×16×16 images and a folder of other sizes, one of them no image."""
+    folder = tmp_path_factory.mktemp("images")
     run_dir = trained(folder, "dataset=synthetic", "dataset.shape=[3,16,16]", "model=glow")
     draw = np.random.default_rng(0)
     (folder / "new/deep").mkdir(parents=True)
@@ -79,10 +87,14 @@ def pictures(tmp_path_factory):
 def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     draw, n = np.random.default_rng(0), 700
-    frame = pd.DataFrame({
-        "other": draw.normal(size=n), "age": draw.integers(18, 90, n), "height": draw.normal(1.7, 0.1, n),
-        "job": draw.choice(["a", "b"], n),
-    })  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "other": draw.normal(size=n),
+            "age": draw.integers(18, 90, n),
+            "height": draw.normal(1.7, 0.1, n),
+            "job": draw.choice(["a", "b"], n),
+        }
+    )
     frame.to_csv(folder / "rows.csv", index=False)
     frame[["job", "height", "age"]].to_parquet(folder / "rows.parquet")
     words = [f"dataset.path='{folder}/rows.csv'", "dataset.columns=[age,height]", "dataset.context=[job]"]
@@ -121,7 +133,7 @@ def test_batches_change_nothing_and_seeds_the_noise(digits):
     assert np.abs(one - third).min() > 1e-5
 
 
-def test_values_that_are_no_pictures(digits, capsys):
+def test_values_that_are_no_images(digits, capsys):
     folder, run_dir = digits
     assert len(likelihoods(run_dir, folder, input="grey.npy")) == 20
     wrong = np.load(folder / "test.npy")[:4]
@@ -130,21 +142,23 @@ def test_values_that_are_no_pictures(digits, capsys):
     np.save(folder / "reals.npy", wrong / 17)
     with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: values outside 0 … 16; on_bad=skip would leave it"):
         scored(run_dir, folder, input="wrong.npy")
-    with pytest.raises(Refused, match=r"float64 \[4, 1, 8, 8\]: this model takes integers of shape \[N, 1, 8, 8\] or"):
+    with pytest.raises(
+        UsageError, match=r"float64 \[4, 1, 8, 8\]: this model takes integers of shape \[N, 1, 8, 8\] or"
+    ):
         scored(run_dir, folder, input="reals.npy")
     rows, summary = scored(run_dir, folder, input="wrong.npy", on_bad="skip")
     assert rows[3] == ["3", "", ""] and rows[4][1] and (summary["rows"], summary["skipped"]) == (4, 1)
     assert "skipped         1, first: row 3 " in capsys.readouterr().out
     (folder / "some").mkdir()
     Image.fromarray(wrong[0, 0]).save(folder / "some/digit.png")
-    with pytest.raises(Refused, match="17 levels: give an npy of 0 … 16"):
+    with pytest.raises(UsageError, match="17 levels: give an npy of 0 … 16"):
         scored(run_dir, folder, input="some")
 
 
-def test_pictures_in_a_folder_an_archive_or_alone(pictures):
-    folder, run_dir = pictures
+def test_images_in_a_folder_an_archive_or_alone(images):
+    folder, run_dir = images
     (folder / "new/b2.png").write_bytes(b"nothing")
-    with pytest.raises(FlowtrainError, match="cannot read the picture .*b2.png"):
+    with pytest.raises(FlowtrainError, match="cannot read the image .*b2.png"):
         scored(run_dir, folder, input="new")
     rows, summary = scored(run_dir, folder, input="new", on_bad="skip")
     assert [row[0] for row in rows] == ["file", "a.png", "b.png", "b2.png", "deep/c.png"]
@@ -242,10 +256,12 @@ def test_refusals(table, keys, says, code):
 def test_refusals_of_the_command_line(table):
     folder, _, _ = table
     for word, says in (
-        ("batch=1000", "batch=1000: must be"), ("model=nice", "is fixed by the checkpoint"),
-        ("max_steps=3", "score does not train"), ("trainer.clip=2", "score does not train"),
-    ):  # fmt: skip
-        with pytest.raises(Refused, match=says):
+        ("batch=1000", "batch=1000: must be"),
+        ("model=nice", "is fixed by the checkpoint"),
+        ("max_steps=3", "score does not train"),
+        ("trainer.clip=2", "score does not train"),
+    ):
+        with pytest.raises(UsageError, match=says):
             flowtrain(folder, "score", "ckpt=run", "input=rows.csv", word)
     assert not (folder / "run/score").exists()
 
@@ -256,7 +272,7 @@ def test_a_class_is_given_by_its_label(tmp_path):
     one, other = (likelihoods(run_dir, tmp_path, input="digits.npy", label=label) for label in (0, 3))
     assert np.abs(one - other).max() > 1e-3
     for keys in ({}, {"label": 10}):
-        with pytest.raises(Refused, match="give the class, 0 to 9"):
+        with pytest.raises(UsageError, match="give the class, 0 to 9"):
             scored(run_dir, tmp_path, input="digits.npy", **keys)
 
 
@@ -274,7 +290,7 @@ def test_groups_do_not_depend_on_how_a_file_is_read(tmp_path, monkeypatch, block
     assert [group.first for group in source.groups(0, 3)] == [0, 768]
 
 
-def test_pictures_are_dealt_out_and_whole_groups_may_be_bad(tmp_path, monkeypatch):
+def test_images_are_dealt_out_and_whole_groups_may_be_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "GROUP", 2)
     for name in "abcdefg":
         (tmp_path / f"{name}.png").write_bytes(b"nothing")
@@ -283,7 +299,7 @@ def test_pictures_are_dealt_out_and_whole_groups_may_be_bad(tmp_path, monkeypatc
     for world in (1, 2):
         groups = []
         for rank in range(world):
-            source = inputs.PictureFiles(tmp_path, (1, 4, 4), on_bad="skip")
+            source = inputs.ImageFiles(tmp_path, (1, 4, 4), on_bad="skip")
             groups += source.groups(rank, world)
         groups.sort(key=lambda group: group.first)
         names = [[name[0] for name in group.names] for group in groups]

@@ -1,4 +1,4 @@
-"""Rational-quadratic splines: other people's code, hostile parameters, gradients; the model of pictures made of them."""
+"""Rational-quadratic splines: other people's code, hostile parameters, gradients; the model of images made of them."""
 
 import math
 
@@ -141,16 +141,24 @@ def test_in_the_middle_of_a_bin_the_inverse_has_its_gradient(spline):
     assert torch.autograd.gradcheck(spline.inverse, (y, theta))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"bins": 1}, {"bound": 0.0}, {"min_width": 0.0}, {"min_height": 0.125}, {"min_derivative": 1.0},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bins": 1},
+        {"bound": 0.0},
+        {"min_width": 0.0},
+        {"min_height": 0.125},
+        {"min_derivative": 1.0},
+    ],
+    ids=str,
+)
 def test_refusals_name_the_argument(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
         b.RationalQuadratic((1,), **wrong)
 
 
 @pytest.mark.parametrize(("scales", "channels"), [("single", [4, 16]), ("multi", [4, 8])])
-def test_neural_spline_flow_of_pictures(scales, channels):
+def test_neural_spline_flow_of_images(scales, channels):
     small = ["model.levels=2", "model.steps=1", "model.hidden=4"]
     flow = flow_of("model=nsf_image", f"scales={scales}", "dataset=synthetic", "dataset.shape=[1,8,8]", *small)
     couplings = [layer for layer in flow.modules() if isinstance(layer, b.Coupling)]

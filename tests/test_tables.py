@@ -17,13 +17,14 @@ from PIL import Image
 from test_data import one_line
 
 from flowtrain import bijections as b
-from flowtrain import data, globalbatch, tablefile
-from flowtrain.commandline import one_line as explained
-from flowtrain.config import plain
-from flowtrain.data import frames, tabular
+from flowtrain import data
+from flowtrain.cli.overrides import one_line as explained
+from flowtrain.config.compose import plain
+from flowtrain.data import frames, tablefile, tabular
 from flowtrain.data.columns import Column, Columns, moments
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
+from flowtrain.runtime import globalbatch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TABLES = (data.Power, data.Gas, data.Hepmass, data.Miniboone, data.BSDS300)
@@ -291,7 +292,7 @@ def whole(rows):
     return 256 * torch.cat((rows, -rows.sum(1, keepdim=True)), 1).numpy()
 
 
-def test_patches_are_the_picture_plus_noise_less_the_mean(tmp_path):
+def test_patches_are_the_image_plus_noise_less_the_mean(tmp_path):
     for i in range(3):
         save(ramp(20, 30, 3, 5), tmp_path / f"{i}.png")
     keys = {"path": str(tmp_path), "train_patches": 4000, "val_size": 1, "test_size": 1}
@@ -300,7 +301,7 @@ def test_patches_are_the_picture_plus_noise_less_the_mean(tmp_path):
     noise = whole(split.data) - (ramp(8, 8, 3, 5).reshape(64) - ramp(8, 8, 3, 5).mean())
     assert np.abs(noise).max() < 1
     assert abs(noise.std() - np.sqrt(63 / 64 / 12)) < 2e-3
-    assert "not equal to" in split.description and "1 pictures" in split.description
+    assert "not equal to" in split.description and "1 images" in split.description
     assert torch.equal(split.data, data.Patches(**keys).split("train").data)
     assert not torch.equal(split.data, data.Patches(**keys, split_seed=1).split("train").data)
     np.testing.assert_allclose(split.columns.std, split.data.double().std(0, correction=0), rtol=1e-6)
@@ -320,12 +321,12 @@ def test_patches_come_from_every_place_alike(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folders", "archives"])
-def test_patches_of_own_test_pictures(tmp_path, kind):
+def test_patches_of_own_test_images(tmp_path, kind):
     for part, slopes in (("train", (0, 4)), ("test", (4, 0))):
         save(ramp(12, 12, *slopes), tmp_path / part / "a.png")
         if kind == "archives":
             with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
-                archive.add(tmp_path / part / "a.png", "pictures/a.png")
+                archive.add(tmp_path / part / "a.png", "images/a.png")
             (tmp_path / part / "a.png").unlink()
             (tmp_path / part).rmdir()
     dataset = data.Patches(path=str(tmp_path), train_patches=30, val_patches=20, test_patches=10)
@@ -336,42 +337,42 @@ def test_patches_of_own_test_pictures(tmp_path, kind):
     assert not torch.equal(dataset.split("train").data[:20], dataset.split("val").data)
 
 
-def test_patches_where_the_pictures_are_cut(tmp_path):
+def test_patches_where_the_images_are_cut(tmp_path):
     for i in range(10):
         save(ramp(10, 10, 2 * i + 1, 0), tmp_path / f"{i}.png")
     dataset = data.Patches(
         path=str(tmp_path), val_size=2, test_size=0.2, train_patches=600, val_patches=200, test_patches=200
     )
     seen = []
-    for name, pictures in (("train", 6), ("val", 2), ("test", 2)):
+    for name, images in (("train", 6), ("val", 2), ("test", 2)):
         patches = whole(dataset.split(name).data).reshape(-1, 8, 8)
         slopes = Counter(np.rint((patches[:, 7] - patches[:, 0]).mean(1) / 7).astype(int).tolist())
-        assert len(slopes) == pictures and min(slopes.values()) > 50
+        assert len(slopes) == images and min(slopes.values()) > 50
         seen += slopes
     assert sorted(seen) == list(range(1, 20, 2))
 
 
-def test_pictures_that_patches_cannot_be_drawn_from(tmp_path, caplog):
+def test_images_that_patches_cannot_be_drawn_from(tmp_path, caplog):
     one_line(lambda: data.Patches().split("train"), "dataset=bsds_patches", "dataset.path=FOLDER")
     one_line(lambda: data.Patches(path=str(tmp_path / "none")).split("train"), "does not exist")
-    one_line(lambda: data.Patches(path=str(tmp_path)).split("train"), "no pictures")
+    one_line(lambda: data.Patches(path=str(tmp_path)).split("train"), "no images")
     one_line(lambda: data.Patches(train_patches=0), "dataset.train_patches=0", "at least 1")
     one_line(lambda: data.Patches(val_patches=1.5), "dataset.val_patches=1.5", "whole number")
     for i in range(6):
         save(ramp(10, 10, i, 0), tmp_path / f"{i}.png")
     save(ramp(7, 30, 1, 1), tmp_path / "small.png")
-    (tmp_path / "bad.png").write_text("not a picture")
+    (tmp_path / "bad.png").write_text("not an image")
     keys = {"path": str(tmp_path), "val_size": 1, "test_size": 1, "train_patches": 600, "split_seed": 1}
-    one_line(lambda: data.Patches(**keys).split("train"), "cannot read the picture", "skip", error=FlowtrainError)
+    one_line(lambda: data.Patches(**keys).split("train"), "cannot read the image", "skip", error=FlowtrainError)
     split = data.Patches(**keys, on_bad="skip").split("train")
-    assert 350 < len(split) < 450 and "4 pictures" in split.description
+    assert 350 < len(split) < 450 and "4 images" in split.description
     assert sum("cannot read" in record.message for record in caplog.records) == 1
 
 
 def test_genuine_patches():
     dataset = data.Patches(path=str(genuine("bsds300_images")), train_patches=20_000, test_patches=5_000)
     train, test = dataset.split("train"), dataset.split("test")
-    assert "200 pictures" in train.description and "100 pictures" in test.description
+    assert "200 images" in train.description and "100 images" in test.description
     for split in (train, test):
         patches = whole(split.data).reshape(-1, 8, 8) / 256
         assert np.abs(patches.mean((1, 2))).max() < 1e-6 and 0.08 < patches.std() < 0.13
@@ -426,9 +427,7 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
     for name, split in parts.items():
         chosen = frame.iloc[rows[name]]
         assert split.data.dtype == split.context.dtype == torch.float32
-        codes = np.stack(
-            (chosen["income"], chosen["children"], chosen["time"] - offset, chosen["married"]), 1
-        )
+        codes = np.stack((chosen["income"], chosen["children"], chosen["time"] - offset, chosen["married"]), 1)
         np.testing.assert_array_equal(split.data.numpy(), codes.astype(np.float32))
         age = (chosen["age"] - train["age"].mean()) / train["age"].std(ddof=0)
         colours = [chosen["colour"] == colour for colour in ("blue", "green", "red")]
@@ -569,9 +568,13 @@ def csv(text, rows=40):
         ("", {}, ("no first line that names",)),
         ("a,b\n" + "1,2020-02-03\n" * 20, {}, ("column 'b' holds date32",)),
         ("a,b\n" + "".join(f"{i},id{i}\n" for i in range(1500)), {}, ("column 'b'", "1,000 different texts")),
-        ("a;b\n" + "".join(f"{i};{i},5\n" for i in range(40)), {}, ("column 'b', row 1", "'0,5' is a number in a form")),
+        (
+            "a;b\n" + "".join(f"{i};{i},5\n" for i in range(40)),
+            {},
+            ("column 'b', row 1", "'0,5' is a number in a form"),
+        ),
         ("a\tb\n" + "".join(f"{i}\t{i}.5 %\n" for i in range(40)), {}, ("'0.5 %' is a number in a form",)),
-        ('a,b\n' + "".join(f'{i},"{i},000"\n' for i in range(40)), {}, ("'0,000' is a number in a form",)),
+        ("a,b\n" + "".join(f'{i},"{i},000"\n' for i in range(40)), {}, ("'0,000' is a number in a form",)),
         ('a,"b\nc"\n' + "1,2\n3,4\n" * 20, {}, ("name of a column holds a line break",)),
     ],
 )
@@ -592,7 +595,7 @@ def test_files_that_are_no_tables(tmp_path):
     one_line(lambda: data.Table().split("train"), "dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "t.csv: no such file")
     one_line(lambda: data.Table(path=str(tmp_path / "t.xls")).split("train"), ".csv, .npy, .parquet")
-    one_line(lambda: data.Table(path="t.csv", bits=5), "dataset.bits=5", "only pictures")
+    one_line(lambda: data.Table(path="t.csv", bits=5), "dataset.bits=5", "only images")
     one_line(lambda: data.Power(context=["a"]), "dataset.context=['a']", "nothing to be conditional on")
     (tmp_path / "t.parquet").write_text("nothing")
     one_line(lambda: data.Table(path=str(tmp_path / "t.parquet")).split("train"), "cannot read", error=FlowtrainError)
@@ -707,7 +710,7 @@ def test_a_table_that_cannot_be_is_refused_when_composed(tmp_path, frame, monkey
     with pytest.raises(OmegaConfBaseException) as caught:
         dataset_of(*overrides)
     refused = explained(caught.value)
-    assert isinstance(refused, Refused) and says in str(refused)
+    assert isinstance(refused, UsageError) and says in str(refused)
 
 
 def test_categories_are_counted_once(tmp_path, frame, monkeypatch):

@@ -1,4 +1,4 @@
-"""Points in the plane: six toys, and a picture as a density."""
+"""Points in the plane: six toys, and an image as a density."""
 
 import numpy as np
 import pytest
@@ -114,12 +114,12 @@ def test_what_a_toy_refuses():
     one_line(lambda: data.Moons(rows="many"), "dataset.rows=many", "whole number")
     one_line(lambda: data.Moons(path="here"), "dataset.path=here", "moons")
     one_line(lambda: data.Moons(shape=[3]), "dataset.shape=[3]", "[2]")
-    one_line(lambda: data.Moons(flip=True), "dataset.flip=True", "only pictures")
+    one_line(lambda: data.Moons(flip=True), "dataset.flip=True", "only images")
     one_line(lambda: data.Moons(rows=20, val_size=10, test_size=10).split("val"), "20 examples")
     assert data.Moons(flip=False, shift=0).augment is None
 
 
-# ------------------------------------------------------------------ a picture
+# ------------------------------------------------------------------ an image
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def grey(tmp_path):
 
 
 @pytest.mark.parametrize("invert", [False, True])
-def test_a_picture_is_a_density(grey, invert):
+def test_a_image_is_a_density(grey, invert):
     pixels, path = grey
-    split = data.Picture(path=path, rows=60_000, invert=invert).split("train")
+    split = data.ImageDensity(path=path, rows=60_000, invert=invert).split("train")
     x = split.data.numpy()
     side = 8 / 3  # of a pixel: the longer side spans 8
     assert np.abs(x[:, 0]).max() <= 4 and np.abs(x[:, 1]).max() <= side
@@ -141,7 +141,7 @@ def test_a_picture_is_a_density(grey, invert):
     weight /= weight.sum()
     counts = np.zeros((2, 3))
     np.add.at(counts, (row.clip(0, 1), column.clip(0, 2)), 1)
-    np.testing.assert_allclose(counts / len(x), weight, atol=0.01)  # the top row of the picture is on top
+    np.testing.assert_allclose(counts / len(x), weight, atol=0.01)  # the top row of the image is on top
     inside = x[(row == 1) & (column == 1)]
     np.testing.assert_allclose(inside.mean(0), [0, -side / 2], atol=0.05)
     np.testing.assert_allclose(inside.std(0), side / np.sqrt(12), atol=0.05)
@@ -149,18 +149,20 @@ def test_a_picture_is_a_density(grey, invert):
     assert f"{best:.4f} nats" in split.description and path in split.description
 
 
-def test_colours_and_tall_pictures(tmp_path):
+def test_colours_and_tall_images(tmp_path):
     Image.new("RGB", (10, 40), (200, 30, 90)).save(tmp_path / "tall.png")
-    x = data.Picture(path=str(tmp_path / "tall.png"), rows=5000).split("train").data
+    x = data.ImageDensity(path=str(tmp_path / "tall.png"), rows=5000).split("train").data
     assert 3.9 < x[:, 1].abs().max() <= 4 and 0.95 < x[:, 0].abs().max() <= 1
 
 
-def test_pictures_that_are_no_density(tmp_path):
-    one_line(lambda: data.Picture().split("train"), "dataset=picture needs dataset.path=FILE")
-    one_line(lambda: data.Picture(path=str(tmp_path / "none.png")).split("train"), "no such picture")
-    one_line(lambda: data.Picture(path="a.png", invert=1), "dataset.invert=1", "true or false")
+def test_images_that_are_no_density(tmp_path):
+    one_line(lambda: data.ImageDensity().split("train"), "dataset=picture needs dataset.path=FILE")
+    one_line(lambda: data.ImageDensity(path=str(tmp_path / "none.png")).split("train"), "no such image")
+    one_line(lambda: data.ImageDensity(path="a.png", invert=1), "dataset.invert=1", "true or false")
     (tmp_path / "bad.png").write_text("text")
-    one_line(lambda: data.Picture(path=str(tmp_path / "bad.png")).split("train"), "cannot read", error=FlowtrainError)
+    one_line(
+        lambda: data.ImageDensity(path=str(tmp_path / "bad.png")).split("train"), "cannot read", error=FlowtrainError
+    )
     Image.new("L", (5, 5)).save(tmp_path / "black.png")
-    one_line(lambda: data.Picture(path=str(tmp_path / "black.png")).split("train"), "black all over")
-    assert len(data.Picture(path=str(tmp_path / "black.png"), invert=True, rows=20).split("train")) == 16
+    one_line(lambda: data.ImageDensity(path=str(tmp_path / "black.png")).split("train"), "black all over")
+    assert len(data.ImageDensity(path=str(tmp_path / "black.png"), invert=True, rows=20).split("train")) == 16

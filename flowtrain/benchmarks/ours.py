@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.assemble import build_flow
 from flowtrain.bijections import Autoregressive, Coupling
-from flowtrain.config import build, compose
+from flowtrain.config.build import build, build_flow
+from flowtrain.config.compose import compose
 from flowtrain.engine.audit import unsettle
 from flowtrain.flow import Flow
 
 # that of all variants, fused as the trainer has it; hardly learning, so that weights stay put
 OPTIMIZER = ("optimizer=adam", "optimizer.lr=1e-6", "+optimizer.fused=true")
 VECTOR = ("dataset=miniboone", "model.flow.bijection.layers.preprocess=null", *OPTIMIZER)
-PICTURE = ("dataset=synthetic", "model=glow", "model.dropout=0", *OPTIMIZER)
+IMAGE = ("dataset=synthetic", "model=glow", "model.dropout=0", *OPTIMIZER)
 BINS = 8
 
 
@@ -45,44 +45,72 @@ class Encoded(nn.Module):
 def maf(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
     """Autoregressive affine layers, each of a network of two hidden layers, the order turned after each."""
     return (
-        "model=maf", *VECTOR, f"dataset.shape=[{dimensions}]", f"model.steps={steps}", f"model.hidden={hidden}",
-        "model.depth=2", "model.step.layers.norm=null",
-    )  # fmt: skip
+        "model=maf",
+        *VECTOR,
+        f"dataset.shape=[{dimensions}]",
+        f"model.steps={steps}",
+        f"model.hidden={hidden}",
+        "model.depth=2",
+        "model.step.layers.norm=null",
+    )
 
 
 def nsf_autoregressive(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
     """Autoregressive splines of networks of two residual blocks, the order turned before each and at the end."""
     return (
-        "model=nsf_autoregressive", "mixing=reverse", *VECTOR, f"dataset.shape=[{dimensions}]",
-        f"model.steps={steps}", f"model.hidden={hidden}", "model.blocks=2", f"univariate.bins={BINS}",
-    )  # fmt: skip
+        "model=nsf_autoregressive",
+        "mixing=reverse",
+        *VECTOR,
+        f"dataset.shape=[{dimensions}]",
+        f"model.steps={steps}",
+        f"model.hidden={hidden}",
+        "model.blocks=2",
+        f"univariate.bins={BINS}",
+    )
 
 
 def nsf_coupling(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
     """Couplings of splines on even and odd dimensions in turn, of networks of two residual blocks."""
     return (
-        "model=nsf_coupling", *VECTOR, f"dataset.shape=[{dimensions}]", f"model.pairs={steps // 2}",
-        f"model.hidden={hidden}", "model.blocks=2", f"univariate.bins={BINS}", "model.even.seen=null",
-        "model.odd.seen=null", "model.pair.layers.mixing_even=null", "model.pair.layers.mixing_odd=null",
+        "model=nsf_coupling",
+        *VECTOR,
+        f"dataset.shape=[{dimensions}]",
+        f"model.pairs={steps // 2}",
+        f"model.hidden={hidden}",
+        "model.blocks=2",
+        f"univariate.bins={BINS}",
+        "model.even.unconditional=null",
+        "model.odd.unconditional=null",
+        "model.pair.layers.mixing_even=null",
+        "model.pair.layers.mixing_odd=null",
         "model.flow.bijection.layers.mixing=null",
-    )  # fmt: skip
+    )
 
 
 def glow(side: int, hidden: int, levels: int, steps: int) -> tuple[str, ...]:
     """Actnorm, 1×1 convolution and affine coupling of plain convolutions, on real numbers."""
     return (
-        *PICTURE, f"dataset.image_size={side}", f"model.levels={levels}", f"model.steps={steps}",
-        f"model.hidden={hidden}", "model.net.norm=null", "model.exit=null", "model.last.layers.top=null",
+        *IMAGE,
+        f"dataset.image_size={side}",
+        f"model.levels={levels}",
+        f"model.steps={steps}",
+        f"model.hidden={hidden}",
+        "model.net.norm=null",
+        "model.exit=null",
+        "model.last.layers.top=null",
         "model.flow.bijection.layers.preprocess=null",
-    )  # fmt: skip
+    )
 
 
 def shipped_glow(side: int, hidden: int, levels: int, steps: int) -> tuple[str, ...]:
     """Glow as conf/ has it: with dequantization, learned priors and actnorms inside its networks."""
     return (
-        *PICTURE, f"dataset.image_size={side}", f"model.levels={levels}", f"model.steps={steps}",
+        *IMAGE,
+        f"dataset.image_size={side}",
+        f"model.levels={levels}",
+        f"model.steps={steps}",
         f"model.hidden={hidden}",
-    )  # fmt: skip
+    )
 
 
 def started(overrides: tuple[str, ...], x: Tensor, seed: int) -> Flow:
@@ -140,9 +168,12 @@ class BareLevels(nn.Module):
 def bare_maf(dimensions: int, hidden: int, steps: int) -> Bare:
     def net():
         return nn.Sequential(
-            nn.Linear(dimensions, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(dimensions, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
             nn.Linear(hidden, 2 * dimensions),
-        )  # fmt: skip
+        )
 
     return Bare((net() for _ in range(steps)), 2)
 
@@ -174,9 +205,12 @@ def bare_nsf_coupling(dimensions: int, hidden: int, steps: int) -> Bare:
 def convolutions(inputs: int, hidden: int, out: int) -> nn.Sequential:
     """Glow's conditioner of plain layers."""
     return nn.Sequential(
-        nn.Conv2d(inputs, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
+        nn.Conv2d(inputs, hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, hidden, 1),
+        nn.ReLU(),
         nn.Conv2d(hidden, out, 3, padding=1),
-    )  # fmt: skip
+    )
 
 
 def bare_glow(side: int, hidden: int, levels: int, steps: int) -> BareLevels:

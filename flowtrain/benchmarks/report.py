@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 
 HEAD = ("work", "measured", "to", "ratio", "reach", "reached")
 
@@ -59,11 +59,11 @@ def markdown(report: dict) -> str:
 
 
 def need_plots() -> None:
-    """Raises Refused: matplotlib is not installed."""
+    """Raises UsageError: matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise Refused("a plot needs matplotlib: pip install 'flowtrain[plots]', or plot=false") from error
+        raise UsageError("a plot needs matplotlib: pip install 'flowtrain[plots]', or plot=false") from error
 
 
 def plot(rows: list[dict], path: Path) -> None:

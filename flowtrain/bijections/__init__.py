@@ -1,7 +1,7 @@
 """The layers that flows are made of. Everything in ``__all__`` can be named in YAML."""
 
 from flowtrain.bijections.autoregressive import Autoregressive
-from flowtrain.bijections.base import Bijection, Chain, Inverse
+from flowtrain.bijections.bijection import Bijection, Chain, Inverse
 from flowtrain.bijections.columns import DequantizeColumns, Standardize
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
@@ -16,9 +16,41 @@ from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
 
 __all__ = [
-    "ActNorm", "Additive", "Alternate", "Autoregressive", "BatchNorm", "Bijection", "Center", "Chain",
-    "Checkerboard", "Conditional", "Continuous", "Coupling", "DenseLinear", "Dequantize", "DequantizeColumns",
-    "DiagonalFirst", "Elementwise", "ExpAffine", "Flatten", "Halves", "Inverse", "LULinear", "Logit",
-    "MixtureLogistic", "MixtureNormal", "MultiScale", "Permutation", "PiecewiseLinear", "RationalQuadratic",
-    "Reverse", "Scale", "Shuffle", "SigmoidAffine", "Squeeze", "Standardize", "TanhAffine", "Unsqueeze",
-]  # fmt: skip
+    "ActNorm",
+    "Additive",
+    "Alternate",
+    "Autoregressive",
+    "BatchNorm",
+    "Bijection",
+    "Center",
+    "Chain",
+    "Checkerboard",
+    "Conditional",
+    "Continuous",
+    "Coupling",
+    "DenseLinear",
+    "Dequantize",
+    "DequantizeColumns",
+    "DiagonalFirst",
+    "Elementwise",
+    "ExpAffine",
+    "Flatten",
+    "Halves",
+    "Inverse",
+    "LULinear",
+    "Logit",
+    "MixtureLogistic",
+    "MixtureNormal",
+    "MultiScale",
+    "Permutation",
+    "PiecewiseLinear",
+    "RationalQuadratic",
+    "Reverse",
+    "Scale",
+    "Shuffle",
+    "SigmoidAffine",
+    "Squeeze",
+    "Standardize",
+    "TanhAffine",
+    "Unsqueeze",
+]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from flowtrain.bijections.base import Bijection, Inverse, full_precision, sum_event
+from flowtrain.bijections.bijection import Bijection, Inverse, full_precision, sum_event
 from flowtrain.bijections.univariate import Univariate
 
 

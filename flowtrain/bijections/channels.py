@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowtrain import fusion
-from flowtrain.bijections.base import Bijection, constant_log_det, full_precision
+from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
+from flowtrain.runtime import fusion
 
 
 class ChannelAffine(Bijection):

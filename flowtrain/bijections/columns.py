@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flowtrain import globalbatch
-from flowtrain.bijections.base import Bijection, constant_log_det, full_precision, zero_log_det
+from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision, zero_log_det
+from flowtrain.runtime import globalbatch
 
 
 class _Fitted(Bijection):

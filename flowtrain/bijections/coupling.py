@@ -1,4 +1,4 @@
-"""Coupling: one part of an event sets the map of the other; and the ways of parting it."""
+"""Coupling layers, and the partitions of an event that they work on."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, full_precision, size, sum_event
+from flowtrain.bijections.bijection import Bijection, full_precision, size, sum_event
 from flowtrain.bijections.univariate import Univariate, per_element
 
 
 class Partition(nn.Module):
-    """Who sees and who moves. ``seen_shape`` is what the conditioner gets, ``moved_shape`` what its map acts on."""
+    """Splits an event into a conditioning part and a transformed part."""
 
-    seen_shape: tuple
-    moved_shape: tuple
+    conditioning_shape: tuple
+    transformed_shape: tuple
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> seen, moved."""
+        """x -> (conditioning part, transformed part)."""
         raise NotImplementedError
 
-    def merge(self, seen: Tensor, moved: Tensor) -> Tensor:
-        """Of both parts one event again."""
+    def merge(self, conditioning: Tensor, transformed: Tensor) -> Tensor:
+        """The inverse of :meth:`split`."""
         raise NotImplementedError
 
     def count(self, log_derivative: Tensor) -> Tensor:
-        """The log-determinant (B,) from the log-derivative of every moved element."""
+        """The log-determinant (B,) from the log-derivatives of the transformed part."""
         return sum_event(log_derivative)
 
 
 class Halves(Partition):
-    """Halves of the channels: the first sees and the second moves, or with ``swap`` the other way."""
+    """Halves of the channels: the first conditions and the second is transformed; ``swap`` exchanges them."""
 
     def __init__(self, shape, swap: bool = False):
         super().__init__()
@@ -40,18 +40,18 @@ class Halves(Partition):
             raise ValueError(f"a shape of {list(shape)} has no two halves of channels; squeeze it first")
         self.swap, self.first = swap, channels // 2
         first, second = (self.first, *rest), (channels - self.first, *rest)
-        self.seen_shape, self.moved_shape = (second, first) if swap else (first, second)
+        self.conditioning_shape, self.transformed_shape = (second, first) if swap else (first, second)
 
     def split(self, x):
         first, second = x.split([self.first, x.shape[1] - self.first], 1)
         return (second, first) if self.swap else (first, second)
 
-    def merge(self, seen, moved):
-        return torch.cat((moved, seen) if self.swap else (seen, moved), 1)
+    def merge(self, conditioning, transformed):
+        return torch.cat((transformed, conditioning) if self.swap else (conditioning, transformed), 1)
 
 
 class Alternate(Partition):
-    """Every second channel (of a vector: dimension) moves, from number ``first`` on (NICE's partition)."""
+    """Transforms every second channel (of a vector: dimension), from number ``first`` on (NICE's partition)."""
 
     def __init__(self, shape, first: int = 0):
         super().__init__()
@@ -61,52 +61,60 @@ class Alternate(Partition):
         if first not in (0, 1):
             raise ValueError(f"first={first} must be 0 or 1")
         self.first = first
-        moved = len(range(first, channels, 2))
-        self.seen_shape, self.moved_shape = (channels - moved, *rest), (moved, *rest)
+        transformed = len(range(first, channels, 2))
+        self.conditioning_shape, self.transformed_shape = (channels - transformed, *rest), (transformed, *rest)
 
     def split(self, x):
         return x[:, 1 - self.first :: 2], x[:, self.first :: 2]
 
-    def merge(self, seen, moved):
-        out = moved.new_empty(len(moved), seen.shape[1] + moved.shape[1], *moved.shape[2:])
-        out[:, 1 - self.first :: 2], out[:, self.first :: 2] = seen, moved
+    def merge(self, conditioning, transformed):
+        out = transformed.new_empty(
+            len(transformed), conditioning.shape[1] + transformed.shape[1], *transformed.shape[2:]
+        )
+        out[:, 1 - self.first :: 2], out[:, self.first :: 2] = conditioning, transformed
         return out
 
 
 class Checkerboard(Partition):
-    """Pixels of one colour of a checkerboard see, those of the other move (Dinh et al. 2017, section 3.4).
+    """Pixels of one colour of a checkerboard condition, those of the other are transformed (Dinh et al. 2017, 3.4).
 
-    The conditioner works on the whole picture with the moving pixels at 0. ``colour`` 0 moves the pixels whose row
-    and column sum to an odd number, so that the top-left one is seen first, as in the reference code.
+    The conditioner works on the whole image with the transformed pixels set to 0. ``colour`` 0 transforms the pixels
+    whose row and column sum to an odd number, so the top-left pixel conditions first, as in the reference code.
     """
 
     def __init__(self, shape, colour: int = 0):
         super().__init__()
         if len(shape) != 3:
-            raise ValueError(f"a checkerboard needs pictures (channels, height, width), not {list(shape)}")
+            raise ValueError(f"a checkerboard needs images (channels, height, width), not {list(shape)}")
         if colour not in (0, 1):
             raise ValueError(f"colour={colour} must be 0 or 1")
         _, height, width = shape
         row, column = torch.arange(height)[:, None], torch.arange(width)
-        self.register_buffer("moves", (row + column + colour) % 2 == 1, persistent=False)
-        self.seen_shape = self.moved_shape = tuple(shape)
+        self.register_buffer("transforms", (row + column + colour) % 2 == 1, persistent=False)
+        self.conditioning_shape = self.transformed_shape = tuple(shape)
 
     def split(self, x):
-        return x.masked_fill(self.moves, 0), x
+        return x.masked_fill(self.transforms, 0), x
 
-    def merge(self, seen, moved):
-        return torch.where(self.moves, moved, seen)
+    def merge(self, conditioning, transformed):
+        return torch.where(self.transforms, transformed, conditioning)
 
     def count(self, log_derivative):
-        return sum_event(log_derivative.masked_fill(~self.moves, 0))
+        return sum_event(log_derivative.masked_fill(~self.transforms, 0))
 
 
 class Coupling(Bijection):
-    """z_seen = x_seen, z_moved = τ(x_moved; net(x_seen)) (Dinh et al. 2015, 2017).
+    """Maps one part of an event with parameters that a network computes from the other (Dinh et al. 2015, 2017).
 
-    ``univariate`` is called with the moved shape, ``net`` as ``net(shape=seen, out=channels, context_shape=…)`` and
-    maps ``(B, *seen)`` to ``(B, out, …)``. ``seen``, where given, builds a bijection of the seen shape that maps that
-    part too, once it has been seen: z_seen = seen(x_seen) (Durkan et al. 2019, appendix B.1).
+    With x = (a, b) split by ``partition``, z = (a, τ(b; net(a))), where a is the conditioning part.
+
+    Args:
+        univariate: factory of τ, called with the transformed part's shape.
+        net: factory ``net(shape=…, out=…, context_shape=…)`` of the conditioner: (B, *conditioning_shape) to
+            (B, out, …).
+        partition: factory of the split.
+        unconditional: factory of a bijection that maps the conditioning part too, after the conditioner has read it
+            (Durkan et al. 2019, appendix B.1); None leaves it as it is.
     """
 
     def __init__(
@@ -115,63 +123,69 @@ class Coupling(Bijection):
         univariate: Callable[..., Univariate],
         net: Callable[..., nn.Module],
         partition: Callable[..., Partition] = Halves,
-        seen: Callable[..., Bijection] | None = None,
+        unconditional: Callable[..., Bijection] | None = None,
         context_shape=None,
     ):
         super().__init__(shape, context_shape)
         self.partition = partition(shape=self.shape)
-        moved = self.partition.moved_shape
-        self.univariate = univariate(shape=moved)
+        transformed = self.partition.transformed_shape
+        self.univariate = univariate(shape=transformed)
         self.net = net(
-            shape=self.partition.seen_shape, out=moved[0] * self.univariate.params, context_shape=context_shape
+            shape=self.partition.conditioning_shape,
+            out=transformed[0] * self.univariate.params,
+            context_shape=context_shape,
         )
-        if seen is not None and size(self.partition.seen_shape) + size(moved) > size(self.shape):
-            raise ValueError(f"seen: {type(self.partition).__name__} gives the conditioner what moves too, at 0")
-        self.seen = seen and seen(shape=self.partition.seen_shape, context_shape=context_shape)
+        if unconditional is not None and size(self.partition.conditioning_shape) + size(transformed) > size(self.shape):
+            raise ValueError(
+                f"unconditional: {type(self.partition).__name__} conditions on the whole event: no part is left"
+            )
+        self.unconditional = unconditional and unconditional(
+            shape=self.partition.conditioning_shape, context_shape=context_shape
+        )
 
     def forward(self, x, context=None):
-        seen, moved = self.partition.split(x)
-        moved, log_det = self._map(self.univariate, moved, self._theta(seen, context))
-        if self.seen is not None:
-            seen, log_det_seen = self.seen(seen, context)
-            log_det = log_det + log_det_seen
-        return self.partition.merge(seen, moved), log_det
+        conditioning, transformed = self.partition.split(x)
+        transformed, log_det = self._map(self.univariate, transformed, self._theta(conditioning, context))
+        if self.unconditional is not None:
+            conditioning, unconditional_log_det = self.unconditional(conditioning, context)
+            log_det = log_det + unconditional_log_det
+        return self.partition.merge(conditioning, transformed), log_det
 
     def inverse(self, z, context=None):
-        seen, moved = self.partition.split(z)
-        log_det_seen = 0
-        if self.seen is not None:
-            seen, log_det_seen = self.seen.inverse(seen, context)
-        moved, log_det = self._map(self.univariate.inverse, moved, self._theta(seen, context))
-        return self.partition.merge(seen, moved), log_det + log_det_seen
+        conditioning, transformed = self.partition.split(z)
+        unconditional_log_det = 0
+        if self.unconditional is not None:
+            conditioning, unconditional_log_det = self.unconditional.inverse(conditioning, context)
+        transformed, log_det = self._map(self.univariate.inverse, transformed, self._theta(conditioning, context))
+        return self.partition.merge(conditioning, transformed), log_det + unconditional_log_det
 
     def clues(self, x):
-        seen, moved = self.partition.split(x)
-        return (seen,) if self.univariate.smooth else (seen, moved)
+        conditioning, transformed = self.partition.split(x)
+        return (conditioning,) if self.univariate.smooth else (conditioning, transformed)
 
     def retrace(self, z, context=None, mend=lambda clue: clue):
         """With one evaluation of the network."""
         with torch.no_grad():
-            seen, moved = self.partition.split(z)
-            if self.seen is not None:
-                seen, _ = self.seen.inverse(seen, context)
-            leaf = self.partition.merge(mend(seen), torch.zeros_like(moved))
-        seen, unknown = self.partition.split(leaf.requires_grad_())
-        theta = self._theta(seen, context)
+            conditioning, transformed = self.partition.split(z)
+            if self.unconditional is not None:
+                conditioning, _ = self.unconditional.inverse(conditioning, context)
+            leaf = self.partition.merge(mend(conditioning), torch.zeros_like(transformed))
+        conditioning, unknown = self.partition.split(leaf.requires_grad_())
+        theta = self._theta(conditioning, context)
         with torch.no_grad():
-            moved = mend(self._map(self.univariate.inverse, moved, theta)[0])
-            x = self.partition.merge(seen, moved)
-            known = self.partition.split(x)[1] - unknown  # what moved, found after the network had seen the rest
-        moved, log_det = self._map(self.univariate, unknown + known, theta)
-        if self.seen is not None:
-            seen, log_det_seen = self.seen(seen, context)
-            log_det = log_det + log_det_seen
-        return x, leaf, self.partition.merge(seen, moved), log_det
+            transformed = mend(self._map(self.univariate.inverse, transformed, theta)[0])
+            x = self.partition.merge(conditioning, transformed)
+            known = self.partition.split(x)[1] - unknown  # the transformed part, found after the network has run
+        transformed, log_det = self._map(self.univariate, unknown + known, theta)
+        if self.unconditional is not None:
+            conditioning, unconditional_log_det = self.unconditional(conditioning, context)
+            log_det = log_det + unconditional_log_det
+        return x, leaf, self.partition.merge(conditioning, transformed), log_det
 
-    def _theta(self, seen, context):
-        return per_element(self.net(seen, context).to(seen.dtype), self.univariate.params)
+    def _theta(self, conditioning, context):
+        return per_element(self.net(conditioning, context).to(conditioning.dtype), self.univariate.params)
 
-    def _map(self, univariate, moved, theta):
-        with full_precision(moved):
-            moved, log_derivative = univariate(moved, theta)
-            return moved, self.partition.count(log_derivative)
+    def _map(self, univariate, transformed, theta):
+        with full_precision(transformed):
+            transformed, log_derivative = univariate(transformed, theta)
+            return transformed, self.partition.count(log_derivative)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from flowtrain.bijections.base import Bijection, full_precision, sum_event
+from flowtrain.bijections.bijection import Bijection, full_precision, sum_event
 from flowtrain.bijections.univariate import Univariate, per_element
 
 
 class Elementwise(Bijection):
     """Every element through ``univariate`` with learned parameters, zero at the start.
 
-    ``share`` lists the axes of the event along which parameters are shared: [1, 2] gives a picture one set for each
+    ``share`` lists the axes of the event along which parameters are shared: [1, 2] gives an image one set for each
     channel.
     """
 

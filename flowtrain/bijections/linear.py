@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.base import constant_log_det, full_precision, zero_log_det
+from flowtrain.bijections.bijection import constant_log_det, full_precision, zero_log_det
 from flowtrain.bijections.channels import ChannelAffine, inverse, mix_exactly, mixer
 
 
@@ -135,7 +135,7 @@ class LULinear(_Linear):
     def log_abs_det(self):
         return self.lu.diagonal().sum()
 
-    # a vector meets the factors one by one, which spares the product of two matrices and the inverse of one; a picture,
+    # a vector meets the factors one by one, which spares the product of two matrices and the inverse of one; an image,
     # with its many pixels, meets their product
 
     def forward(self, x, context=None):
@@ -202,15 +202,15 @@ class Shuffle(Permutation):
 
 
 class DiagonalFirst(Permutation):
-    """The channels of a squeezed picture by position: both diagonal ones, then both others.
+    """The channels of a squeezed image by position: both diagonal ones, then both others.
 
-    After it, the half of the channels that a multi-scale flow keeps is one colour of a checkerboard of the picture
+    After it, the half of the channels that a multi-scale flow keeps is one colour of a checkerboard of the image
     before the squeeze (Dinh et al. 2017, section 3.6, and its reference code).
     """
 
     def __init__(self, shape, context_shape=None):
         channels, odd = divmod(shape[0], 4)
         if odd:
-            raise ValueError(f"{shape[0]} channels are not those of a squeezed picture")
+            raise ValueError(f"{shape[0]} channels are not those of a squeezed image")
         order = [4 * channel + position for position in (0, 3, 1, 2) for channel in range(channels)]
         super().__init__(shape, order, context_shape)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from flowtrain import globalbatch
-from flowtrain.bijections.base import Bijection, Chain, Inverse, Memory, joined, through, zero_log_det
+from flowtrain.bijections.bijection import Bijection, Chain, Inverse, Memory, joined, through, zero_log_det
 from flowtrain.bijections.ode import continuous_layers
+from flowtrain.runtime import globalbatch
 
 
 class Checkpoint(Memory):
@@ -53,7 +53,7 @@ class Checkpoint(Memory):
         return checkpoint(_run, layers, x, context, total, use_reentrant=False, context_fn=_contexts)
 
     def way(self, layer: Bijection) -> str:
-        """"plain", or "repeated" from its input."""
+        """ "plain", or "repeated" from its input."""
         return "repeated" if layer.exact and not continuous_layers(layer) and not any(_divided(layer)) else "plain"
 
     def length(self, way: str) -> int:

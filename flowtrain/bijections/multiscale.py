@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from flowtrain.bijections.base import Bijection, built, size
+from flowtrain.bijections.bijection import Bijection, built, size
 
 
 class MultiScale(Bijection):

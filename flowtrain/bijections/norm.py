@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, constant_log_det, full_precision
+from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
 from flowtrain.bijections.channels import ChannelAffine
-from flowtrain.globalbatch import RunningMoments
+from flowtrain.runtime.globalbatch import RunningMoments
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:

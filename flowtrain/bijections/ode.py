@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flowtrain import globalbatch
-from flowtrain.bijections.base import Bijection, at_least_float32, full_precision, size, sum_event, zero_log_det
+from flowtrain.bijections.bijection import Bijection, at_least_float32, full_precision, size, sum_event, zero_log_det
+from flowtrain.runtime import globalbatch
 
 EXACT_LIMIT = 128  # dimensions up to which an evaluation should enter exact_trace: it costs a gradient for each of them
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")  # fehlberg2 misses its tolerance by a factor of 200
@@ -79,8 +79,8 @@ class Continuous(Bijection):
     """z = x(T) of dx/dt = f(t, x), x(0) = x, with log-determinant ∫ tr ∂f/∂x dt (Grathwohl et al. 2019, eq. 4).
 
     The trace is estimated as εᵀ(∂f/∂x)ε with one ε for each example and solve (eq. 8): unbiased for the
-    log-determinant, in training and evaluation. Within :func:`exact_trace` or with ``trace="exact"`` it is exact, at the
-    cost of a gradient for each dimension. State and trace come from one evaluation of the net for each stage of the
+    log-determinant, in training and evaluation. Within :func:`exact_trace` or with ``trace="exact"`` it is exact, at
+    the cost of a gradient for each dimension. State and trace come from one evaluation of the net for each stage of the
     solver.
 
     Args:
@@ -318,9 +318,13 @@ class _Attempt(torch.autograd.Function):
             except FloatingPointError as error:
                 ctx.reasons.append(str(error))
         each = iter(found)
-        return None, None, None, None, *[
-            next(each) if one is not None and one.requires_grad else None for one in ctx.sources
-        ]
+        return (
+            None,
+            None,
+            None,
+            None,
+            *[next(each) if one is not None and one.requires_grad else None for one in ctx.sources],
+        )
 
 
 class _Watch:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from flowtrain import globalbatch
-from flowtrain.bijections.base import Bijection, size, sum_event, zero_log_det
+from flowtrain.bijections.bijection import Bijection, size, sum_event, zero_log_det
+from flowtrain.runtime import globalbatch
 
 
 class Dequantize(Bijection):

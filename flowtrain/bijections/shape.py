@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection, size, zero_log_det
+from flowtrain.bijections.bijection import Bijection, size, zero_log_det
 
 
 def pixels_to_channels(x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class Squeeze(Bijection):
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
         if len(self.shape) != 3:
-            raise ValueError(f"a squeeze needs pictures (channels, height, width), not {list(self.shape)}")
+            raise ValueError(f"a squeeze needs images (channels, height, width), not {list(self.shape)}")
         channels, height, width = self.shape
         if height % 2 or width % 2:
             raise ValueError(f"sides of {height}×{width} cannot be halved; fewer levels are needed")
@@ -46,7 +46,7 @@ class Unsqueeze(Bijection):
         super().__init__(shape, context_shape)
         channels, odd = divmod(self.shape[0], 4)
         if odd:
-            raise ValueError(f"{self.shape[0]} channels are not those of a squeezed picture")
+            raise ValueError(f"{self.shape[0]} channels are not those of a squeezed image")
         self.out_shape = (channels, 2 * self.shape[1], 2 * self.shape[2])
 
     def forward(self, x, context=None):

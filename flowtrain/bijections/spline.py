@@ -131,9 +131,9 @@ class RationalQuadratic(Univariate):
             index = passed.sum(0)
         own, before = (shares * here).sum(1), (shares[:, :-1] * passed).sum(1)
         start, size = [], []
-        for share, least, before, own in zip(self.share, self.least, before, own):
-            start.append(share * before + (least * index - self.bound))
-            size.append(share * own + least)
+        for share, least, passed, inside in zip(self.share, self.least, before, own):
+            start.append(share * passed + (least * index - self.bound))
+            size.append(share * inside + least)
         # before the first and after the last inner knot the sum is 0, whose slope is 1
         slope = torch.stack([(slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)])
         slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.steepest)

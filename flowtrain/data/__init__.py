@@ -1,10 +1,10 @@
-"""Data: sets of pictures and of vectors, their splits, and loaders. They know nothing of flows."""
+"""Data: sets of images and of vectors, their splits, and loaders. They know nothing of flows."""
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.columns import Columns
-from flowtrain.data.density_picture import Picture
 from flowtrain.data.digits import Digits
 from flowtrain.data.folders import CelebA, CelebAHQ, ImageFolder
+from flowtrain.data.image_density import ImageDensity
 from flowtrain.data.imagenet import DownsampledImageNet
 from flowtrain.data.loader import Loader, ordered
 from flowtrain.data.maf_tables import BSDS300, Gas, Hepmass, Miniboone, Power
@@ -38,7 +38,7 @@ __all__ = [
     "Miniboone",
     "Moons",
     "Patches",
-    "Picture",
+    "ImageDensity",
     "Pinwheel",
     "Power",
     "Rings",

@@ -1,17 +1,18 @@
-"""Augmentation of training pictures: a batch at a time, on the device that holds them."""
+"""Augmentation of training images: a batch at a time, on the device that holds them."""
 
 import torch
 from torch import Tensor
 
-from flowtrain.data.order import generator, shard
+from flowtrain.data.order import shard
+from flowtrain.runtime.seeds import generator
 
 _STREAM = 1  # tells augmentation's random numbers from those of the order, which mix (seed, epoch)
 
 
 class Augment:
-    """Mirrors each picture with probability ½ (``flip``) and moves it by up to ``shift`` pixels each way.
+    """Mirrors each image with probability ½ (``flip``) and moves it by up to ``shift`` pixels each way.
 
-    A moved picture's border is replicated. What happens to a picture depends on the seed, the step and its place in
+    A moved image's border is replicated. What happens to an image depends on the seed, the step and its place in
     the global batch alone: the numbers are drawn for the global batch and sliced.
     """
 
@@ -19,7 +20,7 @@ class Augment:
         self.flip, self.shift = flip, shift
 
     def __call__(self, x: Tensor, seed: int, step: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Pictures (b, C, H, W), this rank's slice of the global batch of b · world, to the same shape."""
+        """Images (b, C, H, W), this rank's slice of the global batch of b · world, to the same shape."""
         total, (height, width) = len(x) * world, x.shape[-2:]
         mine = shard(total, rank, world)
         numbers = generator(seed, step, _STREAM)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.errors import FlowtrainError, Refused
-from flowtrain.tablefile import BLOCK, Column, missing
+from flowtrain.data.tablefile import BLOCK, Column, missing
+from flowtrain.errors import FlowtrainError, UsageError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Columns:
 
     def fitted(self, rows: np.ndarray, context: np.ndarray | None = None) -> Columns:
         """With the means and deviations of the train split: its rows and, one column each, its context before it is
-        standardized. Refused, by name, where a column is constant."""
+        standardized. UsageError, by name, where a column is constant."""
         context = np.empty((len(rows), 0)) if context is None else context
         return Columns(
             tuple(_fitted(self.modelled, rows, dequantized=True)),
@@ -86,7 +86,7 @@ class Columns:
             frame: name -> N values; a pandas table will do. Columns that are not asked for are left alone.
             first_row: what messages call the first of them.
 
-        Raises Refused, naming column and row, for a missing column or value, text where numbers are due, a fraction
+        Raises UsageError, naming column and row, for a missing column or value, text where numbers are due, a fraction
         where whole numbers are due, and an unknown category.
         """
         x = torch.from_numpy(raw(self.modelled, frame, first_row))
@@ -113,8 +113,10 @@ class Columns:
 
     def record(self) -> dict:
         """As plain data, for a checkpoint."""
-        return {key: [asdict(column) | {"categories": list(column.categories)} for column in columns]
-                for key, columns in (("modelled", self.modelled), ("context", self.context))}  # fmt: skip
+        return {
+            key: [asdict(column) | {"categories": list(column.categories)} for column in columns]
+            for key, columns in (("modelled", self.modelled), ("context", self.context))
+        }
 
     @classmethod
     def from_record(cls, record: dict) -> Columns:
@@ -133,7 +135,7 @@ def raw(columns: Sequence[Column], frame: Mapping, first_row: int) -> np.ndarray
     """Columns of ``frame`` as float32 (N, columns): numbers less their offset, and codes."""
     for column in columns:
         if column.name not in frame:
-            raise Refused(f"column '{column.name}' is missing")
+            raise UsageError(f"column '{column.name}' is missing")
     parts = [_raw(column, frame[column.name], first_row) for column in columns]
     return np.stack(parts, 1).astype(np.float32)
 
@@ -150,7 +152,7 @@ def _raw(column: Column, values: Iterable, first_row: int) -> np.ndarray:
             if value is None:
                 raise missing(column.name, first_row + row)
             known = ", ".join(column.categories[:12]) + (", …" if len(column.categories) > 12 else "")
-            raise Refused(f"column '{column.name}', row {first_row + row}: '{value}' is none of {known}")
+            raise UsageError(f"column '{column.name}', row {first_row + row}: '{value}' is none of {known}")
         return found
     try:
         numbers = np.asarray(values, dtype=np.float64)
@@ -158,14 +160,14 @@ def _raw(column: Column, values: Iterable, first_row: int) -> np.ndarray:
         row, value = next((row, value) for row, value in enumerate(values) if not _is_number(value))
         if _text(value) is None:
             raise missing(column.name, first_row + row) from None
-        raise Refused(f"column '{column.name}', row {first_row + row}: '{value}' is no number") from None
+        raise UsageError(f"column '{column.name}', row {first_row + row}: '{value}' is no number") from None
     with np.errstate(over="ignore", invalid="ignore"):  # what is too large, or a signalling NaN, is refused below
         held = (numbers - column.offset).astype(np.float32)
     if not np.isfinite(held).all():
         raise missing(column.name, first_row + int(np.isfinite(held).argmin()))
     if column.kind == "integer" and (numbers != np.floor(numbers)).any():
         row = int((numbers != np.floor(numbers)).argmax())
-        raise Refused(f"column '{column.name}', row {first_row + row}: {numbers[row]:g} is no whole number")
+        raise UsageError(f"column '{column.name}', row {first_row + row}: {numbers[row]:g} is no whole number")
     return held
 
 
@@ -204,7 +206,7 @@ def _fitted(columns: Sequence[Column], rows: np.ndarray, dequantized: bool):
     constant = rows.min(0) == rows.max(0)
     for i, column in enumerate(columns):
         if constant[i] or std[i] == 0:
-            raise Refused(
+            raise UsageError(
                 f"column '{column.name}' is constant in the {len(rows):,} rows of the train split, where no density can"
                 " be learnt of it; leave it out with dataset.columns=[…]"
             )

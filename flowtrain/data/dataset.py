@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from flowtrain.data.split import Split
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 
 SPLITS = ("train", "val", "test")
 COUNT_OR_FRACTION = "a number of examples, or a fraction below 1"
@@ -20,9 +20,9 @@ class Dataset:
         download: whether missing files may be fetched.
         val_size, test_size: count or fraction cut off with a fixed seed; None where a set has such a split itself.
         split_seed: the seed of that cut.
-        on_bad: "stop" or "skip" at an unreadable picture.
+        on_bad: "stop" or "skip" at an unreadable image.
 
-    Raises Refused, naming the key, for what does not fit.
+    Raises UsageError, naming the key, for what does not fit.
     """
 
     native_name: str
@@ -58,7 +58,7 @@ class Dataset:
         if path is not None and not self.uses_path:
             self._refuse("path", path, f"{self.name} takes none; its files, if any, are under dataset.root")
         if on_bad not in ("stop", "skip"):
-            raise Refused(f"on_bad={on_bad}: must be stop or skip")
+            raise UsageError(f"on_bad={on_bad}: must be stop or skip")
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             self._check(f"{part}_size", size, (int, float), COUNT_OR_FRACTION)
             if part in self.own_splits and size is not None:
@@ -69,10 +69,10 @@ class Dataset:
     def split(self, name: str) -> Split:
         """Opens "train", "val" or "test"; every process must ask, since the first one downloads for all.
 
-        Refused where files are missing, FlowtrainError where they cannot be read.
+        UsageError where files are missing, FlowtrainError where they cannot be read.
         """
         if name not in SPLITS:
-            raise Refused(f"split={name}: must be one of {', '.join(SPLITS)}")
+            raise UsageError(f"split={name}: must be one of {', '.join(SPLITS)}")
         return self._open(name)
 
     def use(self, columns) -> None:
@@ -88,4 +88,4 @@ class Dataset:
             self._refuse(key, value, f"must be {words}")
 
     def _refuse(self, key, value, why) -> None:
-        raise Refused(f"dataset.{key}={value}: {why}")
+        raise UsageError(f"dataset.{key}={value}: {why}")

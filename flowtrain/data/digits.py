@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 real 8×8 pictures of 17 grey levels, in the package that they come with."""
+"""scikit-learn's digits: 1,797 real 8×8 images of 17 grey levels, in the package that they come with."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.base import ArrayImages
+from flowtrain.data.images import ArrayImages
 
 
 class Digits(ArrayImages):
@@ -23,5 +23,5 @@ class Digits(ArrayImages):
         # the file alone: to import scikit-learn would take a quarter of the time up to the first training step
         (package,) = find_spec("sklearn").submodule_search_locations
         table = np.loadtxt(Path(package) / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.uint8)
-        pictures = torch.from_numpy(table[:, :64]).view(-1, 1, 8, 8)
-        return pictures, torch.from_numpy(table[:, 64].astype(np.int64)), "held in scikit-learn"
+        images = torch.from_numpy(table[:, :64]).view(-1, 1, 8, 8)
+        return images, torch.from_numpy(table[:, 64].astype(np.int64)), "held in scikit-learn"

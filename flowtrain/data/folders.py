@@ -1,37 +1,37 @@
-"""Sets that are folders of pictures: a user's own, CelebA, CelebA-HQ. They stream."""
+"""Sets that are folders of images: a user's own, CelebA, CelebA-HQ. They stream."""
 
 from pathlib import Path
 
-from flowtrain.data.base import Images
-from flowtrain.data.pictures import SUFFIXES, PictureSplit, Source, source
+from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, Source, source
+from flowtrain.data.images import Images
 from flowtrain.data.split import cut
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 
 
-class PictureSet(Images):
-    """Base of sets that read a picture file whenever it is asked for."""
+class ImageSet(Images):
+    """Base of sets that read an image file whenever it is asked for."""
 
     box = None  # the crop, or None for the largest centred square
-    exact = False  # whether pictures of another size are unreadable instead of being resized
+    exact = False  # whether images of another size are unreadable instead of being resized
 
-    def _stream(self, name: str, pictures: Source, names: list[str], how: str) -> PictureSplit:
-        return PictureSplit(
-            pictures,
+    def _stream(self, name: str, images: Source, names: list[str], how: str) -> ImageFileSplit:
+        return ImageFileSplit(
+            images,
             names,
             self.shape,
             shift=self._drop,
             on_bad=self.on_bad,
             box=self.box,
             exact=self.exact,
-            description=f"{self.name} {name}: {len(names):,} pictures of {pictures.path}, {how}",
+            description=f"{self.name} {name}: {len(names):,} images of {images.path}, {how}",
         )
 
     def _cut(self, names: list[str], name: str, test: float | int) -> list[str]:
         return [names[i] for i in cut(len(names), self.val_size, test, self.split_seed)[name]]
 
 
-class ImageFolder(PictureSet):
-    """A folder of pictures (with the folders in it), a .zip or a .tar.
+class ImageFolder(ImageSet):
+    """A folder of images (with the folders in it), a .zip or a .tar.
 
     A folder that holds "train" beside "test" or "val" (or "valid", "validation") is split that way, and what is
     lacking is made up for: a lone validation folder is the test split, and val is cut from train. Otherwise both
@@ -44,30 +44,30 @@ class ImageFolder(PictureSet):
 
     def _where(self) -> Path:
         if self.path is None:
-            raise Refused(f"dataset={self.name} needs dataset.path=FOLDER of pictures (or a .zip or .tar of them)")
+            raise UsageError(f"dataset={self.name} needs dataset.path=FOLDER of images (or a .zip or .tar of them)")
         return self.path
 
-    def _open(self, name: str) -> PictureSplit:
+    def _open(self, name: str) -> ImageFileSplit:
         path = self._where()
         if not path.exists():
-            raise Refused(f"dataset.path={path} does not exist: give a folder of pictures, or a .zip or .tar of them")
+            raise UsageError(f"dataset.path={path} does not exist: give a folder of images, or a .zip or .tar of them")
         parts = _own_folders(path)
         if name in parts and (name != "train" or "val" in parts):
-            pictures = self._source(parts[name])
-            return self._stream(name, pictures, pictures.names, "a folder of their own")
-        pictures = self._source(parts.get("train", path))
-        names = self._cut(pictures.names, name, 0 if parts else self.test_size)
-        return self._stream(name, pictures, names, f"cut with seed {self.split_seed}")
+            images = self._source(parts[name])
+            return self._stream(name, images, images.names, "a folder of their own")
+        images = self._source(parts.get("train", path))
+        names = self._cut(images.names, name, 0 if parts else self.test_size)
+        return self._stream(name, images, names, f"cut with seed {self.split_seed}")
 
     def _source(self, path: Path) -> Source:
-        pictures = source(path)
-        if not pictures.names:
-            raise Refused(f"dataset.path: {path} holds no pictures ({' '.join(SUFFIXES)})")
-        return pictures
+        images = source(path)
+        if not images.names:
+            raise UsageError(f"dataset.path: {path} holds no images ({' '.join(SUFFIXES)})")
+        return images
 
 
 class CelebAHQ(ImageFolder):
-    """CelebA-HQ: a folder of pictures at ``dataset.path``, or celeba_hq under ``dataset.root``."""
+    """CelebA-HQ: a folder of images at ``dataset.path``, or celeba_hq under ``dataset.root``."""
 
     native_name = "celebahq"
     default_size = 256
@@ -75,14 +75,14 @@ class CelebAHQ(ImageFolder):
     def _where(self) -> Path:
         path = self.path or self.root / "celeba_hq"
         if not path.exists():
-            raise Refused(
-                f"dataset={self.name}: {path} does not exist; put the pictures there (in train/ and valid/,"
+            raise UsageError(
+                f"dataset={self.name}: {path} does not exist; put the images there (in train/ and valid/,"
                 " or all together), or say dataset.path=FOLDER"
             )
         return path
 
 
-class CelebA(PictureSet):
+class CelebA(ImageSet):
     """CelebA's aligned faces with its official splits, cropped to rows 40…187 and columns 15…162 and resized."""
 
     native_name = "celeba"
@@ -90,12 +90,12 @@ class CelebA(PictureSet):
     default_val = None
     box = (15, 40, 163, 188)
 
-    def _open(self, name: str) -> PictureSplit:
+    def _open(self, name: str) -> ImageFileSplit:
         path = self.path or self.root / "celeba"
         table = path / "list_eval_partition.txt"
         folder = next((p for p in (path / "img_align_celeba", path / "img_align_celeba.zip") if p.exists()), None)
         if folder is None or not table.is_file():
-            raise Refused(
+            raise UsageError(
                 f"dataset={self.name}: not found under {path}/; put img_align_celeba/*.jpg (or img_align_celeba.zip)"
                 " and list_eval_partition.txt there, or say dataset.path=FOLDER"
             )
@@ -105,11 +105,11 @@ class CelebA(PictureSet):
             chosen = {file for file, part in rows if part == wanted}
         except (OSError, ValueError) as error:
             raise FlowtrainError(f"cannot read {table}: each line must be a file name and 0, 1 or 2") from error
-        pictures = source(folder)
-        names = [file for file in pictures.names if file.rpartition("/")[2] in chosen]
+        images = source(folder)
+        names = [file for file in images.names if file.rpartition("/")[2] in chosen]
         if len(names) < len(chosen) or not names:
-            raise Refused(f"{folder} holds {len(names):,} of the {len(chosen):,} pictures of {table}'s {name} split")
-        return self._stream(name, pictures, names, f"the official split, crop {self.box}")
+            raise UsageError(f"{folder} holds {len(names):,} of the {len(chosen):,} images of {table}'s {name} split")
+        return self._stream(name, images, names, f"the official split, crop {self.box}")
 
 
 def _own_folders(path: Path) -> dict[str, Path]:

@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain.data.folders import PictureSet
-from flowtrain.data.pictures import source
+from flowtrain.data.folders import ImageSet
+from flowtrain.data.image_files import source
 from flowtrain.data.split import ArraySplit, Split, cut
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 
 PIXELRNN = "PNG archive of van den Oord et al. 2016 (the older, of the PixelRNN, Real NVP and Glow papers)"
 BATCHES = "npz/pickle batches of Chrabaszcz et al. 2017 (the newer; not comparable with the PNG archive)"
 
 
-class DownsampledImageNet(PictureSet):
+class DownsampledImageNet(ImageSet):
     """The PNG folders (or .tar files) ``train_32x32`` and ``valid_32x32``, or the newer batch files
     ``train_data_batch_1`` … ``_10`` and ``val_data`` (with .npz or as pickles); for 64 alike.
 
     They are looked for at ``dataset.path``, or in imagenet32 (imagenet64) under ``dataset.root``, or in
-    ``dataset.root`` itself. The archives' validation pictures are the test split, as in the papers; val is cut from
+    ``dataset.root`` itself. The archives' validation images are the test split, as in the papers; val is cut from
     train. The PNG files stream; the batches are read into memory (16 GB for 64×64).
     """
 
@@ -52,24 +52,24 @@ class DownsampledImageNet(PictureSet):
             if found:
                 break
         if not found:
-            raise Refused(
+            raise UsageError(
                 f"dataset={self.name}: not found under {' or '.join(f'{f}/' for f in folders)}; put"
                 f" {{train,valid}}_{size}x{size} (PNG folders or .tar) or {{train_data_batch_1..10,val_data}}[.npz]"
                 " there, or say dataset.path=FOLDER"
             )
         if len(found) == 2:
-            raise Refused(
+            raise UsageError(
                 f"dataset={self.name}: {folder} holds both the PNG archive and the newer batches, which are different"
                 " data; keep them in folders of their own and say dataset.path=FOLDER"
             )
         return self._open_png(name, found[0]) if isinstance(found[0], Path) else self._open_batches(name, found[0])
 
     def _open_png(self, name: str, path: Path) -> Split:
-        pictures = source(path)
-        if not pictures.names:
-            raise Refused(f"dataset={self.name}: {path} holds no pictures")
-        names = pictures.names if name == "test" else self._cut(pictures.names, name, 0)
-        return self._stream(name, pictures, names, PIXELRNN)
+        images = source(path)
+        if not images.names:
+            raise UsageError(f"dataset={self.name}: {path} holds no images")
+        names = images.names if name == "test" else self._cut(images.names, name, 0)
+        return self._stream(name, images, names, PIXELRNN)
 
     def _open_batches(self, name: str, files: list[Path]) -> ArraySplit:
         dims = int(np.prod(self.shape))
@@ -87,7 +87,7 @@ class DownsampledImageNet(PictureSet):
             data[at : at + len(chosen)] = torch.from_numpy(chosen).view(-1, *self.shape)
             start, at = start + len(part), at + len(chosen)
         data >>= self._drop
-        return ArraySplit(data, f"{self.name} {name}: {len(data):,} pictures of {files[0].parent}, {BATCHES}")
+        return ArraySplit(data, f"{self.name} {name}: {len(data):,} images of {files[0].parent}, {BATCHES}")
 
 
 def _batches(folder: Path, size: int, part: str) -> list[Path]:
@@ -100,12 +100,14 @@ def _batches(folder: Path, size: int, part: str) -> list[Path]:
     ]
     if any(found) and not all(found):
         missing = [stem for stem, file in zip(stems, found, strict=True) if file is None]
-        raise Refused(f"{folder} lacks {', '.join(missing)} (with .npz or without) of its {len(stems)} train batches")
+        raise UsageError(
+            f"{folder} lacks {', '.join(missing)} (with .npz or without) of its {len(stems)} train batches"
+        )
     return found if all(found) else []
 
 
 def _read_batch(file: Path, dims: int) -> np.ndarray:
-    """The pictures in a batch file: uint8 (N, dims), channels first."""
+    """The images in a batch file: uint8 (N, dims), channels first."""
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as archive:

@@ -1,4 +1,4 @@
-"""What a person wants judged: pictures or rows of a table, read in order, a group at a time.
+"""What a person wants judged: images or rows of a table, read in order, a group at a time.
 
 Groups are of ``GROUP`` examples whatever is worked on at once, and are dealt out to the processes whole.
 """
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.columns import Columns
+from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, source
 from flowtrain.data.loader import ordered
-from flowtrain.data.pictures import SUFFIXES, PictureSplit, source
-from flowtrain.errors import FlowtrainError, Refused
-from flowtrain.tablefile import KINDS, Array, Block, Column, TableFile
+from flowtrain.data.tablefile import KINDS, Array, Block, Column, TableFile
+from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256
 TABLES, ARRAY, ARCHIVES = tuple(KINDS), ".npy", (".zip", ".tar")
@@ -30,7 +30,7 @@ class Group:
 
     Attributes:
         first: the number of the first one, from 0.
-        names: what each is called: a picture's file, or the number of a row, from 1.
+        names: what each is called: an image's file, or the number of a row, from 1.
         x, context: of all of them, zeros where one is in ``bad``.
         bad: place in the group -> a line that says which one could not be read, and why.
     """
@@ -63,11 +63,11 @@ class Input:
             raise FlowtrainError(f"{what}; on_bad=skip would leave it out")
 
 
-class PictureFiles(Input):
-    """A folder, a .zip or a .tar of pictures, or one picture, as a picture set reads its own.
+class ImageFiles(Input):
+    """A folder, a .zip or a .tar of images, or one image, as an image set reads its own.
 
     Args:
-        shape, shift, box, exact: see :class:`flowtrain.data.pictures.PictureSplit`.
+        shape, shift, box, exact: see :class:`flowtrain.data.image_files.ImageFileSplit`.
         workers: processes that decode.
     """
 
@@ -76,10 +76,10 @@ class PictureFiles(Input):
     def __init__(
         self, path: Path, shape, shift: int = 0, on_bad: str = "stop", box=None, exact: bool = False, workers: int = 0
     ):
-        pictures = source(path) if path.is_dir() or path.suffix.lower() in ARCHIVES else _One(path)
-        if not pictures.names:
-            raise Refused(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
-        self.split = PictureSplit(pictures, pictures.names, shape, shift, on_bad, box, exact)
+        images = source(path) if path.is_dir() or path.suffix.lower() in ARCHIVES else _One(path)
+        if not images.names:
+            raise UsageError(f"{path} holds no images ({' '.join(SUFFIXES)})")
+        self.split = ImageFileSplit(images, images.names, shape, shift, on_bad, box, exact)
         self.on_bad, self.workers = on_bad, workers
 
     def groups(self, rank=0, world=1):
@@ -90,15 +90,15 @@ class PictureFiles(Input):
             x = torch.zeros((len(names), *self.split.shape), dtype=torch.uint8)
             bad = set(range(len(names)))
             if found is not None and found[0][0] // GROUP == first // GROUP:  # else none of them could be read
-                for place, picture in zip((found[0] - first).tolist(), found[1]):
-                    x[place] = picture
+                for place, image in zip((found[0] - first).tolist(), found[1]):
+                    x[place] = image
                     bad.remove(place)
                 found = next(read, None)
             yield Group(first, names, x, None, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
 
 
 class _One:
-    """A picture, as a source of pictures."""
+    """An image, as a source of images."""
 
     def __init__(self, path: Path):
         self.path, self.names = path, [path.name]
@@ -110,8 +110,8 @@ class _One:
         return open(self.path, "rb")
 
 
-class PictureArray(Input):
-    """Pictures as integers 0 … levels − 1 in an .npy, (N, *shape), or (N, height, width) where they are grey."""
+class ImageArray(Input):
+    """Images as integers 0 … levels − 1 in an .npy, (N, *shape), or (N, height, width) where they are grey."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], levels: int, on_bad: str = "stop"):
         self.path, self.shape, self.levels, self.on_bad = path, tuple(shape), levels, on_bad
@@ -120,9 +120,9 @@ class PictureArray(Input):
         if self.array.shape[1:] not in fitting or self.array.dtype.kind not in "iu":
             wanted = " or ".join(f"[N, {', '.join(map(str, one))}]" for one in fitting)
             holds = f"{self.array.dtype} {list(self.array.shape)}"
-            raise Refused(f"{path} holds {holds}: this model takes integers of shape {wanted}")
+            raise UsageError(f"{path} holds {holds}: this model takes integers of shape {wanted}")
         if not len(self.array):
-            raise Refused(f"{path} has no rows")
+            raise UsageError(f"{path} has no rows")
 
     def groups(self, rank=0, world=1):
         for first in range(rank * GROUP, len(self.array), world * GROUP):
@@ -151,16 +151,16 @@ class TableRows(Input):
         made_up = wanted == [f"x{i}" for i in range(len(wanted))]
         if not {*wanted} <= {*there} and (made_up or path.suffix.lower() == ARRAY):
             if len(there) != len(wanted):
-                raise Refused(f"{path} has {len(there)} columns; this model takes {len(wanted)}")
+                raise UsageError(f"{path} has {len(there)} columns; this model takes {len(wanted)}")
             self.names = dict(zip(wanted, there))
         for name in self.names.values():
             if name not in there:
                 near = difflib.get_close_matches(name, there, 1)
                 listed = ", ".join(there[:12]) + (", …" if len(there) > 12 else "")
                 hint = f"did you mean '{near[0]}'?" if near else f"there are {listed}"
-                raise Refused(f"{path} has no column '{name}'; {hint}")
+                raise UsageError(f"{path} has no column '{name}'; {hint}")
             if there.count(name) > 1:
-                raise Refused(f"{path} has two columns '{name}'")
+                raise UsageError(f"{path} has two columns '{name}'")
 
     def groups(self, rank=0, world=1):
         first, found = 0, None
@@ -170,20 +170,20 @@ class TableRows(Input):
                 yield self._group(first, {name: block[theirs] for name, theirs in self.names.items()}, rows)
             first += rows
         if found is None:
-            raise Refused(f"{self.path} has no rows")
+            raise UsageError(f"{self.path} has no rows")
 
     def _group(self, first: int, block: Block, rows: int) -> Group:
         names = list(range(first + 1, first + rows + 1))
         try:
             return Group(first, names, *self.columns.encode(block, first + 1), {})
-        except Refused as error:
+        except UsageError as error:
             self.refuse(f"{self.path}: {error}")
         bad, encoded = {}, []
         for place in range(rows):
             try:
                 one = {name: values[place : place + 1] for name, values in block.items()}
                 row = self.columns.encode(one, names[place])
-            except Refused as error:
+            except UsageError as error:
                 bad[place], row = str(error), None
             encoded.append(row)
         x, context = torch.zeros(rows, len(self.columns.names)), None
@@ -204,13 +204,13 @@ def plain_columns(dims: int, levels: int | None) -> Columns:
 
 
 def existing(path: str) -> Path:
-    """Refused where there is nothing at ``path``."""
+    """UsageError where there is nothing at ``path``."""
     found = Path(os.path.expanduser(path))
     if not found.exists():
         siblings = [item.name for item in found.parent.iterdir()] if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, siblings, 1)
         hint = f"; did you mean {found.parent / near[0]}?" if near else ""
-        raise Refused(f"input={path}: no such file or folder{hint}")
+        raise UsageError(f"input={path}: no such file or folder{hint}")
     return found
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from flowtrain.data.order import permutation, shard
 from flowtrain.data.split import Split
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ class Loader:
     processes and workers, and from any step on. What is left of an epoch after its last whole batch is dropped.
 
     Args:
-        batch_size: examples in a global batch; Refused if that is more than there are, or not shared evenly.
+        batch_size: examples in a global batch; UsageError if that is more than there are, or not shared evenly.
         augment: called as ``augment(x, seed=, step=, rank=, world=)``, or None.
-        workers: processes that decode pictures, for a split that streams.
+        workers: processes that decode images, for a split that streams.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Loader:
         workers: int = 0,
     ):
         if batch_size < 1:
-            raise Refused(f"batch_size={batch_size}: must be at least 1")
+            raise UsageError(f"batch_size={batch_size}: must be at least 1")
         if batch_size > len(split):
-            raise Refused(f"batch_size={batch_size} is larger than the train split ({len(split)})")
+            raise UsageError(f"batch_size={batch_size} is larger than the train split ({len(split)})")
         if batch_size % world:
-            raise Refused(f"batch_size={batch_size} cannot be shared evenly by {world} devices")
+            raise UsageError(f"batch_size={batch_size} cannot be shared evenly by {world} devices")
         self.split = split.to(device)
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.device, self.rank, self.world, self.workers = torch.device(device), rank, world, workers
@@ -60,7 +60,7 @@ class Loader:
         batches = _take(self.split, self._indices(start_step), self.workers, replace=True)
         for step, (_, x, context) in enumerate(batches, start_step):
             if len(x) < self.batch_size // self.world:
-                raise FlowtrainError("too many unreadable pictures one after another to replace them all")
+                raise FlowtrainError("too many unreadable images one after another to replace them all")
             if self.augment is not None:
                 x = self.augment(x, seed=self.seed, step=step, rank=self.rank, world=self.world)
             yield x, context
@@ -110,7 +110,7 @@ def ordered(
 
     The batches are those of a single process, dealt out whole: what a batch's noise is need not depend on how many
     processes there are, but some may get one batch fewer. ``examples`` takes that many, evenly spaced, since a folder
-    is often sorted by class. With ``on_bad=skip`` an unreadable picture is left out, not replaced.
+    is often sorted by class. With ``on_bad=skip`` an unreadable image is left out, not replaced.
     """
     length = len(split)
     number = length if examples is None else min(examples, length)
@@ -148,7 +148,7 @@ def _take(
 
 
 class WorkerEnded(Exception):
-    """A process that reads pictures is gone."""
+    """A process that reads images is gone."""
 
 
 def _noted(indices: Iterable[list[int]], waiting: deque) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from flowtrain.data import frames
 from flowtrain.data.dataset import SPLITS
 from flowtrain.data.split import ArraySplit
 from flowtrain.data.vectors import Vectors
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 
 Parts = dict[str, np.ndarray]  # of SPLITS
 
@@ -44,7 +44,7 @@ class MafTable(Vectors):
                 with np.errstate(all="ignore"):  # what overflows is refused below
                     parts = prepare(file)
             except ModuleNotFoundError as error:
-                raise Refused(f"dataset={self.name} needs more packages: pip install 'flowtrain[tables]'") from error
+                raise UsageError(f"dataset={self.name} needs more packages: pip install 'flowtrain[tables]'") from error
             except FlowtrainError:
                 raise
             except Exception as error:  # whatever a damaged file makes a library raise
@@ -70,7 +70,7 @@ class MafTable(Vectors):
         for file in (*places, folder / whole):
             if file.is_file():
                 return file, self._whole if file.name == whole else self._prepare
-        raise Refused(
+        raise UsageError(
             f"dataset={self.name}: neither {self.file} nor {whole} is under {folder}/; get the former out of"
             " zenodo.org/records/1161203 (data.tar.gz) and put it there, or say dataset.path=FILE"
         )
@@ -127,7 +127,9 @@ class Hepmass(MafTable):
     def _prepare(self, file: Path) -> Parts:
         test_file = file.with_name(file.name.replace("train", "test"))
         if test_file == file or not test_file.is_file():
-            raise Refused(f"dataset={self.name}: 1000_train.csv and 1000_test.csv must stand side by side; see {file}")
+            raise UsageError(
+                f"dataset={self.name}: 1000_train.csv and 1000_test.csv must stand side by side; see {file}"
+            )
         train, test = _signal(file), _signal(test_file)[:, :-1]  # the test file has a column more
         if train.shape[1] != test.shape[1]:
             raise ValueError(f"it has {train.shape[1]} columns, and {test_file.name} should have one more")

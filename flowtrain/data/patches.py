@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from flowtrain.data.dataset import SPLITS
-from flowtrain.data.pictures import SUFFIXES, Source, opened, source
+from flowtrain.data.image_files import SUFFIXES, Source, opened, source
 from flowtrain.data.split import ArraySplit, cut
 from flowtrain.data.vectors import Vectors
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.errors import FlowtrainError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -19,16 +19,16 @@ SIDE = 8
 
 
 class Patches(Vectors):
-    """8×8 grey patches at random places of the pictures at ``dataset.path``: each pixel x of 256 levels becomes
+    """8×8 grey patches at random places of the images at ``dataset.path``: each pixel x of 256 levels becomes
     (x + u)/256, u uniform; the patch's mean is subtracted; the last pixel, which now is −Σ of the others, is dropped
     (as MAF describes BSDS300's: Papamakarios et al. 2017, appendix D).
 
-    ``path`` is a folder, or a .tar or .zip, of pictures. One that holds train and test, each a folder or an archive,
-    is split that way, and val patches come from the train pictures, as in BSDS300; else the pictures, not the patches,
+    ``path`` is a folder, or a .tar or .zip, of images. One that holds train and test, each a folder or an archive,
+    is split that way, and val patches come from the train images, as in BSDS300; else the images, not the patches,
     are cut by ``val_size`` and ``test_size``.
 
     Args:
-        train_patches, val_patches, test_patches: how many to draw for each split. Each picture is as likely as any
+        train_patches, val_patches, test_patches: how many to draw for each split. Each image is as likely as any
             other, and each place in it.
         split_seed: of the cut, the places and the noise.
     """
@@ -41,48 +41,48 @@ class Patches(Vectors):
         self.counts = {key.removesuffix("_patches"): self._count(key, value) for key, value in counts.items()}
 
     def _open(self, name: str) -> ArraySplit:
-        pictures, names = self._pictures(name)
+        images, names = self._images(name)
         if not names:
-            raise Refused(f"dataset.path: {pictures.path} holds no pictures ({' '.join(SUFFIXES)})")
+            raise UsageError(f"dataset.path: {images.path} holds no images ({' '.join(SUFFIXES)})")
         random = np.random.default_rng([self.split_seed, SPLITS.index(name)])
         shares = random.multinomial(self.counts[name], np.full(len(names), 1 / len(names)))
         rows, at = np.empty((self.counts[name], self.dims), dtype=np.float32), 0
         bad = 0
-        for picture, share in zip(names, shares, strict=True):
+        for image, share in zip(names, shares, strict=True):
             try:
-                with pictures.open(picture) as file:
+                with images.open(image) as file:
                     grey = np.asarray(opened(file, "L"))
                 if min(grey.shape) < SIDE:
                     raise ValueError(f"{grey.shape[1]}x{grey.shape[0]} pixels hold no patch of {SIDE}x{SIDE}")
             except Exception as error:  # whatever a damaged file makes PIL raise
                 bad += 1
-                self._report(f"{pictures.where(picture)}: {type(error).__name__}: {error}", bad)
+                self._report(f"{images.where(image)}: {type(error).__name__}: {error}", bad)
                 continue
             rows[at : at + share] = _patches(grey, share, random)
             at += share
         if not at:
-            raise FlowtrainError(f"dataset.path: none of the {len(names)} pictures of {pictures.path} can be read")
-        how = f"of {SIDE}x{SIDE} patches from {len(names) - bad:,} pictures of {pictures.path}, drawn with seed"
+            raise FlowtrainError(f"dataset.path: none of the {len(names)} images of {images.path} can be read")
+        how = f"of {SIDE}x{SIDE} patches from {len(names) - bad:,} images of {images.path}, drawn with seed"
         return self._rows(name, rows[:at], f"{how} {self.split_seed} as BSDS300's were: near, not equal to, its data")
 
-    def _pictures(self, name: str) -> tuple[Source, list[str]]:
-        """Where the pictures are, and the names of those of a split."""
+    def _images(self, name: str) -> tuple[Source, list[str]]:
+        """Where the images are, and the names of those of a split."""
         if self.path is None:
-            raise Refused(f"dataset={self.name} needs dataset.path=FOLDER of pictures (or a .zip or .tar of them)")
+            raise UsageError(f"dataset={self.name} needs dataset.path=FOLDER of images (or a .zip or .tar of them)")
         if not self.path.exists():
-            raise Refused(f"dataset.path={self.path} does not exist: give a folder of pictures, or a .zip or .tar")
+            raise UsageError(f"dataset.path={self.path} does not exist: give a folder of images, or a .zip or .tar")
         own = {part: _own(self.path, part) for part in ("train", "test")}
         if all(own.values()):
-            pictures = source(own["test" if name == "test" else "train"])
-            return pictures, pictures.names
-        pictures = source(self.path)
-        if not pictures.names:
-            return pictures, []
-        chosen = cut(len(pictures.names), self.val_size, self.test_size, self.split_seed)[name]
-        return pictures, [pictures.names[i] for i in np.sort(chosen)]
+            images = source(own["test" if name == "test" else "train"])
+            return images, images.names
+        images = source(self.path)
+        if not images.names:
+            return images, []
+        chosen = cut(len(images.names), self.val_size, self.test_size, self.split_seed)[name]
+        return images, [images.names[i] for i in np.sort(chosen)]
 
     def _report(self, problem: str, number: int) -> None:
-        line = f"cannot read the picture {' '.join(problem.split())}"
+        line = f"cannot read the image {' '.join(problem.split())}"
         if self.on_bad == "stop":
             raise FlowtrainError(f"{line}; on_bad=skip would do without it")
         if number == 1:
@@ -95,7 +95,7 @@ def _own(path: Path, part: str) -> Path | None:
 
 
 def _patches(grey: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
-    """``number`` patches of a picture (H, W) as rows (number, 63)."""
+    """``number`` patches of an image (H, W) as rows (number, 63)."""
     views = np.lib.stride_tricks.sliding_window_view(grey, (SIDE, SIDE))
     down, right = (random.integers(0, side, number) for side in views.shape[:2])
     x = views[down, right].reshape(number, SIDE * SIDE)

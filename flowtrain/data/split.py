@@ -1,4 +1,4 @@
-"""A split: examples to take by number. This one is held in memory; pictures.py has the one that reads files."""
+"""A split: examples to take by number. This one is held in memory; images.py has the one that reads files."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 
 DIGESTED = 2**26  # bytes
 
@@ -89,11 +89,11 @@ def cut(length: int, val: float | int, test: float | int, seed: int) -> dict[str
 
     ``val`` and ``test`` are counts, or fractions of ``length`` (rounded down, but at least one); 0 is none at all.
     A permutation by numpy's ``default_rng(seed)`` gives its first part to test, the next to val, the rest to train.
-    Refused where nothing is left for train.
+    UsageError where nothing is left for train.
     """
     tests, vals = (max(1, int(length * part)) if 0 < part < 1 else int(part) for part in (test, val))
     if tests + vals >= length:
-        raise Refused(
+        raise UsageError(
             f"{length} examples are too few for a validation split of {vals}"
             + (f" and a test split of {tests}" if tests else "")
             + ": lower dataset.val_size"

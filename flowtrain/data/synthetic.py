@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.base import ArrayImages
+from flowtrain.data.images import ArrayImages
 
 _EXAMPLES = range(512, 4096 + 1)
 _BYTES = 2**26

@@ -9,9 +9,9 @@ import torch
 
 from flowtrain.data.columns import Columns, raw
 from flowtrain.data.split import ArraySplit, cut
+from flowtrain.data.tablefile import BLOCK, TableFile, unchanged
 from flowtrain.data.vectors import Vectors
-from flowtrain.errors import Refused
-from flowtrain.tablefile import BLOCK, TableFile, unchanged
+from flowtrain.errors import UsageError
 
 
 class Table(Vectors):
@@ -68,7 +68,7 @@ class Table(Vectors):
     def _read(self) -> None:
         """Goes through the file twice: to see what its columns are, then to take their values."""
         if self.path is None:
-            raise Refused(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
+            raise UsageError(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
         file = TableFile(self.path)
         with unchanged(self.path):
             count, columns = self._survey(file)

@@ -9,9 +9,9 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from flowtrain.data.base import ArrayImages
 from flowtrain.data.download import fetch, on_first_rank
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.data.images import ArrayImages
+from flowtrain.errors import FlowtrainError, UsageError
 
 
 class TorchvisionImages(ArrayImages):
@@ -50,7 +50,7 @@ class TorchvisionImages(ArrayImages):
     def _load(self, part: str) -> tuple[Tensor, Tensor, str]:
         on_first_rank(lambda: self._fetch(part))
         if not self._found(part):  # process 0 has them, on another machine's disk
-            raise Refused(self._missing(part, "the first process has them; share dataset.root between machines"))
+            raise UsageError(self._missing(part, "the first process has them; share dataset.root between machines"))
         try:
             found = self._build(str(self.root), part, download=False)
             data, labels = found.data, self._labels(found)
@@ -79,12 +79,12 @@ class TorchvisionImages(ArrayImages):
         if self._found(part):
             return
         if not self.download:
-            raise Refused(self._missing(part, "dataset.download=false"))
+            raise UsageError(self._missing(part, "dataset.download=false"))
         absent = [file for file in self._files(part) if not (self.root / file).is_file()]
         try:
             fetch(self.root, absent, lambda folder: self._build(folder, part, download=True))
         except (RuntimeError, OSError, URLError, EOFError, tarfile.TarError) as error:
-            raise Refused(self._missing(part, f"downloading failed: {_line(error)}")) from error
+            raise UsageError(self._missing(part, f"downloading failed: {_line(error)}")) from error
 
 
 class MNIST(TorchvisionImages):

@@ -9,13 +9,13 @@ from flowtrain.data.split import ArraySplit
 
 
 class Vectors(Dataset):
-    """Rows of ``shape`` [D], float32. Beside those of :class:`Dataset` it takes the keys of pictures, all unset.
+    """Rows of ``shape`` [D], float32. Beside those of :class:`Dataset` it takes the keys of images, all unset.
 
     Args:
         shape: [D]; left out, what the set is by nature.
         context: what a conditional flow is given; only a user's table has any.
         halvings, context_shape: what models ask about these data; not used here.
-        image_size, channels, bits, levels, flip, shift: of pictures.
+        image_size, channels, bits, levels, flip, shift: of images.
     """
 
     dims: int | None = None  # D; None: the data decide
@@ -38,10 +38,10 @@ class Vectors(Dataset):
         **common,
     ):
         super().__init__(**common)
-        pictures = {"image_size": image_size, "channels": channels, "bits": bits, "levels": levels}
-        for key, value in (pictures | {"flip": flip or None, "shift": shift or None}).items():
+        images = {"image_size": image_size, "channels": channels, "bits": bits, "levels": levels}
+        for key, value in (images | {"flip": flip or None, "shift": shift or None}).items():
             if value is not None:
-                self._refuse(key, value, f"only pictures have it, not {self.name}")
+                self._refuse(key, value, f"only images have it, not {self.name}")
         if self.dims and tuple(shape or [self.dims]) != (self.dims,):
             self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
         self.shape = (self.dims,) if self.dims else None if shape is None else tuple(shape)

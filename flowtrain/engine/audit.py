@@ -15,17 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain import fusion, globalbatch
 from flowtrain.bijections import Bijection, Chain, Inverse, MultiScale
-from flowtrain.bijections.base import size
+from flowtrain.bijections.bijection import size
 from flowtrain.bijections.ode import continuous_layers, exact_trace, states_only, traced_exactly
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.engine.jacobian import Piece, affordable, bound, disagreement
 from flowtrain.flow import Flow
+from flowtrain.runtime import fusion, globalbatch
 
 CONTAINERS = (Chain, Inverse, MultiScale)  # their work is that of the layers in them
 SOLVER = 100  # tolerances of a layer with an ODE are at least so many times its solver's
-FINER = 100  # float64 shows whether an ODE is right, with a solver so much finer; float32 whether its own is fine enough
+FINER = (
+    100  # float64 shows whether an ODE is right, with a solver so much finer; float32 whether its own is fine enough
+)
 LARGE = 1e4  # the scale of latents and real data that must still map to finite numbers
 _JACOBIANS = 2**17  # entries of one layer's Jacobians over all examples, unless one example's are more
 _OF_ODES = 4  # Jacobians of what has an ODE in it

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from flowtrain.bijections import Autoregressive, Chain, Coupling, Inverse
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.ode import continuous_layers
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
@@ -92,12 +92,12 @@ def compile_flow(flow: Flow) -> Compiled:
     have one size.
 
     Raises:
-        Refused: nothing in the flow can be compiled, or this machine lacks what compiling needs.
+        UsageError: nothing in the flow can be compiled, or this machine lacks what compiling needs.
     """
     _share_classes(flow)
     found = list(regions(flow.bijection))
     if not found:
-        raise Refused("compile=true: nothing in this flow can be compiled; use compile=false")
+        raise UsageError("compile=true: nothing in this flow can be compiled; use compile=false")
     _try(found[0])
     compiled = Compiled(found)
     # torch counts all regions together; see Compiled.shapes for the other two
@@ -155,7 +155,7 @@ _PLAIN = bool | int | float | str | tuple | list | None
 
 
 def _try(region: nn.Module) -> None:
-    """Refused where torch.compile cannot work at all: no compiler for the region's device, or one that fails."""
+    """UsageError where torch.compile cannot work at all: no compiler for the region's device, or one that fails."""
 
     def square(x: Tensor) -> Tensor:
         return (x * x).sum()
@@ -167,16 +167,16 @@ def _try(region: nn.Module) -> None:
         raise unavailable(error) from error
 
 
-def unavailable(error: Exception) -> Refused:
+def unavailable(error: Exception) -> UsageError:
     """What a failed compilation says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = " ".join([f"{type(error).__name__}:", *lines[:2]])  # of a compiler's error, the first names the backend
-    return Refused(f"compile=true: torch.compile does not work here ({reason}); use compile=false")
+    return UsageError(f"compile=true: torch.compile does not work here ({reason}); use compile=false")
 
 
 @contextmanager
 def explained():
-    """Within it, what torch.compile cannot do is Refused."""
+    """Within it, what torch.compile cannot do is UsageError."""
     try:
         yield
     except Exception as error:

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 ROUNDS = 5
@@ -26,14 +26,14 @@ def insist() -> None:
 
 @contextmanager
 def explained():
-    """Within it, what torch cannot do deterministically is Refused."""
+    """Within it, what torch cannot do deterministically is UsageError."""
     try:
         yield
     except RuntimeError as error:
         operation, said, _ = str(error).partition(" does not have a deterministic implementation")
         if not said:
             raise
-        raise Refused(f"deterministic=true: {operation} has no deterministic form here; use false") from error
+        raise UsageError(f"deterministic=true: {operation} has no deterministic form here; use false") from error
 
 
 def cost(flow: Flow, step: Callable[[Flow], object]) -> float:

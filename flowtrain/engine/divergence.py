@@ -14,12 +14,12 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from flowtrain import fusion, globalbatch
 from flowtrain.bijections import Bijection, Chain, MultiScale
 from flowtrain.bijections.memory import Checkpoint
 from flowtrain.engine.gradient import Way
 from flowtrain.engine.measure import Measure
 from flowtrain.flow import Flow
+from flowtrain.runtime import fusion, globalbatch
 
 _FORWARD, _BACKWARD, _PARAMETERS, _NORM = range(4)
 _END = 2**31  # after every layer

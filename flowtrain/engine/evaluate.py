@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowtrain.data.order import mix
-from flowtrain.engine.signals import heeded
 from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.runtime.interrupts import heeded
+from flowtrain.runtime.seeds import mix
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate(
     if dist.is_initialized():
         for one in (mean, weighted, seen):
             dist.all_reduce(one)
-    mean, weighted, total = mean[seen > 0], weighted[seen > 0], int(seen.sum())  # a bad picture may be left out
+    mean, weighted, total = mean[seen > 0], weighted[seen > 0], int(seen.sum())  # a bad image may be left out
     if not mean.isfinite().all():
         bad = (~mean.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain import globalbatch
 from flowtrain.bijections.ode import unsolved_is_nan
-from flowtrain.data.order import mix
 from flowtrain.engine.measure import Measure
 from flowtrain.flow import Flow
+from flowtrain.runtime import globalbatch
+from flowtrain.runtime.seeds import mix
 
 
 @dataclass(frozen=True)

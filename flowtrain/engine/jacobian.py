@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections import Bijection
-from flowtrain.bijections.base import size
+from flowtrain.bijections.bijection import size
 from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
 
 _AT_ONCE = 2**16  # numbers in a batch of copies, for a layer of up to
 _WEIGHTS = 2**20  # so many weights: a larger one keeps more for its gradients
-_SIDES = (4, 8, 16, 32, 64, 2, 1)  # of smaller pictures, by preference: on 1×1 pixel a wrong count of pixels is right
+_SIDES = (4, 8, 16, 32, 64, 2, 1)  # of smaller images, by preference: on 1×1 pixel a wrong count of pixels is right
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _seconds(function: Callable, x: Tensor, context: Tensor | None) -> float:
 def affordable(piece: Piece, limit: int) -> Piece | None:
     """``piece`` itself, or its layer with the same weights on the corner of its events that is cheapest to audit.
 
-    A layer of pictures is made again, as it was made, for sides of 4 pixels where it takes those. None where the layer
+    A layer of images is made again, as it was made, for sides of 4 pixels where it takes those. None where the layer
     takes only events of more than ``limit`` dimensions, or where an ODE's exact trace is beyond reason.
     """
     layer, shape = piece.layer, piece.layer.shape

@@ -9,7 +9,7 @@ from flowtrain.flow import to_bits_per_dim
 
 
 class BitsPerDim:
-    """Of pictures and other integers: lower is better."""
+    """Of images and other integers: lower is better."""
 
     key, unit = "bits_per_dim", "bits/dim"
 

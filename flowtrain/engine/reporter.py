@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowtrain import files
 from flowtrain.plots.grid import save_png
+from flowtrain.runtime import files
 
 log = logging.getLogger("flowtrain")
 
@@ -62,13 +62,13 @@ class Reporter:
             self.bar.set_postfix_str(f"{figure}, {rate:.0f} examples/s{left}", refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def picture(self, step: int, name: str, picture: Tensor) -> Path:
-        """A (3, H, W) uint8 picture as samples/<name>_<step>.png and in TensorBoard."""
+    def image(self, step: int, name: str, image: Tensor) -> Path:
+        """A (3, H, W) uint8 image as samples/<name>_<step>.png and in TensorBoard."""
         path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
-        save_png(picture, path)
+        save_png(image, path)
         if self.board:
             with self.to_board():
-                self.board.add_image(name, picture, step)
+                self.board.add_image(name, image, step)
         return path
 
     def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:

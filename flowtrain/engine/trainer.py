@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowtrain import distributed
-from flowtrain.engine import checkpoint, status
 from flowtrain.engine.compiling import Compiled
 from flowtrain.engine.divergence import Record, examine, first
 from flowtrain.engine.ema import EMA
@@ -23,10 +21,11 @@ from flowtrain.engine.gradient import Way
 from flowtrain.engine.measure import Measure
 from flowtrain.engine.profile import profiled
 from flowtrain.engine.reporter import Reporter, Silence
-from flowtrain.engine.signals import awaited, heed, impatiently, remembered
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
-from flowtrain.signals import SIGNALS
+from flowtrain.runtime import checkpoint, distributed, status
+from flowtrain.runtime.interrupts import awaited, heed, impatiently, remembered
+from flowtrain.runtime.signals import SIGNALS
 
 log = logging.getLogger("flowtrain")
 
@@ -63,7 +62,7 @@ class Trainer:
         loader: its ``batches(step)`` are this process's slices of the global batches from ``step`` on.
         schedule: gives the factor of each parameter group's first rate.
         judge: validates a flow; the same result on every process.
-        draw: draws a picture of a flow's samples, or returns None.
+        draw: draws an image of a flow's samples, or returns None.
         measure: what is minimized and reported.
         config: what a checkpoint keeps so that the flow can be built again.
         columns: what it keeps of a table's columns, plain data, or None.
@@ -190,9 +189,7 @@ class Trainer:
             self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
             return
         if not self.skipped:
-            log.warning(
-                "step %d: loss %g, gradient norm %g: skipped, as will be others like it", self.step, loss, norm
-            )
+            log.warning("step %d: loss %g, gradient norm %g: skipped, as will be others like it", self.step, loss, norm)
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.settings.max_bad_steps:
             self.recover()
@@ -217,8 +214,14 @@ class Trainer:
             self.rollbacks, self.bad_in_a_row = self.rollbacks + 1, 0
             log.warning(
                 "step %d: %s; %s; on from the weights of step %d, the rate times %g (rollback %d of at most %d)",
-                self.step, how, why, self.good["step"], self.lowered(), self.rollbacks, MOST_ROLLBACKS,
-            )  # fmt: skip
+                self.step,
+                how,
+                why,
+                self.good["step"],
+                self.lowered(),
+                self.rollbacks,
+                MOST_ROLLBACKS,
+            )
             return
         self.save()
         raise FlowtrainError(
@@ -237,15 +240,22 @@ class Trainer:
         found = first(findings)
         settings = self.settings
         record = Record(
-            self.step, settings.seed, settings.accumulate, distributed.world(), torch.cat(x),
-            None if context[0] is None else torch.cat(context), [one for each in examples for one in each], found,
-        )  # fmt: skip
+            self.step,
+            settings.seed,
+            settings.accumulate,
+            distributed.world(),
+            torch.cat(x),
+            None if context[0] is None else torch.cat(context),
+            [one for each in examples for one in each],
+            found,
+        )
         path = self.directory.parent / "divergence" / f"step_{self.step}.pt"
         # weights may be wrong in one process alone
         writer = next((rank for rank, one in enumerate(findings) if found and one and one.order == found.order), 0)
         if distributed.rank() == writer:
-            checkpoint.save({**self.described(), "model": self.flow.state_dict(), "ema": None,
-                             "divergence": record.state()}, path)  # fmt: skip
+            checkpoint.save(
+                {**self.described(), "model": self.flow.state_dict(), "ema": None, "divergence": record.state()}, path
+            )
         distributed.barrier()  # an error in one process ends the others
         allow = self.config.get("allow")
         words = f"flowtrain check replay='{path}'" + (f" allow=[{','.join(allow)}]" if allow else "")
@@ -287,21 +297,21 @@ class Trainer:
             return
         if distributed.is_main():
             with suppress(Interrupted):  # the others are told of it next
-                self.picture()
+                self.image()
         heed()
         self.shown = self.step
 
-    def picture(self) -> None:
+    def image(self) -> None:
         try:
             with self.eagerly(), impatiently():
-                picture = self.draw(self.judged)
+                image = self.draw(self.judged)
         except Interrupted:
             raise
         except (FloatingPointError, FlowtrainError) as error:
-            log.warning("step %d: no picture: %s", self.step, error)
+            log.warning("step %d: no image: %s", self.step, error)
             return
-        if picture is not None:
-            self.reporter.picture(self.step, "samples", picture)
+        if image is not None:
+            self.reporter.image(self.step, "samples", image)
 
     def report(self, norm: float, elapsed: float) -> None:
         rate = self.settings.log_every * self.loader.batch_size / elapsed

@@ -14,7 +14,7 @@ class CausalTransformer(nn.Module):
     """(B, D) -> (B, D, out), row i a function of the elements before i: causal self-attention over the elements.
 
     Token i holds the elements i − o for o in ``offsets``, 0 where there is none: [1] is the one before; [1, 8, 7] in a
-    picture 8 wide the one to the left, above and above to the right. ``depth`` pre-normalized blocks of ``hidden``
+    image 8 wide the one to the left, above and above to the right. ``depth`` pre-normalized blocks of ``hidden``
     channels follow (Vaswani et al. 2017), the feed-forward part ``expand`` times as wide; what they say is added to a
     learned row for each position, both zero at the start.
     """
@@ -55,7 +55,7 @@ class CausalTransformer(nn.Module):
         return self._rows(torch.stack(before, -1), slice(None), [None] * len(self.blocks), context)
 
     def begin(self, x: Tensor, context: Tensor | None = None) -> dict:
-        """The memory of a pass over the elements of a batch like ``x``: those so far, and the blocks' keys and values."""
+        """The cache of a pass over the elements of a batch like x: those so far, and each block's keys and values."""
         return {"elements": x[:, :0], "context": context, "blocks": [{} for _ in self.blocks]}
 
     def step(self, x: Tensor, memory: dict) -> Tensor:
@@ -87,8 +87,8 @@ class _Block(nn.Module):
 
     def forward(self, h, memory=None):
         """``memory`` holds the keys and values of earlier tokens, if h goes on after them; it is extended."""
-        query, key, value = self.query_key_value(self.norm_attention(h)).unflatten(2, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4
+        query, key, value = (
+            self.query_key_value(self.norm_attention(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         )
         if memory is not None:
             if memory:

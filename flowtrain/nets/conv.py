@@ -1,4 +1,4 @@
-"""Convolutional networks that keep the size of a picture."""
+"""Convolutional networks that keep the size of an image."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowtrain import fusion
 from flowtrain.nets.mlp import at_least_one, context_to, nearly_zero, zeroed
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
+from flowtrain.runtime import fusion
 
 
 class ZeroConv(nn.Module):
@@ -133,7 +133,7 @@ class _Residual(nn.Module):
 
 
 class PreactivatedConvNet(nn.Module):
-    """Neural spline flows' conditioner of pictures (Durkan et al. 2019, reference code).
+    """Neural spline flows' conditioner of images (Durkan et al. 2019, reference code).
 
     A 1×1 convolution, ``blocks`` pre-activated residual blocks of two 3×3 convolutions, and a 1×1 convolution that
     starts at zero, where theirs does not. ``norm`` stands before each rectifier. A context vector is added after the
@@ -190,5 +190,5 @@ def normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 def channels_of(shape) -> int:
     if len(shape) != 3:
-        raise ValueError(f"a convolutional network takes pictures (channels, height, width), not {list(shape)}")
+        raise ValueError(f"a convolutional network takes images (channels, height, width), not {list(shape)}")
     return shape[0]

@@ -28,7 +28,7 @@ class Concat(nn.Module):
 
 
 class ConcatConv(nn.Module):
-    """The same for pictures: a 3×3 convolution with the time as a further channel."""
+    """The same for images: a 3×3 convolution with the time as a further channel."""
 
     def __init__(self, n: int, out: int):
         super().__init__()
@@ -65,7 +65,7 @@ class ConcatSquash(nn.Module):
 
 
 class ConcatSquashConv(nn.Module):
-    """The same for pictures: a 3×3 convolution."""
+    """The same for images: a 3×3 convolution."""
 
     def __init__(self, n: int, out: int):
         super().__init__()
@@ -127,9 +127,9 @@ class ODENet(Dynamics):
 
 
 class ConvODENet(Dynamics):
-    """Convolutional dynamics of pictures, (B, C, H, W) -> (B, C, H, W) (Grathwohl et al. 2019, reference code).
+    """Convolutional dynamics of images, (B, C, H, W) -> (B, C, H, W) (Grathwohl et al. 2019, reference code).
 
-    ``layer`` is ``concat`` (FFJORD's pictures) or ``concatsquash``; every convolution is 3×3.
+    ``layer`` is ``concat`` (FFJORD's images) or ``concatsquash``; every convolution is 3×3.
     """
 
     layers_by_name = {"concat": ConcatConv, "concatsquash": ConcatSquashConv}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowtrain.globalbatch import RunningMoments, uniform
+from flowtrain.runtime.globalbatch import RunningMoments, uniform
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Pictures of what a flow has learned."""
+"""Images of what a flow has learned."""

@@ -1,4 +1,4 @@
-"""Densities over the plane and the line as pictures: the data's beside a model's.
+"""Densities over the plane and the line as images: the data's beside a model's.
 
 A density comes as a function ``log_prob`` of points (n, D), float32 on the CPU, to log-densities (n,) in nats; what
 needs another device moves them there itself.
@@ -24,7 +24,7 @@ LEAST_SIDE = 40  # cells of a histogram of the plane
 
 @dataclass(frozen=True)
 class View:
-    """What a picture shows of the plane: the box from ``low`` to ``high``, densities of ``top`` in the last colour."""
+    """What an image shows of the plane: the box from ``low`` to ``high``, densities of ``top`` in the last colour."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -32,10 +32,10 @@ class View:
 
 
 def density(log_prob: LogProb, data: Tensor, side: int = 400, cells: int | None = None) -> Tensor:
-    """The data's density and the model's in one picture, (3, side, 2 side + 6) uint8.
+    """The data's density and the model's in one image, (3, side, 2 side + 6) uint8.
 
     Of the plane: left a histogram of the data, right the model, of the same box and in the same colours, which the
-    data alone decide, so that pictures of one run can be compared. Of the line: the histogram in bars and the model's
+    data alone decide, so that images of one run can be compared. Of the line: the histogram in bars and the model's
     density over it. Grey, or a gap of the line, is where the model's density is no number.
 
     Args:
@@ -93,7 +93,7 @@ def model_panel(log_prob: LogProb, view: View, side: int = 400, cells: int | Non
 
 
 def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], columns: Sequence[str]) -> Tensor:
-    """Panels of one size, (3, side, side) uint8, as one labelled picture (3, H, W); a None leaves its place empty.
+    """Panels of one size, (3, side, side) uint8, as one labelled image (3, H, W); a None leaves its place empty.
 
     Raises:
         ValueError: not one panel for each of ``rows`` and ``columns``.
@@ -106,8 +106,8 @@ def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], column
     font = _font(max(12, side // 11))
     left = math.ceil(max((font.getlength(row) for row in rows), default=0)) + 3 * GAP
     top = font.size + 3 * GAP
-    picture = Image.new("RGB", (left + len(columns) * (side + GAP), top + len(rows) * (side + GAP)), WHITE)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (left + len(columns) * (side + GAP), top + len(rows) * (side + GAP)), WHITE)
+    draw = ImageDraw.Draw(image)
     for i, label in enumerate(columns):
         draw.text((left + i * (side + GAP) + side / 2, top / 2), label, INK, font, anchor="mm")
     for j, label in enumerate(rows):
@@ -115,8 +115,8 @@ def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], column
         for i, panel in enumerate(panels[j]):
             if panel is not None:
                 at = left + i * (side + GAP), top + j * (side + GAP)
-                picture.paste(Image.fromarray(panel.permute(1, 2, 0).contiguous().numpy()), at)
-    return _tensor(picture)
+                image.paste(Image.fromarray(panel.permute(1, 2, 0).contiguous().numpy()), at)
+    return _tensor(image)
 
 
 def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
@@ -132,8 +132,8 @@ def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
     curve = _evaluated(log_prob, x[:, None], 2**14)
     top = 1.1 * max(counts.max().item(), min(curve.nan_to_num(0, 0).max().item(), 2 * counts.max().item()))
 
-    picture = Image.new("RGB", (width, height), WHITE)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), WHITE)
+    draw = ImageDraw.Draw(image)
     for i, value in enumerate(counts.tolist()):
         if value > 0:
             edges = (round(i * width / bins), base * (1 - value / top), round((i + 1) * width / bins) - fine, base)
@@ -148,7 +148,7 @@ def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
         if math.isfinite(y0) and math.isfinite(y1):
             points = [((x + 0.5) * fine, max(base * (1 - y / top), -height)) for x, y in ((x0, y0), (x1, y1))]
             draw.line(points, STRONG, 2 * fine)
-    return _tensor(picture.resize((width // fine, side), Image.Resampling.BOX))
+    return _tensor(image.resize((width // fine, side), Image.Resampling.BOX))
 
 
 def _finite(data: Tensor) -> Tensor:
@@ -194,9 +194,9 @@ def _upright(values: Tensor) -> Tensor:
     return values.T.flip(0)
 
 
-def _enlarged(picture: Tensor, side: int) -> Tensor:
-    times = side // picture.shape[-1]
-    return picture.repeat_interleave(times, -1).repeat_interleave(times, -2)
+def _enlarged(image: Tensor, side: int) -> Tensor:
+    times = side // image.shape[-1]
+    return image.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -214,7 +214,7 @@ def _font(size: int):
     return ImageFont.load_default(size)
 
 
-def _tensor(picture) -> Tensor:
+def _tensor(image) -> Tensor:
     import numpy as np
 
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

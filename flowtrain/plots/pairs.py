@@ -11,8 +11,8 @@ from textwrap import wrap
 
 import numpy as np
 
-from flowtrain import files
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
+from flowtrain.runtime import files
 
 DATA, SAMPLES = "#33638d", "#d1495b"
 FEW = 20  # different whole numbers that get a bin each
@@ -42,16 +42,16 @@ def pairs(
         most: how many columns are shown, the first ones.
 
     Returns:
-        How many columns were left out; the picture says so too.
+        How many columns were left out; the image says so too.
 
     Raises:
-        Refused: matplotlib is not installed.
+        UsageError: matplotlib is not installed.
         ValueError: a table is empty, or they do not match.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Refused("a pair plot needs matplotlib: pip install 'flowtrain[plots]'") from error
+        raise UsageError("a pair plot needs matplotlib: pip install 'flowtrain[plots]'") from error
 
     path = Path(path)
     tables = {"samples": _table(samples)} if data is None else {"data": _table(data), "samples": _table(samples)}

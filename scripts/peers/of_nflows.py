@@ -1,6 +1,6 @@
 """nflows' transforms as layers of a flowtrain chain, so that both train in the same loop, on the same batches:
 
-    flowtrain train --config-dir scripts/peers model=nflows_maf allow=[scripts.peers.of_nflows] …
+flowtrain train --config-dir scripts/peers model=nflows_maf allow=[scripts.peers.of_nflows] …
 """
 
 from __future__ import annotations
@@ -45,9 +45,17 @@ class NSF(_Transform):
     """Neural spline flow on vectors: permutation, LU, rational-quadratic spline; ``coupling`` or ``autoregressive``."""
 
     def __init__(
-        self, shape, kind: str, steps: int, hidden: int, blocks: int, bins: int, bound: float, dropout: float = 0.0,
+        self,
+        shape,
+        kind: str,
+        steps: int,
+        hidden: int,
+        blocks: int,
+        bins: int,
+        bound: float,
+        dropout: float = 0.0,
         context_shape=None,
-    ):  # fmt: skip
+    ):
         super().__init__(shape, context_shape)
         (features,) = self.shape
         with torch.device("cpu"):  # nflows selects by values, which the meta device has none of
@@ -56,16 +64,21 @@ class NSF(_Transform):
                 layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]
                 spline = {"num_bins": bins, "tails": "linear", "tail_bound": bound}
                 if kind == "autoregressive":
-                    layers.append(t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
-                        features, hidden, num_blocks=blocks, dropout_probability=dropout, **spline
-                    ))  # fmt: skip
+                    layers.append(
+                        t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                            features, hidden, num_blocks=blocks, dropout_probability=dropout, **spline
+                        )
+                    )
                 else:
-                    layers.append(t.PiecewiseRationalQuadraticCouplingTransform(
-                        [(i + step) % 2 for i in range(features)],
-                        lambda n_in, n_out: ResidualNet(
-                            n_in, n_out, hidden_features=hidden, num_blocks=blocks, dropout_probability=dropout
-                        ),
-                        apply_unconditional_transform=True, **spline,
-                    ))  # fmt: skip
+                    layers.append(
+                        t.PiecewiseRationalQuadraticCouplingTransform(
+                            [(i + step) % 2 for i in range(features)],
+                            lambda n_in, n_out: ResidualNet(
+                                n_in, n_out, hidden_features=hidden, num_blocks=blocks, dropout_probability=dropout
+                            ),
+                            apply_unconditional_transform=True,
+                            **spline,
+                        )
+                    )
             layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]
             self.inner = t.CompositeTransform(layers)

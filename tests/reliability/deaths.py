@@ -1,4 +1,4 @@
-"""Where a process kills itself, as ``DEATH`` says: {"place": …, "save": the how many-th of last.pt, "byte": …}; and what
+"""Where a process kills itself, as ``DEATH`` says: {"place": …, "save": which save of last.pt, "byte": …}; and what
 a resumed run may lack of its state, as ``OMIT`` names it. ``COMPOSED`` spares a run the composing."""
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from flowtrain import cli, files, jobs, runs, train
+from flowtrain import train
+from flowtrain.cli import jobs, main
+from flowtrain.config import runs
 from flowtrain.data import Loader
-from flowtrain.engine import checkpoint
 from flowtrain.engine.gradient import Way
 from flowtrain.engine.reporter import Reporter
 from flowtrain.engine.trainer import Trainer
+from flowtrain.runtime import checkpoint, files
 
 PLACES = ("mid-write", "before fsync", "before rename", "after rename", "pruning")
 OMITTED = ("model", "ema", "optimizer", "noise", "schedule", "order", "figures", "lines")
@@ -29,17 +31,20 @@ def die() -> None:
 def patch(place: str, save: int = 1, byte: int = 0, part: int = 0) -> None:
     if place == "no links":
         os.link = _refuse
-        cli.main = _save_for_ever
+        main.main = _save_for_ever
     elif place == "any":
-        cli.main = _save_for_ever
+        main.main = _save_for_ever
     else:
-        _count_saves(save, lambda: {
-            "mid-write": lambda: _in_write(byte),
-            "before fsync": lambda: _around(os, "fsync", before=lambda fd: stat.S_ISREG(os.fstat(fd).st_mode)),
-            "before rename": lambda: _around(os, "replace", before=lambda _, path: path.name == "last.pt"),
-            "after rename": lambda: _around(os, "replace", after=lambda _, path: path.name == "last.pt"),
-            "pruning": lambda: _pruning(part),
-        }[place]())  # fmt: skip
+        _count_saves(
+            save,
+            lambda: {
+                "mid-write": lambda: _in_write(byte),
+                "before fsync": lambda: _around(os, "fsync", before=lambda fd: stat.S_ISREG(os.fstat(fd).st_mode)),
+                "before rename": lambda: _around(os, "replace", before=lambda _, path: path.name == "last.pt"),
+                "after rename": lambda: _around(os, "replace", after=lambda _, path: path.name == "last.pt"),
+                "pruning": lambda: _pruning(part),
+            }[place](),
+        )
 
 
 def _count_saves(which: int, arm) -> None:
@@ -155,7 +160,7 @@ def _composed(file: str) -> None:
 
 def prepare(environment) -> None:
     if "COMPOSED" in environment:
-        cli.main = lambda: _composed(environment["COMPOSED"])
+        main.main = lambda: _composed(environment["COMPOSED"])
     if "DEATH" in environment:
         patch(**json.loads(environment["DEATH"]))
     if "OMIT" in environment:

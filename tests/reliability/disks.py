@@ -1,5 +1,5 @@
-"""Disks that take no more while a run writes: as ``DISK`` says, {"fault": …, "place": …}, a run meets the fault, what it
-leaves is looked at, and the same command goes on where there is room again."""
+"""Disks that take no more while a run writes: as ``DISK`` says, {"fault": …, "place": …}, a run meets the fault, what
+it leaves is looked at, and the same command goes on where there is room again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pathlib import Path
 from inprocess import flowtrain
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from flowtrain import cli
-from flowtrain.engine import checkpoint
+from flowtrain.cli import main
+from flowtrain.cli.launcher import Failed
 from flowtrain.engine.reporter import Reporter
-from flowtrain.workers import Failed
+from flowtrain.runtime import checkpoint
 
 FAULTS = {"full": errno.ENOSPC, "limit": errno.EFBIG, "quota": errno.EDQUOT, "read-only": errno.EROFS}
-PLACES = {"checkpoint": "last.pt", "metrics": "metrics.jsonl", "picture": "samples_00000060.png", "board": "tb"}
+PLACES = {"checkpoint": "last.pt", "metrics": "metrics.jsonl", "image": "samples_00000060.png", "board": "tb"}
 SIZE = 2**20  # of a small disk
 NEW_NAMESPACE = 0x00020000
 
@@ -107,9 +107,11 @@ def _trial(words, fault: str, place: str) -> None:
             return print("\nno mounts")
     disk, name = Disk(), PLACES[place]
     owner, method, moment = {
-        "checkpoint": (checkpoint, "save_last", 2), "metrics": (Reporter, "scalars", 27),
-        "board": (Reporter, "scalars", 27), "picture": (Reporter, "picture", 1),
-    }[place]  # fmt: skip
+        "checkpoint": (checkpoint, "save_last", 2),
+        "metrics": (Reporter, "scalars", 27),
+        "board": (Reporter, "scalars", 27),
+        "image": (Reporter, "image", 1),
+    }[place]
     original, calls = getattr(owner, method), []
 
     def late(*args):
@@ -138,4 +140,4 @@ def _trial(words, fault: str, place: str) -> None:
 
 def prepare(environment, words) -> None:
     if "DISK" in environment:
-        cli.main = lambda: _trial(words, **json.loads(environment["DISK"]))
+        main.main = lambda: _trial(words, **json.loads(environment["DISK"]))

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.engine import checkpoint
+from flowtrain.cli import exit_codes
+from flowtrain.runtime import checkpoint
 
 HERE = Path(__file__).resolve().parent
 
@@ -143,7 +144,7 @@ class ForkedWorker:
         self.ends.append(self.stdin)
 
     def work(self, read, write, env):
-        from flowtrain import workers
+        from flowtrain.cli import launcher
 
         os.setsid()
         os.close(write)
@@ -153,7 +154,7 @@ class ForkedWorker:
         sys.stdin = os.fdopen(0, closefd=False)
         os.environ.update(env)
         Path(f"rank.{os.getpid()}").write_text(env["RANK"])
-        workers.main()
+        launcher.main()
 
     def poll(self):
         if self.returncode is None:
@@ -206,7 +207,7 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     sys.stdin = os.fdopen(0, closefd=False)
     sys.argv = ["flowtrain", *words]
-    from flowtrain import cli
+    from flowtrain.cli import main
 
     sys.path.insert(0, cwd)
     if "SLOW" in env:
@@ -218,10 +219,10 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
 
     deaths.prepare(env)
     disks.prepare(env, words)
-    _as_a_process({"command": cli.main, "torchrun": _torchrun}[kind])
+    _as_a_process({"command": main.main, "torchrun": _torchrun}[kind])
 
 
-def _wait(pid: int, timeout: float, ended={}):  # noqa: B006: what has been waited for once
+def _wait(pid: int, timeout: float, ended={}):  # noqa: B006 (remembers what has been waited for)
     end = time.monotonic() + timeout
     while pid not in ended:
         found, code = os.waitpid(pid, os.WNOHANG)
@@ -239,20 +240,26 @@ def _torchrun() -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=str(os.getpid()), rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=int(os.environ["RESTARTS"]), monitor_interval=0.1,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=int(os.environ["RESTARTS"]),
+        monitor_interval=0.1,
         start_method="fork",
-    )  # fmt: skip
+    )
     elastic_launch(config, _rank)()
 
 
 def _rank() -> None:
-    from flowtrain import cli
+    from flowtrain.cli import main
 
     Path(f"rank.{os.getpid()}").write_text(os.environ["RANK"])
-    cli.leave = lambda code: os._exit(code) if code else None  # the agent waits for what a good one returns
+    exit_codes.leave = lambda code: os._exit(code) if code else None  # the agent waits for what a good one returns
     with suppress(SystemExit):
-        cli.main()
+        main.main()
 
 
 def serve() -> None:
@@ -269,13 +276,14 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401
     from PIL import Image
 
-    from flowtrain import allow, eval, nets, results, sample, train, workers  # noqa: F401
+    from flowtrain.cli import launcher
+    from flowtrain.config import allow  # noqa: F401
     from flowtrain.engine import schedules  # noqa: F401
 
     Image.init()
 
-    workers.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
-    workers.ENDING = 3  # what hangs in a test has nothing to save
+    launcher.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
+    launcher.ENDING = 3  # what hangs in a test has nothing to save
     with open(os.devnull, "w") as nowhere:
         before, sys.stdout = sys.stdout, nowhere
         inprocess.flowtrain(".", "train", "--cfg", "job")  # brings what composing needs

@@ -1,4 +1,4 @@
-"""Checkpoints that a stranger might send. Each is written with a right digest, so that nothing but its content is wrong."""
+"""Checkpoints that a stranger might send. Each has a right digest, so that nothing but its content is wrong."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import os
 import pickle
 import stat
-import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from flowtrain.engine import checkpoint
+from flowtrain.runtime import checkpoint
 
 SECRET = "FLOWTRAIN_TEST_SECRET"  # a variable of the environment that nobody may read
 
@@ -59,7 +58,7 @@ def calls(touch: Path) -> dict[str, Call]:
     import shutil
     import subprocess
 
-    from flowtrain import runs
+    from flowtrain.config import runs
 
     path = str(touch)
     return {
@@ -72,7 +71,7 @@ def calls(touch: Path) -> dict[str, Call]:
         "pathlib.Path.mkdir": Call(Path.mkdir, touch),
         "pickle.loads": Call(pickle.loads, pickle.dumps(Call(os.mkdir, path))),
         "torch.save": Call(torch.save, 1, path),
-        "flowtrain.runs.claim": Call(runs.claim, path),
+        "flowtrain.config.runs.claim": Call(runs.claim, path),
     }
 
 
@@ -95,7 +94,10 @@ def pickles(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         yield name, lambda path, name=name: _legacy(path, {**state, "step": call}, name)
     script = torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1))
     yield "TorchScript", lambda path: sealed(path, _buffer(lambda out: torch.jit.save(script, out)))
-    yield "TorchScript by name", lambda path: sealed(path, of_pickle(pickle.dumps(state["step"]), **{"constants.pkl": b""}))
+    yield (
+        "TorchScript by name",
+        lambda path: sealed(path, of_pickle(pickle.dumps(state["step"]), **{"constants.pkl": b""})),
+    )
     lists = b"\x80\x02}U\x06config" + b"]" * 1_000_000 + b"a" * 999_999 + b"s."
     yield "a million levels", lambda path: sealed(path, of_pickle(lists))
     tuples = b"\x80\x02}U\x06config)" + b"\x85" * 100_000 + b"s."
@@ -124,9 +126,7 @@ def _buffer(write: Callable) -> bytes:
 
 def archives(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
     good = {"a/data.pkl": _pickled_in(state), "a/byteorder": b"little", "a/version": b"3\n"}
-    yield "zip bomb", lambda path: sealed(
-        path, zipped(good | {"a/data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED)
-    )
+    yield "zip bomb", lambda path: sealed(path, zipped(good | {"a/data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED))
     for name in ("../../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "a/\x1b[2J", "a//b", "C:/evil"):
         yield f"member {name!r}", lambda path, name=name: sealed(path, zipped(good | {name: b"x"}))
     link = zipfile.ZipInfo("a/link")
@@ -197,14 +197,24 @@ def nodes(touch: Path) -> dict[str, dict]:
         "os.makedirs": {"_target_": "os.makedirs", "name": path},
         "shutil.copytree": {"_target_": "shutil.copytree", "src": str(Path(__file__).parent), "dst": path},
         "attribute walk": {"_target_": "torch.optim.adam.torch.hub.os.mkdir", "path": path},
-        "walk of our own": {"_target_": "flowtrain.data.folders.Path.mkdir", "self": {"_target_": "pathlib.Path", "_args_": [path]}},
-        "pathlib.Path.touch": {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [path]}]},
-        "flowtrain.runs.claim": {"_target_": "flowtrain.runs.claim", "path": path},
+        "walk of our own": {
+            "_target_": "flowtrain.data.folders.Path.mkdir",
+            "self": {"_target_": "pathlib.Path", "_args_": [path]},
+        },
+        "pathlib.Path.touch": {
+            "_target_": "pathlib.Path.touch",
+            "_args_": [{"_target_": "pathlib.Path", "_args_": [path]}],
+        },
+        "flowtrain.config.runs.claim": {"_target_": "flowtrain.config.runs.claim", "path": path},
         "positional": {"_target_": "os.mkdir", "_args_": [path]},
         "torch.save": {"_target_": "torch.save", "obj": 1, "f": path},
-        "a list within": {"_target_": "torch.optim.Adam", "_partial_": True, "betas": [{"_target_": "os.mkdir", "path": path}]},
+        "a list within": {
+            "_target_": "torch.optim.Adam",
+            "_partial_": True,
+            "betas": [{"_target_": "os.mkdir", "path": path}],
+        },
         "logging.FileHandler": {"_target_": "logging.FileHandler", "filename": path},
-    }  # fmt: skip
+    }
 
 
 def _targets(touch: Path) -> dict[str, dict]:
@@ -217,11 +227,19 @@ def _targets(touch: Path) -> dict[str, dict]:
         "builtins.open": {"_target_": "builtins.open", "file": path, "mode": "w"},
         "torch.load": {"_target_": "torch.load", "f": path, "weights_only": False},
         "torch.hub.load": {"_target_": "torch.hub.load", "repo_or_dir": path, "source": "local", "model": "m"},
-        "hydra.utils.instantiate": {"_target_": "hydra.utils.instantiate", "_recursive_": False, "config": {"_target_": "os.mkdir", "path": path}},
+        "hydra.utils.instantiate": {
+            "_target_": "hydra.utils.instantiate",
+            "_recursive_": False,
+            "config": {"_target_": "os.mkdir", "path": path},
+        },
         "hydra.utils.call": {"_target_": "hydra.utils.call", "config": {"_target_": "os.mkdir", "path": path}},
         "hydra.utils.get_method": {"_target_": "hydra.utils.get_method", "path": "os.mkdir"},
         "importlib": {"_target_": "importlib.import_module", "name": "antigravity"},
-        "a resolver": {"_target_": "omegaconf.OmegaConf.register_new_resolver", "name": "x", "resolver": {"_target_": "hydra.utils.get_method", "path": "os.mkdir"}},
+        "a resolver": {
+            "_target_": "omegaconf.OmegaConf.register_new_resolver",
+            "name": "x",
+            "resolver": {"_target_": "hydra.utils.get_method", "path": "os.mkdir"},
+        },
         "partial": {"_target_": "os.mkdir", "_partial_": True, "path": path},
         "a base class": {"_target_": "torch.optim.Optimizer", "params": [], "defaults": {}},
         "a private module": {"_target_": "flowtrain.data.download.fetch", "root": path, "files": [], "download": 1},
@@ -232,7 +250,7 @@ def _targets(touch: Path) -> dict[str, dict]:
         "positional, of ours": {"_target_": "flowtrain.distributions.StandardNormal", "_args_": [path]},
         "not converted": {"_target_": "flowtrain.distributions.StandardNormal", "_convert_": "object"},
         "not recursive": {"_target_": "flowtrain.distributions.StandardNormal", "_recursive_": False},
-    }  # fmt: skip
+    }
 
 
 def _put(config: dict, key: str, value) -> dict:
@@ -278,7 +296,10 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "a flow that is none": ("model.flow", {"_target_": "flowtrain.nets.ZeroConv", "shape": [1, 1, 1], "out": 1}),
         "a data set that is none": ("dataset", {**config["dataset"], "_target_": "flowtrain.data.Columns"}),
         "hydra callbacks": ("hydra", {"callbacks": {"x": mkdir}}),
-        "hydra logging": ("hydra", {"job_logging": {"handlers": {"x": {"class": "logging.FileHandler", "filename": path}}}}),
+        "hydra logging": (
+            "hydra",
+            {"job_logging": {"handlers": {"x": {"class": "logging.FileHandler", "filename": path}}}},
+        ),
         "hydra run dir": ("hydra", {"run": {"dir": path}}),
         "hydra launcher": ("hydra/launcher", mkdir),
         "defaults": ("defaults", [{"override /hydra/launcher": "joblib"}]),
@@ -292,7 +313,10 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "our own resolver": ("model.knob", "${claim:" + path + "}"),
         "our resolver of runs": ("model.knob", "${run_dir:" + path + ",false}"),
         "a decoder": ("model.knob", "${oc.decode:'${oc.env:" + SECRET + "}'}"),
-        "a bomb of interpolations": ("model.knob", {"a0": "x" * 50} | {f"a{i}": f"${{.a{i - 1}}}" * 10 for i in range(1, 10)}),
+        "a bomb of interpolations": (
+            "model.knob",
+            {"a0": "x" * 50} | {f"a{i}": f"${{.a{i - 1}}}" * 10 for i in range(1, 10)},
+        ),
         "a circle of interpolations": ("model.knob", {"a": "${.b}", "b": "${.a}"}),
         "a value left open": ("seed", "???"),
         "a hundred levels": ("model.knob", _deep(100)),
@@ -324,7 +348,7 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "a shape without numbers": ("model.flow.shape", []),
         "endless numbers": ("model.flow.shape", [1, 2**70, 8]),
         "a data set of another shape": ("dataset.shape", [1, 10**9, 10**9]),
-    }  # fmt: skip
+    }
     for name, (key, value) in changes.items():
         if name == "an allowed module":  # and a target in it
             changed = _put(_put(config, key, value), "model.knob", mkdir)

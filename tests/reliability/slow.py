@@ -1,4 +1,4 @@
-"""Where a run can be caught: each place takes half a minute once ``SLOW`` names it, and says so in a file ``here.0``."""
+"""Where a run can be caught: each place takes half a minute once ``SLOW`` names it, and leaves a file ``here.0``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import hydra.core.utils
 
-from flowtrain import assemble, commandline, jobs, train, views
+from flowtrain import assemble, train
+from flowtrain.cli import jobs, overrides
+from flowtrain.commands import previews
 from flowtrain.data import Loader
 from flowtrain.data.vectors import Vectors
-from flowtrain.engine import checkpoint
 from flowtrain.engine.trainer import Trainer
+from flowtrain.runtime import checkpoint
 
 STEP = 13  # of training, from which on what belongs to training is slow
 LONG = 30  # seconds
@@ -82,7 +84,7 @@ def following_the_step(self, *args, original=Trainer.gradient):
 def patch() -> None:
     Trainer.at, Trainer.gradient = 0, following_the_step
     places = {
-        "check": lambda: before(commandline, "check"),
+        "check": lambda: before(overrides, "check"),
         "job": lambda: before(jobs, "_run"),
         "import": lambda: before(jobs, "execute"),
         "open": lambda: before(Vectors, "split"),
@@ -93,7 +95,7 @@ def patch() -> None:
         "every step": lambda: before(Trainer, "update", 0.1),
         "stuck": lambda: before(Trainer, "update", when=late),
         "validation": lambda: setattr(assemble, "shares", shares),
-        "picture": lambda: before(views.View, "__call__", when=late),
+        "image": lambda: before(previews.View, "__call__", when=late),
         "saving": lambda: before(checkpoint, "save_last", SAVING),
         "end": lambda: before(train, "_conclude"),
         "one second": lambda: setattr(hydra.core.utils, "datetime", OneSecond),
@@ -102,7 +104,7 @@ def patch() -> None:
 
 
 if __name__ == "__main__":  # as a script of torchrun's
-    from flowtrain import cli
+    from flowtrain.cli import main
 
     patch()
-    cli.main()
+    main.main()

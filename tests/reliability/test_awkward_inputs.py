@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from composed import ONLY_PICTURES, flow_of, options
+from composed import ONLY_IMAGES, flow_of, options
 from layers import UNIVARIATE
 
 from flowtrain import bijections as b
 from flowtrain.bijections.ode import exact_trace
-from flowtrain.errors import Refused
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 MODELS = options("model")
@@ -25,7 +25,7 @@ SECONDS = 60  # of one call: no hang, on a machine that has other work too
 def case(request):
     """A small flow away from its start, of evaluation, and a batch for it."""
     torch.manual_seed(0)
-    if request.param in ONLY_PICTURES:
+    if request.param in ONLY_IMAGES:
         small = ["dataset=digits", "dataset.image_size=4", "dataset.halvings=1", "model.hidden=4"]
         flow = flow_of(f"model={request.param}", *small)
         x = torch.randint(0, LEVELS, (64, 1, 4, 4), dtype=torch.uint8)
@@ -68,7 +68,7 @@ def right_or_refused(tally, kind, says, attempt, expected=lambda made: None):
     """``attempt()`` gives what is finite and what ``expected`` takes, or says why not in words that match ``says``."""
     try:
         made = attempt()
-    except (ValueError, Refused) as error:
+    except (ValueError, UsageError) as error:
         assert re.search(says, str(error))
         tally[kind, "refused"] += 1
         return
@@ -210,7 +210,7 @@ def test_wrong_shapes(case, tally):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_dimension(model, tally):
-    if model in ONLY_PICTURES:
+    if model in ONLY_IMAGES:
         overrides, x = ["dataset=digits", "dataset.shape=[1,1,1]"], torch.randint(0, LEVELS, (B, 1, 1, 1))
     else:
         overrides, x = ["dataset=moons", "dataset.shape=[1]"], torch.randn(B, 1)

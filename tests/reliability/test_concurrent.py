@@ -9,9 +9,17 @@ import socket
 from forks import runs_in, steps
 
 WORDS = [
-    "train", "model=realnvp_vector", "model.hidden=8", "model.pairs=1", "dataset=moons", "dataset.rows=500",
-    "batch_size=16", "trainer.tensorboard=false", "trainer.log_every=1", "trainer.val_every=1000",
-]  # fmt: skip
+    "train",
+    "model=realnvp_vector",
+    "model.hidden=8",
+    "model.pairs=1",
+    "dataset=moons",
+    "dataset.rows=500",
+    "batch_size=16",
+    "trainer.tensorboard=false",
+    "trainer.log_every=1",
+    "trainer.val_every=1000",
+]
 
 FAULTS = """
 import os, signal, time
@@ -61,9 +69,11 @@ def test_two_processes_that_resume_one_run(server, tmp_path, count, promise):
         status = json.loads((run / "status.json").read_text())
         said = f"flowtrain: {run}: is being trained by process {winner.pid} on {platform.node()}\n"
         refused += (
-            winner.alive() and loser.wait() == 2 and loser.err == said
+            winner.alive()
+            and loser.wait() == 2
+            and loser.err == said
             and (status["state"], status["pid"], status["host"]) == ("running", winner.pid, socket.gethostname())
-        )  # fmt: skip
+        )
         winner.kill(signal.SIGKILL)
         winner.wait()
     promise(13, "the second of two processes that resume one run refused, naming the first", f"{refused} of {rounds}")
@@ -88,9 +98,16 @@ def test_a_sweep_finishes_what_it_can(server, tmp_path, count, promise):
     kinds = [*ENDINGS] if count(10) == 10 else ["killed", "stopped", "fine"]
     (tmp_path / "faults.py").write_text(FAULTS)
     sweep = server.start(
-        tmp_path, *WORDS, "--multirun", "allow=[faults]", "scheduler=constant", "scheduler._target_=faults.Schedule",
-        f"+scheduler.kind={','.join(kinds)}", "max_steps=20", "job_timeout=12",
-    )  # fmt: skip
+        tmp_path,
+        *WORDS,
+        "--multirun",
+        "allow=[faults]",
+        "scheduler=constant",
+        "scheduler._target_=faults.Schedule",
+        f"+scheduler.kind={','.join(kinds)}",
+        "max_steps=20",
+        "job_timeout=12",
+    )
     code = sweep.wait(300)
     (table,) = tmp_path.glob("outputs/sweeps/*/results.csv")
     with open(table, newline="") as file:
@@ -101,9 +118,11 @@ def test_a_sweep_finishes_what_it_can(server, tmp_path, count, promise):
         with open(f"{row['run_dir']}/status.json") as file:
             status = json.load(file)
         right += (
-            f"kind={kind}" in row["overrides"] and row["status"] == status["state"] == wanted
-            and row["error"].startswith(ENDINGS[kind]) and bool(row["error"]) == (wanted == "failed")
-        )  # fmt: skip
+            f"kind={kind}" in row["overrides"]
+            and row["status"] == status["state"] == wanted
+            and row["error"].startswith(ENDINGS[kind])
+            and bool(row["error"]) == (wanted == "failed")
+        )
     named = sum(f"flowtrain: job {number}: {row['error']}" in sweep.err for number, row in enumerate(rows))
     promise(13, "jobs of a sweep that ended well, crashed, hung or were killed: told so", f"{right} of {len(kinds)}")
     assert right == len(kinds) and code == 1 and named == sum(kind not in ("good", "fine") for kind in kinds), rows

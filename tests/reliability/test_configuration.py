@@ -20,7 +20,8 @@ from composed import VECTORS, composed, options
 from inprocess import flowtrain
 from omegaconf import OmegaConf
 
-from flowtrain import cli, settings
+from flowtrain.cli import exit_codes, main
+from flowtrain.config import schema
 from flowtrain.data.dataset import Dataset
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def run(tmp_path_factory):
 def lines(run):
     """Command -> its first words, and the configuration that it composes."""
     words = {command: [command, f"ckpt={run}"] for command in OF_A_CHECKPOINT}
-    words |= {command: [command] for command in cli.COMMANDS if command not in words}
+    words |= {command: [command] for command in main.COMMANDS if command not in words}
     words["train resume"] = ["train", f"resume={run}"]
     words["check model"] = ["check", "model=nice"]
     found = {}
@@ -92,9 +93,14 @@ def names_the_nearest(text: str, wrong: str, meant: str, valid) -> bool:
 
 def without_torch(cwd, cases: list[list[str]]) -> list[list]:
     done = subprocess.run(
-        [sys.executable, str(HERE / "without_torch.py")], input=json.dumps(cases), cwd=cwd, env=ENV,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, str(HERE / "without_torch.py")],
+        input=json.dumps(cases),
+        cwd=cwd,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -125,9 +131,10 @@ def test_a_typo_in_any_key_of_any_command(lines, tmp_path, count, promise):
     chosen = tenth(cases, count, draw)
     wrong = judged(tmp_path, chosen, valid | {"dataset.root", "dataset.path", "dataset.download"})
     promise(
-        9, "one typo in every key of every command, refused before torch is imported, the nearest name given",
+        9,
+        "one typo in every key of every command, refused before torch is imported, the nearest name given",
         f"{len(chosen) - len(wrong)} of {len(chosen)}",
-    )  # fmt: skip
+    )
     assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
     assert not any(tmp_path.iterdir()) and len(cases) > 500
 
@@ -154,9 +161,7 @@ def test_a_typo_in_an_experiment_or_a_trainer_of_ones_own(lines, tmp_path, count
         (folder / "own.yaml").write_text(first + yaml.safe_dump(content))
         cases.append((["train", "--config-dir", str(folder.parent), f"{group}=own"], wrong, key))
     wrong = judged(tmp_path, cases, valid)
-    promise(
-        9, "the same in experiments and trainers of one's own", f"{len(cases) - len(wrong)} of {len(cases)}"
-    )  # fmt: skip
+    promise(9, "the same in experiments and trainers of one's own", f"{len(cases) - len(wrong)} of {len(cases)}")
     assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
     assert not any(path.name == "outputs" for path in tmp_path.iterdir())
 
@@ -195,7 +200,7 @@ def untouched(tmp_path, monkeypatch):
         try:
             return flowtrain(tmp_path, *words), ""
         except Exception as error:
-            text, code = cli.explain(error)
+            text, code = exit_codes.explain(error)
             return code, text
 
     return run
@@ -203,7 +208,9 @@ def untouched(tmp_path, monkeypatch):
 
 def lines_of_train() -> list[list[str]]:
     """Choices that together hold every knob."""
-    lines = [[f"{group}={name}"] for group in ("model", "optimizer", "scheduler", "univariate") for name in options(group)]
+    lines = [
+        [f"{group}={name}"] for group in ("model", "optimizer", "scheduler", "univariate") for name in options(group)
+    ]
     lines += [["model=realnvp", f"norm={name}"] for name in options("norm")]
     lines += [[f"base={name}", "dataset.context=label"] for name in options("base")]
     for name in options("dataset"):
@@ -252,10 +259,10 @@ def outside(schema, prefix: str = "") -> list[str]:
 def test_values_out_of_range(run, untouched, tmp_path, count, promise):
     draw = random.Random(3)
     cases = [["train", *line] for line in violations(tenth(lines_of_train(), count, draw))]
-    cases += [["train", word] for word in outside(settings.Train) + outside(settings.Trainer, "trainer.")]
-    for command in cli.COMMANDS:
+    cases += [["train", word] for word in outside(schema.Train) + outside(schema.Trainer, "trainer.")]
+    for command in main.COMMANDS:
         line = [command, f"ckpt={run}"] if command in OF_A_CHECKPOINT else [command]
-        cases += [[*line, word] for word in outside(settings.ROOTS[command]) if word not in outside(settings.Train)]
+        cases += [[*line, word] for word in outside(schema.ROOTS[command]) if word not in outside(schema.Train)]
     assert len(cases) >= 100
     chosen = draw.sample(cases, count(100))
     wrong = {}
@@ -264,7 +271,9 @@ def test_values_out_of_range(run, untouched, tmp_path, count, promise):
         value = words[-1].split("=")[1]
         if code != 2 or "\n" in text or "are touched" in text or value.lstrip("-") not in text:
             wrong[" ".join(words)] = code, text
-    promise(9, "100 values out of range, refused before data are touched", f"{len(chosen) - len(wrong)} of {len(chosen)}")
+    promise(
+        9, "100 values out of range, refused before data are touched", f"{len(chosen) - len(wrong)} of {len(chosen)}"
+    )
     assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not left
@@ -275,14 +284,19 @@ def test_some_in_processes_of_their_own(lines, tmp_path, count, promise):
     config = lines["train"][1]
     keys = draw.sample(sorted(key for key, _ in leaves(config)), count(20))
     typos = [(["train", f"{typo(key, names(config), draw)}=1"], "did you mean") for key in keys]
-    ranges = [["train", word] for word in outside(settings.Train) + outside(settings.Trainer, "trainer.")]
+    ranges = [["train", word] for word in outside(schema.Train) + outside(schema.Trainer, "trainer.")]
     ranges += [["train", *line] for line in violations([["model=nsf_coupling"], ["model=realnvp", "norm=batchnorm"]])]
     ranges = [(words, "") for words in draw.sample(ranges, count(20))]
     wrong = {}
     for words, says in typos + ranges:
         done = subprocess.run(
-            [sys.executable, "-m", "flowtrain", *words], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120
-        )  # fmt: skip
+            [sys.executable, "-m", "flowtrain", *words],
+            cwd=tmp_path,
+            env=ENV,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         if done.returncode != 2 or done.stdout or done.stderr.count("\n") != 1 or says not in done.stderr:
             wrong[" ".join(words)] = done.returncode, done.stdout, done.stderr
         if any(path.is_file() for path in tmp_path.rglob("*")):

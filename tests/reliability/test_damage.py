@@ -9,14 +9,23 @@ import pytest
 import torch
 from inprocess import flowtrain
 
-from flowtrain.engine import checkpoint
 from flowtrain.errors import FlowtrainError
+from flowtrain.runtime import checkpoint
 
 TRAIN = (
-    "train", "model=realnvp_vector", "model.pairs=1", "model.hidden=8", "norm=actnorm", "dataset=moons",
-    "dataset.rows=400", "batch_size=32", "max_steps=35", "trainer.save_every=10", "trainer.val_every=10",
+    "train",
+    "model=realnvp_vector",
+    "model.pairs=1",
+    "model.hidden=8",
+    "norm=actnorm",
+    "dataset=moons",
+    "dataset.rows=400",
+    "batch_size=32",
+    "max_steps=35",
+    "trainer.save_every=10",
+    "trainer.val_every=10",
     "trainer.tensorboard=false",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +74,11 @@ def damages(whole: bytes, flips: int, cuts: int) -> list[tuple[str, bytes | None
     bits = dice.sample(ends, flips // 10) + dice.sample(range(64, 8 * (size - 100)), flips - flips // 10)
     lengths = dice.sample(range(1, size), cuts)
     return [
-        *(("flip", flipped(whole, bit)) for bit in bits), *(("cut", whole[:length]) for length in lengths),
-        ("empty", b""), ("missing", None),
-    ]  # fmt: skip
+        *(("flip", flipped(whole, bit)) for bit in bits),
+        *(("cut", whole[:length]) for length in lengths),
+        ("empty", b""),
+        ("missing", None),
+    ]
 
 
 def put(file, content: bytes | None) -> None:
@@ -137,10 +148,13 @@ def test_training_goes_on_from_the_checkpoint_before(run, tmp_path, count, promi
         code = flowtrain(tmp_path, *words)
         warnings = [text for text in said if "continuing from" in text]
         kept += (
-            code == 0 and len(warnings) == 1 and warnings[0].endswith("; continuing from previous.pt")
-            and told(kind, folder / "last.pt", warnings[0]) and "resumed at step 30" in said
+            code == 0
+            and len(warnings) == 1
+            and warnings[0].endswith("; continuing from previous.pt")
+            and told(kind, folder / "last.pt", warnings[0])
+            and "resumed at step 30" in said
             and same(state_of(folder / "last.pt"), expected)
-        )  # fmt: skip
+        )
     promise(3, "training went on from previous.pt, with one warning, to the same weights", f"{kept} of {len(cases)}")
     assert kept == len(cases)
 

@@ -19,12 +19,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flowtrain import data, train
-from flowtrain.config import settle
-from flowtrain.data.pictures import PictureSplit, source
-from flowtrain.engine import checkpoint
+from flowtrain.config.compose import settle
+from flowtrain.data.image_files import ImageFileSplit, source
+from flowtrain.data.tablefile import BLOCK, Array, TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
-from flowtrain.tablefile import BLOCK, Array, TableFile
+from flowtrain.runtime import checkpoint
 
 SIDE = 8
 
@@ -56,8 +56,8 @@ FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "tiff", "ppm")
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of one noisy picture of each kind."""
+def images(tmp_path):
+    """A folder of one noisy image of each kind."""
     for number, kind in enumerate(FORMATS):
         pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.{kind}", kind)
@@ -66,27 +66,27 @@ def pictures(tmp_path):
 
 def opened(folder, on_bad="stop"):
     found = source(folder)
-    return PictureSplit(found, found.names, (3, SIDE, SIDE), on_bad=on_bad)
+    return ImageFileSplit(found, found.names, (3, SIDE, SIDE), on_bad=on_bad)
 
 
-def test_pictures_cut_short(pictures, count, promise):
-    split, wrong, total = opened(pictures), [], 0
+def test_images_cut_short(images, count, promise):
+    split, wrong, total = opened(images), [], 0
     for number, name in enumerate(split.names):
-        file, index = pictures / name, torch.tensor([number])
+        file, index = images / name, torch.tensor([number])
         whole, pixels = file.read_bytes(), split.take(index)[0]
         for length in cuts(len(whole), count(100)):
             total += 1
             file.write_bytes(whole[:length])
             said = line(lambda: split.take(index))
             kept = not said and torch.equal(split.take(index)[0], pixels)  # what is missing was not of the pixels
-            skipping = opened(pictures, "skip")
+            skipping = opened(images, "skip")
             skipping.take(index)
-            if not (kept or said.startswith(f"cannot read the picture {file} (index {number})")):
+            if not (kept or said.startswith(f"cannot read the image {file} (index {number})")):
                 wrong.append((name, length, said))
             elif [*skipping.bad] != ([] if kept else [number]):
                 wrong.append((name, length, skipping.bad))
         file.write_bytes(whole)
-    counted(promise, "pictures cut short, told by index and path, or skipped and counted", wrong, total)
+    counted(promise, "images cut short, told by index and path, or skipped and counted", wrong, total)
 
 
 def test_tables_cut_short(tmp_path, count, promise, caplog):
@@ -162,14 +162,14 @@ def later(file) -> None:
     os.utime(file, (now, now))
 
 
-def changed_picture(folder):
+def changed_image(folder):
     split = opened(folder)
     split.source.since.seconds -= 60
     Image.new("RGB", (SIDE, SIDE)).save(folder / split.names[2], "jpeg")
     return line(lambda: split.take(torch.tensor([2]))), f"{folder / split.names[2]} (index 2)", "has changed since"
 
 
-def removed_picture(folder):
+def removed_image(folder):
     split = opened(folder)
     (folder / split.names[2]).unlink()
     return line(lambda: split.take(torch.tensor([2]))), f"{folder / split.names[2]} (index 2)", "FileNotFoundError"
@@ -207,15 +207,18 @@ def array_cut_short_while_it_is_read(folder):
 
 
 CHANGES = (
-    changed_picture, removed_picture, changed_archive, table_changed_between_two_readings,
+    changed_image,
+    removed_image,
+    changed_archive,
+    table_changed_between_two_readings,
     array_cut_short_while_it_is_read,
-)  # fmt: skip
+)
 
 
-def test_files_that_change_while_a_run_reads_them(pictures, promise):
+def test_files_that_change_while_a_run_reads_them(images, promise):
     wrong = []
     for change in CHANGES:
-        said, *words = change(pictures)
+        said, *words = change(images)
         if not all(word in said for word in words):
             wrong.append((change.__name__, said))
     counted(promise, "files that change or go while they are read, told by index and path", wrong, len(CHANGES))
@@ -234,21 +237,32 @@ def test_reading_an_array_by_slices(tmp_path):
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
 WORDS = (
-    "model=realnvp", "dataset=image_folder", f"dataset.image_size={SIDE}", "dataset.channels=1", "batch_size=4",
-    "model.hidden=4", "model.blocks=1", "max_steps=12", "trainer.workers=2", "trainer.tensorboard=false",
-    "trainer.val_every=100", "trainer.sample_every=null", "trainer.warmup_steps=0", "dataset.val_size=4",
+    "model=realnvp",
+    "dataset=image_folder",
+    f"dataset.image_size={SIDE}",
+    "dataset.channels=1",
+    "batch_size=4",
+    "model.hidden=4",
+    "model.blocks=1",
+    "max_steps=12",
+    "trainer.workers=2",
+    "trainer.tensorboard=false",
+    "trainer.val_every=100",
+    "trainer.sample_every=null",
+    "trainer.warmup_steps=0",
+    "dataset.val_size=4",
     "dataset.test_size=4",
-)  # fmt: skip
+)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """40 pictures."""
-    (tmp_path / "pictures").mkdir()
+    """40 images."""
+    (tmp_path / "images").mkdir()
     for number in range(40):
         pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"pictures/{number:02}.png")
-    return tmp_path / "pictures"
+        Image.fromarray(pixels).save(tmp_path / f"images/{number:02}.png")
+    return tmp_path / "images"
 
 
 def trained(folder, name, *words):
@@ -310,8 +324,8 @@ def test_what_is_skipped_is_counted(folder, promise, caplog):
         summary, run_dir = trained(folder, "skipping", "on_bad=skip", "max_steps=24")
     told = sum(int(text.split()[1]) for text in caplog.messages if text.startswith("on_bad=skip: "))
     seen = summary["unreadable"]
-    promise(10, "unreadable pictures of a run, counted by on_bad=skip in log and summary", f"{seen} of {told}")
-    assert "cannot read the picture" in said and "(index " in said and math.isfinite(summary["bits_per_dim"])
+    promise(10, "unreadable images of a run, counted by on_bad=skip in log and summary", f"{seen} of {told}")
+    assert "cannot read the image" in said and "(index " in said and math.isfinite(summary["bits_per_dim"])
     assert 1 <= seen == told <= 3 and json.loads((run_dir / "summary.json").read_text())["unreadable"] == seen
 
 

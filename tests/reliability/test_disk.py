@@ -10,11 +10,22 @@ import pytest
 from forks import runs_in, same, state, steps
 
 WORDS = (
-    "train", "model=realnvp_vector", "model.pairs=1", "model.hidden=8", "dataset=moons", "dataset.rows=400",
-    "batch_size=32", "max_steps=70", "trainer.log_every=1", "trainer.val_every=20", "trainer.sample_every=60",
-    "trainer.save_every=25", "trainer.tensorboard=false", "resume=true",
-)  # fmt: skip
-CASES = [(fault, place) for place in ("checkpoint", "metrics", "picture") for fault in disks.FAULTS]
+    "train",
+    "model=realnvp_vector",
+    "model.pairs=1",
+    "model.hidden=8",
+    "dataset=moons",
+    "dataset.rows=400",
+    "batch_size=32",
+    "max_steps=70",
+    "trainer.log_every=1",
+    "trainer.val_every=20",
+    "trainer.sample_every=60",
+    "trainer.save_every=25",
+    "trainer.tensorboard=false",
+    "resume=true",
+)
+CASES = [(fault, place) for place in ("checkpoint", "metrics", "image") for fault in disks.FAULTS]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,7 @@ def told(text: str, fault: str, place: str, size: int) -> bool:
     if not found:
         return False
     needed, free = (int(number.replace(",", "")) for number in found.groups()[:2])
-    likely = {"checkpoint": abs(needed - size) < 500, "metrics": 100 < needed < 400, "picture": needed > 1000}[place]
+    likely = {"checkpoint": abs(needed - size) < 500, "metrics": 100 < needed < 400, "image": needed > 1000}[place]
     return likely and (free < 4096 if fault == "full" else free > 2**20) and bool(found[3]) == (fault == "limit")
 
 
@@ -50,21 +61,30 @@ def kept(server, cwd, whole, fault, place) -> bool | None:
         return None
     report = json.loads(last)
     run = cwd / "run" if fault == "full" else runs_in(cwd)[0]
-    step = 50 if place == "picture" else 25
+    step = 50 if place == "image" else 25
     print(report, process.err)
     return (
-        report["code"] == 1 and told(report["text"], fault, place, report["size"]) and not process.err
-        and report["left"] == [] and report["checkpoints"]["last"] == step and report["status"]
-        and report["again"] == 0 and same(steps(run), whole[0]) and same(state(run), whole[1])
-    )  # fmt: skip
+        report["code"] == 1
+        and told(report["text"], fault, place, report["size"])
+        and not process.err
+        and report["left"] == []
+        and report["checkpoints"]["last"] == step
+        and report["status"]
+        and report["again"] == 0
+        and same(steps(run), whole[0])
+        and same(state(run), whole[1])
+    )
 
 
 def test_a_disk_that_takes_no_more(server, whole, tmp_path, count, promise):
     chosen = CASES[:: 1 + 4 * (count(10) == 1)]  # three, of different faults and places, in a plain run
     seen = {case: kept(server, tmp_path / "-".join(case), whole, *case) for case in chosen}
     possible = [case for case in chosen if seen[case] is not None]
-    promise(6, "disk full, limit, quota, read-only, in checkpoint, metrics, picture: told, nothing lost, resumed",
-            f"{sum(seen[case] for case in possible)} of {len(possible)}")  # fmt: skip
+    promise(
+        6,
+        "disk full, limit, quota, read-only, in checkpoint, metrics, image: told, nothing lost, resumed",
+        f"{sum(seen[case] for case in possible)} of {len(possible)}",
+    )
     assert [case for case in possible if not seen[case]] == []
     assert possible == chosen or os.geteuid()  # only root mounts disks
 
@@ -82,7 +102,7 @@ def test_a_first_save_that_fails(tmp_path, monkeypatch):
     """Then there is nothing to go on from, and the line says so."""
     from inprocess import flowtrain
 
-    from flowtrain.workers import Failed
+    from flowtrain.cli.launcher import Failed
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -14,19 +14,30 @@ from ranks import together
 from test_engine import BATCH, same, small_flow
 from test_parallel import Slices, trainer
 
-from flowtrain import check, cli, distributed, train
-from flowtrain.config import build, settle
-from flowtrain.engine import checkpoint
+from flowtrain import train
+from flowtrain.cli import exit_codes
+from flowtrain.commands import check
+from flowtrain.config.build import build
+from flowtrain.config.compose import settle
 from flowtrain.engine.divergence import Record
 from flowtrain.engine.measure import BitsPerDim
 from flowtrain.engine.reporter import Silence
 from flowtrain.errors import FlowtrainError
+from flowtrain.runtime import checkpoint, distributed
 
 TINY = (
-    "dataset=moons", "dataset.rows=2000", "batch_size=32", "max_steps=20", "model.hidden=8", "trainer.warmup_steps=0",
-    "trainer.tensorboard=false", "trainer.val_every=100", "trainer.sample_every=null", "trainer.max_bad_steps=3",
+    "dataset=moons",
+    "dataset.rows=2000",
+    "batch_size=32",
+    "max_steps=20",
+    "model.hidden=8",
+    "trainer.warmup_steps=0",
+    "trainer.tensorboard=false",
+    "trainer.val_every=100",
+    "trainer.sample_every=null",
+    "trainer.max_bad_steps=3",
     "allow=[traps]",
-)  # fmt: skip
+)
 FIRST, AMID = "[preprocess,trap,flatten,pairs]", "[preprocess,flatten,trap,pairs]"
 LAST = "[preprocess,flatten,pairs,trap]"
 ACTNORM = "norm=actnorm"
@@ -136,8 +147,11 @@ def test_faults_are_survived_told_and_shown_again(tmp_path, count, promise):
     for number in chosen:
         if what := wrong_with(FAULTS[number], tmp_path / str(number)):
             wrong[FAULTS[number]] = what
-    promise(7, "20 faults survived, told by step, layer and examples, and shown again by a replay",
-            f"{len(chosen) - len(wrong)} of {len(chosen)}")  # fmt: skip
+    promise(
+        7,
+        "20 faults survived, told by step, layer and examples, and shown again by a replay",
+        f"{len(chosen) - len(wrong)} of {len(chosen)}",
+    )
     assert not wrong, "\n".join(f"{fault}: {what}" for fault, what in wrong.items())
 
 
@@ -149,7 +163,7 @@ def run(cwd, *words):
     try:
         return flowtrain(cwd, *words), ""
     except FlowtrainError as error:
-        text, code = cli.explain(error)
+        text, code = exit_codes.explain(error)
         return code, text
 
 
@@ -171,11 +185,24 @@ def test_the_command_that_a_run_ends_with(tmp_path, capsys):
 
 
 SPOILT = (
-    {"x": "text"}, {"x": torch.zeros(32, 5)}, {"x": torch.zeros(32, 2, dtype=torch.complex64)},
-    {"x": torch.zeros(31, 2)}, {"world": 10**12}, {"world": 0}, {"world": 3}, {"parts": 0}, {"seed": None}, {"step": "1"},
-    {"examples": []}, {"examples": [1.5] * 32}, {"context": torch.zeros(31, 3)}, {"context": 1},
-    {"found": {"layer": 3}}, {"found": [1]}, {"more": 1},
-)  # fmt: skip
+    {"x": "text"},
+    {"x": torch.zeros(32, 5)},
+    {"x": torch.zeros(32, 2, dtype=torch.complex64)},
+    {"x": torch.zeros(31, 2)},
+    {"world": 10**12},
+    {"world": 0},
+    {"world": 3},
+    {"parts": 0},
+    {"seed": None},
+    {"step": "1"},
+    {"examples": []},
+    {"examples": [1.5] * 32},
+    {"context": torch.zeros(31, 3)},
+    {"context": 1},
+    {"found": {"layer": 3}},
+    {"found": [1]},
+    {"more": 1},
+)
 
 
 def test_a_record_that_is_none(tmp_path):
@@ -202,9 +229,16 @@ def test_spoiled_examples_cost_their_batches_alone(tmp_path):
 
 
 WILD = (
-    "model=realnvp_vector", *TINY, "optimizer=sgd", "optimizer.lr=1e8", "trainer.clip=null", "trainer.rollback=1e-3",
-    "scheduler=constant", "trainer.save_every=12", "max_steps=40",
-)  # fmt: skip
+    "model=realnvp_vector",
+    *TINY,
+    "optimizer=sgd",
+    "optimizer.lr=1e8",
+    "trainer.clip=null",
+    "trainer.rollback=1e-3",
+    "scheduler=constant",
+    "trainer.save_every=12",
+    "max_steps=40",
+)
 
 
 def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog):
@@ -220,8 +254,11 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
     for state in states:
         state["config"] = None
     equal = same(*states)
-    promise(7, "rolled back to the last good state with a lower rate, bit-identical when resumed",
-            f"{summary['rollbacks']} of {summary['rollbacks']}" if equal else "not identical")  # fmt: skip
+    promise(
+        7,
+        "rolled back to the last good state with a lower rate, bit-identical when resumed",
+        f"{summary['rollbacks']} of {summary['rollbacks']}" if equal else "not identical",
+    )
     assert equal and math.isfinite(summary["log_likelihood"]) and summary["steps"] == 40
     assert "the rate times 1e-06 (rollback 2 of at most 3)" in caplog.text
     rates = [json.loads(row)["train/lr"] for row in (whole / "metrics.jsonl").read_text().splitlines() if "lr" in row]

@@ -1,4 +1,4 @@
-"""Anything at all as an override, a checkpoint, a picture or a table: it works, or is refused in one line.
+"""Anything at all as an override, a checkpoint, an image or a table: it works, or is refused in one line.
 
 A hundred examples of each in a plain run, ten thousand with --long.
 """
@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain import cli, restore
+from flowtrain.cli import exit_codes
+from flowtrain.config import restore
+from flowtrain.config.schema import ROOTS, typed_keys
 from flowtrain.data import DownsampledImageNet, Power, Table
-from flowtrain.data.inputs import PictureArray, PictureFiles, TableRows, plain_columns
-from flowtrain.engine import checkpoint
+from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, plain_columns
 from flowtrain.errors import FlowtrainError
-from flowtrain.settings import ROOTS, typed_keys
+from flowtrain.runtime import checkpoint
 
 
 def settled(action) -> bool:
@@ -34,7 +35,7 @@ def settled(action) -> bool:
         try:
             action()
         except FlowtrainError as error:
-            text = cli.explain(error)[0]
+            text = exit_codes.explain(error)[0]
             assert text and "\n" not in text and not heard
             return False
     return True
@@ -42,23 +43,37 @@ def settled(action) -> bool:
 
 # ---- overrides -----------------------------------------------------------------------------------------------------
 
-KEYS = [*typed_keys(ROOTS["train"]), "model.steps", "model.flow.base", "dataset.bits", "optimizer.lr", "model", "dataset"]
+KEYS = [
+    *typed_keys(ROOTS["train"]),
+    "model.steps",
+    "model.flow.base",
+    "dataset.bits",
+    "optimizer.lr",
+    "model",
+    "dataset",
+]
 values = st.one_of(
     st.text(max_size=20),
     st.text("0123456789.,-+e_[]{}:$()'\"\\ =~*/@#%&|<>?!;\t\n", max_size=12),
     st.integers().map(str),
     st.floats().map(str),
-    st.sampled_from(["null", "true", "[]", "{}", "[1,2]", "{a:1}", "${seed}", "${nonsense}", "${oc.env:X}", "???", "1,2"]),
-    st.sampled_from(["range(3)", "glob(*)", "choice(1,2)", "interval(0,1)", "shuffle(1)", "sort(3,1)", "int(x)", "${a:${b}}"]),
-)  # fmt: skip
+    st.sampled_from(
+        ["null", "true", "[]", "{}", "[1,2]", "{a:1}", "${seed}", "${nonsense}", "${oc.env:X}", "???", "1,2"]
+    ),
+    st.sampled_from(
+        ["range(3)", "glob(*)", "choice(1,2)", "interval(0,1)", "shuffle(1)", "sort(3,1)", "int(x)", "${a:${b}}"]
+    ),
+)
 words = st.one_of(
     st.builds(
         lambda sign, key, value: f"{sign}{key}={value}",
-        st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), values,
+        st.sampled_from(["", "", "", "+", "++", "~"]),
+        st.sampled_from(KEYS),
+        values,
     ),
     st.builds(lambda key, value: f"{key}={value}", st.text(max_size=12), values),
     values.filter(lambda text: not text.startswith("-")),
-)  # fmt: skip
+)
 
 
 @given(st.lists(words, min_size=1, max_size=3))
@@ -147,21 +162,21 @@ def test_the_checkpoint_is_good(tmp_path, small_checkpoint):
     checkpoint.check(tmp_path / "good.pt")
 
 
-PICTURES = {}
+IMAGES = {}
 for suffix in ("png", "jpeg", "gif", "bmp", "ppm", "webp", "tiff"):
     out = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(out, suffix)
-    PICTURES[suffix] = out.getvalue()
+    IMAGES[suffix] = out.getvalue()
 
 
-@given(st.sampled_from(sorted(PICTURES)), damage())
-def test_any_picture(tmp_path_factory, suffix, change):
-    folder = tmp_path_factory.getbasetemp() / "pictures"
+@given(st.sampled_from(sorted(IMAGES)), damage())
+def test_any_image(tmp_path_factory, suffix, change):
+    folder = tmp_path_factory.getbasetemp() / "images"
     folder.mkdir(exist_ok=True)
     file = folder / f"x.{suffix}"
-    file.write_bytes(change(PICTURES[suffix]))
-    settled(lambda: next(PictureFiles(file, (3, 8, 8)).groups()))
+    file.write_bytes(change(IMAGES[suffix]))
+    settled(lambda: next(ImageFiles(file, (3, 8, 8)).groups()))
     file.unlink()
 
 
@@ -172,13 +187,13 @@ def _archive(kind: str) -> bytes:
     if kind == "zip":
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in ("a/1.png", "a/2.png"):
-                archive.writestr(name, PICTURES["png"])
+                archive.writestr(name, IMAGES["png"])
     else:
         with tarfile.open(fileobj=out, mode="w") as archive:
             for name in ("a/1.png", "a/2.png"):
                 member = tarfile.TarInfo(name)
-                member.size = len(PICTURES["png"])
-                archive.addfile(member, io.BytesIO(PICTURES["png"]))
+                member.size = len(IMAGES["png"])
+                archive.addfile(member, io.BytesIO(IMAGES["png"]))
     return out.getvalue()
 
 
@@ -186,10 +201,10 @@ ARCHIVES = {kind: _archive(kind) for kind in ("zip", "tar")}
 
 
 @given(st.sampled_from(sorted(ARCHIVES)), damage())
-def test_any_archive_of_pictures(tmp_path_factory, kind, change):
+def test_any_archive_of_images(tmp_path_factory, kind, change):
     file = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
     file.write_bytes(change(ARCHIVES[kind]))
-    settled(lambda: next(PictureFiles(file, (3, 8, 8)).groups()))
+    settled(lambda: next(ImageFiles(file, (3, 8, 8)).groups()))
 
 
 def _tables() -> dict[str, bytes]:
@@ -224,18 +239,21 @@ def test_any_csv(tmp_path_factory, text):
 
 
 @given(damage())
-def test_any_array_of_pictures(tmp_path_factory, change):
+def test_any_array_of_images(tmp_path_factory, change):
     out = io.BytesIO()
     np.save(out, np.zeros((3, 1, 4, 4), dtype=np.uint8))
-    file = Path(tmp_path_factory.getbasetemp() / "fuzzed_pictures.npy")
+    file = Path(tmp_path_factory.getbasetemp() / "fuzzed_images.npy")
     file.write_bytes(change(out.getvalue()))
-    settled(lambda: list(PictureArray(file, (1, 4, 4), 256).groups()))
+    settled(lambda: list(ImageArray(file, (1, 4, 4), 256).groups()))
 
 
 def _batches() -> dict[str, bytes]:
     out = io.BytesIO()
     np.savez_compressed(out, data=np.zeros((4, 3 * 32 * 32), dtype=np.uint8))
-    return {"val_data.npz": out.getvalue(), "val_data": pickle.dumps({"data": np.zeros((2, 3 * 32 * 32), dtype=np.uint8)})}
+    return {
+        "val_data.npz": out.getvalue(),
+        "val_data": pickle.dumps({"data": np.zeros((2, 3 * 32 * 32), dtype=np.uint8)}),
+    }
 
 
 @given(st.sampled_from(sorted(_batches())), damage())
@@ -256,13 +274,15 @@ def test_any_prepared_table(tmp_path_factory, change):
     settled(lambda: Power(path=str(file)).split("train"))
 
 
-@pytest.mark.parametrize("shape", ["(10**15,)", "(1000000000000000, 8)", "(-1, 8)", "(2**70,)", "(True, 8)", "(8.5, 2)"])
+@pytest.mark.parametrize(
+    "shape", ["(10**15,)", "(1000000000000000, 8)", "(-1, 8)", "(2**70,)", "(True, 8)", "(8.5, 2)"]
+)
 def test_an_array_that_declares_more_than_it_has(tmp_path, shape):
     """Nor is memory taken for it."""
     for suffix, read in {
         "table": lambda file: Table(path=str(file)).split("train"),
         "prepared": lambda file: Power(path=str(file)).split("train"),
-        "pictures": lambda file: PictureArray(file, (1, 4, 4), 256),
+        "images": lambda file: ImageArray(file, (1, 4, 4), 256),
     }.items():
         header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
         file = tmp_path / f"{suffix}.npy"

@@ -10,16 +10,28 @@ import pytest
 import torch
 from forks import runs_in, same, state, steps
 
-from flowtrain.config import compose, plain
-from flowtrain.engine import checkpoint
+from flowtrain.config.compose import compose, plain
 from flowtrain.errors import FlowtrainError
+from flowtrain.runtime import checkpoint
 
 WORDS = (
-    "train", "model=realnvp_vector", "model.pairs=1", "model.hidden=8", "model.dropout=0.1", "dataset=moons",
-    "dataset.rows=400", "batch_size=32", "max_steps=45", "trainer.warmup_steps=20", "trainer.log_every=4",
-    "trainer.val_every=7", "trainer.sample_every=20", "trainer.save_every=9", "trainer.tensorboard=false",
+    "train",
+    "model=realnvp_vector",
+    "model.pairs=1",
+    "model.hidden=8",
+    "model.dropout=0.1",
+    "dataset=moons",
+    "dataset.rows=400",
+    "batch_size=32",
+    "max_steps=45",
+    "trainer.warmup_steps=20",
+    "trainer.log_every=4",
+    "trainer.val_every=7",
+    "trainer.sample_every=20",
+    "trainer.save_every=9",
+    "trainer.tensorboard=false",
     "resume=true",
-)  # fmt: skip
+)
 SAVES = 5  # of last.pt while that trains, and one more at its end
 
 
@@ -147,8 +159,11 @@ def test_a_reader_always_finds_a_checkpoint(server, tmp_path, count, promise, pl
         assert process.wait() == -signal.SIGKILL, process.err
         kills += 1
         stale += any(tmp_path.glob(".*.tmp"))
-    promise(2, f"readings without a whole checkpoint during {newest} saves and {kills} kills ({place}), of {reads}",
-            str(failures))  # fmt: skip
+    promise(
+        2,
+        f"readings without a whole checkpoint during {newest} saves and {kills} kills ({place}), of {reads}",
+        str(failures),
+    )
     assert not failures and reads > saves and stale
 
 

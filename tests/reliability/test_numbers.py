@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from composed import ONLY_PICTURES, flow_of, options
+from composed import ONLY_IMAGES, flow_of, options
 from layers import UNIVARIATE
 from sklearn.datasets import load_digits
 
@@ -19,17 +19,17 @@ GROUPS = {
     "autoregressive": ["iaf", "made", "maf", "nsf_autoregressive"],
     "mixtures of normals": ["made_mog", "maf_mog"],
     "continuous": ["ffjord", "hybrid"],
-    "pictures": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp"],
-    "continuous, of pictures": ["ffjord_image"],
+    "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp"],
+    "continuous, of images": ["ffjord_image"],
 }
-# examples: rows of 3 numbers, pictures of 64; an inverse by a root or an ODE costs a hundred times one in closed form
+# examples: rows of 3 numbers, images of 64; an inverse by a root or an ODE costs a hundred times one in closed form
 EXAMPLES = {
     "couplings of vectors": 1_000_000,
     "autoregressive": 1_000_000,
     "mixtures of normals": 50_000,
     "continuous": 50_000,
-    "pictures": 15_625,
-    "continuous, of pictures": 1_000,
+    "images": 15_625,
+    "continuous, of images": 1_000,
 }
 
 
@@ -44,15 +44,15 @@ def rows(n):
     return mixed + torch.cat([cluster - 1.5, 2.0 * (cluster % 2) - 1, torch.zeros(n, 1)], 1)
 
 
-def pictures(n):
+def images(n):
     images = torch.as_tensor(load_digits().images, dtype=torch.uint8)[:, None]
     return images[torch.randint(len(images), (n,))]
 
 
 def new(model):
     """A small flow, started from data, and what draws those."""
-    if model in ONLY_PICTURES:
-        flow, draw = flow_of(f"model={model}", "dataset=digits", "model.hidden=8"), pictures
+    if model in ONLY_IMAGES:
+        flow, draw = flow_of(f"model={model}", "dataset=digits", "model.hidden=8"), images
     else:
         flow, draw = flow_of(f"model={model}", "dataset=moons", "dataset.shape=[3]", "model.hidden=16"), rows
     flow.initialize(draw(256))
@@ -118,7 +118,7 @@ def assert_kept(seen):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_round_trips(group, count, promise):
-    n, steps = count(EXAMPLES[group]), count(50 if "pictures" in group else 200)
+    n, steps = count(EXAMPLES[group]), count(50 if "images" in group else 200)
     # five times the default rate makes maps steep; of an equation it makes one that multiplies its solver's errors
     rate = 1e-3 if "continuous" in group else 5e-3
     seen = {}
@@ -149,7 +149,7 @@ def test_a_deep_glow_inverts_its_own_samples(count, promise):
     shape = ["dataset=synthetic", "dataset.shape=[3,8,8]", "model.levels=3", "model.steps=32", "model.hidden=8"]
     flow, n = flow_of("model=glow", *shape), count(5_208)  # 10⁶ numbers
 
-    def draw(n):  # smooth, as pictures are
+    def draw(n):  # smooth, as images are
         coarse = torch.rand(n, 3, 2, 2)
         return (255 * torch.nn.functional.interpolate(coarse, size=8, mode="bilinear")).to(torch.uint8)
 
@@ -168,7 +168,7 @@ def test_a_deep_glow_inverts_its_own_samples(count, promise):
         promise(
             11,
             f"Glow of 3 levels of 32 steps, {state}: its own samples within 1e-3, 99.99 % 1e-4, float64 1e-8",
-            f"{worst:.0e}, {most:.0e}, {worst64:.0e}, not finite {lost}; of {n:,} pictures of 192 numbers",
+            f"{worst:.0e}, {most:.0e}, {worst64:.0e}, not finite {lost}; of {n:,} images of 192 numbers",
         )
     assert_kept(seen)
 

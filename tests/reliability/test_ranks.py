@@ -10,15 +10,34 @@ import pytest
 from forks import runs_in, same, state, steps
 
 WORDS = [
-    "train", "model=realnvp_vector", "model.hidden=8", "model.pairs=1", "dataset=moons", "dataset.rows=500",
-    "batch_size=16", "max_steps=24", "trainer.tensorboard=false", "trainer.log_every=1", "trainer.val_every=7",
-    "trainer.sample_every=7", "trainer.save_every=5",
-]  # fmt: skip
+    "train",
+    "model=realnvp_vector",
+    "model.hidden=8",
+    "model.pairs=1",
+    "dataset=moons",
+    "dataset.rows=500",
+    "batch_size=16",
+    "max_steps=24",
+    "trainer.tensorboard=false",
+    "trainer.log_every=1",
+    "trainer.val_every=7",
+    "trainer.sample_every=7",
+    "trainer.save_every=5",
+]
 NOISY = [  # order, dequantization, dropout, the moments of batches: all of the global batch
-    "train", "model=realnvp_vector", "model.hidden=16", "model.pairs=1", "model.dropout=0.1", "dataset=digits",
-    "batch_size=32", "scheduler=constant", "trainer.tensorboard=false", "trainer.log_every=1", "trainer.val_every=1000",
+    "train",
+    "model=realnvp_vector",
+    "model.hidden=16",
+    "model.pairs=1",
+    "model.dropout=0.1",
+    "dataset=digits",
+    "batch_size=32",
+    "scheduler=constant",
+    "trainer.tensorboard=false",
+    "trainer.log_every=1",
+    "trainer.val_every=1000",
     "trainer.sample_every=null",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +78,20 @@ def test_one_of_two_processes_is_killed(server, whole, tmp_path, count, promise)
         said = f"flowtrain: a worker was killed by SIGKILL: out of memory? (process {rank} of 2)\n"
         again = server.run(process.cwd, *WORDS, "devices=2", "resume=true")
         if (
-            code != 1 or seconds > 30 or said not in process.err or status["state"] != "failed"
-            or not status["resumable"] or again or not as_if_nothing_had_been(process.cwd, whole)
-        ):  # fmt: skip
+            code != 1
+            or seconds > 30
+            or said not in process.err
+            or status["state"] != "failed"
+            or not status["resumable"]
+            or again
+            or not as_if_nothing_had_been(process.cwd, whole)
+        ):
             problems[cases[number]] = code, seconds, process.err, status, again
     promise(
-        5, "rank 0 or 1 killed: the other ended with 1 within 30 s, the run resumed to the bit",
+        5,
+        "rank 0 or 1 killed: the other ended with 1 within 30 s, the run resumed to the bit",
         f"{len(cases) - len(problems)} of {len(cases)}, at most {longest:.1f} s",
-    )  # fmt: skip
+    )
     assert not problems
 
 
@@ -84,9 +109,10 @@ def test_a_launcher_with_restarts(server, whole, tmp_path, count, promise):
         if code or not as_if_nothing_had_been(process.cwd, whole):
             problems[kills] = code, process.err
     promise(
-        5, "ranks killed under max_restarts=2: the run ended as if nothing had been, to the bit",
+        5,
+        "ranks killed under max_restarts=2: the run ended as if nothing had been, to the bit",
         f"{len(cases) - len(problems)} of {len(cases)}",
-    )  # fmt: skip
+    )
     assert not problems
 
 
@@ -106,9 +132,10 @@ def test_one_of_two_processes_is_stopped(server, tmp_path, count, promise):
         if code != 1 or seconds > 10 + 15 or said not in process.err or not status["resumable"]:
             problems[cases[number]] = code, seconds, process.err, status
     promise(
-        5, "rank 0 or 1 stopped: the job ended by dist.timeout_s=10 and the 10 s that it gives the others",
+        5,
+        "rank 0 or 1 stopped: the job ended by dist.timeout_s=10 and the 10 s that it gives the others",
         f"{len(cases) - len(problems)} of {len(cases)}, at most {longest:.1f} s",
-    )  # fmt: skip
+    )
     assert not problems
 
 

@@ -8,14 +8,23 @@ import torch
 from inprocess import flowtrain
 from PIL import Image
 
-from flowtrain.engine import checkpoint, determinism
-from flowtrain.errors import Refused
+from flowtrain.engine import determinism
+from flowtrain.errors import UsageError
+from flowtrain.runtime import checkpoint
 
 TRAIN = ("train", "smoke=true", "max_steps=6", "trainer.tensorboard=false", "compile=false")
 FAMILIES = (
-    "nice", "realnvp", "glow", "autoregressive", "maf", "iaf", "nsf_image", "nsf_autoregressive", "ffjord_image",
+    "nice",
+    "realnvp",
+    "glow",
+    "autoregressive",
+    "maf",
+    "iaf",
+    "nsf_image",
+    "nsf_autoregressive",
+    "ffjord_image",
     "hybrid_image",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +34,7 @@ def free_again():
 
 
 def made(cwd, *words):
-    """What a run leaves: its lines without clocks, its weights and averages, its figure, its pictures."""
+    """What a run leaves: its lines without clocks, its weights and averages, its figure, its images."""
     cwd.mkdir()
     assert flowtrain(cwd, *TRAIN, *words) == 0
     (run,) = cwd.glob("outputs/*/*")
@@ -33,16 +42,21 @@ def made(cwd, *words):
     lines = [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
     state = checkpoint.read(run / "checkpoints" / "last.pt")
     summary = json.loads((run / "summary.json").read_text())
-    return lines, {**state["model"], **{f"ema.{k}": v for k, v in state["ema"].items()}}, summary["log_likelihood"], [
-        file.read_bytes() for file in sorted((run / "samples").glob("*.png"))
-    ]  # fmt: skip
+    return (
+        lines,
+        {**state["model"], **{f"ema.{k}": v for k, v in state["ema"].items()}},
+        summary["log_likelihood"],
+        [file.read_bytes() for file in sorted((run / "samples").glob("*.png"))],
+    )
 
 
 def same(one, other) -> bool:
     return (
-        one[0] == other[0] and one[1].keys() == other[1].keys()
-        and all(torch.equal(one[1][name], other[1][name]) for name in one[1]) and one[2:] == other[2:]
-    )  # fmt: skip
+        one[0] == other[0]
+        and one[1].keys() == other[1].keys()
+        and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+        and one[2:] == other[2:]
+    )
 
 
 def test_one_command_twice(tmp_path, count, promise):
@@ -57,7 +71,7 @@ def test_one_command_twice(tmp_path, count, promise):
 
 
 def test_any_number_of_workers(tmp_path, count, promise):
-    folder, generator = tmp_path / "pictures", torch.Generator().manual_seed(0)
+    folder, generator = tmp_path / "images", torch.Generator().manual_seed(0)
     for split, n in (("train", 40), ("val", 16), ("test", 16)):
         (folder / split).mkdir(parents=True)
         for i in range(n):
@@ -80,7 +94,7 @@ def test_deterministic_operations_and_their_cost(tmp_path, promise):
     assert 0.1 < float(said[2]) < 10
     torch.use_deterministic_algorithms(False)
     assert same(on, made(tmp_path / "off", "model=nsf_image"))  # a CPU's operations are anyway
-    with pytest.raises(Refused, match="deterministic=true: put_ has no deterministic form"):
+    with pytest.raises(UsageError, match="deterministic=true: put_ has no deterministic form"):
         determinism.insist()
         with determinism.explained():
             torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
@@ -90,7 +104,9 @@ def test_a_run_says_what_made_it(tmp_path):
     assert flowtrain(tmp_path, *TRAIN, "model=nice") == 0
     (run,) = tmp_path.glob("outputs/*/*")
     assert flowtrain(tmp_path, "eval", f"ckpt={run}", "examples=16") == 0
-    records = [json.loads(file.read_text()) for file in (run / "environment.json", *run.glob("eval/**/environment.json"))]
+    records = [
+        json.loads(file.read_text()) for file in (run / "environment.json", *run.glob("eval/**/environment.json"))
+    ]
     assert len(records) == 2
     for record in records:
         assert record["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

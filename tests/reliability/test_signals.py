@@ -17,13 +17,23 @@ from forks import runs_in, same, state, steps
 from flowtrain.errors import Interrupted
 
 WORDS = [
-    "train", "model=realnvp_vector", "model.hidden=8", "model.pairs=1", "dataset=moons", "dataset.rows=500",
-    "batch_size=16", "max_steps=24", "trainer.tensorboard=false", "trainer.log_every=2", "trainer.val_every=7",
-    "trainer.sample_every=7", "trainer.save_every=5",
-]  # fmt: skip
+    "train",
+    "model=realnvp_vector",
+    "model.hidden=8",
+    "model.pairs=1",
+    "dataset=moons",
+    "dataset.rows=500",
+    "batch_size=16",
+    "max_steps=24",
+    "trainer.tensorboard=false",
+    "trainer.log_every=2",
+    "trainer.val_every=7",
+    "trainer.sample_every=7",
+    "trainer.save_every=5",
+]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STARTING = ("check", "job", "import", "open", "start")
-TRAINING = ("data", "step", "moments", "validation", "picture", "saving", "end")
+TRAINING = ("data", "step", "moments", "validation", "image", "saving", "end")
 SOON = 5  # seconds
 
 
@@ -99,23 +109,26 @@ def test_one_process(server, whole, tmp_path, count, promise):
     cases = draw.sample(cases, count(len(cases)))
     problems = judged(cases, server, whole, tmp_path)
     promise(
-        4, "signals to one process, starting, waiting for data, training, validating, drawing or saving: ended within "
-        "5 s with its code, said to be resumable, resumed to the bit", f"{len(cases) - len(problems)} of {len(cases)}",
-    )  # fmt: skip
+        4,
+        "signals to one process, starting, waiting for data, training, validating, drawing or saving: ended within "
+        "5 s with its code, said to be resumable, resumed to the bit",
+        f"{len(cases) - len(problems)} of {len(cases)}",
+    )
     assert not problems
 
 
 def test_two_processes(server, whole, tmp_path, count, promise):
     draw = random.Random(2)
-    places = [(place, ["launcher"]) for place in ("job", "import", "picture", "end")]
+    places = [(place, ["launcher"]) for place in ("job", "import", "image", "end")]
     places += [(place, ["launcher", 0, 1]) for place in ("start", "step", "validation", "saving")]
     cases = [(place, 2, reached, draw.choice(SIGNALS)) for place, several in places for reached in several]
     cases = draw.sample(cases, count(len(cases)))
     problems = judged(cases, server, whole, tmp_path)
     promise(
-        4, "signals to the launcher of two processes, or to one of them: the same",
+        4,
+        "signals to the launcher of two processes, or to one of them: the same",
         f"{len(cases) - len(problems)} of {len(cases)}",
-    )  # fmt: skip
+    )
     assert not problems
 
 
@@ -177,9 +190,10 @@ def test_torchrun(server, whole, tmp_path, count, promise):
         if process.wait() == 0 or found or not resumed_as(whole(2), server, cwd, 2):
             problems[cases[number]] = found, process.err
     promise(
-        4, "signals to torchrun or to one of its two processes: saved within 5 s, resumed to the bit",
+        4,
+        "signals to torchrun or to one of its two processes: saved within 5 s, resumed to the bit",
         f"{len(cases) - len(problems)} of {len(cases)}",
-    )  # fmt: skip
+    )
     assert not problems
 
 
@@ -188,9 +202,14 @@ def test_torchrun_itself(server, whole, tmp_path, count, promise):
     if count(2) == 1:
         pytest.skip("takes as long as all others; with --reliability")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        str(Path(__file__).with_name("slow.py")), *WORDS,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(Path(__file__).with_name("slow.py")),
+        *WORDS,
+    ]
     path = os.pathsep.join(str(Path(__file__).parents[number]) for number in (0, 1, 2))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SLOW": "step"}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Promise 14: a long run takes no more memory and no more files as it goes, and its records can be read all the while."""
+"""Promise 14: a long run takes no more memory and files as it goes, and its records can be read meanwhile."""
 
 import json
 import os
@@ -11,14 +11,25 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from flowtrain.engine import checkpoint
+from flowtrain.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = (
-    "train", "model=nice", "dataset=moons", "model.hidden=8", "batch_size=8", "compile=false", "max_minutes=null",
-    "trainer.log_every=20", "trainer.val_every=100", "trainer.val_examples=16", "trainer.save_every=100",
-    "trainer.sample_every=500", "trainer.init_batch=64", "dataset.rows=2000",
-)  # fmt: skip
+    "train",
+    "model=nice",
+    "dataset=moons",
+    "model.hidden=8",
+    "batch_size=8",
+    "compile=false",
+    "max_minutes=null",
+    "trainer.log_every=20",
+    "trainer.val_every=100",
+    "trainer.val_examples=16",
+    "trainer.save_every=100",
+    "trainer.sample_every=500",
+    "trainer.init_batch=64",
+    "dataset.rows=2000",
+)
 STARTED = 0.25  # of the run: until then caches fill
 DRIFT = 4.0  # MiB that noise may look like over the rest of the run
 
@@ -38,7 +49,7 @@ def records(run: Path) -> int:
 
 
 def watched(process, folder: Path, pause: float) -> list[tuple[int, float, int]]:
-    """Step, MiB and open files of a run, read again and again while it lasts, and its records and checkpoint with them."""
+    """Step, MiB and open files of a run, read repeatedly while it lasts, with its records and checkpoint."""
     seen = []
     while process.poll() is None:
         for file in folder.glob("outputs/*/*/checkpoints/last.pt"):
@@ -67,10 +78,13 @@ def test_soak(tmp_path, count, promise):
     (slope, level), covariance = np.polyfit(step, memory, 1, cov=True)
     rest = (1 - STARTED) * steps
     rise, noise = slope * rest, 2 * covariance[0, 0] ** 0.5 * rest
-    promise(14, f"memory from step {STARTED * steps:.0f} to {steps} of a run with every interval firing: flat",
-            f"{rise:+.2f} ± {noise:.2f} MiB of {level:.0f}, {len(step)} readings")  # fmt: skip
+    promise(
+        14,
+        f"memory from step {STARTED * steps:.0f} to {steps} of a run with every interval firing: flat",
+        f"{rise:+.2f} ± {noise:.2f} MiB of {level:.0f}, {len(step)} readings",
+    )
     promise(14, "open files meanwhile", f"{int(files.min())} to {int(files.max())}")
     promise(14, "readings of metrics.jsonl, TensorBoard's events and last.pt meanwhile", f"{len(seen)} of {len(seen)}")
     assert len(step) >= 8
     assert rise - noise < DRIFT and memory[-len(memory) // 4 :].mean() - memory[: len(memory) // 4].mean() < 2 * DRIFT
-    assert files.max() - files.min() <= 3  # those of a checkpoint and a picture as they are written
+    assert files.max() - files.min() <= 3  # those of a checkpoint and an image as they are written

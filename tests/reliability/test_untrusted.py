@@ -1,5 +1,5 @@
 """Files from strangers: opening a checkpoint runs no code, reads no variable of the environment, writes no file; data
-archives and pictures are bounded."""
+archives and images are bounded."""
 
 import copy
 import io
@@ -23,13 +23,13 @@ from hydra.utils import instantiate
 from inprocess import flowtrain
 from omegaconf import OmegaConf
 
-from flowtrain import cli
-from flowtrain.data import CIFAR10, ImageFolder, Patches, Picture
+from flowtrain.cli import exit_codes
+from flowtrain.data import CIFAR10, Image, ImageFolder, Patches
 from flowtrain.data.download import fetch
-from flowtrain.data.inputs import PictureFiles
-from flowtrain.data.pictures import MAX_PIXELS, opened
-from flowtrain.engine import checkpoint
-from flowtrain.errors import FlowtrainError, Refused
+from flowtrain.data.image_files import MAX_PIXELS, opened
+from flowtrain.data.inputs import ImageFiles
+from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.runtime import checkpoint
 
 # of what makes the hostile files
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (".*deprecated", ".*Duplicate name")]
@@ -37,9 +37,23 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (".*depre
 ROOT = Path(__file__).resolve().parents[2]
 DOORS = ["eval ckpt={}", "sample ckpt={}", "check ckpt={}", "score ckpt={} input=x.npy", "train resume={}"]
 DEEDS = (
-    "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.system",
-    "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "shutil.copyfile", "webbrowser.open",
-)  # fmt: skip
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "shutil.copyfile",
+    "webbrowser.open",
+)
 _watched: list | None = None  # deeds since the watch began
 
 
@@ -82,7 +96,7 @@ def watch(monkeypatch, tmp_path):
         try:
             code, text = flowtrain(cwd, *words), ""
         except Exception as error:
-            text, code = cli.explain(error)
+            text, code = exit_codes.explain(error)
         finally:
             deeds, _watched = _watched, None
         return code, text, deeds + [f"read {key}" for key in read if key == hostile.SECRET]
@@ -99,7 +113,7 @@ def test_what_harms_does_harm_where_nothing_guards(trained, tmp_path):
         except TypeError:  # of what was called too late
             pass
         assert touch.exists(), name
-    for number, (name, call) in enumerate(hostile.calls(tmp_path).items()):
+    for number, name in enumerate(hostile.calls(tmp_path)):
         touch = tmp_path / f"call{number}"
         file = tmp_path / f"call{number}.pt"
         checkpoint.save({"x": hostile.calls(touch)[name]}, file)
@@ -137,9 +151,10 @@ def test_hostile_checkpoints_are_refused(trained, watch, tmp_path, promise, pyte
     if list(touch.parent.iterdir()) or sorted(os.listdir(tmp_path)) != ["files", "sentinel"]:
         wrong["sentinel"] = sorted(os.listdir(tmp_path)), list(touch.parent.iterdir())
     promise(
-        8, "≥ 40 hostile checkpoints refused in one line, exit 1, sentinel untouched",
+        8,
+        "≥ 40 hostile checkpoints refused in one line, exit 1, sentinel untouched",
         f"{len(files) - len({key.rpartition(':')[0] for key in wrong})} of {len(files)} ({tried} openings)",
-    )  # fmt: skip
+    )
     assert not wrong, "\n".join(f"{key}: {value}" for key, value in wrong.items())
     assert len(files) >= 40
 
@@ -177,7 +192,7 @@ def test_init_takes_nothing_else_from_a_stranger(trained, tmp_path):
     assert not os.listdir(tmp_path / "sentinel")
 
 
-@pytest.mark.parametrize("link", ["eval", "train.log", "samples/picture.png", "checkpoints/previous.pt"])
+@pytest.mark.parametrize("link", ["eval", "train.log", "samples/image.png", "checkpoints/previous.pt"])
 def test_a_run_directory_holds_no_links(trained, tmp_path, link):
     shutil.copytree(trained[1].parents[1], tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
@@ -250,7 +265,7 @@ def test_a_download_that_leads_out_is_one_line(tmp_path, monkeypatch):
             opened.extractall(root)
 
     monkeypatch.setattr(CIFAR10, "_build", build)
-    with pytest.raises(Refused, match="downloading failed: .*evil.* outside the destination"):
+    with pytest.raises(UsageError, match="downloading failed: .*evil.* outside the destination"):
         CIFAR10(root=str(tmp_path / "root")).split("train")
 
 
@@ -277,8 +292,8 @@ def _png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [8_001, 10_000, 100_000, 2**31 - 1])
-def test_pictures_beyond_so_many_pixels_are_refused(tmp_path, side):
-    """Before they are decoded, wherever pictures are read; without a word of the library's."""
+def test_images_beyond_so_many_pixels_are_refused(tmp_path, side):
+    """Before they are decoded, wherever images are read; without a word of the library's."""
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(_png(side, side))
     with warnings.catch_warnings():
@@ -286,9 +301,9 @@ def test_pictures_beyond_so_many_pixels_are_refused(tmp_path, side):
         begun, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for make in (
             lambda: ImageFolder(path=str(tmp_path), val_size=1, test_size=1).split("train").take(torch.tensor([0])),
-            lambda: next(PictureFiles(tmp_path, (1, 8, 8)).groups()),
+            lambda: next(ImageFiles(tmp_path, (1, 8, 8)).groups()),
             lambda: Patches(path=str(tmp_path), val_size=1, test_size=1, train_patches=9).split("train"),
-            lambda: Picture(path=str(tmp_path / "0.png")).split("train"),
+            lambda: Image(path=str(tmp_path / "0.png")).split("train"),
         ):
             with pytest.raises(FlowtrainError, match="pixels"):
                 make()
@@ -296,6 +311,6 @@ def test_pictures_beyond_so_many_pixels_are_refused(tmp_path, side):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # kB
 
 
-def test_a_picture_of_so_many_pixels_is_read():
+def test_a_image_of_so_many_pixels_is_read():
     assert opened(io.BytesIO(_png(900, 900)), "L").size == (900, 900)
     assert MAX_PIXELS == 64_000_000

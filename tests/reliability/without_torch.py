@@ -11,12 +11,12 @@ sys.modules["torch"] = None  # import torch is now an error
 sys.argv = ["flowtrain"]
 from inprocess import flowtrain  # noqa: E402
 
-from flowtrain import cli  # noqa: E402
+from flowtrain.cli import exit_codes  # noqa: E402
 
 out = []
 for words in json.load(sys.stdin):
     try:
         out.append([flowtrain(".", *words), ""])
     except Exception as error:
-        out.append(cli.explain(error)[::-1])
+        out.append(exit_codes.explain(error)[::-1])
 print("\n" + json.dumps(out))

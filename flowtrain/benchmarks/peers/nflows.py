@@ -15,8 +15,15 @@ from nflows.transforms.splines import unconstrained_rational_quadratic_spline
 from torch import nn
 
 from flowtrain.benchmarks.ours import convolutions
-from flowtrain.benchmarks.peers.parts import TAILS, Layers, Levels, Turn, copy_made
-from flowtrain.benchmarks.peers.parts import spline_autoregressive, spline_couplings
+from flowtrain.benchmarks.peers.parts import (
+    TAILS,
+    Layers,
+    Levels,
+    Turn,
+    copy_made,
+    spline_autoregressive,
+    spline_couplings,
+)
 
 
 def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:

@@ -66,10 +66,10 @@ class Turn(nn.Module):
 
 
 class Levels(Peer):
-    """Pictures: at each level a squeeze and layers, then the second half of the channels leaves."""
+    """Images: at each level a squeeze and layers, then the second half of the channels leaves."""
 
     def __init__(self, levels: int, steps: int, step):
-        """``step(channels, side)`` gives the layers of one step, ``side`` counted in halvings of the picture's."""
+        """``step(channels, side)`` gives the layers of one step, ``side`` counted in halvings of the image's."""
         super().__init__()
         channels = [3 * 2 ** (level + 2) for level in range(levels)]
         self.levels = nn.ModuleList(

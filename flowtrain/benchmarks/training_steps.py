@@ -1,0 +1,123 @@
+"""Training steps: ours, the peers' and those of bare networks, all with one optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.benchmarks import ours
+from flowtrain.benchmarks.session import BARE, COMPILED, OURS, Row, Session, ratios
+from flowtrain.engine.compiling import compile_flow
+
+# work -> (name, sizes, sizes of a smoke test, targets of ours to bare networks)
+VECTORS = [
+    ("maf", "MAF", (21, 512, 5), (4, 8, 2), {OURS: 0.95}),
+    ("maf", "MAF", (43, 512, 5), (5, 8, 2), {OURS: 0.95}),
+    ("nsf_coupling", "NSF coupling", (43, 256, 10), (5, 8, 2), {OURS: 1.40, COMPILED: 1.20}),
+    ("nsf_autoregressive", "NSF autoregressive", (43, 256, 5), (5, 8, 2), {OURS: 1.30, COMPILED: 1.20}),
+]
+BATCH, SMOKE_BATCH = 512, 8
+GLOW, SMOKE_GLOW = (32, 128, 3, 8), (8, 8, 2, 1)  # side, hidden, levels, steps
+IMAGES, SMOKE_IMAGES = 16, 4
+WHOLE = "flowtrain, with what conf/ adds"  # dequantization, learned priors, actnorms inside the networks
+GLOW_TARGETS = {OURS: 1.10, COMPILED: 0.95}
+
+
+def rows(session: Session) -> Iterator[Row]:
+    for work, name, full, tiny, targets in VECTORS:
+        sizes = tiny if session.smoke else full
+        x = torch.randn(SMOKE_BATCH if session.smoke else BATCH, sizes[0]).to(session.device)
+        yield from _vector(session, work, f"{name} training step, D = {sizes[0]}", sizes, x, targets)
+    yield from _glow(session)
+
+
+def _vector(session: Session, work: str, name: str, sizes, x: Tensor, targets) -> Iterator[Row]:
+    flow = ours.started(getattr(ours, work)(*sizes), x, session.seed)
+    bare = getattr(ours, f"bare_{work}")(*sizes)
+    modules = {OURS: flow, BARE: bare, **vector_peers(session, work, flow, sizes, x)}
+    yield from _steps(session, name, modules, x, targets)
+
+
+def vector_peers(session: Session, work: str, flow: nn.Module, sizes, x: Tensor) -> dict[str, nn.Module]:
+    """The peers' flows like ``flow``; all of them, and ours, found exact first."""
+    name = f"{work}, D = {sizes[0]}"
+    nets = ours.networks(flow)
+    session.check_flow(f"{name}, {OURS}", ours.Encoded(flow), x[:8])
+    found = {}
+    for peer, build_peer in session.peers_with(work).items():
+        found[peer] = module = build_peer(nets, *sizes).to(x.device)
+        session.check_flow(f"{name}, {peer}", module, x[:8])
+        if module.same:
+            session.check_same(f"{name}, {peer}: our density with our weights", flow, module, x[:64])
+        for mine, theirs in zip(nets, module.nets):
+            session.check_same(f"{name}, {peer}: our network with our weights", mine, theirs, x[:64])
+    return found
+
+
+def _glow(session: Session) -> Iterator[Row]:
+    sizes = SMOKE_GLOW if session.smoke else GLOW
+    x = torch.randn(SMOKE_IMAGES if session.smoke else IMAGES, 3, sizes[0], sizes[0]).to(session.device)
+    flow = ours.started(ours.glow(*sizes), x, session.seed)
+    modules = {OURS: flow, BARE: ours.bare_glow(*sizes), **glow_peers(session, sizes, x)}
+    images = torch.randint(0, 256, x.shape, dtype=torch.uint8).to(x.device)
+    whole = step(ours.started(ours.shipped_glow(*sizes), images, session.seed), ours.optimizer(), images)
+    name = f"Glow training step, {sizes[0]}×{sizes[0]}"
+    yield from _steps(session, name, modules, x, GLOW_TARGETS, {WHOLE: whole})
+
+
+def glow_peers(session: Session, sizes, x: Tensor) -> dict[str, nn.Module]:
+    """The peers' Glows, started from ``x``; they and ours found exact first, on small images for their Jacobian."""
+    small = (8, 8, 2, 2)  # side, hidden, levels, steps
+    few = torch.randn(8, 3, 8, 8).to(x.device)
+    session.check_flow(f"glow, {OURS}", ours.Encoded(ours.started(ours.glow(*small), few, session.seed)), few)
+    found = {}
+    for peer, build_peer in session.peers_with("glow").items():
+        judged = build_peer(*small).to(x.device)
+        judged(few)
+        session.check_flow(f"glow, {peer}", judged, few)
+        found[peer] = build_peer(*sizes).to(x.device)
+        found[peer](x)
+    return found
+
+
+def _steps(session: Session, name: str, modules: dict[str, nn.Module], x: Tensor, targets, more=None) -> Iterator[Row]:
+    """Rows of the training steps of ``modules``, and of ``more`` steps, to bare networks."""
+    session.count(name, modules)
+    make = ours.optimizer()
+    variants = {variant: step(module, make, x) for variant, module in modules.items()} | (more or {})
+    if session.compiled and COMPILED in targets:
+        variants[COMPILED] = _compiled(session, name, modules[OURS], make, x)
+    times = session.times(variants)
+    yield from ratios("train", name, times, BARE, targets)
+
+
+def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
+    """A training step of ``module`` on ``x`` with an optimizer of its own."""
+    module.to(x.device).train()
+    optimizer = make(module.parameters())
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        module(x).mean().neg().backward()
+        optimizer.step()
+
+    return run
+
+
+def _compiled(session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
+    """A step of a compiled copy of ``flow``, compiled and found to give the same densities."""
+    torch.compiler.reset()  # torch counts what it compiled of other flows too
+    fast = copy.deepcopy(flow)
+    compiled = compile_flow(fast)
+    run = step(fast, make, x)
+    density, eager = fast(x), flow.train()(x)
+    error = ((density - eager).abs() / eager.abs().clamp(min=1)).max().item()
+    session.check(f"{name}, compiled: our density", error, 1e-4)
+    run()
+    compiled.settle()
+    session.compile_seconds[name] = round(compiled.seconds, 1)
+    session.say(f"{name}: compiled in {compiled.seconds:.0f} s")
+    return run

@@ -1,0 +1,1 @@
+"""The command line: composes and checks a configuration, then starts the job. Imports no torch."""

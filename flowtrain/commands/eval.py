@@ -1,0 +1,138 @@
+"""``flowtrain eval``: bits per dimension, or nats per row, of a checkpoint on a split."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from flowtrain.bijections import Logit
+from flowtrain.bijections.ode import continuous_layers, traced_exactly
+from flowtrain.commands.data import columns_of, has_bits, open_as
+from flowtrain.commands.evaluation import judge, shares
+from flowtrain.config.build import build_flow
+from flowtrain.data import Split
+from flowtrain.engine.evaluate import Evaluation
+from flowtrain.flow import Flow
+from flowtrain.runtime import checkpoint, distributed, environment, files
+from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.runtime.seeds import mix
+
+EXAMPLES = 1000  # by default with an exact trace, which costs D times a stochastic one
+
+
+def main(cfg, run_dir: str) -> dict:
+    """Evaluate ``cfg.ckpt``, print a table (or JSON), write eval.json and environment.json into ``run_dir``;
+    returns what the first holds."""
+    flow = build_flow(cfg, distributed.device())
+    state = checkpoint.read(cfg.ckpt)
+    weights = load_weights(flow, state, cfg.weights)
+    columns = columns_of(state)
+    split = open_as(columns, cfg).split(cfg.split)
+    has_ode = bool(continuous_layers(flow))
+    exact = traced_exactly(flow)
+    examples = cfg.examples
+    if examples == "auto":
+        examples = EXAMPLES if exact else None
+    result = judge(flow, split, cfg, examples, cfg.draws, exact)
+    report = {}
+    if has_bits(cfg, columns):
+        report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
+        if result.bits_per_dim_iw is not None and (exact or not has_ode):
+            report["bits_per_dim_iw"] = result.bits_per_dim_iw
+    report |= {
+        "log_likelihood": result.log_likelihood,
+        "log_likelihood_stderr": result.log_likelihood_stderr,
+        "examples": result.examples,
+        "draws": result.draws,
+        **({"trace": "exact" if exact else "Hutchinson's, one noise a draw"} if has_ode else {}),
+        "split": cfg.split,
+        "data": split.description,
+        "weights": weights,
+        "checkpoint": str(cfg.ckpt),
+    }
+    if cfg.get("published"):
+        logit = _in_logit_space(flow, split, cfg, examples, result) if cfg.published.space == "logit" else None
+        report["published"] = compare(
+            cfg.published, result, flow.dimensions, cfg.split, cfg.dataset.levels, split.description, logit
+        )
+    if distributed.is_main():
+        files.write_json(Path(run_dir) / "eval.json", report)
+        environment.record(run_dir, distributed.device())
+        print(json.dumps(report, indent=2) if cfg.json else table(report))
+    return report
+
+
+def _in_logit_space(flow: Flow, split: Split, cfg, examples: int | None, result: Evaluation) -> float | None:
+    """The log-likelihood of logits, as MAF's images have it: ours less what preprocessing adds; or None."""
+    preprocess = getattr(flow.bijection, "preprocess", None)
+    if preprocess is None or not any(isinstance(layer, Logit) for layer in preprocess.modules()):
+        return None
+    added = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for index, x, context in shares(split, cfg, next(flow.parameters()).device, examples):
+            torch.manual_seed(mix(cfg.seed, int(index[0]), 0))
+            added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
+    total, count = distributed.all_sum(added).tolist()
+    return result.log_likelihood - total / count
+
+
+def compare(
+    published,
+    result: Evaluation,
+    dimensions: int,
+    split: str,
+    levels: int | None,
+    description: str,
+    logit: float | None = None,
+) -> dict:
+    """The published figure with ours in its unit and space, or why they cannot be compared.
+
+    ``logit`` is our log-likelihood in logit space, where there is one.
+    """
+    ours, why = None, None
+    if published.split != split:
+        why = f"it is of the {published.split} split"
+    elif published.data not in description:
+        why = f"it is of other data ({published.data})"
+    elif published.levels != levels:
+        why = f"it is of {published.levels or 'no'} levels, not {levels}"
+    elif published.unit == "bits_per_dim" and published.space == "integers":
+        ours = result.bits_per_dim
+    elif published.unit == "nats" and published.space == ("integers" if levels else "standardized"):
+        ours = result.log_likelihood
+    elif published.unit == "nats" and published.space == "unit":  # the density of (x + u)/levels on [0, 1]
+        ours = result.log_likelihood + dimensions * math.log(levels)
+    elif published.unit == "nats" and published.space == "logit" and logit is not None:
+        ours = logit
+    else:
+        why = f"it is in {published.unit} in {published.space} space"
+    return {**published, "ours": ours, "not_comparable": why}
+
+
+def table(report: dict) -> str:
+    rows, nats = [], (report["log_likelihood"], report["log_likelihood_stderr"])
+    if "bits_per_dim" in report:
+        rows.append(("bits/dim", f"{report['bits_per_dim']:.4f} ± {report['bits_per_dim_stderr']:.4f}"))
+    if "bits_per_dim_iw" in report:
+        rows.append(("bits/dim, importance-weighted", f"{report['bits_per_dim_iw']:.4f}"))
+    if rows:
+        rows.append(("nats per example", f"{nats[0]:.3f} ± {nats[1]:.3f}"))
+    else:
+        rows.append(("nats per row", f"{nats[0]:.4f} ± {2 * nats[1]:.4f} (2 standard errors)"))
+    rows += [
+        ("examples", f"{report['examples']} ({report['split']})"),
+        ("noise draws", str(report["draws"])),
+        *([("trace of the ODE", report["trace"])] if "trace" in report else []),
+        ("weights", report["weights"]),
+        ("checkpoint", report["checkpoint"]),
+    ]
+    if published := report.get("published"):
+        value = f"{published['value']:g} {published['unit'].replace('bits_per_dim', 'bits/dim')}"
+        ours = published["ours"]
+        ours = f"not comparable: {published['not_comparable']}" if ours is None else f"ours: {ours:.4f}"
+        rows.append(("published", f"{value} ({published['source']}); {ours}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,287 @@
+"""``flowtrain score``: the log-likelihood of each row or image that a person has."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.ode import exact_trace, traced_exactly
+from flowtrain.commands.data import columns_of, has_bits, is_image
+from flowtrain.config.build import build, build_flow
+from flowtrain.data import Columns
+from flowtrain.data.image_files import SUFFIXES
+from flowtrain.data.images import one_hot
+from flowtrain.data.inputs import (
+    ARCHIVES,
+    ARRAY,
+    TABLES,
+    Group,
+    ImageArray,
+    ImageFiles,
+    Input,
+    TableRows,
+    existing,
+    plain_columns,
+)
+from flowtrain.engine.evaluate import exact_arithmetic
+from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.runtime import checkpoint, distributed, files, globalbatch
+from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.runtime.seeds import mix
+
+ROW_GROUP = 2**16  # rows of a parquet file that are written at once
+
+
+def main(cfg, run_dir: str) -> dict:
+    """Score ``cfg.input`` into ``cfg.output`` and print a summary, also written as score.json into ``run_dir``.
+
+    Raises:
+        UsageError: an input that the model cannot take, before any of it is scored.
+        FlowtrainError: an example that cannot be read or has no finite likelihood, unless ``cfg.on_bad`` is skip.
+    """
+    output = _output(cfg, run_dir)
+    flow = build_flow(cfg, distributed.device()).eval()
+    state = checkpoint.read(cfg.ckpt)
+    weights = load_weights(flow, state, cfg.weights)
+    columns = columns_of(state)
+    label = _label(cfg, flow, columns)
+    source = _source(cfg, flow, columns)
+    figures = ["log_likelihood"]
+    if has_bits(cfg, columns):
+        figures.append("bits_per_dim")
+    tally = Tally()
+    groups = source.groups(distributed.rank(), distributed.world())
+    with _written(output, [source.label, *figures]) if distributed.is_main() else nullcontext() as write:
+        while True:
+            group = next(groups, None)
+            scored = None if group is None else _scored(cfg, flow, source, group, label)
+            turns = [turn for turn in distributed.all_gather_object(scored) if turn is not None]
+            if not turns:
+                break
+            for names, log_probs, problems in turns if write else ():
+                tally.add(log_probs, problems)
+                write([[name, *_figures(value, len(figures), flow)] for name, value in zip(names, log_probs)])
+    if not distributed.is_main():
+        return {}
+    report = {
+        "rows": tally.scored + tally.skipped,
+        "skipped": tally.skipped,
+        **({"first_skipped": tally.first_skipped} if tally.skipped else {}),
+        **{name: _number(mean) for name, mean in zip(figures, _figures(tally.mean, len(figures), flow))},
+        "log_likelihood_stderr": _number(tally.stderr),
+        "draws": cfg.draws,
+        "input": str(cfg.input),
+        "output": str(output),
+        "weights": weights,
+        "checkpoint": str(cfg.ckpt),
+    }
+    files.write_json(Path(run_dir) / "score.json", report)
+    print(json.dumps(report, indent=2) if cfg.json else table(report), flush=True)
+    return report
+
+
+# ---- what is scored ------------------------------------------------------------------------------------------------
+
+
+def _source(cfg, flow: Flow, columns: Columns | None) -> Input:
+    """What reads ``cfg.input``, which must be of the model's kind. Raises UsageError."""
+    if not cfg.input:
+        raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
+    path, image = existing(cfg.input), is_image(cfg)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if not image:
+        if suffix not in TABLES:
+            raise UsageError(f"input={cfg.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
+        return TableRows(path, columns or plain_columns(flow.dimensions, cfg.dataset.levels), cfg.on_bad)
+    levels = cfg.dataset.levels
+    if suffix == ARRAY:
+        return ImageArray(path, flow.shape, levels, cfg.on_bad)
+    if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
+        raise UsageError(f"input={cfg.input}: this model takes a folder, .zip or .tar of images, an image or an npy")
+    if levels & (levels - 1) or levels > 256:
+        raise UsageError(f"input={cfg.input}: this model's data have {levels} levels: give an npy of 0 … {levels - 1}")
+    data = build(cfg.dataset, allow=cfg.allow)
+    return ImageFiles(
+        path,
+        flow.shape,
+        8 - int(math.log2(levels)),
+        cfg.on_bad,
+        getattr(data, "box", None),
+        getattr(data, "exact", False),
+        cfg.trainer.workers,
+    )
+
+
+def _label(cfg, flow: Flow, columns: Columns | None) -> Tensor | None:
+    """The context that all examples share, (1, classes), or None where there is none or the file has it."""
+    shape = flow.bijection.context_shape
+    if shape is None or columns:
+        if cfg.label is not None:
+            raise UsageError(f"label={cfg.label}: this model is of no labels; leave label=null")
+        return None
+    if cfg.label is None or cfg.label >= shape[0]:
+        raise UsageError(f"label={'null' if cfg.label is None else cfg.label}: give the class, 0 to {shape[0] - 1}")
+    return one_hot(torch.tensor([cfg.label]), shape[0])
+
+
+def _scored(cfg, flow: Flow, source: Input, group: Group, label: Tensor | None) -> tuple[list, list, list]:
+    """(names, log-likelihoods, a line for each that has none, but not a number in its place)."""
+    context = group.context if label is None else label.expand(len(group.x), -1)
+    try:
+        values = log_likelihoods(flow, group.x, context, group.first, cfg.draws, cfg.batch, cfg.seed)
+    except FloatingPointError as error:
+        raise FlowtrainError(f"{cfg.input}: from {source.label} {group.names[0]} on: {error}") from error
+    values[list(group.bad)] = math.nan
+    problems = dict(group.bad)
+    for place in (~values.isfinite()).nonzero().flatten().tolist():
+        if place not in problems:
+            name = group.names[place]
+            name = f"row {name} (the first is 1)" if source.label == "row" else name
+            problems[place] = f"{name}: its log-likelihood is {values[place]:g}"
+            source.refuse(f"{cfg.input}: {problems[place]}")
+            values[place] = math.nan
+    return group.names, values.tolist(), [problems[place] for place in sorted(problems)]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    flow: Flow, x: Tensor, context: Tensor | None, first: int = 0, draws: int = 1, batch: int = 256, seed: int = 0
+) -> Tensor:
+    """Of each of a group of examples in nats, float64 (B,) on the CPU, averaged over ``draws`` of the noise.
+
+    The noise is that of :func:`flowtrain.engine.evaluate.evaluate`: a function of (seed, ``first``, draw) for the
+    group, the same however many of it are worked on at once. ODEs of few dimensions have their exact trace.
+    """
+    device = next(flow.parameters()).device
+    total = torch.zeros(len(x), dtype=torch.float64)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
+        with exact_trace() if traced_exactly(flow) else nullcontext():
+            for start in range(0, len(x), batch):
+                part = slice(start, start + batch)
+                given = x[part].to(device), None if context is None else context[part].to(device)
+                for draw in range(draws):
+                    torch.manual_seed(mix(seed, first, draw))
+                    with globalbatch.rows(start, len(x)):
+                        total[part] += flow(*given).double().cpu() / draws
+    return total
+
+
+def _figures(log_prob: float, count: int, flow: Flow) -> list[float | None]:
+    """The first ``count`` of log-likelihood and bits per dimension."""
+    return [_number(log_prob), _number(to_bits_per_dim(log_prob, flow.dimensions))][:count]
+
+
+def _number(value: float) -> float | None:
+    """None for what is not a number, which no file should hold."""
+    return None if math.isnan(value) else value
+
+
+@dataclass
+class Tally:
+    """How many have a likelihood, the running mean of those and their squared deviations (Welford's), and the rest."""
+
+    scored: int = 0
+    mean: float = math.nan
+    squares: float = 0.0
+    skipped: int = 0
+    first_skipped: str | None = None
+
+    def add(self, values: list[float], problems: list[str]) -> None:
+        self.skipped += len(problems)
+        self.first_skipped = self.first_skipped or next(iter(problems), None)
+        for value in values:
+            if not math.isnan(value):
+                self.scored += 1
+                mean = self.mean if self.scored > 1 else value
+                self.mean = mean + (value - mean) / self.scored
+                self.squares += (value - mean) * (value - self.mean)
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(self.squares / (self.scored - 1) / self.scored) if self.scored > 1 else math.nan
+
+
+# ---- what is written -----------------------------------------------------------------------------------------------
+
+
+def _output(cfg, run_dir: str) -> Path:
+    path = Path(os.path.expanduser(cfg.output)) if cfg.output else Path(run_dir) / "scores.csv"
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise UsageError(f"output={cfg.output}: must end in .csv or .parquet")
+    if not path.parent.is_dir():
+        raise UsageError(f"output={cfg.output}: there is no folder {path.parent}")
+    if cfg.input and path.exists() and path.samefile(existing(cfg.input)):
+        raise UsageError(f"output={cfg.output}: is the input itself")
+    return path
+
+
+@contextmanager
+def _written(path: Path, heads: list[str]):
+    """Gives a function that takes rows. The file is there only when all have been written."""
+    temporary = files.temporary(path)
+    try:
+        with (_parquet if path.suffix.lower() == ".parquet" else _csv)(temporary, heads) as write:
+            yield write
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FlowtrainError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        files.discard(temporary)
+
+
+@contextmanager
+def _csv(path: Path, heads: list[str]):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(heads)
+        yield writer.writerows
+
+
+@contextmanager
+def _parquet(path: Path, heads: list[str]):
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise UsageError("output: .parquet files need more packages: pip install 'flowtrain[tables]'") from error
+    kinds = [pa.string() if heads[0] == "file" else pa.int64(), *[pa.float64()] * (len(heads) - 1)]
+    schema = pa.schema(list(zip(heads, kinds)))
+    waiting: list[list] = []
+    with parquet.ParquetWriter(path, schema) as writer:
+
+        def flush() -> None:
+            columns = list(zip(*waiting)) or [[] for _ in heads]
+            writer.write_table(pa.table([pa.array(*pair) for pair in zip(columns, kinds)], schema=schema))
+            waiting.clear()
+
+        def write(rows: list[list]) -> None:
+            waiting.extend(rows)
+            if len(waiting) >= ROW_GROUP:
+                flush()
+
+        yield write
+        if waiting:
+            flush()
+
+
+def table(report: dict) -> str:
+    nats, stderr = report["log_likelihood"], report["log_likelihood_stderr"]
+    rows = [("rows", f"{report['rows']:,}")]
+    if report["skipped"]:
+        rows.append(("skipped", f"{report['skipped']:,}, first: {report['first_skipped']}"))
+    if nats is not None:
+        rows.append(("nats, mean", f"{nats:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")))
+    if report.get("bits_per_dim") is not None:
+        rows.append(("bits/dim, mean", f"{report['bits_per_dim']:.4f}"))
+    rows += [("noise draws", str(report["draws"])), ("weights", report["weights"]), ("scores", report["output"])]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

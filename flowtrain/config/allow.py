@@ -1,0 +1,83 @@
+"""Which classes a configuration may name: an exact list, since a checkpoint's configuration is a stranger's text.
+
+A prefix would be no boundary: ``torch.optim.adam.torch.hub.os.mkdir`` starts with ``torch.optim``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from functools import cache
+
+from flowtrain.errors import UsageError
+
+MODULES = (
+    "flowtrain.bijections",
+    "flowtrain.nets",
+    "flowtrain.distributions",
+    "flowtrain.flow",
+    "flowtrain.data",
+    "flowtrain.engine.schedules",
+)
+
+
+@cache
+def allowed() -> frozenset[str]:
+    """Every public class or function of flowtrain's parts, and the optimizers of torch.optim."""
+    import torch.optim
+
+    names = {f"{name}.{public}" for name in MODULES for public in _public(importlib.import_module(name))}
+    for name, item in vars(torch.optim).items():
+        if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer:
+            names.add(f"torch.optim.{name}")
+    return frozenset(names)
+
+
+def check_targets(config, allow=(), where: str = "") -> None:
+    """Refuse a plain ``config`` with a ``_target_`` that is not allowed."""
+    names = allowed().union(*(_defined_by(module) for module in allow))
+    for key, target in _targets(config, where):
+        if not isinstance(target, str) or target not in names:
+            near = difflib.get_close_matches(str(target), names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{key}: _target_ {target} is not allowed{hint} (your own classes: allow=[module])")
+
+
+def _targets(config, key: str):
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield key, config["_target_"]
+        items = config.items()
+    else:
+        items = enumerate(config) if isinstance(config, list) else ()
+    for name, value in items:
+        yield from _targets(value, f"{key}.{name}" if key else str(name))
+
+
+def _public(module) -> list[str]:
+    """``__all__``, else the classes and functions that the module itself defines."""
+    if hasattr(module, "__all__"):
+        return [name for name in module.__all__ if callable(getattr(module, name))]
+    return [
+        name
+        for name, item in vars(module).items()
+        if not name.startswith("_") and callable(item) and getattr(item, "__module__", None) == module.__name__
+    ]
+
+
+def _defined_by(name: str) -> set[str]:
+    """What a user's module itself defines: not what it imports."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as with python -m
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"allow=[{name}]: cannot be imported ({error})") from error
+    return {
+        f"{name}.{public}"
+        for public, item in vars(module).items()
+        if callable(item) and getattr(item, "__module__", None) == name
+    }

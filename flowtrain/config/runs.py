@@ -1,0 +1,167 @@
+"""Run directories under ``outputs/`` and the checkpoints in them.
+
+A run is ``outputs/<dataset>-<model>/<date>_<time>[_n]``, a job of a sweep ``outputs/sweeps/<date>_<time>/<job>_…``;
+``checkpoints/`` inside holds last, previous and best.pt, and ``summary.json`` appears when the run has finished.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from datetime import datetime
+from pathlib import Path
+
+from flowtrain.errors import FlowtrainError, UsageError
+
+log = logging.getLogger("flowtrain")
+
+OUTPUTS = Path("outputs")  # in the working directory
+BEST = ("best.pt", "last.pt", "previous.pt")
+LAST = ("last.pt", "previous.pt", "best.pt")
+# may differ between a run and its continuation
+FREE = ("resume", "devices", "dist", "job_timeout", "max_steps", "max_minutes")
+
+claiming = True  # false while a configuration is only looked at
+
+
+def claim(path: str) -> str:
+    """Make the directory ``path``, or ``path_2``, ``path_3`` … where it exists; its absolute path."""
+    n = 1
+    while claiming:
+        new = Path(path if n == 1 else f"{path}_{n}").absolute()
+        try:
+            new.mkdir(parents=True)
+        except FileExistsError:
+            n += 1
+        else:
+            return str(new)
+    return str(Path(path).absolute())
+
+
+def run_of(file: Path) -> Path | None:
+    """The run directory of a checkpoint, or of the record of a step that went wrong; None for a lone file."""
+    return file.parent.parent if file.parent.name in ("checkpoints", "divergence") else None
+
+
+def beside(file: str, command: str) -> str:
+    """Where a command puts what it makes of a checkpoint: into the checkpoint's run, else under outputs/."""
+    return str((run_of(Path(file)) or OUTPUTS) / command)
+
+
+def started(run: Path) -> tuple[float, int]:
+    """A key that sorts runs by when they started: the time in the name, else that of Hydra's record."""
+    name = re.fullmatch(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?", run.name)
+    if name:
+        return datetime.strptime(name[1], "%Y-%m-%d_%H-%M-%S").timestamp(), int(name[2] or 1)
+    record = run / ".hydra" / "config.yaml"
+    return (record if record.exists() else run).stat().st_mtime, 0
+
+
+def newest_first() -> list[Path]:
+    """Every run under ``outputs/`` that has checkpoints."""
+    return sorted((folder.parent for folder in OUTPUTS.rglob("checkpoints")), key=started, reverse=True)
+
+
+def checkpoint_in(path: str, key: str, names=BEST) -> Path:
+    """The checkpoint at ``path``: a file, or the first of ``names`` in a run directory. Raises UsageError."""
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given.resolve()
+    if not given.is_dir():
+        siblings = [item.name for item in given.parent.iterdir()] if given.parent.is_dir() else []
+        near = difflib.get_close_matches(given.name, siblings, 1)
+        hint = f"; did you mean {given.parent / near[0]}?" if near else ""
+        raise UsageError(f"{key}={path}: no such file or directory{hint}")
+    for name in names:
+        for file in (given / "checkpoints" / name, given / name):
+            if file.is_file():
+                return file.resolve()
+    raise UsageError(f"{key}={path}: no run directory, for it has no checkpoints/{names[0]} or {names[1]}")
+
+
+def recorded(path: str) -> Path:
+    """The record of a step that went wrong. Raises UsageError."""
+    given = Path(path).expanduser()
+    if not given.is_file():
+        raise UsageError(f"replay={path}: no such file; a run that diverged names it in its last line")
+    return given.resolve()
+
+
+def last_started() -> Path:
+    """The best checkpoint of the run under ``outputs/`` that started last and has a whole one."""
+    for run in newest_first():
+        folder = run / "checkpoints"
+        file, problems = _first_whole(folder, [name for name in BEST if (folder / name).exists()])
+        if problems:
+            log.warning("%s", "; ".join(problems))
+        if file:
+            return file.resolve()
+    raise UsageError("there is no run with a checkpoint under outputs/ here: give ckpt=PATH, or train one first")
+
+
+def to_continue(folder: Path) -> Path | None:
+    """The last whole one of a run's checkpoints, after a warning where that is not the newest."""
+    file, problems = _first_whole(folder, LAST)
+    if file and problems:
+        log.warning("%s; continuing from %s", "; ".join(problems), file.name)
+    return file
+
+
+def given_to_continue(path: str) -> Path:
+    """The checkpoint that ``resume=path`` means: that file, or a run's last whole one. Raises UsageError."""
+    file = checkpoint_in(path, "resume", LAST)
+    return file if Path(path).expanduser().is_file() else to_continue(file.parent) or file
+
+
+def _first_whole(folder: Path, names) -> tuple[Path | None, list[str]]:
+    """The first of ``names`` in ``folder`` that is whole, or None; and what is wrong with those before it."""
+    from flowtrain.runtime import checkpoint
+
+    problems = []
+    for name in names:
+        try:
+            checkpoint.check(folder / name)
+        except FlowtrainError as error:
+            problems.append(str(error))
+        else:
+            return folder / name, problems
+    return None, problems
+
+
+def same_as(config: dict) -> Path | None:
+    """The newest run under ``outputs/`` of this (settled) configuration, but for the keys in FREE."""
+    from flowtrain.runtime import checkpoint
+
+    def fixed(config):
+        return {key: value for key, value in config.items() if key not in FREE}
+
+    for run in newest_first():
+        file, problems = _first_whole(run / "checkpoints", LAST)
+        if file is None and any((run / "checkpoints").glob("*.pt")):
+            log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
+        if file and fixed(checkpoint.read_config(file)) == fixed(config):
+            return run.resolve()
+    return None
+
+
+def finished(run: Path, config: dict, file: Path) -> dict | None:
+    """The summary of a run that has finished, unless ``config`` grants it more steps or minutes than it had."""
+    from flowtrain.runtime import checkpoint
+
+    path = run / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        raise FlowtrainError(f"{path}: cannot be read ({error})") from error
+    had = checkpoint.read_config(file)
+
+    def more(now, then):
+        return then is not None and (now is None or now > then)
+
+    limits = [(config.get(key), had.get(key)) for key in ("max_steps", "max_minutes")]
+    limits += [(config["trainer"].get(key), had["trainer"].get(key)) for key in ("max_epochs", "patience")]
+    return None if any(more(now, then) for now, then in limits) else summary

@@ -1,0 +1,278 @@
+"""Image files: where they are (a folder, a .zip, a .tar), how one is decoded, and a split of them."""
+
+import hashlib
+import io
+import logging
+import os
+import tarfile
+import time
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flowtrain.data.split import Split
+from flowtrain.errors import FlowtrainError, UsageError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000  # a larger image counts as unreadable: decoding it would take gigabytes
+_TRIES = 100  # images tried in place of an unreadable one
+
+
+class Moment:
+    """When a run listed its images."""
+
+    SLACK = 2.0  # seconds by which a file server's clock may be wrong
+
+    def __init__(self):
+        self.seconds = time.time()
+
+    def same(self, file: BinaryIO) -> BinaryIO:
+        """``file``; ValueError where it has been written to since. A time that is yet to come says nothing."""
+        written = os.fstat(file.fileno()).st_mtime
+        if self.seconds + self.SLACK < written < time.time() + self.SLACK:
+            file.close()
+            raise ValueError("it has changed since the run began")
+        return file
+
+
+class Folder:
+    """The images under a folder, by their paths within it, sorted."""
+
+    def __init__(self, path: Path):
+        self.path, self.since, names, seen = path, Moment(), [], set()
+        try:
+            for here, folders, files in os.walk(path, followlinks=True, onerror=_raise):
+                identity = os.stat(here).st_dev, os.stat(here).st_ino
+                if identity in seen:  # a link to a folder above it
+                    folders.clear()
+                    continue
+                seen.add(identity)
+                names += [Path(here, file).relative_to(path).as_posix() for file in files if _is_image(file)]
+        except OSError as error:
+            raise FlowtrainError(f"cannot list {error.filename or path}: {error.strerror}") from error
+        self.names = sorted(names)
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def open(self, name: str) -> BinaryIO:
+        return self.since.same(open(self.path / name, "rb"))
+
+
+class Zip:
+    """The images in a .zip, read where they lie."""
+
+    def __init__(self, path: Path):
+        self.path, self.since, self._archive, self._pid = path, Moment(), None, None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.names = sorted(name for name in archive.namelist() if _is_image(name))
+        except Exception as error:  # whatever a damaged archive makes zipfile raise
+            raise FlowtrainError(f"cannot read {path}: {error}") from error
+
+    def where(self, name: str) -> str:
+        return f"{self.path}:{name}"
+
+    def open(self, name: str) -> BinaryIO:
+        if self._pid != os.getpid():  # a worker that shared its parent's file would share its position too
+            self._archive, self._pid = zipfile.ZipFile(self.path), os.getpid()
+        self.since.same(self._archive.fp)
+        return self._archive.open(name)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_archive": None, "_pid": None}
+
+
+class Tar:
+    """The images in a plain .tar, read where they lie (a compressed one has no place to jump to)."""
+
+    def __init__(self, path: Path):
+        self.path, self.since = path, Moment()
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = [member for member in archive if member.isfile() and _is_image(member.name)]
+        except Exception as error:  # whatever a damaged archive makes tarfile raise
+            raise FlowtrainError(f"cannot read {path} as an uncompressed .tar: {error}") from error
+        self._places = {member.name: (member.offset_data, member.size) for member in members}
+        self.names = sorted(self._places)
+
+    def where(self, name: str) -> str:
+        return f"{self.path}:{name}"
+
+    def open(self, name: str) -> BinaryIO:
+        offset, size = self._places[name]
+        with open(self.path, "rb") as file:
+            self.since.same(file).seek(offset)
+            return io.BytesIO(file.read(size))
+
+
+Source = Folder | Zip | Tar
+
+
+def source(path: Path) -> Source:
+    """The images at ``path``: a folder, a .zip or a .tar. UsageError for anything else."""
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix.lower() == ".zip":
+        return Zip(path)
+    if path.suffix.lower() == ".tar":
+        return Tar(path)
+    raise UsageError(f"{path} is neither a folder nor a .zip or .tar of images")
+
+
+def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
+    """A whole image, upright, in PIL's ``mode``; ``exact`` is the only size allowed. Raises an Exception of some
+    kind for whatever is wrong with the file."""
+    with warnings.catch_warnings(action="ignore"):  # of what is refused next
+        image = Image.open(file)
+    with image:
+        if image.format == "GIF" and not _is_whole_gif(file):  # PIL makes do with the beginning
+            raise ValueError("its end is missing")
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed")
+        if exact and (width, height) != exact:
+            raise ValueError(f"it is {width}x{height}, not {exact[0]}x{exact[1]}")
+        if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 255 instead of scaling them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert(mode)
+
+
+def _is_whole_gif(file: BinaryIO) -> bool:
+    """Whether a GIF ends as it should. Where ``file`` stands stays the same."""
+    place = file.tell()
+    file.seek(0)
+    whole = file.read().rstrip(b"\0").endswith(b";")
+    file.seek(place)
+    return whole
+
+
+def decode(
+    file: BinaryIO,
+    size: int,
+    channels: int,
+    box: tuple[int, int, int, int] | None = None,
+    exact: bool = False,
+) -> np.ndarray:
+    """An image as uint8 (channels, size, size): grey for one channel, RGB for three.
+
+    The largest centred square, or ``box`` (left, top, right, bottom), is cut out and resized (bicubic, antialiased).
+    ``exact`` allows no resizing. Raises what :func:`opened` does.
+    """
+    image = opened(file, "L" if channels == 1 else "RGB", (size, size) if exact else None)
+    if box is None:
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    if box[2] > image.width or box[3] > image.height:
+        raise ValueError(f"{image.width}x{image.height} pixels are too few for the crop {box}")
+    image = image.crop(box)  # first, so that nothing outside it has a share in its border
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+class ImageFileSplit(Split):
+    """Images decoded from their files whenever they are asked for.
+
+    Args:
+        source, names: where the images are and which ones they are.
+        shape: (channels, size, size) of one example.
+        shift: bits dropped from each of the 8, on the right.
+        on_bad: "stop" raises FlowtrainError at an unreadable image; "skip" puts the next readable one in its
+            place, counts it in ``bad`` and warns once.
+        box, exact: see :func:`decode`.
+    """
+
+    streams = True
+
+    def __init__(
+        self,
+        source: Source,
+        names: Sequence[str],
+        shape: tuple[int, int, int],
+        shift: int = 0,
+        on_bad: str = "stop",
+        box: tuple[int, int, int, int] | None = None,
+        exact: bool = False,
+        description: str = "images",
+    ):
+        super().__init__(shape, description)
+        self.source, self.names, self.shift, self.on_bad = source, names, shift, on_bad
+        self.box, self.exact = box, exact
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def digest(self) -> str:
+        """Of the images' names."""
+        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def place(self, number: int) -> str:
+        return f"the image {self.source.where(self.names[number])} (index {number})"
+
+    def to(self, device) -> "ImageFileSplit":
+        self.device = torch.device(device)
+        return self
+
+    def take(self, index: Tensor) -> tuple[Tensor, None]:
+        _, images, problems = self.read(index.tolist(), replace=True)
+        self.report(problems)
+        if len(images) < len(index):
+            raise FlowtrainError("too many unreadable images one after another to replace them all")
+        return images.to(self.device), None
+
+    def read(self, index: list[int], replace: bool) -> tuple[list[int], Tensor, dict[int, str]]:
+        """(index, images, problems): what was read, on the CPU, and why the rest could not be.
+
+        An unreadable image is replaced by the next readable one, or left out of ``index`` and the images.
+        """
+        images, kept, problems = [], [], {}
+        for number in index:
+            tries = range(number, number + _TRIES) if replace and self.on_bad == "skip" else (number,)
+            for other in tries:
+                other %= len(self)
+                try:
+                    images.append(self._decode(other))
+                    kept.append(number)
+                    break
+                except Exception as error:  # whatever a damaged file makes PIL raise
+                    problems[other] = " ".join(f"{type(error).__name__}: {error}".split())
+        if not images:
+            return [], torch.empty((0, *self.shape), dtype=torch.uint8), problems
+        return kept, torch.from_numpy(np.stack(images)) >> self.shift, problems
+
+    def _decode(self, number: int) -> np.ndarray:
+        channels, size, _ = self.shape
+        with self.source.open(self.names[number]) as file:
+            return decode(file, size, channels, self.box, self.exact)
+
+    def report(self, problems: dict[int, str]) -> None:
+        """Stops at the first of ``problems``, or notes them and warns of the first ever."""
+        for number, why in problems.items():
+            line = f"cannot read {self.place(number)}: {why}"
+            if self.on_bad == "stop":
+                raise FlowtrainError(f"{line}; on_bad=skip would do without it")
+            if not self.bad:
+                log.warning("%s; on_bad=skip: doing without it and others like it", line)
+            self.bad[number] = why
+
+
+def _is_image(name: str) -> bool:
+    hidden = os.path.basename(name).startswith(".") or name.startswith("__MACOSX/")
+    return name.lower().endswith(SUFFIXES) and not hidden
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,465 @@
+"""A user's table in a file, csv, npy or parquet: its columns from the header alone, its rows a block at a time.
+
+No torch: a configuration asks for a table's shape before there is any.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import logging
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from flowtrain.errors import FlowtrainError, UsageError
+
+log = logging.getLogger(__name__)
+
+BLOCK = 2**16  # rows of a block
+CSV_BLOCK = 2**24  # bytes of a block of text
+MOST_CATEGORIES = 1000  # more different texts are names, not categories
+EXACT = 2.0**22  # float32 tells x from x + ½ up to here
+WHOLE = 2.0**53  # and float64 x from x + 1
+# numbers as they are not read: 12,5 or 1.234,5 or 1'234 or 12 %
+OTHERWISE_WRITTEN = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
+UNNAMED = ("", "Unnamed: 0", "__index_level_0__")  # what pandas makes of an index that was written along
+
+Block = dict[str, np.ndarray]  # name -> float64, NaN where missing, or objects: text, None where missing
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: as the file has it.
+        kind: "real", "integer" (every value is a whole number) or "categorical" (text, or true and false).
+        categories: of a categorical column, its texts in order: text number i is code i.
+        offset: subtracted from the values, 0 unless they are far from it and close together: float32 resolves
+            1.6e9 seconds to two minutes. A whole number where the values are.
+        mean, std: of the train split, less the offset.
+    """
+
+    name: str
+    kind: str
+    categories: tuple[str, ...] = ()
+    offset: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class Csv:
+    """Columns separated by commas, semicolons, tabs or bars: whichever the first line, of names, has most of."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            line = file.readline()
+        if line.count('"') % 2:
+            raise UsageError(f"{path}: the name of a column holds a line break; name it otherwise")
+        self.delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", line).count)
+        self.names = next(csv.reader([line], delimiter=self.delimiter), [])
+        if not self.names or all(_is_number(name) for name in self.names):
+            raise UsageError(f"{path} has no first line that names its columns")
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() not in (b"\n", b"\r"):
+                log.warning("%s ends in the middle of a line; if it has been cut short, its last value is wrong", path)
+
+    def texts(self, names: Sequence[str]) -> set[str]:
+        """Which of the columns hold text, as their first rows have it."""
+        return {name for name, kind in self._kinds(names).items() if str(kind) != "double"}
+
+    def blocks(self, names: Sequence[str]) -> Iterator[Block]:
+        kinds = self._kinds(names)
+        try:
+            yield from self._blocks(names, kinds)
+        except ValueError:
+            for _ in self._blocks(names, kinds, threads=False):  # raises again, and says in which row
+                pass
+            raise
+
+    def _kinds(self, names: Sequence[str]) -> dict:
+        from pyarrow import types
+
+        with self._reader(names, {}) as reader:
+            return {
+                field.name: field.type if types.is_boolean(field.type) else _held(self.path, field)
+                for field in reader.schema
+            }
+
+    def _blocks(self, names: Sequence[str], kinds: dict, threads: bool = True) -> Iterator[Block]:
+        try:
+            with self._reader(names, kinds, threads) as reader:
+                for batch in reader:
+                    yield _block(self.path, batch, names)
+        except ValueError as error:
+            where = re.search(r"CSV column #(\d+): Row #(\d+): .*invalid value '(.*)'", str(error))
+            if where is None:
+                raise
+            name, row = self.names[int(where[1])], int(where[2]) - 1  # without the first line
+            raise UsageError(
+                f"column '{name}', row {row}: '{where[3]}' is no number, as in the rows before it"
+            ) from error
+
+    def _reader(self, names, kinds, threads=True):
+        from pyarrow import csv as arrow
+
+        return arrow.open_csv(
+            self.path,
+            arrow.ReadOptions(block_size=CSV_BLOCK, use_threads=threads),
+            arrow.ParseOptions(delimiter=self.delimiter),
+            arrow.ConvertOptions(include_columns=list(names), column_types=kinds, strings_can_be_null=True),
+        )
+
+
+class Parquet:
+    def __init__(self, path: Path):
+        from pyarrow import parquet
+
+        self.path = path
+        self.schema = parquet.read_schema(path)
+        self.names = self.schema.names
+
+    def texts(self, names: Sequence[str]) -> set[str]:
+        return {name for name in names if str(_held(self.path, self.schema.field(name))) != "double"}
+
+    def blocks(self, names: Sequence[str]) -> Iterator[Block]:
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(BLOCK, columns=list(names)):
+                yield _block(self.path, batch, names)
+
+
+class Npy:
+    """An array of numbers (N, D); its columns are c0, c1, …."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, Array(path)
+        if self.rows.ndim != 2 or self.rows.dtype.kind not in "fiub":
+            raise UsageError(f"{path} holds {self.rows.dtype} {list(self.rows.shape)}: must be numbers (rows, columns)")
+        self.names = [f"c{i}" for i in range(self.rows.shape[1])]
+
+    def texts(self, names: Sequence[str]) -> set[str]:
+        return set()
+
+    def blocks(self, names: Sequence[str]) -> Iterator[Block]:
+        places = [self.names.index(name) for name in names]
+        for start in range(0, len(self.rows), BLOCK):
+            part = self.rows[start : start + BLOCK]
+            with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever reads it refuses
+                block = {name: part[:, place].astype(np.float64) for name, place in zip(names, places, strict=True)}
+            yield block
+
+
+class Array:
+    """The array in an .npy, of which slices are read when they are asked for. To map it into memory would end the
+    process, without a word, where another one cuts the file short.
+
+    Raises FlowtrainError for a damaged one.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        npy = np.lib.format
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        try:
+            # warnings tell how a damaged header is written
+            with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+                self.shape, turned, self.dtype = readers[npy.read_magic(file)](file)
+                self.start = file.tell()
+            if self.dtype.hasobject:
+                raise ValueError("it holds objects")
+        except Exception as error:  # whatever the header makes it raise
+            raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
+        self.ndim = len(self.shape)
+        size, due = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
+        if size < due:
+            raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes, {due:,} are due")
+        self.whole = np.load(path, allow_pickle=False) if turned and self.ndim > 1 else None  # column after column
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if self.whole is not None:
+            return self.whole[rows]
+        first, stop, _ = rows.indices(len(self))
+        each = math.prod(self.shape[1:])
+        with open(self.path, "rb") as file:
+            file.seek(self.start + self.dtype.itemsize * each * first)
+            found = np.fromfile(file, self.dtype, each * (stop - first))
+        if len(found) < each * (stop - first):
+            row = first + len(found) // each + 1
+            raise FlowtrainError(f"cannot read {self.path} from row {row} on: it has been cut short")
+        return found.reshape(-1, *self.shape[1:]) if each else np.empty((stop - first, *self.shape[1:]), self.dtype)
+
+
+KINDS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
+
+
+class TableFile:
+    """The table at ``path``.
+
+    Raises UsageError for what is no table, FlowtrainError for a damaged one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(os.path.expanduser(path))
+        kind = KINDS.get(self.path.suffix.lower())
+        if kind is None:
+            raise UsageError(f"dataset.path={path}: must end in {', '.join(KINDS)}")
+        if not self.path.is_file():
+            raise UsageError(f"dataset.path={path}: no such file")
+        with _reading(self.path):
+            self._source = kind(self.path)
+        self.names: list[str] = self._source.names
+
+    def choose(self, columns: Sequence | None, context: Sequence | None) -> tuple[list[str], list[str]]:
+        """The names of the columns to model (None: all that are no context) and of those to condition on."""
+        context = self.known("context", context or [])
+        if columns is None:
+            columns = [name for name in self.names if name not in context]
+            unnamed = [name for name in columns if name in UNNAMED]
+            if unnamed:
+                number = self.names.index(unnamed[0]) + 1
+                raise UsageError(
+                    f"{self.path}: column {number} has no name, as an index has; choose dataset.columns=[…]"
+                )
+        columns = [name for name in self.known("columns", columns) if name not in context]
+        if not columns:
+            raise UsageError("dataset.columns: no column is left to model")
+        return columns, context
+
+    def known(self, key: str, chosen: Sequence) -> list[str]:
+        """The names of chosen columns, of an array also by number. UsageError where ``dataset.key`` has a wrong one."""
+        is_array = isinstance(self._source, Npy)
+        chosen = [f"c{item}" if is_array and isinstance(item, int) else str(item) for item in chosen]
+        for name in chosen:
+            if name not in self.names:
+                near = difflib.get_close_matches(name, self.names, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"there are {_listed(self.names)}"
+                raise UsageError(f"dataset.{key}: {self.path} has no column '{name}'; {hint}")
+            if self.names.count(name) > 1:
+                raise UsageError(f"dataset.{key}: {self.path} has two columns '{name}'")
+            if chosen.count(name) > 1:
+                raise UsageError(f"dataset.{key}: '{name}' is named twice")
+        return chosen
+
+    def texts(self, names: Sequence[str]) -> set[str]:
+        """Which of the columns hold text."""
+        with _reading(self.path):
+            return self._source.texts(names)
+
+    def blocks(self, names: Sequence[str]) -> Iterator[Block]:
+        """The rows in order: numbers as float64, NaN where missing, text as objects, None where missing."""
+        with _reading(self.path):
+            yield from self._source.blocks(names)
+
+    def survey(self, names: Sequence[str]) -> tuple[int, list[Column]]:
+        """The number of rows, and what each column is; its mean and std are left open. Reads those columns once.
+
+        Raises UsageError, naming column and row, where a value is missing or not finite.
+        """
+        rows, texts = 0, self.texts(names)
+        found = {name: _Texts(name) if name in texts else _Numbers(name) for name in names}
+        for block in self.blocks(names):
+            for name in names:
+                found[name].see(block[name], rows + 1)
+            rows += len(block[names[0]])
+        if not rows:
+            raise UsageError(f"{self.path} has no rows")
+        return rows, [found[name].column() for name in names]
+
+
+class _Texts:
+    def __init__(self, name: str):
+        self.name, self.rows = name, {}  # text -> the first row that has it
+
+    def see(self, values: np.ndarray, row: int) -> None:
+        new = set(values) - self.rows.keys()
+        if new:
+            values = list(values)
+            self.rows |= {text: row + values.index(text) for text in new}
+        if None in new:
+            raise missing(self.name, self.rows[None])
+        if len(self.rows) > MOST_CATEGORIES:
+            raise UsageError(
+                f"column '{self.name}' holds more than {MOST_CATEGORIES:,} different texts, too many for categories;"
+                " leave it out with dataset.columns=[…]"
+            )
+
+    def column(self) -> Column:
+        others = [text for text in self.rows if not _is_number(text)]
+        if 0 < len(others) < len(self.rows) / 2:  # such as a ? for what is missing
+            why = "is no number, as most values of the column are"
+        elif others and all(map(OTHERWISE_WRITTEN.fullmatch, self.rows)):
+            why = "is a number in a form that is not read; write 1234.5, or leave the column out"
+        else:
+            return Column(self.name, "categorical", tuple(sorted(self.rows)))
+        text = min(others, key=self.rows.get)
+        raise UsageError(f"column '{self.name}', row {self.rows[text]}: '{text}' {why}")
+
+
+class _Numbers:
+    def __init__(self, name: str):
+        self.name, self.offset, self.whole = name, None, True
+        self.least, self.greatest = np.inf, -np.inf
+
+    def see(self, values: np.ndarray, row: int) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise missing(self.name, row + int(finite.argmin()))
+        if self.offset is None:
+            first = float(values[0])
+            with np.errstate(over="ignore"):  # what is too large is refused below
+                self.offset = first if abs(first) > 1000 * values.std() else 0.0
+            self.repeats = len(values) >= 1000 and len(np.unique(values)) < len(values) / 10
+        self.whole = self.whole and bool((values == np.floor(values)).all())
+        self.least, self.greatest = min(self.least, values.min()), max(self.greatest, values.max())
+
+    def column(self) -> Column:
+        reach = max(abs(self.least - self.offset), abs(self.greatest - self.offset))
+        if reach > np.finfo(np.float32).max:
+            raise UsageError(f"column '{self.name}': values up to {reach:g} are too large for float32")
+        exact = max(abs(self.least), abs(self.greatest)) < WHOLE
+        is_integer = self.whole and exact and reach <= EXACT
+        if not exact:
+            log.warning(
+                "column '%s': numbers up to %.16g, where neighbours are more than 1 apart in float64; taken as real"
+                " numbers, which are rounded",
+                self.name,
+                max(self.least, self.greatest, key=abs),
+            )
+        elif self.whole and not is_integer:
+            log.warning(
+                "column '%s': whole numbers from %.16g to %.16g, too far apart for float32 to dequantize;"
+                " taken as real numbers",
+                self.name,
+                self.least,
+                self.greatest,
+            )
+        elif self.repeats and not is_integer:
+            log.warning(
+                "column '%s': real numbers that often repeat exactly, as rounded ones do; a density can grow there"
+                " without bound",
+                self.name,
+            )
+        return Column(self.name, "integer" if is_integer else "real", offset=self.offset)
+
+
+def missing(name: str, row: int) -> UsageError:
+    return UsageError(f"column '{name}', row {row} (the first is 1): its value is missing or not finite")
+
+
+def table_shape(path, columns, context) -> list[int]:
+    """[D] of a table, from its header."""
+    if path is None:
+        raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
+    return [len(TableFile(path).choose(_names("columns", columns), _names("context", context))[0])]
+
+
+def table_context_shape(path, context) -> list[int] | None:
+    """[C] of a table's context: one for each column of numbers, as many as there are categories for one of text."""
+    context = _names("context", context)
+    if not context:
+        return None
+    if path is None:
+        raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
+    file = TableFile(path)
+    context = file.known("context", context)
+    texts = sorted(file.texts(context))
+    stat = file.path.stat()
+    counts = _category_counts(str(file.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
+    return [len(context) - len(texts) + sum(counts)]
+
+
+@lru_cache(maxsize=16)
+def _category_counts(path: str, names: tuple[str, ...], *_version: int) -> tuple[int, ...]:
+    return tuple(len(column.categories) for column in TableFile(path).survey(names)[1])
+
+
+def _names(key: str, value) -> list | None:
+    """``dataset.columns`` or ``dataset.context`` as a list, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise UsageError(f"dataset.{key}={value}: must be a list of columns, such as [age,income]")
+    return list(value)
+
+
+@contextmanager
+def unchanged(path: Path):
+    """Within it, several readings of a file are of the same. FlowtrainError, whatever else was raised, if not."""
+    before = _version(path)
+    try:
+        yield
+    finally:
+        if _version(path) != before:
+            raise FlowtrainError(f"{path} has changed while it was read")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+@contextmanager
+def _reading(path: Path):
+    """Within it, what a reader of files raises becomes one line that names the file."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{path.suffix} files need more packages: pip install 'flowtrain[tables]'") from error
+    except FlowtrainError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not in UTF-8: save it so") from error
+    except Exception as error:  # whatever a damaged file makes a library raise
+        raise FlowtrainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _held(path: Path, field):
+    """As what a column of pyarrow's is read: text (true and false too) or float64. UsageError where it is neither."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+    if types.is_null(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+        return pa.float64()
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_boolean(kind):
+        return pa.string()
+    raise UsageError(f"{path}: column '{field.name}' holds {kind}: write it as numbers or text, or leave it out")
+
+
+def _block(path: Path, batch, names: Sequence[str]) -> Block:
+    out = {}
+    for name in names:
+        column = batch.column(name).cast(_held(path, batch.schema.field(name)), safe=False)
+        out[name] = column.to_numpy(zero_copy_only=False)
+    return out
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)})" if len(names) > most else "")

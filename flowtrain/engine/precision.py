@@ -1,0 +1,17 @@
+"""The arithmetic of networks."""
+
+from __future__ import annotations
+
+import torch
+
+from flowtrain.errors import UsageError
+
+
+def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of networks under ``precision``; only where the hardware has it, for elsewhere it costs time."""
+    if precision == "float32":
+        return None
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if not has:
+        raise UsageError(f"precision={precision}: this {device.type} has no bfloat16 arithmetic; use precision=float32")
+    return torch.bfloat16

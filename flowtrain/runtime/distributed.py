@@ -1,0 +1,216 @@
+"""This process among its equals. Who starts them (our own launcher, torchrun, srun) says so in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import warnings
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from glob import glob
+
+from flowtrain.errors import FlowtrainError, UsageError
+
+PATIENCE = timedelta(hours=1)  # until a job begins; a process that died is the launcher's to notice
+
+
+def _adopt_slurm() -> None:
+    """``srun flowtrain …`` names ranks in its own way; give them torchrun's names."""
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    head, number = re.match(r"([^\[,]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups()
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env.setdefault("MASTER_ADDR", head + (number or ""))
+    env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 40000))
+
+
+_adopt_slurm()
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def gpus() -> int:
+    """Visible GPUs; answers without PyTorch where there is no driver."""
+    if sys.platform == "linux" and not (glob("/dev/nvidia[0-9]*") or glob("/dev/dxg") or glob("/dev/kfd")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes(devices: int | str) -> int:
+    """How many processes ``devices`` asks for on this machine. Raises UsageError if there are fewer devices."""
+    if world() > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+        if devices not in ("auto", here, world()):
+            raise UsageError(f"devices={devices}: this launcher started {world()} processes; leave devices=auto")
+        return world()
+    count = gpus()
+    if devices == "auto":
+        return max(1, count)
+    most, kind = (count, "GPU") if count else (os.cpu_count() or 1, "CPU core")
+    if devices > most:
+        raise UsageError(f"devices={devices}: there {'is' if most == 1 else 'are'} {most} {kind}{'s' * (most > 1)}")
+    return devices
+
+
+def device():
+    """The torch.device of this rank."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise UsageError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
+    return torch.device("cuda", local_rank())
+
+
+def init() -> None:
+    """Join the process group, where there is more than one process: gloo for the CPU, NCCL for GPUs."""
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    where, backend = device(), "gloo"
+    if where.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(where)
+        backend = "cpu:gloo,cuda:nccl"
+    _heeding_signals(_join, backend)
+
+
+def _join(backend: str) -> None:
+    import torch.distributed as dist
+
+    place = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
+    meeting = dist.rendezvous(f"file://{place}" if place else "env://", rank(), world(), timeout=PATIENCE)
+    store, _, _ = next(meeting)
+    # torchrun keeps its store when it starts processes anew, and in it the addresses of those that died
+    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=attempt, rank=rank(), world_size=world(), timeout=PATIENCE)
+
+
+def _heeding_signals(work, *args, **kwargs) -> None:
+    """Do what waits in C++ in a thread of its own, so that the main one can answer signals meanwhile."""
+    done = Future()
+
+    def run():
+        try:
+            done.set_result(work(*args, **kwargs))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    done.result()
+
+
+def limit_waits(seconds: float) -> None:
+    """From now on, a process that waits longer for another fails: that one has stopped, or hangs."""
+    if world() > 1:
+        from torch.distributed import distributed_c10d
+
+        init()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer releases name it set_timeout
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+class PeerFailure(FlowtrainError):
+    """Another process of the job has ended, or has not answered for too long."""
+
+
+@contextmanager
+def catch_peer_failures():
+    """Raise PeerFailure for what gloo and NCCL say when another process does not do its part."""
+    try:
+        yield
+    except RuntimeError as error:
+        gloo = world() > 1 and re.search(r"gloo/|Connection (closed|reset) by peer|Timed out waiting", str(error))
+        if gloo or type(error).__name__ == "DistBackendError":
+            text = f"rank {rank()} has lost another process: it has ended, or did not answer for dist.timeout_s seconds"
+            raise PeerFailure(text) from error
+        raise
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_gather_object(None)
+
+
+def broadcast_object(obj=None):
+    """Rank 0's ``obj``, on every rank."""
+    if world() == 1:
+        return obj
+    import torch
+    import torch.distributed as dist
+
+    init()
+    box = [obj]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def broadcast(tensors) -> None:
+    """Give every rank rank 0's values of ``tensors``, in place."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        init()
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def all_gather_object(obj) -> list:
+    """Every rank's ``obj``, on every rank, in the order of ranks."""
+    if world() == 1:
+        return [obj]
+    import torch.distributed as dist
+
+    init()
+    out = [None] * world()
+    dist.all_gather_object(out, obj)
+    return out
+
+
+def all_sum(tensor):
+    """``tensor`` summed over ranks, in place; returned."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        init()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def close() -> None:
+    """Leave the process group."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,51 @@
+"""What a figure was made with: versions, device, commit and command, as environment.json beside it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from flowtrain import __version__
+from flowtrain.runtime import distributed, files
+
+PACKAGES = ("hydra-core", "numpy", "omegaconf", "pillow", "scikit-learn", "torch", "torchdiffeq", "torchvision")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def record(directory: str, device: torch.device) -> None:
+    """Write environment.json into ``directory``."""
+    environment = {
+        "flowtrain": __version__,
+        "git": _commit(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "device": device_name(device),
+        "devices": distributed.world(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+    }
+    files.write_json(Path(directory) / "environment.json", environment)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, if it is one, marked where the code differs from it."""
+    found = subprocess.run(
+        ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
