@@ -60,7 +60,7 @@ def _train(cfg, run_dir: str) -> dict:
     _keep(cfg, flow)
     schedule = build(cfg.scheduler, allow=cfg.allow)
     device = distributed.device()
-    if cfg.get("deterministic"):  # absent in older checkpoints
+    if cfg.deterministic:
         determinism.insist()
     autocast = autocast_of(cfg.precision, device)
     train, val = data.split("train"), data.split("val")
@@ -84,7 +84,7 @@ def _train(cfg, run_dir: str) -> dict:
     state = checkpoint.read(cfg.resume) if cfg.resume else None
     if state is None:
         _start(flow, cfg, train, device)
-    if cfg.get("deterministic"):
+    if cfg.deterministic:
         _tell_cost(flow, loader, cfg, autocast)
     trainer = _trainer(cfg, flow, loader, val, schedule, settings, run_dir, device)
     if state is not None:
@@ -93,7 +93,7 @@ def _train(cfg, run_dir: str) -> dict:
     if distributed.is_main():
         _introduce(cfg, flow, train, val, settings, device, run_dir, trainer.step)
         environment.record(run_dir, device)
-        lines = state and state.get("lines")  # absent in older checkpoints
+        lines = state["lines"] if state else 0
         reporter = Reporter(run_dir, trainer.step, settings.max_steps, cfg.trainer.tensorboard, lines)
     try:
         with explained(), determinism.explained():
@@ -309,8 +309,8 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
         patience=trainer.patience,
         max_bad_steps=trainer.max_bad_steps,
         autocast=autocast,
-        profile=trainer.get("profile", False),
-        rollback=trainer.get("rollback"),  # absent in older checkpoints
+        profile=trainer.profile,
+        rollback=trainer.rollback,
     )
 
 

@@ -359,6 +359,30 @@ def test_checkpoints_verify_themselves(tmp_path):
         checkpoint.read(tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize("found", [1, 3])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, found):
+    checkpoint.save({"step": 7, "format": found}, tmp_path / "a.pt")
+    says = rf"a\.pt: its format is {found}; this version of flowtrain reads format {checkpoint.FORMAT}$"
+    for read in (checkpoint.read, checkpoint.read_config):
+        with pytest.raises(FlowtrainError, match=says):
+            read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("found", [None, "2", True, 2.0])
+def test_a_checkpoint_without_a_format_is_none(tmp_path, found):
+    checkpoint.save({"step": 7, "format": found}, tmp_path / "a.pt")
+    with pytest.raises(FlowtrainError, match=r"a\.pt: not a flowtrain checkpoint \(it does not say its format\)"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("part", ["model", "rollbacks", "validated", "lines"])
+def test_a_state_that_lacks_a_part_is_refused(tmp_path, part):
+    state = trainer(tmp_path).state()
+    del state[part]
+    with pytest.raises(FlowtrainError, match=f"cannot resume: the checkpoint lacks {part}$"):
+        trainer(tmp_path).load_state(state)
+
+
 def test_a_checkpoint_by_torch_save_alone_is_no_checkpoint(tmp_path):
     torch.save({"config": {}}, tmp_path / "x.pt")
     with pytest.raises(FlowtrainError, match="no flowtrain checkpoint"):

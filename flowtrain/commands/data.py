@@ -7,8 +7,8 @@ from flowtrain.data import Columns
 
 
 def columns_of(state: dict) -> Columns | None:
-    """What a checkpoint knows of a table's columns; None of other data, and in checkpoints older than tables."""
-    record = state.get("columns")
+    """What a checkpoint knows of a table's columns; None for other data."""
+    record = state["columns"]
     return Columns.from_record(record) if record else None
 
 

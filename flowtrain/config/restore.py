@@ -59,7 +59,7 @@ def embedded(file: Path, allow=()) -> dict:
         config = state.get("config")
         _check_plain(config)
         check_targets(config, allow)
-        settled(ROOTS["train"], config, complete=False)
+        settled(ROOTS["train"], config)
         _check_built(config, state, allow)
     except Exception as error:  # whatever a stranger's values make of a constructor
         text = " ".join(str(error).split()) or type(error).__name__
@@ -111,6 +111,8 @@ def _check_built(config: dict, state: dict, allow) -> None:
     held = [state.get("model"), state.get("ema", "missing") or {}]
     if not all(isinstance(weights, dict) for weights in held):
         raise ValueError("the file has no weights")
+    if "columns" not in state:
+        raise ValueError("the file does not say its columns")
     if any(abs(number) > MAX_NUMBER for number in _whole_numbers(config["model"])):
         raise ValueError(f"model holds a number beyond {MAX_NUMBER:,}")
     cfg = OmegaConf.create({**config, "allow": list(allow)})

@@ -364,24 +364,23 @@ class Trainer:
         return bool(steps) and self.step % steps == 0
 
     # Everything that a run's future depends on; noise and the order of the data follow from the step.
-    _PLAIN = ("step", "seconds", "best", "stale", "skipped", "bad_in_a_row", "loss_sum", "loss_count")
+    _PLAIN = (
+        *("step", "seconds", "best", "stale", "skipped", "bad_in_a_row", "loss_sum", "loss_count"),
+        *("rollbacks", "good", "validated", "shown"),
+    )
 
     def state(self) -> dict:
         return {
             **self.described(),
             **{name: getattr(self, name) for name in self._PLAIN},
-            "rollbacks": self.rollbacks,
-            "good": self.good,
             "order": self.loader.state_dict(),
-            "validated": self.validated,
-            "shown": self.shown,
             "lines": self.reporter.lines,
             **self.learned(),
         }
 
     def described(self) -> dict:
         """What says which flow it is."""
-        return {"format": 1, "config": self.config, "columns": self.columns}
+        return {"config": self.config, "columns": self.columns}
 
     def learned(self) -> dict:
         return {
@@ -394,14 +393,14 @@ class Trainer:
         """Continue from what :meth:`state` returned.
 
         Raises:
-            FlowtrainError: the data are not those that the state was trained on.
+            FlowtrainError: the state lacks something, or was trained on other data.
         """
+        if missing := self.state().keys() - state.keys():
+            raise FlowtrainError(f"cannot resume: the checkpoint lacks {', '.join(sorted(missing))}")
         self.loader.load_state_dict(state["order"])
         self.load_learned(state)
         for name in self._PLAIN:
             setattr(self, name, state[name])
-        self.validated, self.shown = (state.get(name, self.step) for name in ("validated", "shown"))  # older: always
-        self.rollbacks, self.good = state.get("rollbacks", 0), state.get("good")  # absent in older checkpoints
 
     def load_learned(self, state: dict) -> None:
         self.flow.load_state_dict(state["model"])
