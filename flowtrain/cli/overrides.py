@@ -128,7 +128,7 @@ class _Job:
             group, value = item.key_or_group, item.value()
             if item.is_delete() or not self.loader.repository.group_exists(group):
                 continue
-            if self.restored and (group in ("model", "dataset", "experiment") or is_part(group)):
+            if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
                 raise _fixed(group)
             options = self.loader.get_group_options(group)
             if value is None:
@@ -224,7 +224,7 @@ def _is_fixed(command: str, key: str) -> bool:
     """Whether a key is of what a checkpoint decides: the flow, its data and, once it is trained, how it learnt."""
     root = key.split(".")[0]
     learnt = command != "train" and root in ("optimizer", "scheduler")
-    return (root in ("model", "dataset") or is_part(root) or learnt) and key not in PLACES
+    return (root in ("model", "dataset", "objective") or is_part(root) or learnt) and key not in PLACES
 
 
 def _fixed(key: str) -> UsageError:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from flowtrain.commands.draws import drawn
-from flowtrain.config.build import build_flow
+from flowtrain.config.build import build, build_flow
 from flowtrain.data.images import one_hot
 from flowtrain.engine.audit import Check, audit, unsettle
-from flowtrain.engine.divergence import Record
-from flowtrain.engine.measure import measure_of
-from flowtrain.engine.precision import autocast_of
+from flowtrain.engine.precision import autocast_dtype
+from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, files
@@ -81,12 +80,13 @@ def replay(cfg, flow: Flow, run_dir: str) -> dict:
     Raises:
         FlowtrainError: it goes wrong again, or the file is no record of a step.
     """
+    objective = build(cfg.objective, allow=cfg.allow)
     state = checkpoint.read(cfg.replay)
     load_weights(flow, state, "raw")
-    autocast = autocast_of(cfg.precision, distributed.device())
+    autocast = autocast_dtype(cfg.precision, distributed.device())
     try:
-        record = Record.from_state(state.get("divergence"))
-        found = record.replay(flow, measure_of(cfg.dataset.levels), autocast)
+        record = Record.from_state_dict(state.get("divergence"))
+        found = record.replay(flow, objective, autocast)
     except Exception as error:  # whatever a stranger's numbers make a flow raise
         reason = " ".join(str(error).split())[:200]
         raise FlowtrainError(f"{cfg.replay}: no record of a step that went wrong ({reason})") from error
@@ -100,10 +100,10 @@ def replay(cfg, flow: Flow, run_dir: str) -> dict:
         "as_recorded": same,
     }
     files.write_json(Path(run_dir) / "check.json", report)
-    line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.told(found)}"
+    line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.describe(found)}"
     print(json.dumps(report, indent=2) if cfg.json else line, flush=True)
     if found:
-        raise FlowtrainError(f"step {record.step} goes wrong again: {record.told(found)}")
+        raise FlowtrainError(f"step {record.step} goes wrong again: {record.describe(found)}")
     return report
 
 

@@ -11,7 +11,7 @@ import torch
 from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import continuous_layers, traced_exactly
 from flowtrain.commands.data import columns_of, has_bits, open_as
-from flowtrain.commands.evaluation import judge, shares
+from flowtrain.commands.evaluation import evaluate_split, split_batches
 from flowtrain.config.build import build_flow
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation
@@ -36,7 +36,7 @@ def main(cfg, run_dir: str) -> dict:
     examples = cfg.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None
-    result = judge(flow, split, cfg, examples, cfg.draws, exact)
+    result = evaluate_split(flow, split, cfg, examples, cfg.draws, exact)
     report = {}
     if has_bits(cfg, columns):
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
@@ -72,7 +72,7 @@ def _in_logit_space(flow: Flow, split: Split, cfg, examples: int | None, result:
         return None
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for index, x, context in shares(split, cfg, next(flow.parameters()).device, examples):
+        for index, x, context in split_batches(split, cfg, next(flow.parameters()).device, examples):
             torch.manual_seed(mix(cfg.seed, int(index[0]), 0))
             added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()

@@ -1,4 +1,4 @@
-"""A flow on a split of the data, shared by all processes."""
+"""Evaluating a flow on a split of the data, of which each process takes its share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flowtrain.runtime import distributed
 EVALUATION_BATCH = 256  # fixed: dequantization noise in evaluation is a function of it
 
 
-def judge(
+def evaluate_split(
     flow: Flow, split: Split, cfg, examples: int | None = None, draws: int = 1, exact: bool = False
 ) -> Evaluation:
-    """Evaluate ``flow`` on a split with every process taking its share; ``exact``: with the exact trace of its ODEs.
+    """Evaluate ``flow`` on ``examples`` of a split (None: all); ``exact``: with the exact trace of its ODEs.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
     """
-    batches = shares(split, cfg, next(flow.parameters()).device, examples)
+    batches = split_batches(split, cfg, next(flow.parameters()).device, examples)
     try:
         with exact_trace() if exact else nullcontext():
             return evaluate(flow, batches, len(split), draws, cfg.seed)
@@ -31,7 +31,7 @@ def judge(
         raise FlowtrainError(str(error)) from error
 
 
-def shares(split: Split, cfg, device, examples: int | None = None):
+def split_batches(split: Split, cfg, device, examples: int | None = None):
     """This process's batches of a split for evaluation: (indices, examples, context)."""
     rank, world = distributed.rank(), distributed.world()
     return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)

@@ -21,6 +21,8 @@ MODULES = (
     "flowtrain.flow",
     "flowtrain.data",
     "flowtrain.engine.schedules",
+    "flowtrain.engine.objectives",
+    "flowtrain.engine.loggers",
 )
 
 

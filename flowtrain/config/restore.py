@@ -22,7 +22,7 @@ from flowtrain.errors import FlowtrainError
 
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100
 MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, such as a width, and of an example
-NEEDED = ("model", "dataset", "trainer", "optimizer", "scheduler")
+NEEDED = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "logger")
 # of this machine and this command, never of the file
 OURS = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
 DROPPED = ("devices", "allow", "dist", "job_timeout")

@@ -77,7 +77,9 @@ class Train:
     model: Any = None
     dataset: Any = None
     optimizer: Any = None
+    objective: Any = None
     scheduler: Any = None
+    logger: Any = None
     trainer: Trainer = field(default_factory=Trainer)
     published: Published | None = None
 
