@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.cli import jobs, main
+from flowtrain.cli import main, worker
 from flowtrain.config import runs
 from flowtrain.data import Loader
 from flowtrain.engine.loggers import JsonLines
@@ -157,7 +157,7 @@ def _composed(file: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = runs.to_continue(folder / "checkpoints")
     values = {**json.loads(Path(file).read_text()), "resume": str(found) if found else None}
-    jobs.execute("train", values, str(folder))
+    worker.execute("train", values, str(folder))
 
 
 def prepare(environment) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.cli import exit_codes
+from flowtrain.cli import exit_codes, worker
 from flowtrain.runtime import checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -144,7 +144,6 @@ class ForkedWorker:
         self.ends.append(self.stdin)
 
     def work(self, read, write, env):
-        from flowtrain.cli import launcher
 
         os.setsid()
         os.close(write)
@@ -154,7 +153,7 @@ class ForkedWorker:
         sys.stdin = os.fdopen(0, closefd=False)
         os.environ.update(env)
         Path(f"rank.{os.getpid()}").write_text(env["RANK"])
-        launcher.main()
+        worker.main()
 
     def poll(self):
         if self.returncode is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra.core.utils
 
 from flowtrain import train
-from flowtrain.cli import jobs, overrides
+from flowtrain.cli import jobs, overrides, worker
 from flowtrain.commands import evaluation, previews
 from flowtrain.data import Loader
 from flowtrain.data.vectors import Vectors
@@ -86,7 +86,7 @@ def patch() -> None:
     places = {
         "check": lambda: before(overrides, "check"),
         "job": lambda: before(jobs, "_run"),
-        "import": lambda: before(jobs, "execute"),
+        "import": lambda: before(worker, "execute"),
         "open": lambda: before(Vectors, "split"),
         "start": lambda: before(train, "_start"),
         "data": lambda: setattr(Loader, "batches", batches),
