@@ -143,8 +143,8 @@ def _objective(cfg) -> Objective:
 
 
 def _loggers(cfg) -> Loggers:
-    """The configured loggers on the first process, none on the others."""
-    loggers = build(cfg.logger, allow=cfg.allow)
+    """The configured loggers, without those that are null, on the first process; none on the others."""
+    loggers = {name: logger for name, logger in build(cfg.logger, allow=cfg.allow).items() if logger is not None}
     if not cfg.trainer.tensorboard:
         loggers.pop("tensorboard", None)
     for name, logger in loggers.items():

@@ -223,7 +223,7 @@ class _Job:
 def _is_fixed(command: str, key: str) -> bool:
     """Whether a key is of what a checkpoint decides: the flow, its data and, once it is trained, how it learnt."""
     root = key.split(".")[0]
-    learnt = command != "train" and root in ("optimizer", "scheduler")
+    learnt = command != "train" and root in ("optimizer", "scheduler", "logger")
     return (root in ("model", "dataset", "objective") or is_part(root) or learnt) and key not in PLACES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -105,3 +106,8 @@ class Record:
         named = ", ".join(map(str, numbers[:_NAMED]))
         more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
         return f"first {found.what}, of train example{'s' * (len(numbers) > 1)} {named}{more}"
+
+
+def replay_command(path: Path, allow: list[str]) -> str:
+    """The command line that replays the record in ``path``."""
+    return f"flowtrain check replay='{path}'" + (f" allow=[{','.join(allow)}]" if allow else "")

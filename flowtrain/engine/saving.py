@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flowtrain.engine.replay import Record
+from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, status
 
 
@@ -31,10 +33,11 @@ class Checkpoints:
         if distributed.is_main():
             checkpoint.save({**self.description, **state}, self.best)
 
-    def save_divergence(self, weights: dict, record: dict, step: int, rank: int) -> Path:
-        """Write the record of a step that diverged, from process ``rank``; its path, on every process."""
-        path = self.run_dir / "divergence" / f"step_{step}.pt"
+    def save_divergence(self, flow: Flow, record: Record, rank: int) -> Path:
+        """Write the record of a step that diverged, from process ``rank``; returns its path on every process."""
+        path = self.run_dir / "divergence" / f"step_{record.step}.pt"
         if distributed.rank() == rank:
-            checkpoint.save({**self.description, "model": weights, "ema": None, "divergence": record}, path)
+            state = {"model": flow.state_dict(), "ema": None, "divergence": record.state_dict()}
+            checkpoint.save({**self.description, **state}, path)
         distributed.barrier()  # an error in one process ends the others
         return path

@@ -21,7 +21,7 @@ from flowtrain.engine.objectives import Objective
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.profile import profile_steps
 from flowtrain.engine.recovery import Recovery
-from flowtrain.engine.replay import Record
+from flowtrain.engine.replay import Record, replay_command
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.state import Stateful
 from flowtrain.engine.statistics import layer_statistics
@@ -52,11 +52,8 @@ class Trainer(Stateful):
         compilation: of ``flow``, if it runs compiled.
     """
 
-    # all that a run's future depends on, with the weights; noise and the order of the data follow from the step
-    STATE = (
-        *("step", "seconds", "loss_sum", "loss_count"),
-        *("validation", "previews", "recovery", "loader", "loggers"),
-    )
+    # with the weights, all that a run's future depends on: noise and the order of the data follow from the step
+    STATE = ("step", "seconds", "loss_sum", "loss_count", "validation", "previews", "recovery", "loader", "loggers")
 
     def __init__(
         self,
@@ -172,9 +169,8 @@ class Trainer(Stateful):
             own = examine(self.flow, self.backward)
         examples = self.loader.examples(self.step)
         record, rank = Record.gather(own, self.batch, examples, self.step, self.training_pass)
-        path = self.checkpoints.save_divergence(self.flow.state_dict(), record.state_dict(), self.step, rank)
-        allow = f" allow=[{','.join(self.config.allow)}]" if self.config.allow else ""
-        return f"{record.describe(record.found)}; to see it again: flowtrain check replay='{path}'{allow}"
+        path = self.checkpoints.save_divergence(self.flow, record, rank)
+        return f"{record.describe(record.found)}; to see it again: {replay_command(path, self.config.allow)}"
 
     # ---- at intervals
 
