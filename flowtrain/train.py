@@ -21,7 +21,7 @@ from flowtrain.bijections.ode import continuous_layers
 from flowtrain.commands.data import has_bits
 from flowtrain.commands.evaluation import judge
 from flowtrain.commands.previews import View
-from flowtrain.config.build import build, build_flow, with_hint
+from flowtrain.config.build import build, build_flow, model_name, with_hint
 from flowtrain.config.compose import conf_dir, plain
 from flowtrain.data import Loader
 from flowtrain.engine import determinism
@@ -361,7 +361,7 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     if flow.bijection.context_shape:
         log.info("context: %s, shape %s", cfg.dataset.context, "×".join(map(str, flow.bijection.context_shape)))
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
-    preset = f"{cfg.model.name}_{cfg.dataset.name}"
+    preset = f"{model_name(cfg)}_{cfg.dataset.name}"
     if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
     if cost := cost_of_likelihood(flow):

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,9 +91,9 @@ def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
 def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
     """A training step that shares its gradients beside the same step of a process by itself."""
     x = torch.randn(sizes.batch, size[0])
-    alone, shared = (ours.started(FLOWS[name](*size), x, 0) for _ in range(2))
-    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer(), x)
-    variants = {"alone": step(alone, ours.optimizer(), x), "shared": run}
+    alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
+    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer, x)
+    variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
         run()
     found = {"flow": name, "size": size, "batch": sizes.batch, "gradient_bytes": _bytes(shared)}
@@ -162,7 +163,7 @@ def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
     shape = (examples, *flow.shape)
     x = torch.randint(0, levels, shape, dtype=torch.uint8) if levels else torch.randn(shape)
     flow.initialize(x)
-    run = step(flow, ours.optimizer(), x)
+    run = step(flow, ours.optimizer, x)
     with FlopCounterMode(display=False) as counter, _Kernels() as kernels:
         run()
     seconds = in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]

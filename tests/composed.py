@@ -33,7 +33,15 @@ IMAGES = [
     name for name in options("dataset") if "image_size: null" not in (conf_dir() / f"dataset/{name}.yaml").read_text()
 ]
 VECTORS = sorted({*options("dataset")} - {*IMAGES, "table"})  # but a table of one's own, which needs a file
-ONLY_IMAGES = ("autoregressive", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
+ONLY_IMAGES = (
+    "autoregressive",
+    "custom_image",
+    "ffjord_image",
+    "glow",
+    "hybrid_image",
+    "nsf_image",
+    "realnvp",
+)  # models
 
 
 def parameters(flow) -> int:

@@ -67,7 +67,7 @@ def test_all_peers_of_the_same_size_and_exact(bench):
 
 
 def test_start(bench, monkeypatch):
-    monkeypatch.setattr("flowtrain.benchmarks.start._first_step", lambda: 1.0)  # a process: tested by hand
+    monkeypatch.setattr("flowtrain.benchmarks.start_up._first_step", lambda: 1.0)  # a process: tested by hand
     found, _ = bench("suite=start")
     help_, first = found["rows"]
     assert help_["unit"] == "s" and 0 < help_["value"] < 60

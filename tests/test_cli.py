@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import inprocess
 import pytest
 
 from flowtrain import __version__
-from flowtrain.cli import exit_codes, jobs, main
+from flowtrain.cli import exit_codes, launcher, main, worker
 from flowtrain.config import compose, schema
 from flowtrain.errors import UsageError
 
@@ -57,8 +58,6 @@ def refusal(tmp_path, monkeypatch):
         ("lr=1", "did you mean 'optimizer.lr'?"),
         ("model.stepz=2", "did you mean 'model.step"),
         ("model.steps=two", "model.steps=two: must be a number"),
-        ("model.step=3", "model.step=3: model.step is a mapping"),
-        ("+model.foo=3", "model.foo: nothing in this model refers to it"),
         ("~model.foo", "no key 'model.foo'"),
         ("~seed", "seed: is missing"),
         ("max_steps=abc", "max_steps=abc: must be a whole number of at least 1"),
@@ -87,7 +86,9 @@ def test_train_refuses(refusal, word, says):
 def test_other_refusals(refusal):
     assert "did you mean 'train'?" in refusal("trian")
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
-    assert "preprocess: nothing in this model" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "model.ode=3: model.ode is a mapping" in refusal("train", "model=ffjord", "model.ode=3")
+    assert "preprocess: this model sets it itself" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "norm: no layer of this model" in refusal("train", "model=custom", "+norm=actnorm")
     assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
     assert "--cfg shows one job" in refusal("train", "--multirun", "model=nice,glow", "--cfg", "job")
     assert "under outputs/" in refusal("eval")
@@ -224,9 +225,19 @@ def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):
     def print_into_nothing(**_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(jobs, "execute", print_into_nothing)
+    monkeypatch.setattr(worker, "execute", print_into_nothing)
     with pytest.raises(BrokenPipeError):  # about which main() says nothing
         inprocess.flowtrain(tmp_path, "check", "model=maf", "dataset=moons")
+
+
+def test_a_knob_that_the_constructor_does_not_take(tmp_path):
+    for word, says in (
+        ("+model.stepz=3", "did you mean 'model.steps'?"),
+        ("+univariate.foo=3", "no key 'univariate.foo'"),
+    ):
+        with pytest.raises(launcher.Failed, match=re.escape(says)) as caught:
+            inprocess.flowtrain(tmp_path, "train", "dataset=mnist", "dataset.download=false", word)
+        assert caught.value.exit_code == 2 and not list(tmp_path.glob("outputs/*/*"))
 
 
 def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):

@@ -189,12 +189,6 @@ class _Job:
             if not item.is_delete():
                 _check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False), "")
 
-    def _drops_a_layer(self) -> bool:
-        """Then what it referred to may stay behind without a use."""
-        return any(
-            item.key_or_group.startswith("model.") and (item.is_delete() or item.value() is None) for item in self.words
-        )
-
     def _names(self, tree) -> list[str]:
         """Every key of the tree, and every group."""
         return [*_keys(tree), *self.loader.get_group_options("", ObjectType.GROUP)]
@@ -207,8 +201,8 @@ class _Job:
             if key not in known and not is_part(key) and key != "hydra":
                 hint = _suggestion(key, known) or "its file needs '# @package _global_' as its first line; "
                 raise UsageError(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
-        if not self.restored and not self._drops_a_layer():
-            _check_references(cfg, {item.key_or_group.split(".")[0] for item in self.words})
+        if not self.restored and "model" in cfg:
+            _check_unused_parts(cfg, {item.key_or_group.split(".")[0] for item in self.words})
         try:
             values = settle(cfg, self.command, self.restored)
         except OmegaConfBaseException as error:
@@ -333,23 +327,17 @@ def _check_shares(batch_size: int, processes: int, accumulate: int) -> None:
         )
 
 
-def _check_references(cfg: DictConfig, named: set[str]) -> None:
-    """A knob of the model that nothing refers to would change nothing: refuse it.
-
-    So would a part that a word of the command line is ``named`` for, if it is referred to by itself alone. Where the
-    data bring it along, a model may leave it.
-    """
+def _check_unused_parts(cfg: DictConfig, named: set[str]) -> None:
+    """Refuse a part that the command line names and the model does not use: it would change nothing."""
     content = OmegaConf.to_container(cfg, resolve=False)
-    content.pop("hydra", None)
-    uses = {name: set(_references(part, (name,))) for name, part in content.items()}
-    knobs = [f"model.{name}" for name in content.get("model") or {} if name not in ("flow", "name")]
-    for knob in [*knobs, *filter(is_part, content)]:
-        used = set().union(*(keys for name, keys in uses.items() if name != knob or name not in named))
-        if not any(key == knob or key.startswith(f"{knob}.") for key in used):
-            near = _suggestion(knob, {*knobs, *used} - {knob})
-            raise UsageError(
-                f"{knob}: nothing in this model refers to it, so it would change nothing; {near}".rstrip("; ")
-            )
+    model = content["model"]
+    for part in filter(is_part, named):
+        if part in model:
+            raise UsageError(f"{part}: this model sets it itself, to {shown(model[part])}")
+        if "layers" in model and part not in ("base", "preprocess"):  # of model=custom
+            used = {key for name, node in content.items() for key in _references(node, (name,)) if name != part}
+            if not any(key == part or key.startswith(f"{part}.") for key in used):
+                raise UsageError(f"{part}: no layer of this model refers to it, so it would change nothing")
 
 
 def _references(value, path: tuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.commands.draws import drawn
-from flowtrain.config.build import build_flow
+from flowtrain.config.build import build_flow, model_name
 from flowtrain.data.images import one_hot
 from flowtrain.engine.audit import Check, audit, unsettle
 from flowtrain.engine.divergence import Record
@@ -47,7 +47,7 @@ def main(cfg, run_dir: str) -> dict:
         except FlowtrainError:  # not finite; the audit will tell where that comes from
             x = _made_up(flow, cfg, cfg.examples)
     else:
-        what = f"a new {cfg.model.name} for {cfg.dataset.name}"
+        what = f"a new {model_name(cfg)} for {cfg.dataset.name}"
         examples = max(cfg.examples, min(STARTING, NUMBERS // flow.dimensions))
         x, context = _made_up(flow, cfg, examples), _context(cfg, flow, examples)
         unsettle(flow, x, context)

@@ -15,6 +15,7 @@ from functools import cache
 from flowtrain.errors import UsageError
 
 MODULES = (
+    "flowtrain.flows",
     "flowtrain.bijections",
     "flowtrain.nets",
     "flowtrain.distributions",

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from flowtrain.config import runs
-from flowtrain.config.build import build
+from flowtrain.config.build import build, build_flow
 from flowtrain.config.compose import is_part
 from flowtrain.config.schema import ROOTS, known_keys, settled
 from flowtrain.errors import FlowtrainError
@@ -39,7 +39,7 @@ def load(path: str, weights: str = "auto", allow=()):
     from flowtrain.runtime.checkpoint import load_weights
 
     file = runs.checkpoint_in(path, "load")
-    flow = build(OmegaConf.create(embedded(file, allow)).model.flow, allow=allow)
+    flow = build_flow(OmegaConf.create({**embedded(file, allow), "allow": list(allow)}), "cpu")
     load_weights(flow, checkpoint.read(file), weights)
     return flow.eval()
 
@@ -104,7 +104,6 @@ def _check_built(config: dict, state: dict, allow) -> None:
     """Build the flow on the meta device, where a size costs nothing, and the data set, which opens no file: ValueError
     where they are none, or where the flow has other weights than the file, and so could ask for any amount of memory.
     """
-    from flowtrain.config.build import build_flow
     from flowtrain.data.dataset import Dataset
     from flowtrain.flow import Flow
 
@@ -117,12 +116,12 @@ def _check_built(config: dict, state: dict, allow) -> None:
     with _modules_at_most(10_000 + 20 * len(held[0])):
         flow = build_flow(cfg, "meta")
     if not isinstance(flow, Flow):
-        raise ValueError("model.flow is no flow")
+        raise ValueError("model is no flow")
     data = build(cfg.dataset, allow=allow)
     if not isinstance(data, Dataset):
         raise ValueError("dataset is no data set")
     if tuple(data.shape) != tuple(flow.shape) or not 0 < flow.dimensions <= MAX_DIMENSIONS:
-        raise ValueError(f"model.flow.shape={list(flow.shape)}: the data are of shape {list(data.shape)}")
+        raise ValueError(f"the flow is of shape {list(flow.shape)}: the data are of shape {list(data.shape)}")
     wanted = flow.state_dict()
     for weights in filter(None, held):
         for name in sorted({*wanted} ^ {*weights}, key=str):

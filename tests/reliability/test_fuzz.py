@@ -46,7 +46,7 @@ def settled(action) -> bool:
 KEYS = [
     *typed_keys(ROOTS["train"]),
     "model.steps",
-    "model.flow.base",
+    "base",
     "dataset.bits",
     "optimizer.lr",
     "model",
