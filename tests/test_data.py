@@ -19,6 +19,7 @@ from flowtrain import data
 from flowtrain.data.download import fetch
 from flowtrain.data.image_files import ImageFileSplit, decode, source
 from flowtrain.data.order import permutation, shard
+from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import cut
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime.seeds import mix
@@ -78,9 +79,29 @@ def test_every_file_has_the_same_keys_and_builds_without_data(file, tmp_path):
     node |= {"context_shape": None, "levels": None, "halvings": None}
     node["shape"] = [node["channels"], side, side] if side else None if file.stem == "table" else node["shape"]
     built = getattr(importlib.import_module(module), cls)(**node | {"root": str(tmp_path / "none")})
-    assert built.shape == (None if node["shape"] is None else tuple(node["shape"]))
-    assert built.levels in ((17, 256) if side else (None,))
+    if file.stem != "table":  # which needs a file
+        assert built.spec.name == file.stem and built.spec.shape == tuple(node["shape"])
+        assert built.spec.levels in ((17, 256) if side else (None,))
+        assert built.spec.is_image == bool(side) and built.spec.context is built.spec.context_shape is None
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "halvings"),
+    [
+        (data.Digits(), 2),
+        (data.MNIST(), 2),
+        (data.CIFAR10(), 3),
+        (data.DownsampledImageNet(image_size=64), 4),
+        (data.ImageFolder(image_size=20), 2),
+        (data.ImageFolder(image_size=7), 0),
+        (data.Synthetic(shape=[3, 8, 4]), 1),
+        (data.Synthetic(shape=[5]), 1),
+        (data.Moons(), 1),
+    ],
+)
+def test_how_often_sides_can_be_halved(dataset, halvings):
+    assert dataset.spec.halvings == halvings
 
 
 def test_files_are_all_there():
@@ -118,7 +139,7 @@ def test_what_does_not_fit_is_refused(build, parts):
 
 def test_digits():
     digits = data.Digits()
-    assert (digits.shape, digits.levels) == ((1, 8, 8), 17)
+    assert digits.spec == DataSpec("digits", (1, 8, 8), levels=17, halvings=2)
     parts = {name: digits.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 1259, "val": 179, "test": 359}
     test = parts["test"].take(torch.arange(359))[0]
@@ -152,7 +173,7 @@ def test_synthetic_is_the_same_every_time_and_has_any_shape():
 def test_bits_drop_the_last_ones(bits):
     whole = data.Synthetic(shape=[3, 4, 4]).split("test").data
     reduced = data.Synthetic(shape=[3, 4, 4], bits=bits)
-    assert reduced.levels == 2**bits
+    assert reduced.spec.levels == 2**bits
     assert torch.equal(reduced.split("test").data.float(), (whole.float() / 2 ** (8 - bits)).floor())
 
 
@@ -360,7 +381,7 @@ def test_an_unreadable_image(folder, caplog, workers):
 
     def opened(on_bad):
         images = data.ImageFolder(path=str(folder), image_size=8, on_bad=on_bad)
-        return ImageFileSplit(source(folder), source(folder).names, images.shape, on_bad=on_bad)
+        return ImageFileSplit(source(folder), source(folder).names, images.spec.shape, on_bad=on_bad)
 
     split = opened("stop")
     names = split.names
@@ -566,7 +587,9 @@ def test_genuine_cifar10():
 def test_labels_come_as_a_one_hot_context():
     from sklearn.datasets import load_digits
 
-    split = data.Digits(context="label", context_shape=[10]).split("test")
+    digits = data.Digits(context="label")
+    assert digits.spec.context == LabelContext(10) and digits.spec.context_shape == (10,)
+    split = digits.split("test")
     x, context = split.take(torch.arange(5))
     order = np.random.default_rng(0).permutation(1797)[:5]
     assert context.dtype == torch.float32 and context.sum(1).tolist() == [1] * 5

@@ -22,6 +22,7 @@ from flowtrain.cli.overrides import one_line as explained
 from flowtrain.config.compose import plain
 from flowtrain.data import frames, tablefile, tabular
 from flowtrain.data.columns import Column, Columns, moments
+from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import globalbatch
@@ -558,8 +559,6 @@ def csv(text, rows=40):
         (csv(""), {"columns": ["A"]}, ("no column 'A'", "there are a, b")),
         (csv(""), {"context": ["aa"]}, ("dataset.context", "no column 'aa'", "did you mean 'a'")),
         (csv(""), {"columns": "a"}, ("dataset.columns=a", "must be a list")),
-        (csv(""), {"shape": [3]}, ("dataset.shape=[3]", "2 columns")),
-        (csv(""), {"context": ["a"], "context_shape": [2]}, ("dataset.context_shape=[2]", "[1]")),
         (csv("", 2), {}, ("2 examples are too few",)),
         (csv("").replace("a,b", ",b"), {}, ("column 1 has no name", "dataset.columns")),
         (csv("").replace("a,b", "a,a"), {}, ("two columns 'a'",)),
@@ -677,6 +676,35 @@ def test_moments_are_taken_in_blocks(monkeypatch):
 
 def dataset_of(*overrides):
     return plain(composed("dataset=table", *overrides))["dataset"]
+
+
+def test_the_header_of_a_table_describes_it(tmp_path, frame, monkeypatch):
+    def spec(path, **keys):
+        return data.Table(path=str(path), **keys).spec
+
+    for file in ("t.csv", "t.parquet"):
+        path = write(frame, tmp_path / file)
+        assert spec(path) == DataSpec("table", (6,))
+        known = data.Table(path=path, context=["age", "colour", "married"])
+        assert known.spec == DataSpec("table", (3,), context=ColumnContext(("age", "colour", "married"), (6,)))
+        again = data.Table(path=str(tmp_path / "elsewhere"), context=["age"])
+        again.use(known.split("train").columns)  # of a checkpoint: no file is asked
+        assert again.spec == known.spec
+        assert spec(path, columns=["income", "age"], context=["age"]).context_shape == (1,)
+    np.save(tmp_path / "a.npy", np.zeros((3, 9)))
+    assert spec(tmp_path / "a.npy", context=[1, "c3"]).context == ColumnContext(("c1", "c3"), (2,))
+    (tmp_path / "header.csv").write_text("a,b,c\n")  # more is not read
+    assert spec(tmp_path / "header.csv").shape == (3,)
+    one_line(lambda: data.Table().spec, "dataset=table needs dataset.path=FILE (csv, npy or parquet)")
+    one_line(lambda: spec("none.csv"), "none.csv: no such file")
+    one_line(lambda: spec(tmp_path / "t.csv", columns=["incom"]), "did you mean 'income'?")
+
+
+def test_a_table_that_is_no_longer_what_its_header_said(tmp_path, frame):
+    dataset = data.Table(path=write(frame, tmp_path / "t.csv"))
+    assert dataset.spec.shape == (6,)
+    write(frame.drop(columns="age"), tmp_path / "t.csv")
+    one_line(lambda: dataset.split("train"), "t.csv has changed since its header was read", error=FlowtrainError)
 
 
 def test_the_shape_of_a_table_is_known_when_a_configuration_is_composed(tmp_path, frame):

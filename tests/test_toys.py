@@ -7,6 +7,7 @@ from PIL import Image
 from test_data import one_line
 
 from flowtrain import data
+from flowtrain.data.spec import DataSpec
 from flowtrain.errors import FlowtrainError
 
 TOYS = {
@@ -114,6 +115,7 @@ def test_what_a_toy_refuses():
     one_line(lambda: data.Moons(rows="many"), "dataset.rows=many", "whole number")
     one_line(lambda: data.Moons(path="here"), "dataset.path=here", "moons")
     one_line(lambda: data.Moons(shape=[3]), "dataset.shape=[3]", "[2]")
+    assert data.Moons().spec == DataSpec("moons", (2,))
     one_line(lambda: data.Moons(flip=True), "dataset.flip=True", "only images")
     one_line(lambda: data.Moons(rows=20, val_size=10, test_size=10).split("val"), "20 examples")
     assert data.Moons(flip=False, shift=0).augment is None

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import Split
 from flowtrain.errors import UsageError
 
@@ -11,7 +12,7 @@ COUNT_OR_FRACTION = "a number of examples, or a fraction below 1"
 
 
 class Dataset:
-    """Building one touches no file; :meth:`split` does.
+    """Data with a description and three splits. The constructor opens no file; :meth:`split` does.
 
     Args:
         name: what messages call it.
@@ -22,8 +23,14 @@ class Dataset:
         split_seed: the seed of that cut.
         on_bad: "stop" or "skip" at an unreadable image.
 
+    Attributes:
+        spec: the description, known before the data are loaded. No file is opened for it, except by a user's table,
+            which reads the header of its file: UsageError or FlowtrainError where that cannot be done.
+
     Raises UsageError, naming the key, for what does not fit.
     """
+
+    spec: DataSpec
 
     native_name: str
     own_splits: tuple[str, ...] = ()  # besides train, those that the files themselves distinguish

@@ -18,7 +18,7 @@ class ImageSet(Images):
         return ImageFileSplit(
             images,
             names,
-            self.shape,
+            self.spec.shape,
             shift=self._drop,
             on_bad=self.on_bad,
             box=self.box,

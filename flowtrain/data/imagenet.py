@@ -39,7 +39,7 @@ class DownsampledImageNet(ImageSet):
         return super()._shape(image_size, channels, shape)
 
     def _open(self, name: str) -> Split:
-        size = self.shape[-1]
+        size = self.spec.shape[-1]
         part = "test" if name == "test" else "train"
         folders = [self.path] if self.path else [self.root / f"imagenet{size}", self.root]
         stem = f"{'valid' if part == 'test' else 'train'}_{size}x{size}"
@@ -72,19 +72,19 @@ class DownsampledImageNet(ImageSet):
         return self._stream(name, images, names, PIXELRNN)
 
     def _open_batches(self, name: str, files: list[Path]) -> ArraySplit:
-        dims = int(np.prod(self.shape))
+        dims = int(np.prod(self.spec.shape))
         parts = [_read_batch(file, dims) for file in files]
         total = sum(map(len, parts))
         wanted = np.ones(total, dtype=bool)
         if name != "test":
             wanted[:] = False
             wanted[cut(total, self.val_size, 0, self.split_seed)[name]] = True
-        data = torch.empty((int(wanted.sum()), *self.shape), dtype=torch.uint8)
+        data = torch.empty((int(wanted.sum()), *self.spec.shape), dtype=torch.uint8)
         start = at = 0
         while parts:  # each is dropped once it is copied: 64×64 fills 16 GB, and should not fill 32
             part = parts.pop(0)
             chosen = part[wanted[start : start + len(part)]]
-            data[at : at + len(chosen)] = torch.from_numpy(chosen).view(-1, *self.shape)
+            data[at : at + len(chosen)] = torch.from_numpy(chosen).view(-1, *self.spec.shape)
             start, at = start + len(part), at + len(chosen)
         data >>= self._drop
         return ArraySplit(data, f"{self.name} {name}: {len(data):,} images of {files[0].parent}, {BATCHES}")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import ArraySplit, cut
 
 
@@ -20,7 +21,7 @@ class Images(Dataset):
         bits: keep this many of the 8, floor(x / 2^(8 − bits)); None keeps all.
         levels: the number of integer values that follows from ``bits``; only checked here.
         context: "label" for examples that come with their class, one-hot, or None.
-        halvings, context_shape: what models ask about these data; not used here.
+        halvings, context_shape: ignored; :attr:`spec` has them.
         flip, shift: augmentation of the train split (see Augment).
 
     Raises UsageError, naming the key, for what does not fit.
@@ -30,6 +31,7 @@ class Images(Dataset):
     native_channels: int | None = None
     native_levels = 256
     classes: int | None = None  # of the labels, where there are any
+    smallest_side = 4  # to which halvings may lead
     own_splits = ("test",)
     default_size, default_channels = 64, 3
 
@@ -54,17 +56,22 @@ class Images(Dataset):
         self._check("channels", channels, int, "1 or 3")
         self._check("bits", bits, int, "a number from 1 to 8")
         self._check("shift", shift, int, "a number of pixels")
-        self.halvings, self.context_shape = halvings, context_shape
-        self.labelled = context is not None
-        self.shape = self._shape(image_size, channels, shape)
-        self.levels, self._drop = self._levels(bits, levels)
+        shape = self._shape(image_size, channels, shape)
+        levels, self._drop = self._levels(bits, levels)
         self.flip, self.shift = flip, shift
-        if self.labelled and (context != "label" or not self.classes):
+        if context is not None and (context != "label" or not self.classes):
             self._refuse("context", context, "must be label, or null" if self.classes else f"{self.name} has no labels")
-        if (flip or shift) and len(self.shape) != 3:
-            self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(self.shape)}")
-        if shift < 0 or shift >= min(self.shape[-2:]):
-            self._refuse("shift", shift, f"must be between 0 and {min(self.shape[-2:]) - 1} pixels")
+        if (flip or shift) and len(shape) != 3:
+            self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
+        if shift < 0 or shift >= min(shape[-2:]):
+            self._refuse("shift", shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
+        self.spec = DataSpec(
+            self.name,
+            shape,
+            levels,
+            halvings=_halvings(shape[1], self.smallest_side) if len(shape) == 3 else 1,
+            context=None if context is None else LabelContext(self.classes),
+        )
 
     @property
     def augment(self) -> Augment | None:
@@ -109,12 +116,20 @@ class ArrayImages(Images):
     def _open(self, name: str) -> ArraySplit:
         own = name in self.own_splits
         data, labels, origin = self._load(name if own else "train")
-        context = one_hot(labels, self.classes) if self.labelled else None
+        context = one_hot(labels, self.classes) if self.spec.context else None
         if not own:
             chosen = cut(len(data), self.val_size, self.test_size or 0, self.split_seed)[name]
             chosen = torch.from_numpy(np.ascontiguousarray(chosen))
             data, context = data[chosen], None if context is None else context[chosen]
         return ArraySplit(data >> self._drop, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
+
+
+def _halvings(side: int, smallest: int) -> int:
+    """How often a side can be halved and stay a whole number of at least ``smallest``."""
+    count = 0
+    while side % 2 == 0 and side // 2 >= smallest:
+        side, count = side // 2, count + 1
+    return count
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

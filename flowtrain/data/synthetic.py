@@ -30,12 +30,14 @@ class Synthetic(ArrayImages):
         return tuple(shape)
 
     def _load(self, part: str) -> tuple[Tensor, None, str]:
-        dims = int(np.prod(self.shape))
+        dims = int(np.prod(self.spec.shape))
         number = min(max(_BYTES // dims, _EXAMPLES[0]), _EXAMPLES[-1])
-        ramp = sum(np.meshgrid(*(np.linspace(-1, 1, side) for side in self.shape), indexing="ij")) / len(self.shape)
+        ramp = sum(np.meshgrid(*(np.linspace(-1, 1, side) for side in self.spec.shape), indexing="ij")) / len(
+            self.spec.shape
+        )
         draw = np.random.default_rng(self.split_seed)
-        data = np.empty((number, *self.shape), dtype=np.uint8)
+        data = np.empty((number, *self.spec.shape), dtype=np.uint8)
         for example in data:
-            brightness, noise = draw.normal(0, 32), draw.integers(-12, 13, self.shape)
+            brightness, noise = draw.normal(0, 32), draw.integers(-12, 13, self.spec.shape)
             example[...] = np.clip(128 + 48 * ramp + brightness + noise, 0, 255)
         return torch.from_numpy(data), None, f"made up from dataset.split_seed={self.split_seed}"

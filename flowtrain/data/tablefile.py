@@ -261,6 +261,14 @@ class TableFile:
         with _reading(self.path):
             return self._source.texts(names)
 
+    def context_width(self, names: Sequence[str]) -> int:
+        """The numbers in a context of these columns: one for each column of numbers, the number of categories for
+        each column of text, for which all rows are read, once for each version of the file."""
+        texts = sorted(self.texts(names))
+        stat = self.path.stat()
+        counts = _category_counts(str(self.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
+        return len(names) - len(texts) + sum(counts)
+
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         """The rows in order: numbers as float64, NaN where missing, text as objects, None where missing."""
         with _reading(self.path):
@@ -377,11 +385,7 @@ def table_context_shape(path, context) -> list[int] | None:
     if path is None:
         raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     file = TableFile(path)
-    context = file.known("context", context)
-    texts = sorted(file.texts(context))
-    stat = file.path.stat()
-    counts = _category_counts(str(file.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
-    return [len(context) - len(texts) + sum(counts)]
+    return [file.context_width(file.known("context", context))]
 
 
 @lru_cache(maxsize=16)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from flowtrain.data.columns import Columns, raw
+from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, cut
 from flowtrain.data.tablefile import BLOCK, TableFile, unchanged
 from flowtrain.data.vectors import Vectors
-from flowtrain.errors import UsageError
+from flowtrain.errors import FlowtrainError, UsageError
 
 
 class Table(Vectors):
@@ -36,6 +38,27 @@ class Table(Vectors):
         self.columns = columns
         self._known: Columns | None = None
         self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
+
+    @property
+    def spec(self) -> DataSpec:
+        return self._header if self._known is None else self._spec_of(self._known)
+
+    @cached_property
+    def _header(self) -> DataSpec:
+        """What the header of the file says; where text is a context, its categories are counted in all rows."""
+        file = self._file()
+        names, context = file.choose(self.columns, self.context)
+        context = ColumnContext(tuple(context), (file.context_width(context),)) if context else None
+        return DataSpec(self.name, (len(names),), context=context)
+
+    def _spec_of(self, columns: Columns) -> DataSpec:
+        context = ColumnContext(tuple(columns.context_names), tuple(columns.context_shape)) if columns.context else None
+        return DataSpec(self.name, (len(columns.names),), context=context)
+
+    def _file(self) -> TableFile:
+        if self.path is None:
+            raise UsageError(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
+        return TableFile(self.path)
 
     def use(self, columns: Columns | None) -> None:
         """Another file than that of training may have other categories and moments: its rows are encoded by
@@ -67,14 +90,12 @@ class Table(Vectors):
 
     def _read(self) -> None:
         """Goes through the file twice: to see what its columns are, then to take their values."""
-        if self.path is None:
-            raise UsageError(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
-        file = TableFile(self.path)
+        spec, file = self.spec, self._file()
         with unchanged(self.path):
             count, columns = self._survey(file)
+            if self._spec_of(columns) != spec:
+                raise FlowtrainError(f"{self.path} has changed since its header was read")
             both = _values(file, columns, count)
-        if self.context_shape is not None and list(self.context_shape) != columns.context_shape:
-            self._refuse("context_shape", list(self.context_shape), f"{self.path} makes it {columns.context_shape}")
         parts = cut(count, self.val_size, self.test_size, self.split_seed)
         parts = {part: np.sort(chosen) for part, chosen in parts.items()}
         rows, context = (_divided(values, parts) for values in both)
@@ -90,8 +111,6 @@ class Table(Vectors):
             names, context = file.choose(self.columns, self.context)
         else:
             names, context = file.known("columns", known.names), file.known("context", known.context_names)
-        if self.shape not in (None, (len(names),)):
-            self._refuse("shape", list(self.shape), f"{len(names)} columns of {self.path} are chosen")
         count, found = file.survey([*names, *context])
         modelled, given = found[: len(names)], found[len(names) :]
         given = [column if column.categories else replace(column, kind="real") for column in given]

@@ -65,7 +65,7 @@ class TorchvisionImages(ArrayImages):
             data = data[:, None]
         elif data.shape[-1] == 3:
             data = data.permute(0, 3, 1, 2).contiguous()
-        if tuple(data.shape[1:]) != self.shape:
+        if tuple(data.shape[1:]) != self.spec.shape:
             raise FlowtrainError(f"dataset={self.name}: files under {self.root} hold shapes {list(data.shape[1:])}")
         return data, labels, f"from {self.root}"
 

@@ -5,6 +5,7 @@ import torch
 
 from flowtrain.data.columns import Columns
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import ArraySplit
 
 
@@ -14,7 +15,7 @@ class Vectors(Dataset):
     Args:
         shape: [D]; left out, what the set is by nature.
         context: what a conditional flow is given; only a user's table has any.
-        halvings, context_shape: what models ask about these data; not used here.
+        halvings, context_shape: ignored; :attr:`spec` has them.
         image_size, channels, bits, levels, flip, shift: of images.
     """
 
@@ -44,9 +45,11 @@ class Vectors(Dataset):
                 self._refuse(key, value, f"only images have it, not {self.name}")
         if self.dims and tuple(shape or [self.dims]) != (self.dims,):
             self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
-        self.shape = (self.dims,) if self.dims else None if shape is None else tuple(shape)
-        self.levels, self.halvings, self.context_shape = None, halvings, context_shape
         self._condition(context)
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec(self.name, (self.dims,))
 
     def _condition(self, context) -> None:
         if context is not None:
