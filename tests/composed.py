@@ -27,7 +27,7 @@ def flow_of(*overrides: str, device: str = "cpu"):
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("[!_]*.yaml"))
 
 
 def spec_of(dataset: str):

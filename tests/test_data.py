@@ -1,6 +1,5 @@
 """Data: splits, order, augmentation, and what a user is told when something is missing or damaged."""
 
-import importlib
 import io
 import os
 import pickle
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from composed import IMAGES, configuration, options
 from PIL import Image
 
 from flowtrain import data
+from flowtrain.config.build import build
 from flowtrain.data.download import fetch
 from flowtrain.data.image_files import ImageFileSplit, decode, source
 from flowtrain.data.order import permutation, shard
@@ -24,12 +24,7 @@ from flowtrain.data.split import cut
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime.seeds import mix
 
-CONF = Path(__file__).parents[1] / "conf"
-FILES = sorted((CONF / "dataset").glob("*.yaml"))
-KEYS = (  # in this order
-    "defaults _target_ name root path download image_size channels shape bits levels halvings context context_shape"
-    " flip shift val_size test_size split_seed"
-).split()
+KEYS = "_target_ name root path download context val_size test_size split_seed".split()
 
 
 def one_line(call, *parts, error=UsageError):
@@ -69,21 +64,23 @@ def folder(tmp_path):
 # ------------------------------------------------------------------ YAML
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_has_the_same_keys_and_builds_without_data(file, tmp_path):
-    node = yaml.safe_load(file.read_text())
-    assert list(node)[: len(KEYS)] == KEYS and node["name"] == file.stem
-    module, _, cls = node.pop("_target_").rpartition(".")
-    node.pop("defaults")
-    side = node["image_size"]
-    node |= {"context_shape": None, "levels": None, "halvings": None}
-    node["shape"] = [node["channels"], side, side] if side else None if file.stem == "table" else node["shape"]
-    built = getattr(importlib.import_module(module), cls)(**node | {"root": str(tmp_path / "none")})
-    if file.stem != "table":  # which needs a file
-        assert built.spec.name == file.stem and built.spec.shape == tuple(node["shape"])
-        assert built.spec.levels in ((17, 256) if side else (None,))
-        assert built.spec.is_image == bool(side) and built.spec.context is built.spec.context_shape is None
+@pytest.mark.parametrize("name", options("dataset"))
+def test_every_dataset_has_the_shared_keys_and_builds_without_data(name, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n")
+    file = [f"dataset.path={tmp_path}/t.csv"] if name == "table" else []
+    node = configuration(f"dataset={name}", f"dataset.root={tmp_path}/none", *file).dataset
+    assert {*KEYS} <= {*node}
+    spec = build(node).spec
+    assert spec.name == node.name == name and spec.shape == tuple(node.shape) and spec.levels == node.levels
+    assert spec.halvings == node.halvings and spec.context is spec.context_shape is node.context_shape is None
+    assert spec.is_image == ("image_size" in node and node.image_size is not None)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "svhn"])
+def test_labels_are_a_context(name):
+    node = configuration(f"dataset={name}", "dataset.context=label").dataset
+    assert build(node).spec.context == LabelContext(10) and node.context_shape == [10]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_how_often_sides_can_be_halved(dataset, halvings):
 
 def test_files_are_all_there():
     expected = "digits mnist fashion_mnist kmnist cifar10 svhn imagenet32 imagenet64 celeba celebahq image_folder"
-    assert {file.stem for file in FILES} >= {*expected.split(), "synthetic"}
+    assert {*IMAGES} == {*expected.split(), "synthetic"}
 
 
 @pytest.mark.parametrize(
