@@ -301,6 +301,13 @@ def test_every_option_composes(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "outputs").exists()
 
 
+def test_vectors_have_no_keys_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ("image_size=8", "channels=1", "bits=5", "flip=true", "shift=1"):
+        with pytest.raises(UsageError, match=f"no key 'dataset.{key.partition('=')[0]}'"):
+            main.run(["train", "model=maf", "dataset=moons", f"dataset.{key}"])
+
+
 def test_a_file_that_options_share_is_no_option(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="dataset=_image: no such option; .*there are bsds300, "):

@@ -594,7 +594,6 @@ def test_files_that_are_no_tables(tmp_path):
     one_line(lambda: data.Table().split("train"), "dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "t.csv: no such file")
     one_line(lambda: data.Table(path=str(tmp_path / "t.xls")).split("train"), ".csv, .npy, .parquet")
-    one_line(lambda: data.Table(path="t.csv", bits=5), "dataset.bits=5", "only images")
     one_line(lambda: data.Power(context=["a"]), "dataset.context=['a']", "nothing to be conditional on")
     (tmp_path / "t.parquet").write_text("nothing")
     one_line(lambda: data.Table(path=str(tmp_path / "t.parquet")).split("train"), "cannot read", error=FlowtrainError)

@@ -10,13 +10,12 @@ from flowtrain.data.split import ArraySplit
 
 
 class Vectors(Dataset):
-    """Rows of ``shape`` [D], float32. Beside those of :class:`Dataset` it takes the keys of images, all unset.
+    """Rows of ``shape`` [D], float32. Beside the keys of :class:`Dataset`:
 
     Args:
         shape: [D]; left out, what the set is by nature.
         context: what a conditional flow is given; only a user's table has any.
-        halvings, context_shape: ignored; :attr:`spec` has them.
-        image_size, channels, bits, levels, flip, shift: of images.
+        halvings, levels, context_shape: ignored; :attr:`spec` has them.
     """
 
     dims: int | None = None  # D; None: the data decide
@@ -30,19 +29,10 @@ class Vectors(Dataset):
         context=None,
         context_shape=None,
         halvings=None,
-        image_size=None,
-        channels=None,
-        bits=None,
         levels=None,
-        flip=False,
-        shift=0,
         **common,
     ):
         super().__init__(**common)
-        images = {"image_size": image_size, "channels": channels, "bits": bits, "levels": levels}
-        for key, value in (images | {"flip": flip or None, "shift": shift or None}).items():
-            if value is not None:
-                self._refuse(key, value, f"only images have it, not {self.name}")
         if self.dims and tuple(shape or [self.dims]) != (self.dims,):
             self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
         self._condition(context)
