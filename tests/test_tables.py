@@ -20,7 +20,7 @@ from flowtrain import bijections as b
 from flowtrain import data
 from flowtrain.cli.overrides import one_line as explained
 from flowtrain.config.compose import plain
-from flowtrain.data import frames, tablefile, tabular
+from flowtrain.data import pickled_frames, table, table_file
 from flowtrain.data.columns import Column, Columns, moments
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.errors import FlowtrainError, UsageError
@@ -159,7 +159,7 @@ def test_a_pickle_runs_nothing(tmp_path):
     one_line(lambda: data.Gas(path=str(file)).split("train"), str(file), "not only tables", error=FlowtrainError)
     assert not (tmp_path / "touched").exists()
     with pytest.raises(pickle.UnpicklingError):
-        frames.read(file)
+        pickled_frames.read(file)
 
 
 def write_collisions(folder, gz=""):
@@ -416,8 +416,8 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
     else:
         write(frame, path)
     if kind == "many_blocks":
-        monkeypatch.setattr(tablefile, "CSV_BLOCK", 2**11)
-        monkeypatch.setattr(tabular, "BLOCK", 37)
+        monkeypatch.setattr(table_file, "CSV_BLOCK", 2**11)
+        monkeypatch.setattr(table, "BLOCK", 37)
     dataset = data.Table(path=str(path), context=["age", "colour"], val_size=50, test_size=0.2)
     parts = {name: dataset.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 350, "val": 50, "test": 100}
@@ -583,7 +583,7 @@ def test_tables_that_cannot_be_modelled_are_refused(tmp_path, text, keys, parts)
 
 
 def test_text_far_down_a_column_of_numbers_is_refused_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(tablefile, "CSV_BLOCK", 2**10)
+    monkeypatch.setattr(table_file, "CSV_BLOCK", 2**10)
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5,?\n" + "2,3\n" * 300)
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'?' is no number")
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5\n")
@@ -646,7 +646,7 @@ def test_a_signalling_nan_is_refused_without_a_warning(tmp_path, bits, kind):
     np.save(tmp_path / "a.npy", rows)
     one_line(lambda: data.Table(path=str(tmp_path / "a.npy")).split("train"), "column 'c1', row 3")
     columns = Columns((Column("c0", "real"), Column("c1", "real")))
-    frame = next(tablefile.TableFile(tmp_path / "a.npy").blocks(["c0", "c1"]))
+    frame = next(table_file.TableFile(tmp_path / "a.npy").blocks(["c0", "c1"]))
     one_line(lambda: columns.encode(frame), "column 'c1', row 3")
 
 
@@ -743,14 +743,14 @@ def test_a_table_that_cannot_be_is_refused_when_composed(tmp_path, frame, monkey
 def test_categories_are_counted_once(tmp_path, frame, monkeypatch):
     path = write(frame, tmp_path / "once.csv")
     calls = []
-    survey = tablefile.TableFile.survey
-    monkeypatch.setattr(tablefile.TableFile, "survey", lambda self, names: calls.append(names) or survey(self, names))
+    survey = table_file.TableFile.survey
+    monkeypatch.setattr(table_file.TableFile, "survey", lambda self, names: calls.append(names) or survey(self, names))
     for _ in range(3):
-        assert tablefile.table_context_shape(path, ["colour", "age"]) == [4]
+        assert table_file.table_context_shape(path, ["colour", "age"]) == [4]
     assert calls == [("colour",)]
     frame["colour"] = "red"
     write(frame, Path(path))
-    assert tablefile.table_context_shape(path, ["colour", "age"]) == [2]  # another file by now
+    assert table_file.table_context_shape(path, ["colour", "age"]) == [2]  # another file by now
 
 
 # ------------------------------------------------------------------ its links
@@ -774,7 +774,7 @@ def fitted(cls, columns=MADE_UP):
 def test_columns_of_integers_and_categories_are_dequantized(dtype, monkeypatch):
     layer = fitted(b.DequantizeColumns).to(dtype)
     edge = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
-    far = tablefile.EXACT
+    far = table_file.EXACT
     x = torch.tensor([[0.3, -2, 0], [-1.7, 5, 2], [1e9, far - 1, 1], [0.1, -far, 2]])
     for u in (torch.zeros((), dtype=dtype), torch.full((), 0.5, dtype=dtype), edge):
         monkeypatch.setattr(globalbatch, "uniform", lambda shape, u=u, **_: u.expand(shape))

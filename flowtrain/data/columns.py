@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.tablefile import BLOCK, Column, missing
+from flowtrain.data.table_file import BLOCK, Column, missing
 from flowtrain.errors import FlowtrainError, UsageError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain.data.folders import ImageSet
 from flowtrain.data.image_files import source
+from flowtrain.data.image_folders import ImageSet
 from flowtrain.data.split import ArraySplit, Split, cut
 from flowtrain.errors import FlowtrainError, UsageError
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowtrain.data.columns import Columns
 from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, source
 from flowtrain.data.loader import ordered
-from flowtrain.data.tablefile import KINDS, Array, Block, Column, TableFile
+from flowtrain.data.table_file import KINDS, Array, Block, Column, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data import frames
+from flowtrain.data import pickled_frames
 from flowtrain.data.dataset import SPLITS
 from flowtrain.data.split import ArraySplit
 from flowtrain.data.vectors import Vectors
@@ -109,7 +109,7 @@ class Gas(MafTable):
     file, sizes = "gas/ethylene_CO.pickle", (852_174, 94_685, 105_206)
 
     def _prepare(self, file: Path) -> Parts:
-        rows = frames.read(file).drop(columns=["Meth", "Eth", "Time"]).to_numpy(dtype=np.float64)
+        rows = pickled_frames.read(file).drop(columns=["Meth", "Eth", "Time"]).to_numpy(dtype=np.float64)
         alike = np.corrcoef(rows, rowvar=False) > 0.98
         kept = np.arange(len(alike))
         while (several := alike[np.ix_(kept, kept)].sum(1) > 1).any():  # each is like itself

@@ -21,7 +21,7 @@ from PIL import Image
 from flowtrain import data, train
 from flowtrain.config.compose import settle
 from flowtrain.data.image_files import ImageFileSplit, source
-from flowtrain.data.tablefile import BLOCK, Array, TableFile
+from flowtrain.data.table_file import BLOCK, Array, TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint

@@ -11,7 +11,7 @@ import torch
 from flowtrain.data.columns import Columns, raw
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, cut
-from flowtrain.data.tablefile import BLOCK, TableFile, unchanged
+from flowtrain.data.table_file import BLOCK, TableFile, unchanged
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 
