@@ -36,7 +36,7 @@ from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import checkpoint, distributed, files, globalbatch
 from flowtrain.runtime.checkpoint import load_weights
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime.seeds import seed_from
 
 ROW_GROUP = 2**16  # rows of a parquet file that are written at once
 
@@ -169,7 +169,7 @@ def log_likelihoods(
                 part = slice(start, start + batch)
                 given = x[part].to(device), None if context is None else context[part].to(device)
                 for draw in range(draws):
-                    torch.manual_seed(mix(seed, first, draw))
+                    torch.manual_seed(seed_from(seed, first, draw))
                     with globalbatch.rows(start, len(x)):
                         total[part] += flow(*given).double().cpu() / draws
     return total
