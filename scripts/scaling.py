@@ -32,7 +32,7 @@ from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections.ode import exact_trace, traced_exactly
 from flowtrain.config.build import build_flow
 from flowtrain.config.compose import compose, conf_dir
-from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.split import ArraySplit
 from flowtrain.engine.evaluate import evaluate
 from flowtrain.engine.peak import peak_bytes
@@ -199,7 +199,7 @@ def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
     judge, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
-        judge[count] = lambda split=split: evaluate(flow, ordered(split, batch), len(split))
+        judge[count] = lambda split=split: evaluate(flow, evaluation_batches(split, batch), len(split))
         epoch[count] = lambda loader=Loader(split, batch): [
             None for _ in zip(range(loader.steps_per_epoch), loader.batches())
         ]

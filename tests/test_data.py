@@ -17,10 +17,10 @@ from PIL import Image
 from flowtrain import data
 from flowtrain.config.build import build
 from flowtrain.data.download import fetch
-from flowtrain.data.image_files import ImageFileSplit, decode, source
+from flowtrain.data.image_files import ImageFileSplit, decode, find_images
 from flowtrain.data.order import permutation, shard
 from flowtrain.data.spec import DataSpec, LabelContext
-from flowtrain.data.split import cut
+from flowtrain.data.split import split_indices
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime.seeds import seed_from
 
@@ -148,12 +148,12 @@ def test_digits():
 
 
 def test_cut_is_a_partition():
-    parts = cut(1000, 0.1, 37, seed=5)
+    parts = split_indices(1000, 0.1, 37, seed=5)
     assert [len(parts[name]) for name in ("train", "val", "test")] == [863, 100, 37]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
-    assert len(cut(3, 0.1, 0.1, 0)["train"]) == 1  # a fraction takes at least one
-    one_line(lambda: cut(2, 0.1, 0.1, 0), "2 examples", "dataset.val_size")
-    one_line(lambda: cut(300, 5000, 0, 0), "300 examples", "5000")
+    assert len(split_indices(3, 0.1, 0.1, 0)["train"]) == 1  # a fraction takes at least one
+    one_line(lambda: split_indices(2, 0.1, 0.1, 0), "2 examples", "dataset.val_size")
+    one_line(lambda: split_indices(300, 5000, 0, 0), "300 examples", "5000")
 
 
 def test_synthetic_is_the_same_every_time_and_has_any_shape():
@@ -240,16 +240,16 @@ def test_a_resumed_run_needs_the_same_data():
 
 @pytest.mark.parametrize(("length", "world"), [(23, 1), (23, 2), (23, 3), (5, 8), (0, 2)])
 def test_ordered_gives_every_example_once(length, world):
-    shares = [list(data.ordered(numbered(length), 4, rank=rank, world=world)) for rank in range(world)]
+    shares = [list(data.evaluation_batches(numbered(length), 4, rank=rank, world=world)) for rank in range(world)]
     batches = sorted(index.tolist() for share in shares for index, _, _ in share)
     assert batches == [list(range(length))[i : i + 4] for i in range(0, length, 4)]  # whole, for any world
     assert all(x[:, 0, 0, 0].tolist() == index.tolist() for share in shares for index, x, _ in share)
 
 
 def test_ordered_takes_some_evenly():
-    index = torch.cat([index for index, _, _ in data.ordered(numbered(20), 4, examples=5)])
+    index = torch.cat([index for index, _, _ in data.evaluation_batches(numbered(20), 4, examples=5)])
     assert index.tolist() == [0, 4, 8, 12, 16]
-    assert sum(len(i) for i, _, _ in data.ordered(numbered(20), 4, examples=100)) == 20
+    assert sum(len(i) for i, _, _ in data.evaluation_batches(numbered(20), 4, examples=100)) == 20
 
 
 # ------------------------------------------------------------------ augmentation
@@ -340,7 +340,7 @@ def test_archives_are_read_where_they_lie(folder, tmp_path, kind):
     assert there.names == packed.names
     index = torch.arange(len(there))
     assert torch.equal(there.take(index)[0], packed.take(index)[0])
-    streamed = torch.cat([x for _, x, _ in data.ordered(packed, 4, workers=2)])
+    streamed = torch.cat([x for _, x, _ in data.evaluation_batches(packed, 4, workers=2)])
     assert torch.equal(streamed, there.take(index)[0])
 
 
@@ -359,7 +359,7 @@ def test_streaming_is_the_same_for_any_workers_and_ranks(folder):
 
 def test_links_in_a_circle_end(folder):
     (folder / "class0" / "up").symlink_to(folder)
-    assert len(source(folder).names) == 20
+    assert len(find_images(folder).names) == 20
 
 
 def test_own_folders_of_a_image_set(tmp_path):
@@ -382,12 +382,12 @@ def test_an_unreadable_image(folder, caplog, workers):
 
     def opened(on_bad):
         images = data.ImageFolder(path=str(folder), image_size=8, on_bad=on_bad)
-        return ImageFileSplit(source(folder), source(folder).names, images.spec.shape, on_bad=on_bad)
+        return ImageFileSplit(find_images(folder), find_images(folder).names, images.spec.shape, on_bad=on_bad)
 
     split = opened("stop")
     names = split.names
     one_line(
-        lambda: list(data.ordered(split, 4, workers=workers)),
+        lambda: list(data.evaluation_batches(split, 4, workers=workers)),
         f"cannot read the image {bad} (index {names.index('class0/03.png')})",
         "on_bad=skip",
         error=FlowtrainError,
@@ -396,7 +396,7 @@ def test_an_unreadable_image(folder, caplog, workers):
     first, second = (steps(data.Loader(split, 5, workers=workers), 0, 8) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(split.bad) == 2 and sum("cannot read" in record.message for record in caplog.records) == 1
-    index = torch.cat([index for index, _, _ in data.ordered(opened("skip"), 4, workers=workers)])
+    index = torch.cat([index for index, _, _ in data.evaluation_batches(opened("skip"), 4, workers=workers)])
     assert len(index) == 18 and names.index("class0/03.png") not in index.tolist()  # evaluation repeats nothing
 
 
@@ -411,7 +411,7 @@ def test_a_folder_of_nothing_readable_ends(tmp_path):
 def test_a_gigantic_image_is_unreadable(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
-    split = ImageFileSplit(source(tmp_path), ["a.png", "b.png"], (1, 8, 8))
+    split = ImageFileSplit(find_images(tmp_path), ["a.png", "b.png"], (1, 8, 8))
     one_line(lambda: split.take(torch.tensor([0])), "9000x9000", "64,000,000", error=FlowtrainError)
 
 
@@ -596,6 +596,6 @@ def test_labels_come_as_a_one_hot_context():
     assert context.dtype == torch.float32 and context.sum(1).tolist() == [1] * 5
     assert context.argmax(1).tolist() == load_digits().target[order].tolist()
     assert next(data.Loader(split, 4).batches())[1].shape == (4, 10)
-    assert [c.shape for _, _, c in data.ordered(split, 200)] == [(200, 10), (159, 10)]
+    assert [c.shape for _, _, c in data.evaluation_batches(split, 200)] == [(200, 10), (159, 10)]
     one_line(lambda: data.Digits(context="colour"), "dataset.context=colour", "label, or null")
     one_line(lambda: data.Synthetic(context="label"), "dataset.context=label", "no labels")

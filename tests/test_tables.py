@@ -20,7 +20,7 @@ from flowtrain import bijections as b
 from flowtrain import data
 from flowtrain.cli.overrides import one_line as explained
 from flowtrain.config.compose import plain
-from flowtrain.data import pickled_frames, table, table_file
+from flowtrain.data import pickled_frames, table_file
 from flowtrain.data.columns import Column, Columns, moments
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.errors import FlowtrainError, UsageError
@@ -417,7 +417,7 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
         write(frame, path)
     if kind == "many_blocks":
         monkeypatch.setattr(table_file, "CSV_BLOCK", 2**11)
-        monkeypatch.setattr(table, "BLOCK", 37)
+        monkeypatch.setattr("flowtrain.data.table.BLOCK", 37)
     dataset = data.Table(path=str(path), context=["age", "colour"], val_size=50, test_size=0.2)
     parts = {name: dataset.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 350, "val": 50, "test": 100}
@@ -461,20 +461,20 @@ def test_another_file_is_read_by_what_a_checkpoint_knows(tmp_path, frame):
     other = frame[frame["colour"] != "blue"].iloc[::-1][list(frame)[::-1]].assign(more=1)
     keys = {"context": ["age", "colour"], "shape": [4], "context_shape": [4]}
     dataset = data.Table(path=write(other, tmp_path / "other.csv"), **keys)
-    dataset.use(columns)
+    dataset.use_columns(columns)
     split = dataset.split("test")
     order = np.random.default_rng(0).permutation(len(other))
     x, context = columns.encode(other.iloc[sorted(order[: len(other) // 10])])
     assert torch.equal(split.data, x) and torch.equal(split.context, context) and split.columns == columns
     other.loc[other.index[3], "colour"] = "pink"
     dataset = data.Table(path=write(other, tmp_path / "other.csv"), **keys)
-    dataset.use(columns)
+    dataset.use_columns(columns)
     one_line(lambda: dataset.split("test"), "column 'colour', row 4", "'pink' is none of blue, green, red")
 
 
 def test_columns_survive_a_checkpoint(tmp_path, frame):
     columns = data.Table(path=write(frame, tmp_path / "t.csv"), context=["age", "colour"]).split("train").columns
-    torch.save({"columns": columns.record()}, tmp_path / "c.pt")
+    torch.save({"columns": columns.to_record()}, tmp_path / "c.pt")
     record = torch.load(tmp_path / "c.pt", weights_only=True)["columns"]
     assert Columns.from_record(record) == columns
     one_line(lambda: Columns.from_record({"modelled": [{"nome": 1}]}), "damaged", error=FlowtrainError)
@@ -687,7 +687,7 @@ def test_the_header_of_a_table_describes_it(tmp_path, frame, monkeypatch):
         known = data.Table(path=path, context=["age", "colour", "married"])
         assert known.spec == DataSpec("table", (3,), context=ColumnContext(("age", "colour", "married"), (6,)))
         again = data.Table(path=str(tmp_path / "elsewhere"), context=["age"])
-        again.use(known.split("train").columns)  # of a checkpoint: no file is asked
+        again.use_columns(known.split("train").columns)  # of a checkpoint: no file is asked
         assert again.spec == known.spec
         assert spec(path, columns=["income", "age"], context=["age"]).context_shape == (1,)
     np.save(tmp_path / "a.npy", np.zeros((3, 9)))
@@ -743,8 +743,10 @@ def test_a_table_that_cannot_be_is_refused_when_composed(tmp_path, frame, monkey
 def test_categories_are_counted_once(tmp_path, frame, monkeypatch):
     path = write(frame, tmp_path / "once.csv")
     calls = []
-    survey = table_file.TableFile.survey
-    monkeypatch.setattr(table_file.TableFile, "survey", lambda self, names: calls.append(names) or survey(self, names))
+    survey = table_file.TableFile.infer_columns
+    monkeypatch.setattr(
+        table_file.TableFile, "infer_columns", lambda self, names: calls.append(names) or survey(self, names)
+    )
     for _ in range(3):
         assert table_file.table_context_shape(path, ["colour", "age"]) == [4]
     assert calls == [("colour",)]

@@ -125,7 +125,7 @@ def _check_built(config: dict, state: dict, allow) -> None:
     if not isinstance(data, Dataset):
         raise ValueError("dataset is no data set")
     if state.get("columns"):
-        data.use(Columns.from_record(state["columns"]))
+        data.use_columns(Columns.from_record(state["columns"]))
     shape = data.spec.shape
     if shape != tuple(flow.shape) or not 0 < flow.dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"model.flow.shape={list(flow.shape)}: the data are of shape {list(shape)}")

@@ -6,7 +6,7 @@ from flowtrain.data.digits import Digits
 from flowtrain.data.image_density import ImageDensity
 from flowtrain.data.image_folders import CelebA, CelebAHQ, ImageFolder
 from flowtrain.data.imagenet import DownsampledImageNet
-from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.maf_tables import BSDS300, Gas, Hepmass, Miniboone, Power
 from flowtrain.data.patches import Patches
 from flowtrain.data.split import ArraySplit, Split
@@ -46,5 +46,5 @@ __all__ = [
     "Split",
     "Synthetic",
     "Table",
-    "ordered",
+    "evaluation_batches",
 ]

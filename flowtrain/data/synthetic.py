@@ -22,9 +22,9 @@ class Synthetic(ArrayImages):
     default_size = 32
     default_val = default_test = 0.1
 
-    def _shape(self, image_size, channels, shape) -> tuple[int, ...]:
+    def _choose_shape(self, image_size, channels, shape) -> tuple[int, ...]:
         if shape is None:
-            return super()._shape(image_size, channels, shape)
+            return super()._choose_shape(image_size, channels, shape)
         if not shape or min(shape) < 1:
             self._refuse("shape", list(shape), "must be one or more sides of at least 1")
         return tuple(shape)

@@ -35,24 +35,24 @@ class Vectors(Dataset):
         super().__init__(**common)
         if self.dims and tuple(shape or [self.dims]) != (self.dims,):
             self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
-        self._condition(context)
+        self._check_context(context)
 
     @property
     def spec(self) -> DataSpec:
         return DataSpec(self.name, (self.dims,))
 
-    def _condition(self, context) -> None:
+    def _check_context(self, context) -> None:
         if context is not None:
             self._refuse("context", context, f"{self.name} has nothing to be conditional on")
 
-    def _count(self, key: str, value, least: int = 1) -> int:
+    def _check_count(self, key: str, value, least: int = 1) -> int:
         """A key of a set's own that must be a number of rows."""
-        self._check(key, value, int, f"a whole number of at least {least}")
+        self._check_type(key, value, int, f"a whole number of at least {least}")
         if value is None or value < least:
             self._refuse(key, value, f"must be a whole number of at least {least}")
         return value
 
-    def _rows(self, name: str, rows: np.ndarray, how: str) -> ArraySplit:
+    def _make_split(self, name: str, rows: np.ndarray, how: str) -> ArraySplit:
         """A split of ``rows`` (N, D); the train split knows its moments."""
-        columns = Columns.of(rows, self.names) if name == "train" else None
+        columns = Columns.from_rows(rows, self.names) if name == "train" else None
         return ArraySplit(torch.from_numpy(rows), f"{self.name} {name}: {len(rows):,} rows {how}", columns=columns)
