@@ -181,7 +181,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
         run_dir,
         measure_of(cfg.dataset.levels),
         plain(cfg),
-        columns.record() if columns else None,
+        columns.to_record() if columns else None,
         compiled,
     )
 

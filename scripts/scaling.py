@@ -33,7 +33,7 @@ from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections import MixtureNormal
 from flowtrain.bijections.ode import exact_trace, traced_exactly
-from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.split import ArraySplit
 from flowtrain.distributions import Logistic
 from flowtrain.engine.evaluate import evaluate
@@ -204,7 +204,7 @@ def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
     judge, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
-        judge[count] = lambda split=split: evaluate(flow, ordered(split, batch), len(split))
+        judge[count] = lambda split=split: evaluate(flow, evaluation_batches(split, batch), len(split))
         epoch[count] = lambda loader=Loader(split, batch): [
             None for _ in zip(range(loader.steps_per_epoch), loader.batches())
         ]

@@ -13,7 +13,7 @@ import flowtrain
 from flowtrain.bijections.ode import exact_trace
 from flowtrain.config.build import build
 from flowtrain.config.restore import embedded
-from flowtrain.plots.density import data_panel, model_panel, sheet, view_of
+from flowtrain.plots.density import choose_view, data_panel, model_panel, sheet
 from flowtrain.plots.grid import save_png
 
 SIDE = 160
@@ -29,7 +29,7 @@ def data(toy: str) -> torch.Tensor:
 
 
 points = {toy: data(toy) for toy in toys}
-views = {toy: view_of(points[toy]) for toy in toys}
+views = {toy: choose_view(points[toy]) for toy in toys}
 rows = [[data_panel(points[toy], views[toy], SIDE) for toy in toys]]
 for model in models:
     rows.append([])

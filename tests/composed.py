@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from flowtrain.config.build import build_flow
@@ -26,13 +27,18 @@ def flow_of(*overrides: str, device: str = "cpu"):
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("[!_]*.yaml"))
 
 
-IMAGES = [
-    name for name in options("dataset") if "image_size: null" not in (conf_dir() / f"dataset/{name}.yaml").read_text()
-]
-VECTORS = sorted({*options("dataset")} - {*IMAGES, "table"})  # but a table of one's own, which needs a file
+def spec_of(dataset: str):
+    """The description of a dataset as it is without any keys."""
+    target = OmegaConf.load(conf_dir() / f"dataset/{dataset}.yaml")._target_
+    return get_class(target)().spec
+
+
+DATASETS = [name for name in options("dataset") if name != "table"]  # a table of one's own needs a file
+IMAGES = [name for name in DATASETS if spec_of(name).is_image]
+VECTORS = [name for name in DATASETS if not spec_of(name).is_image]
 ONLY_IMAGES = (
     "autoregressive",
     "custom_image",

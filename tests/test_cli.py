@@ -12,10 +12,11 @@ from pathlib import Path
 
 import inprocess
 import pytest
+from composed import options
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes, launcher, main, worker
-from flowtrain.config import compose, schema
+from flowtrain.config import schema
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -304,8 +305,25 @@ def test_every_option_composes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     for group in ("model", "dataset", "optimizer", "scheduler", "experiment"):
-        for path in sorted((compose.conf_dir() / group).glob("*.yaml")):
+        for name in options(group):
             monkeypatch.setattr(sys, "argv", ["flowtrain"])
-            file = ["dataset.path=a.csv"] if path.stem == "table" else []
-            assert main.run(["train", f"{group}={path.stem}", *file, "--cfg", "job"]) == 0, path
+            file = ["dataset.path=a.csv"] if name == "table" else []
+            assert main.run(["train", f"{group}={name}", *file, "--cfg", "job"]) == 0, name
     assert not (tmp_path / "outputs").exists()
+
+
+def test_vectors_have_no_keys_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ("image_size=8", "channels=1", "bits=5", "flip=true", "shift=1"):
+        with pytest.raises(UsageError, match=f"no key 'dataset.{key.partition('=')[0]}'"):
+            main.run(["train", "model=maf", "dataset=moons", f"dataset.{key}"])
+
+
+def test_a_file_that_options_share_is_no_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="dataset=_image: no such option; .*there are bsds300, "):
+        main.run(["train", "dataset=_image"])
+    monkeypatch.setenv("COMP_LINE", "flowtrain train dataset=")
+    assert main.run(["-sc", "query=bash"]) == 0
+    offered = capsys.readouterr().out.split()
+    assert "dataset=moons" in offered and not [word for word in offered if word.startswith("dataset=_")]

@@ -142,8 +142,10 @@ def hydra(config_name: str, argv: list[str], task=lambda cfg: None) -> None:
     import hydra
     from hydra._internal import utils
 
+    from flowtrain.cli.options import hide_shared_files
     from flowtrain.config.compose import conf_dir
 
+    hide_shared_files()
     sys.argv = ["flowtrain", *argv]
     utils.run_and_report = lambda function: function()  # errors reach main() instead of being printed
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()

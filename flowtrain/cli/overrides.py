@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowtrain.cli.options import hide_shared_files
 from flowtrain.config import runs
 from flowtrain.config.compose import conf_dir, is_part, settle
 from flowtrain.config.schema import RESTORED, ROOTS, Train, known_keys, shown, typed_keys
@@ -37,6 +38,7 @@ PLACES = ("dataset.root", "dataset.path", "dataset.download")
 
 def check(command: str, config_name: str, args: Namespace, multirun: bool) -> None:
     """Compose every job of a command line and raise UsageError, in one line, at the first thing that is wrong."""
+    hide_shared_files()
     path = create_config_search_path(str(conf_dir()))
     if args.config_dir:
         from pathlib import Path

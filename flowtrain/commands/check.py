@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowtrain.commands.draws import drawn
 from flowtrain.config.build import build_flow, model_name
-from flowtrain.data.images import one_hot
+from flowtrain.data.images import label_context
 from flowtrain.engine.audit import Check, audit, unsettle
 from flowtrain.engine.divergence import Record
 from flowtrain.engine.measure import measure_of
@@ -121,7 +121,7 @@ def _context(cfg, flow: Flow, n: int) -> Tensor | None:
     if shape is None:
         return None
     if cfg.dataset.context == "label":
-        return one_hot(torch.arange(n) % shape[0], shape[0]).to(device)
+        return label_context(torch.arange(n) % shape[0], shape[0]).to(device)
     return torch.randn(n, *shape).to(device)
 
 

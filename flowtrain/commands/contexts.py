@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data import Columns
-from flowtrain.data.images import one_hot
+from flowtrain.data.images import label_context
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
@@ -32,7 +32,7 @@ def contexts(cfg, flow: Flow, columns: Columns | None) -> Tensor | None:
     labels = torch.tensor([labels] if isinstance(labels, int) else list(labels))
     if not len(labels) or labels.max() >= classes:
         raise UsageError(f"label={cfg.label}: the classes are 0 to {classes - 1}")
-    return one_hot(labels[torch.arange(cfg.n) % len(labels)], classes).to(device)
+    return label_context(labels[torch.arange(cfg.n) % len(labels)], classes).to(device)
 
 
 def _of_columns(given: dict, columns: Columns) -> Tensor:

@@ -16,7 +16,7 @@ def open_as(columns: Columns | None, cfg):
     """The data set of ``cfg``, a table's columns read as a checkpoint knows them: in its categories and units."""
     data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)
     if columns:
-        data.use(columns)
+        data.use_columns(columns)
     return data
 
 

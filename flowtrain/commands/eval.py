@@ -18,7 +18,7 @@ from flowtrain.engine.evaluate import Evaluation
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, environment, files
 from flowtrain.runtime.checkpoint import load_weights
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime.seeds import seed_from
 
 EXAMPLES = 1000  # by default with an exact trace, which costs D times a stochastic one
 
@@ -73,7 +73,7 @@ def _in_logit_space(flow: Flow, split: Split, cfg, examples: int | None, result:
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for index, x, context in shares(split, cfg, next(flow.parameters()).device, examples):
-            torch.manual_seed(mix(cfg.seed, int(index[0]), 0))
+            torch.manual_seed(seed_from(cfg.seed, int(index[0]), 0))
             added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()
     return result.log_likelihood - total / count

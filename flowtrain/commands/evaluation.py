@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from flowtrain.bijections.ode import exact_trace
-from flowtrain.data import ordered
+from flowtrain.data import evaluation_batches
 from flowtrain.data.split import Split
 from flowtrain.engine.evaluate import Evaluation, evaluate
 from flowtrain.errors import FlowtrainError
@@ -34,4 +34,4 @@ def judge(
 def shares(split: Split, cfg, device, examples: int | None = None):
     """This process's batches of a split for evaluation: (indices, examples, context)."""
     rank, world = distributed.rank(), distributed.world()
-    return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
+    return evaluation_batches(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)

@@ -12,8 +12,8 @@ from flowtrain.commands.draws import drawn
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.flow import Flow
-from flowtrain.plots.density import density
-from flowtrain.plots.grid import grid
+from flowtrain.plots.density import density_image
+from flowtrain.plots.grid import image_grid
 
 POINTS = 20_000  # of the data, beside a density or samples
 CELLS = 200  # a side, where a density is evaluated
@@ -36,7 +36,7 @@ class View:
 
     def __call__(self, flow: Flow) -> Tensor | None:
         if self.is_image:
-            return grid(drawn(flow, self.count, self.seed, self.context), self.levels)
+            return image_grid(drawn(flow, self.count, self.seed, self.context), self.levels)
         if flow.dimensions > 2:
             return None
         return density_of(flow, self.points, self.context)
@@ -57,6 +57,6 @@ def density_of(flow: Flow, points: Tensor, context: Tensor | None = None) -> Ten
     was_training = flow.training
     flow.eval()
     with exact_arithmetic():
-        image = density(log_prob, points, cells=CELLS)
+        image = density_image(log_prob, points, cells=CELLS)
     flow.train(was_training)
     return image

@@ -18,8 +18,8 @@ from flowtrain.config.build import build_flow
 from flowtrain.data import Columns
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
-from flowtrain.plots.grid import grid, save_png
-from flowtrain.plots.pairs import pairs
+from flowtrain.plots.grid import image_grid, save_png
+from flowtrain.plots.pairs import plot_pairs
 from flowtrain.runtime import checkpoint, distributed
 from flowtrain.runtime.checkpoint import load_weights
 
@@ -49,9 +49,9 @@ def main(cfg, run_dir: str) -> dict:
     np.save(paths["npy"], samples.numpy())
     if is_image(cfg):
         paths["png"] = folder / "samples.png"
-        save_png(grid(samples, cfg.dataset.levels, cfg.n if rows else None), paths["png"])
+        save_png(image_grid(samples, cfg.dataset.levels, cfg.n if rows else None), paths["png"])
     else:
-        paths |= _write_rows(flow, samples, columns or Columns.of(samples.numpy()), cfg, folder)
+        paths |= _write_rows(flow, samples, columns or Columns.from_rows(samples.numpy()), cfg, folder)
     for path in paths.values():
         print(path)
     return {name: str(path) for name, path in paths.items()}
@@ -69,7 +69,7 @@ def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path
     points, context = _data(columns, cfg, next(flow.parameters()).device)
     data = None if points is None else _matrix(columns.decode(points))
     paths["pairs"] = folder / "pairs.png"
-    pairs(paths["pairs"], _matrix(table), data, columns.names, f"{cfg.dataset.name}: data and samples")
+    plot_pairs(paths["pairs"], _matrix(table), data, columns.names, f"{cfg.dataset.name}: data and samples")
     if points is not None and flow.dimensions <= 2:
         paths["density"] = folder / "density.png"
         save_png(density_of(flow, points, context), paths["density"])

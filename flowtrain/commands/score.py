@@ -18,7 +18,7 @@ from flowtrain.commands.data import columns_of, has_bits, is_image
 from flowtrain.config.build import build, build_flow
 from flowtrain.data import Columns
 from flowtrain.data.image_files import SUFFIXES
-from flowtrain.data.images import one_hot
+from flowtrain.data.images import label_context
 from flowtrain.data.inputs import (
     ARCHIVES,
     ARRAY,
@@ -28,15 +28,15 @@ from flowtrain.data.inputs import (
     ImageFiles,
     Input,
     TableRows,
-    existing,
-    plain_columns,
+    input_path,
+    unnamed_columns,
 )
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import checkpoint, distributed, files, globalbatch
 from flowtrain.runtime.checkpoint import load_weights
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime.seeds import seed_from
 
 ROW_GROUP = 2**16  # rows of a parquet file that are written at once
 
@@ -96,12 +96,12 @@ def _source(cfg, flow: Flow, columns: Columns | None) -> Input:
     """What reads ``cfg.input``, which must be of the model's kind. Raises UsageError."""
     if not cfg.input:
         raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
-    path, image = existing(cfg.input), is_image(cfg)
+    path, image = input_path(cfg.input), is_image(cfg)
     suffix = "" if path.is_dir() else path.suffix.lower()
     if not image:
         if suffix not in TABLES:
             raise UsageError(f"input={cfg.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
-        return TableRows(path, columns or plain_columns(flow.dimensions, cfg.dataset.levels), cfg.on_bad)
+        return TableRows(path, columns or unnamed_columns(flow.dimensions, cfg.dataset.levels), cfg.on_bad)
     levels = cfg.dataset.levels
     if suffix == ARRAY:
         return ImageArray(path, flow.shape, levels, cfg.on_bad)
@@ -130,7 +130,7 @@ def _label(cfg, flow: Flow, columns: Columns | None) -> Tensor | None:
         return None
     if cfg.label is None or cfg.label >= shape[0]:
         raise UsageError(f"label={'null' if cfg.label is None else cfg.label}: give the class, 0 to {shape[0] - 1}")
-    return one_hot(torch.tensor([cfg.label]), shape[0])
+    return label_context(torch.tensor([cfg.label]), shape[0])
 
 
 def _scored(cfg, flow: Flow, source: Input, group: Group, label: Tensor | None) -> tuple[list, list, list]:
@@ -169,7 +169,7 @@ def log_likelihoods(
                 part = slice(start, start + batch)
                 given = x[part].to(device), None if context is None else context[part].to(device)
                 for draw in range(draws):
-                    torch.manual_seed(mix(seed, first, draw))
+                    torch.manual_seed(seed_from(seed, first, draw))
                     with globalbatch.rows(start, len(x)):
                         total[part] += flow(*given).double().cpu() / draws
     return total
@@ -219,7 +219,7 @@ def _output(cfg, run_dir: str) -> Path:
         raise UsageError(f"output={cfg.output}: must end in .csv or .parquet")
     if not path.parent.is_dir():
         raise UsageError(f"output={cfg.output}: there is no folder {path.parent}")
-    if cfg.input and path.exists() and path.samefile(existing(cfg.input)):
+    if cfg.input and path.exists() and path.samefile(input_path(cfg.input)):
         raise UsageError(f"output={cfg.output}: is the input itself")
     return path
 

@@ -114,16 +114,16 @@ def side(shape) -> int:
 
 def table_shape(path, columns, context) -> list[int]:
     """[D] of a table's file, from its header. UsageError without one, or for a column that it lacks."""
-    from flowtrain.data import tablefile  # brings numpy
+    from flowtrain.data import table_file  # brings numpy
 
-    return tablefile.table_shape(path, columns, context)
+    return table_file.table_shape(path, columns, context)
 
 
 def table_context_shape(path, context) -> list[int] | None:
     """[C] of a table's context columns, or None."""
-    from flowtrain.data import tablefile
+    from flowtrain.data import table_file
 
-    return tablefile.table_context_shape(path, context)
+    return table_file.table_context_shape(path, context)
 
 
 OmegaConf.register_new_resolver("table_shape", table_shape, replace=True)

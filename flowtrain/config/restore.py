@@ -104,6 +104,7 @@ def _check_built(config: dict, state: dict, allow) -> None:
     """Build the flow on the meta device, where a size costs nothing, and the data set, which opens no file: ValueError
     where they are none, or where the flow has other weights than the file, and so could ask for any amount of memory.
     """
+    from flowtrain.data import Columns
     from flowtrain.data.dataset import Dataset
     from flowtrain.flow import Flow
 
@@ -117,11 +118,16 @@ def _check_built(config: dict, state: dict, allow) -> None:
         flow = build_flow(cfg, "meta")
     if not isinstance(flow, Flow):
         raise ValueError("model is no flow")
+    if "path" in cfg.dataset:
+        cfg.dataset.path = None  # a stranger's: the description must not come from that file
     data = build(cfg.dataset, allow=allow)
     if not isinstance(data, Dataset):
         raise ValueError("dataset is no data set")
-    if tuple(data.shape) != tuple(flow.shape) or not 0 < flow.dimensions <= MAX_DIMENSIONS:
-        raise ValueError(f"the flow is of shape {list(flow.shape)}: the data are of shape {list(data.shape)}")
+    if state.get("columns"):
+        data.use_columns(Columns.from_record(state["columns"]))
+    shape = data.spec.shape
+    if shape != tuple(flow.shape) or not 0 < flow.dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"the flow is of shape {list(flow.shape)}: the data are of shape {list(shape)}")
     wanted = flow.state_dict()
     for weights in filter(None, held):
         for name in sorted({*wanted} ^ {*weights}, key=str):

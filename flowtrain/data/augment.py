@@ -6,7 +6,7 @@ from torch import Tensor
 from flowtrain.data.order import shard
 from flowtrain.runtime.seeds import generator
 
-_STREAM = 1  # tells augmentation's random numbers from those of the order, which mix (seed, epoch)
+_STREAM = 1  # tells augmentation's random numbers from those of the order, which depend on (seed, epoch)
 
 
 class Augment:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.tablefile import BLOCK, Column, missing
+from flowtrain.data.table_file import BLOCK, Column, missing_value_error
 from flowtrain.errors import FlowtrainError, UsageError
 
 
@@ -30,18 +30,18 @@ class Columns:
     context: tuple[Column, ...] = ()
 
     @classmethod
-    def of(cls, rows: np.ndarray, names: Sequence[str] | None = None) -> Columns:
+    def from_rows(cls, rows: np.ndarray, names: Sequence[str] | None = None) -> Columns:
         """Of real rows (N, D) that come from no file, named x0, x1, … if not otherwise."""
         names = names or [f"x{i}" for i in range(rows.shape[1])]
-        return cls(tuple(Column(name, "real") for name in names)).fitted(rows)
+        return cls(tuple(Column(name, "real") for name in names)).with_moments(rows)
 
-    def fitted(self, rows: np.ndarray, context: np.ndarray | None = None) -> Columns:
+    def with_moments(self, rows: np.ndarray, context: np.ndarray | None = None) -> Columns:
         """With the means and deviations of the train split: its rows and, one column each, its context before it is
         standardized. UsageError, by name, where a column is constant."""
         context = np.empty((len(rows), 0)) if context is None else context
         return Columns(
-            tuple(_fitted(self.modelled, rows, dequantized=True)),
-            tuple(_fitted(self.context, context, dequantized=False)),
+            tuple(_with_moments(self.modelled, rows, dequantized=True)),
+            tuple(_with_moments(self.context, context, dequantized=False)),
         )
 
     @property
@@ -89,14 +89,14 @@ class Columns:
         Raises UsageError, naming column and row, for a missing column or value, text where numbers are due, a fraction
         where whole numbers are due, and an unknown category.
         """
-        x = torch.from_numpy(raw(self.modelled, frame, first_row))
+        x = torch.from_numpy(encode_values(self.modelled, frame, first_row))
         return x, self.encode_context(frame, first_row) if self.context else None
 
     def encode_context(self, frame: Mapping, first_row: int = 1) -> Tensor:
         """The context alone, float32 (N, C), of a ``frame`` that needs no other columns."""
-        return self.standardized(raw(self.context, frame, first_row))
+        return self.standardize_context(encode_values(self.context, frame, first_row))
 
-    def standardized(self, context: np.ndarray) -> Tensor:
+    def standardize_context(self, context: np.ndarray) -> Tensor:
         """The context, float32 (N, C), of its raw columns, float32 (N, columns): numbers less offsets, and codes."""
         parts = []
         for column, values in zip(self.context, torch.from_numpy(context).unbind(1), strict=True):
@@ -109,9 +109,9 @@ class Columns:
     def decode(self, x: Tensor) -> dict[str, np.ndarray]:
         """Rows (N, D) in the file's own terms: name -> float64 values, int64 ones, or text."""
         values = x.detach().cpu().double().numpy()
-        return {column.name: _decoded(column, values[:, i]) for i, column in enumerate(self.modelled)}
+        return {column.name: _decode_column(column, values[:, i]) for i, column in enumerate(self.modelled)}
 
-    def record(self) -> dict:
+    def to_record(self) -> dict:
         """As plain data, for a checkpoint."""
         return {
             key: [asdict(column) | {"categories": list(column.categories)} for column in columns]
@@ -120,7 +120,7 @@ class Columns:
 
     @classmethod
     def from_record(cls, record: dict) -> Columns:
-        """FlowtrainError for what :meth:`record` has not made."""
+        """FlowtrainError for what :meth:`to_record` has not made."""
         try:
             modelled, context = (
                 tuple(Column(**item | {"categories": tuple(item["categories"])}) for item in record[key])
@@ -131,16 +131,16 @@ class Columns:
             raise FlowtrainError(f"the record of a table's columns is damaged: {error}") from error
 
 
-def raw(columns: Sequence[Column], frame: Mapping, first_row: int) -> np.ndarray:
+def encode_values(columns: Sequence[Column], frame: Mapping, first_row: int) -> np.ndarray:
     """Columns of ``frame`` as float32 (N, columns): numbers less their offset, and codes."""
     for column in columns:
         if column.name not in frame:
             raise UsageError(f"column '{column.name}' is missing")
-    parts = [_raw(column, frame[column.name], first_row) for column in columns]
+    parts = [_encode_column(column, frame[column.name], first_row) for column in columns]
     return np.stack(parts, 1).astype(np.float32)
 
 
-def _raw(column: Column, values: Iterable, first_row: int) -> np.ndarray:
+def _encode_column(column: Column, values: Iterable, first_row: int) -> np.ndarray:
     if column.kind == "categorical":
         codes = {text: code for code, text in enumerate(column.categories)}
         found = np.array([codes.get(value, -1) for value in values])
@@ -150,7 +150,7 @@ def _raw(column: Column, values: Iterable, first_row: int) -> np.ndarray:
             row = int(found.argmin())
             value = _text(list(values)[row])
             if value is None:
-                raise missing(column.name, first_row + row)
+                raise missing_value_error(column.name, first_row + row)
             known = ", ".join(column.categories[:12]) + (", …" if len(column.categories) > 12 else "")
             raise UsageError(f"column '{column.name}', row {first_row + row}: '{value}' is none of {known}")
         return found
@@ -159,12 +159,12 @@ def _raw(column: Column, values: Iterable, first_row: int) -> np.ndarray:
     except (TypeError, ValueError):
         row, value = next((row, value) for row, value in enumerate(values) if not _is_number(value))
         if _text(value) is None:
-            raise missing(column.name, first_row + row) from None
+            raise missing_value_error(column.name, first_row + row) from None
         raise UsageError(f"column '{column.name}', row {first_row + row}: '{value}' is no number") from None
     with np.errstate(over="ignore", invalid="ignore"):  # what is too large, or a signalling NaN, is refused below
         held = (numbers - column.offset).astype(np.float32)
     if not np.isfinite(held).all():
-        raise missing(column.name, first_row + int(np.isfinite(held).argmin()))
+        raise missing_value_error(column.name, first_row + int(np.isfinite(held).argmin()))
     if column.kind == "integer" and (numbers != np.floor(numbers)).any():
         row = int((numbers != np.floor(numbers)).argmax())
         raise UsageError(f"column '{column.name}', row {first_row + row}: {numbers[row]:g} is no whole number")
@@ -190,7 +190,7 @@ def _is_number(value) -> bool:
     return True
 
 
-def _decoded(column: Column, values: np.ndarray) -> np.ndarray:
+def _decode_column(column: Column, values: np.ndarray) -> np.ndarray:
     if column.kind == "real":
         return values + column.offset
     codes = np.rint(values).astype(np.int64)
@@ -199,7 +199,7 @@ def _decoded(column: Column, values: np.ndarray) -> np.ndarray:
     return np.array(column.categories, dtype=object)[codes.clip(0, len(column.categories) - 1)]
 
 
-def _fitted(columns: Sequence[Column], rows: np.ndarray, dequantized: bool):
+def _with_moments(columns: Sequence[Column], rows: np.ndarray, dequantized: bool):
     if not columns:
         return
     mean, std = moments(rows)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import Split
 from flowtrain.errors import UsageError
 
@@ -11,7 +12,7 @@ COUNT_OR_FRACTION = "a number of examples, or a fraction below 1"
 
 
 class Dataset:
-    """Building one touches no file; :meth:`split` does.
+    """Data with a description and three splits. The constructor opens no file; :meth:`split` does.
 
     Args:
         name: what messages call it.
@@ -22,8 +23,14 @@ class Dataset:
         split_seed: the seed of that cut.
         on_bad: "stop" or "skip" at an unreadable image.
 
+    Attributes:
+        spec: the description, known before the data are loaded. No file is opened for it, except by a user's table,
+            which reads the header of its file: UsageError or FlowtrainError where that cannot be done.
+
     Raises UsageError, naming the key, for what does not fit.
     """
+
+    spec: DataSpec
 
     native_name: str
     own_splits: tuple[str, ...] = ()  # besides train, those that the files themselves distinguish
@@ -44,8 +51,8 @@ class Dataset:
         split_seed: int = 0,
         on_bad: str = "stop",
     ):
-        self._check("download", download, bool, "true or false")
-        self._check("split_seed", split_seed, int, "a whole number of at least 0")
+        self._check_type("download", download, bool, "true or false")
+        self._check_type("split_seed", split_seed, int, "a whole number of at least 0")
         if split_seed is None or split_seed < 0:
             self._refuse("split_seed", split_seed, "must be a whole number of at least 0")
         self.name = name or self.native_name
@@ -60,7 +67,7 @@ class Dataset:
         if on_bad not in ("stop", "skip"):
             raise UsageError(f"on_bad={on_bad}: must be stop or skip")
         for part, size in (("val", self.val_size), ("test", self.test_size)):
-            self._check(f"{part}_size", size, (int, float), COUNT_OR_FRACTION)
+            self._check_type(f"{part}_size", size, (int, float), COUNT_OR_FRACTION)
             if part in self.own_splits and size is not None:
                 self._refuse(f"{part}_size", size, f"{self.name} has its own {part} split; leave it null")
             if part not in self.own_splits and not (0 < size < 1 or (size >= 1 and size == int(size))):
@@ -75,14 +82,14 @@ class Dataset:
             raise UsageError(f"split={name}: must be one of {', '.join(SPLITS)}")
         return self._open(name)
 
-    def use(self, columns) -> None:
+    def use_columns(self, columns) -> None:
         """Take what a checkpoint knows of a table's columns in place of what the file itself would say. To be called
         before :meth:`split`; only a user's table minds."""
 
     def _open(self, name: str) -> Split:
         raise NotImplementedError
 
-    def _check(self, key, value, kind, words) -> None:
+    def _check_type(self, key, value, kind, words) -> None:
         """The command line makes anything of anything."""
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             self._refuse(key, value, f"must be {words}")

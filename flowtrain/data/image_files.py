@@ -27,7 +27,7 @@ MAX_PIXELS = 64_000_000  # a larger image counts as unreadable: decoding it woul
 _TRIES = 100  # images tried in place of an unreadable one
 
 
-class Moment:
+class ListingTime:
     """When a run listed its images."""
 
     SLACK = 2.0  # seconds by which a file server's clock may be wrong
@@ -35,7 +35,7 @@ class Moment:
     def __init__(self):
         self.seconds = time.time()
 
-    def same(self, file: BinaryIO) -> BinaryIO:
+    def check_unchanged(self, file: BinaryIO) -> BinaryIO:
         """``file``; ValueError where it has been written to since. A time that is yet to come says nothing."""
         written = os.fstat(file.fileno()).st_mtime
         if self.seconds + self.SLACK < written < time.time() + self.SLACK:
@@ -48,7 +48,7 @@ class Folder:
     """The images under a folder, by their paths within it, sorted."""
 
     def __init__(self, path: Path):
-        self.path, self.since, names, seen = path, Moment(), [], set()
+        self.path, self.listed_at, names, seen = path, ListingTime(), [], set()
         try:
             for here, folders, files in os.walk(path, followlinks=True, onerror=_raise):
                 identity = os.stat(here).st_dev, os.stat(here).st_ino
@@ -61,31 +61,31 @@ class Folder:
             raise FlowtrainError(f"cannot list {error.filename or path}: {error.strerror}") from error
         self.names = sorted(names)
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.path / name)
 
     def open(self, name: str) -> BinaryIO:
-        return self.since.same(open(self.path / name, "rb"))
+        return self.listed_at.check_unchanged(open(self.path / name, "rb"))
 
 
 class Zip:
     """The images in a .zip, read where they lie."""
 
     def __init__(self, path: Path):
-        self.path, self.since, self._archive, self._pid = path, Moment(), None, None
+        self.path, self.listed_at, self._archive, self._pid = path, ListingTime(), None, None
         try:
             with zipfile.ZipFile(path) as archive:
                 self.names = sorted(name for name in archive.namelist() if _is_image(name))
         except Exception as error:  # whatever a damaged archive makes zipfile raise
             raise FlowtrainError(f"cannot read {path}: {error}") from error
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.path}:{name}"
 
     def open(self, name: str) -> BinaryIO:
         if self._pid != os.getpid():  # a worker that shared its parent's file would share its position too
             self._archive, self._pid = zipfile.ZipFile(self.path), os.getpid()
-        self.since.same(self._archive.fp)
+        self.listed_at.check_unchanged(self._archive.fp)
         return self._archive.open(name)
 
     def __getstate__(self):
@@ -96,7 +96,7 @@ class Tar:
     """The images in a plain .tar, read where they lie (a compressed one has no place to jump to)."""
 
     def __init__(self, path: Path):
-        self.path, self.since = path, Moment()
+        self.path, self.listed_at = path, ListingTime()
         try:
             with tarfile.open(path, "r:") as archive:
                 members = [member for member in archive if member.isfile() and _is_image(member.name)]
@@ -105,20 +105,20 @@ class Tar:
         self._places = {member.name: (member.offset_data, member.size) for member in members}
         self.names = sorted(self._places)
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.path}:{name}"
 
     def open(self, name: str) -> BinaryIO:
         offset, size = self._places[name]
         with open(self.path, "rb") as file:
-            self.since.same(file).seek(offset)
+            self.listed_at.check_unchanged(file).seek(offset)
             return io.BytesIO(file.read(size))
 
 
-Source = Folder | Zip | Tar
+ImageSource = Folder | Zip | Tar
 
 
-def source(path: Path) -> Source:
+def find_images(path: Path) -> ImageSource:
     """The images at ``path``: a folder, a .zip or a .tar. UsageError for anything else."""
     if path.is_dir():
         return Folder(path)
@@ -129,7 +129,7 @@ def source(path: Path) -> Source:
     raise UsageError(f"{path} is neither a folder nor a .zip or .tar of images")
 
 
-def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
+def load_image(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
     """A whole image, upright, in PIL's ``mode``; ``exact`` is the only size allowed. Raises an Exception of some
     kind for whatever is wrong with the file."""
     with warnings.catch_warnings(action="ignore"):  # of what is refused next
@@ -166,9 +166,9 @@ def decode(
     """An image as uint8 (channels, size, size): grey for one channel, RGB for three.
 
     The largest centred square, or ``box`` (left, top, right, bottom), is cut out and resized (bicubic, antialiased).
-    ``exact`` allows no resizing. Raises what :func:`opened` does.
+    ``exact`` allows no resizing. Raises what :func:`load_image` does.
     """
-    image = opened(file, "L" if channels == 1 else "RGB", (size, size) if exact else None)
+    image = load_image(file, "L" if channels == 1 else "RGB", (size, size) if exact else None)
     if box is None:
         width, height = image.size
         side = min(width, height)
@@ -198,7 +198,7 @@ class ImageFileSplit(Split):
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         names: Sequence[str],
         shape: tuple[int, int, int],
         shift: int = 0,
@@ -219,8 +219,8 @@ class ImageFileSplit(Split):
         """Of the images' names."""
         return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def place(self, number: int) -> str:
-        return f"the image {self.source.where(self.names[number])} (index {number})"
+    def describe(self, number: int) -> str:
+        return f"the image {self.source.location(self.names[number])} (index {number})"
 
     def to(self, device) -> "ImageFileSplit":
         self.device = torch.device(device)
@@ -261,7 +261,7 @@ class ImageFileSplit(Split):
     def report(self, problems: dict[int, str]) -> None:
         """Stops at the first of ``problems``, or notes them and warns of the first ever."""
         for number, why in problems.items():
-            line = f"cannot read {self.place(number)}: {why}"
+            line = f"cannot read {self.describe(number)}: {why}"
             if self.on_bad == "stop":
                 raise FlowtrainError(f"{line}; on_bad=skip would do without it")
             if not self.bad:

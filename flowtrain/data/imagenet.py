@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain.data.folders import ImageSet
-from flowtrain.data.image_files import source
-from flowtrain.data.split import ArraySplit, Split, cut
+from flowtrain.data.image_files import find_images
+from flowtrain.data.image_folders import ImageSet
+from flowtrain.data.split import ArraySplit, Split, split_indices
 from flowtrain.errors import FlowtrainError, UsageError
 
 PIXELRNN = "PNG archive of van den Oord et al. 2016 (the older, of the PixelRNN, Real NVP and Glow papers)"
@@ -33,20 +33,20 @@ class DownsampledImageNet(ImageSet):
     default_val = 10_000
     exact = True
 
-    def _shape(self, image_size, channels, shape):
+    def _choose_shape(self, image_size, channels, shape):
         if image_size not in (None, 32, 64):
             self._refuse("image_size", image_size, f"must be 32 or 64 for {self.name}")
-        return super()._shape(image_size, channels, shape)
+        return super()._choose_shape(image_size, channels, shape)
 
     def _open(self, name: str) -> Split:
-        size = self.shape[-1]
+        size = self.spec.shape[-1]
         part = "test" if name == "test" else "train"
         folders = [self.path] if self.path else [self.root / f"imagenet{size}", self.root]
         stem = f"{'valid' if part == 'test' else 'train'}_{size}x{size}"
         found = []
         for folder in folders:
             png = next((p for p in (folder / stem, folder / f"{stem}.tar") if p.exists()), None)
-            batches = _batches(folder, size, part)
+            batches = _find_batches(folder, size, part)
             found += [png] if png else []
             found += [batches] if batches else []
             if found:
@@ -65,32 +65,32 @@ class DownsampledImageNet(ImageSet):
         return self._open_png(name, found[0]) if isinstance(found[0], Path) else self._open_batches(name, found[0])
 
     def _open_png(self, name: str, path: Path) -> Split:
-        images = source(path)
+        images = find_images(path)
         if not images.names:
             raise UsageError(f"dataset={self.name}: {path} holds no images")
-        names = images.names if name == "test" else self._cut(images.names, name, 0)
-        return self._stream(name, images, names, PIXELRNN)
+        names = images.names if name == "test" else self._split_names(images.names, name, 0)
+        return self._make_split(name, images, names, PIXELRNN)
 
     def _open_batches(self, name: str, files: list[Path]) -> ArraySplit:
-        dims = int(np.prod(self.shape))
+        dims = int(np.prod(self.spec.shape))
         parts = [_read_batch(file, dims) for file in files]
         total = sum(map(len, parts))
         wanted = np.ones(total, dtype=bool)
         if name != "test":
             wanted[:] = False
-            wanted[cut(total, self.val_size, 0, self.split_seed)[name]] = True
-        data = torch.empty((int(wanted.sum()), *self.shape), dtype=torch.uint8)
+            wanted[split_indices(total, self.val_size, 0, self.split_seed)[name]] = True
+        data = torch.empty((int(wanted.sum()), *self.spec.shape), dtype=torch.uint8)
         start = at = 0
         while parts:  # each is dropped once it is copied: 64×64 fills 16 GB, and should not fill 32
             part = parts.pop(0)
             chosen = part[wanted[start : start + len(part)]]
-            data[at : at + len(chosen)] = torch.from_numpy(chosen).view(-1, *self.shape)
+            data[at : at + len(chosen)] = torch.from_numpy(chosen).view(-1, *self.spec.shape)
             start, at = start + len(part), at + len(chosen)
-        data >>= self._drop
+        data >>= self._dropped_bits
         return ArraySplit(data, f"{self.name} {name}: {len(data):,} images of {files[0].parent}, {BATCHES}")
 
 
-def _batches(folder: Path, size: int, part: str) -> list[Path]:
+def _find_batches(folder: Path, size: int, part: str) -> list[Path]:
     """The batch files of a part, in order, in ``folder`` or in its Imagenet{size}_* folders; none if there are none."""
     stems = ["val_data"] if part == "test" else [f"train_data_batch_{i}" for i in range(1, 11)]
     places = [folder, *sorted(folder.glob(f"Imagenet{size}_*"))]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.columns import Columns
-from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, source
-from flowtrain.data.loader import ordered
-from flowtrain.data.tablefile import KINDS, Array, Block, Column, TableFile
+from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
+from flowtrain.data.loader import evaluation_batches
+from flowtrain.data.table_file import READERS, Array, Block, Column, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256
-TABLES, ARRAY, ARCHIVES = tuple(KINDS), ".npy", (".zip", ".tar")
+TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar")
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class ImageFiles(Input):
     def __init__(
         self, path: Path, shape, shift: int = 0, on_bad: str = "stop", box=None, exact: bool = False, workers: int = 0
     ):
-        images = source(path) if path.is_dir() or path.suffix.lower() in ARCHIVES else _One(path)
+        images = find_images(path) if path.is_dir() or path.suffix.lower() in ARCHIVES else _SingleImage(path)
         if not images.names:
             raise UsageError(f"{path} holds no images ({' '.join(SUFFIXES)})")
         self.split = ImageFileSplit(images, images.names, shape, shift, on_bad, box, exact)
         self.on_bad, self.workers = on_bad, workers
 
     def groups(self, rank=0, world=1):
-        read = ordered(self.split, GROUP, rank=rank, world=world, workers=self.workers)
+        read = evaluation_batches(self.split, GROUP, rank=rank, world=world, workers=self.workers)
         found = next(read, None)
         for first in range(rank * GROUP, len(self.split), world * GROUP):
             names = self.split.names[first : first + GROUP]
@@ -97,13 +97,13 @@ class ImageFiles(Input):
             yield Group(first, names, x, None, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
 
 
-class _One:
+class _SingleImage:
     """An image, as a source of images."""
 
     def __init__(self, path: Path):
         self.path, self.names = path, [path.name]
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.path)
 
     def open(self, name: str) -> BinaryIO:
@@ -164,7 +164,7 @@ class TableRows(Input):
 
     def groups(self, rank=0, world=1):
         first, found = 0, None
-        for found, block in enumerate(_regrouped(self.file.blocks(list(self.names.values())))):
+        for found, block in enumerate(_regroup(self.file.blocks(list(self.names.values())))):
             rows = len(next(iter(block.values())))
             if found % world == rank:
                 yield self._group(first, {name: block[theirs] for name, theirs in self.names.items()}, rows)
@@ -197,13 +197,13 @@ class TableRows(Input):
         return Group(first, names, x, context, bad)
 
 
-def plain_columns(dims: int, levels: int | None) -> Columns:
+def unnamed_columns(dims: int, levels: int | None) -> Columns:
     """Of rows of which nothing is known but their number, D; integers where they have ``levels``."""
     kind = "integer" if levels else "real"
     return Columns(tuple(Column(f"x{i}", kind) for i in range(dims)))
 
 
-def existing(path: str) -> Path:
+def input_path(path: str) -> Path:
     """UsageError where there is nothing at ``path``."""
     found = Path(os.path.expanduser(path))
     if not found.exists():
@@ -214,7 +214,7 @@ def existing(path: str) -> Path:
     return found
 
 
-def _regrouped(blocks: Iterator[Block]) -> Iterator[Block]:
+def _regroup(blocks: Iterator[Block]) -> Iterator[Block]:
     """Blocks of any length as ones of ``GROUP`` rows, and one of what is left."""
     rest: Mapping[str, np.ndarray] = {}
     for block in blocks:

@@ -71,7 +71,7 @@ class Loader:
         for step in count(start_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = permutation(self.seed, epoch, len(self.split)).to(self.split.home, non_blocking=True)
+                order = permutation(self.seed, epoch, len(self.split)).to(self.split.index_device, non_blocking=True)
             start = step % self.steps_per_epoch * self.batch_size
             yield order[start + mine.start : start + mine.stop]
 
@@ -96,7 +96,7 @@ class Loader:
                 raise FlowtrainError(f"cannot resume: {what} was {was} and is now {now}; init=CKPT starts anew")
 
 
-def ordered(
+def evaluation_batches(
     split: Split,
     batch_size: int,
     device="cpu",
@@ -132,44 +132,44 @@ def _take(
     left, failed = map(Tensor.tolist, indices), None  # a tensor would travel with all of its epoch's order
     while True:
         waiting: deque[list[int]] = deque()
-        batches = _read(split, replace, _noted(left, waiting), workers)
+        batches = _worker_batches(split, replace, _record_waiting(left, waiting), workers)
         try:
             for index, x, problems in batches:
                 waiting.popleft()
                 split.report(problems)
                 yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
             return
-        except WorkerEnded as error:
-            line = f"{error} while {split.place(waiting[0][0])} and what follows were read"
+        except WorkerFailure as error:
+            line = f"{error} while {split.describe(waiting[0][0])} and what follows were read"
             if split.on_bad == "stop" or waiting[0] == failed:
                 raise FlowtrainError(f"{line}; trainer.workers=0 does without") from error
             log.warning("%s; on_bad=skip: others read it again", line)
             failed, left = waiting[0], chain([*waiting], left)
 
 
-class WorkerEnded(Exception):
+class WorkerFailure(Exception):
     """A process that reads images is gone."""
 
 
-def _noted(indices: Iterable[list[int]], waiting: deque) -> Iterator[list[int]]:
+def _record_waiting(indices: Iterable[list[int]], waiting: deque) -> Iterator[list[int]]:
     for index in indices:
         waiting.append(index)
         yield index
 
 
-def _read(split: Split, replace: bool, indices: Iterator[list[int]], workers: int) -> Iterator:
-    """What :class:`_Reader` makes of each index, in order. WorkerEnded where that cannot go on."""
+def _worker_batches(split: Split, replace: bool, indices: Iterator[list[int]], workers: int) -> Iterator:
+    """What :class:`_Reader` makes of each index, in order. WorkerFailure where that cannot go on."""
     loader = DataLoader(
         _Reader(split, replace),
         sampler=indices,
         batch_size=None,  # an item of the sampler is a whole batch
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
         pin_memory=split.device.type == "cuda",
         generator=torch.Generator(),  # or opening it would draw from the generator that makes the noise
     )
-    with _undisturbed():
+    with _keep_sigchld_handler():
         batches = iter(loader)
     while True:
         try:
@@ -180,12 +180,12 @@ def _read(split: Split, replace: bool, indices: Iterator[list[int]], workers: in
             if workers == 0:
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise WorkerEnded(f"a data worker ended early ({reason})") from error
+            raise WorkerFailure(f"a data worker ended early ({reason})") from error
         yield batch
 
 
 @contextmanager
-def _undisturbed():
+def _keep_sigchld_handler():
     """Take back the handler that torch installs within it: a worker's end is found where its batch is due, at most 5 s
     later, and not in the middle of a step."""
     before = signal.getsignal(signal.SIGCHLD)
@@ -204,7 +204,7 @@ class _Reader:
         return self.split.read(index, self.replace)
 
 
-def _as_it_is(batch):
+def _identity(batch):
     return batch
 
 

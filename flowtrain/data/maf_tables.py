@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data import frames
+from flowtrain.data import pickled_frames
 from flowtrain.data.dataset import SPLITS
 from flowtrain.data.split import ArraySplit
 from flowtrain.data.vectors import Vectors
@@ -31,14 +31,14 @@ class MafTable(Vectors):
 
     def __init__(self, **keys):
         super().__init__(**keys)
-        self._opened: tuple[Path, Parts] | None = None
+        self._prepared: tuple[Path, Parts] | None = None
 
     def _prepare(self, file: Path) -> Parts:
         """The authors' file, prepared."""
         raise NotImplementedError
 
     def _open(self, name: str) -> ArraySplit:
-        if self._opened is None:
+        if self._prepared is None:
             file, prepare = self._find()
             try:
                 with np.errstate(all="ignore"):  # what overflows is refused below
@@ -49,8 +49,8 @@ class MafTable(Vectors):
                 raise
             except Exception as error:  # whatever a damaged file makes a library raise
                 raise FlowtrainError(f"cannot read {file}: {' '.join(str(error).split())}") from error
-            self._opened = file, parts
-        file, parts = self._opened
+            self._prepared = file, parts
+        file, parts = self._prepared
         rows = parts[name]
         if rows.shape[1] != self.dims:
             raise FlowtrainError(f"{file} gives rows of {rows.shape[1]} numbers; {self.name} has {self.dims}")
@@ -59,23 +59,23 @@ class MafTable(Vectors):
             raise FlowtrainError(f"{file}: prepared, row {int(finite.argmin()) + 1} of its {name} split is not finite")
         published = self.sizes[SPLITS.index(name)]
         same = "prepared as for MAF" if len(rows) == published else f"not MAF's {published:,}"
-        return self._rows(name, rows, f"of {file}, {same}")
+        return self._make_split(name, rows, f"of {file}, {same}")
 
     def _find(self) -> tuple[Path, Callable[[Path], Parts]]:
         whole = f"{type(self).__name__.upper()}.npy"
         if self.path is not None and self.path.is_file():
-            return self.path, self._whole if self.path.name.upper() == whole.upper() else self._prepare
+            return self.path, self._load_prepared if self.path.name.upper() == whole.upper() else self._prepare
         folder = self.path or self.root
         places = [folder / self.file] + ([folder / Path(self.file).name] if self.path else [])
         for file in (*places, folder / whole):
             if file.is_file():
-                return file, self._whole if file.name == whole else self._prepare
+                return file, self._load_prepared if file.name == whole else self._prepare
         raise UsageError(
             f"dataset={self.name}: neither {self.file} nor {whole} is under {folder}/; get the former out of"
             " zenodo.org/records/1161203 (data.tar.gz) and put it there, or say dataset.path=FILE"
         )
 
-    def _whole(self, file: Path) -> Parts:
+    def _load_prepared(self, file: Path) -> Parts:
         """Train, val and test one after another, prepared already."""
         rows = np.load(file, allow_pickle=False)
         if rows.ndim != 2 or len(rows) != sum(self.sizes):
@@ -99,7 +99,7 @@ class Power(MafTable):
         n = len(rows)
         voltage, active, meters = 0.01 * random.rand(n, 1), 0.001 * random.rand(n, 1), random.rand(n, 3)
         rows = rows + np.hstack((active, voltage, meters, np.zeros((n, 1))))
-        return _tails(rows, standardize=True)
+        return _split_tenths(rows, standardize=True)
 
 
 class Gas(MafTable):
@@ -109,13 +109,13 @@ class Gas(MafTable):
     file, sizes = "gas/ethylene_CO.pickle", (852_174, 94_685, 105_206)
 
     def _prepare(self, file: Path) -> Parts:
-        rows = frames.read(file).drop(columns=["Meth", "Eth", "Time"]).to_numpy(dtype=np.float64)
+        rows = pickled_frames.read(file).drop(columns=["Meth", "Eth", "Time"]).to_numpy(dtype=np.float64)
         alike = np.corrcoef(rows, rowvar=False) > 0.98
         kept = np.arange(len(alike))
         while (several := alike[np.ix_(kept, kept)].sum(1) > 1).any():  # each is like itself
             kept = np.delete(kept, several.argmax())
         rows = rows[:, kept]
-        return _tails((rows - rows.mean(0)) / rows.std(0, ddof=1))
+        return _split_tenths((rows - rows.mean(0)) / rows.std(0, ddof=1))
 
 
 class Hepmass(MafTable):
@@ -130,15 +130,15 @@ class Hepmass(MafTable):
             raise UsageError(
                 f"dataset={self.name}: 1000_train.csv and 1000_test.csv must stand side by side; see {file}"
             )
-        train, test = _signal(file), _signal(test_file)[:, :-1]  # the test file has a column more
+        train, test = _read_signal(file), _read_signal(test_file)[:, :-1]  # the test file has a column more
         if train.shape[1] != test.shape[1]:
             raise ValueError(f"it has {train.shape[1]} columns, and {test_file.name} should have one more")
         mean, std = train.mean(0), train.std(0, ddof=1)
         train, test = (train - mean) / std, (test - mean) / std
-        continuous = _continuous(train)
+        continuous = _continuous_columns(train)
         train, test = train[:, continuous], test[:, continuous]
         train, val = np.split(train, [len(train) - int(0.1 * len(train))])
-        return _float32({"train": train, "val": val, "test": test})
+        return _to_float32({"train": train, "val": val, "test": test})
 
 
 class Miniboone(MafTable):
@@ -151,8 +151,8 @@ class Miniboone(MafTable):
         rows = np.load(file, allow_pickle=False)
         if rows.shape[1] != self.dims:  # the authors' file is cleaned already
             rows = rows[rows[:, 0] >= -100]
-            rows = rows[:, _continuous(rows)]
-        return _tails(rows, standardize=True)
+            rows = rows[:, _continuous_columns(rows)]
+        return _split_tenths(rows, standardize=True)
 
 
 class BSDS300(MafTable):
@@ -165,10 +165,12 @@ class BSDS300(MafTable):
         import h5py
 
         with h5py.File(file) as archive:
-            return _float32({"train": archive["train"][:], "val": archive["validation"][:], "test": archive["test"][:]})
+            return _to_float32(
+                {"train": archive["train"][:], "val": archive["validation"][:], "test": archive["test"][:]}
+            )
 
 
-def _tails(rows: np.ndarray, standardize: bool = False) -> Parts:
+def _split_tenths(rows: np.ndarray, standardize: bool = False) -> Parts:
     """The last tenth is test, of the rest the last tenth is val; standardized by the moments of train and val."""
     tests = int(0.1 * len(rows))
     vals = int(0.1 * (len(rows) - tests))
@@ -176,19 +178,19 @@ def _tails(rows: np.ndarray, standardize: bool = False) -> Parts:
         seen = rows[: len(rows) - tests]
         rows = (rows - seen.mean(0)) / seen.std(0)
     train, val, test = np.split(rows, [len(rows) - tests - vals, len(rows) - tests])
-    return _float32({"train": train, "val": val, "test": test})
+    return _to_float32({"train": train, "val": val, "test": test})
 
 
-def _float32(parts: Parts) -> Parts:
+def _to_float32(parts: Parts) -> Parts:
     return {name: np.ascontiguousarray(rows, dtype=np.float32) for name, rows in parts.items()}
 
 
-def _continuous(rows: np.ndarray) -> np.ndarray:
+def _continuous_columns(rows: np.ndarray) -> np.ndarray:
     """Which columns have a least value that occurs at most five times."""
     return (rows == rows.min(0)).sum(0) <= 5
 
 
-def _signal(file: Path) -> np.ndarray:
+def _read_signal(file: Path) -> np.ndarray:
     """The rows with label 1 of HEPMASS, without it. By position: the names in the first line are not to be trusted."""
     import pandas as pd
 

@@ -18,7 +18,7 @@ class Split:
         description: what it is and where it came from, one line for the run's log.
         shape: the shape of one example.
         streams: whether examples are decoded on demand (then a loader uses worker processes).
-        home: the device where ``take`` wants its index: giving it there costs no wait.
+        index_device: the device where ``take`` wants its index: giving it there costs no wait.
         columns: of a table, what its columns are (a Columns record), else None.
         bad: number of example -> why it could not be read, for those met so far.
     """
@@ -28,7 +28,7 @@ class Split:
 
     def __init__(self, shape: tuple[int, ...], description: str):
         self.shape, self.description = tuple(shape), description
-        self.home = torch.device("cpu")
+        self.index_device = torch.device("cpu")
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -53,13 +53,13 @@ class ArraySplit(Split):
     def __init__(self, data: Tensor, description: str = "array", context: Tensor | None = None, columns=None):
         super().__init__(data.shape[1:], description)
         self.data, self.context, self.columns = data, context, columns
-        self.device = self.home = data.device
+        self.device = self.index_device = data.device
 
     def __len__(self) -> int:
         return len(self.data)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        index = index.to(self.home)
+        index = index.to(self.index_device)
         return tuple(
             None if rows is None else rows.index_select(0, index).to(self.device, non_blocking=True)
             for rows in (self.data, self.context)
@@ -80,11 +80,11 @@ class ArraySplit(Split):
         if self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 2:
             self.data = self.data.to(self.device)
             self.context = None if self.context is None else self.context.to(self.device)
-            self.home = self.data.device
+            self.index_device = self.data.device
         return self
 
 
-def cut(length: int, val: float | int, test: float | int, seed: int) -> dict[str, np.ndarray]:
+def split_indices(length: int, val: float | int, test: float | int, seed: int) -> dict[str, np.ndarray]:
     """The numbers of the examples in "train", "val" and "test".
 
     ``val`` and ``test`` are counts, or fractions of ``length`` (rounded down, but at least one); 0 is none at all.

@@ -12,7 +12,7 @@ from flowtrain.bijections.ode import unsolved_is_nan
 from flowtrain.engine.measure import Measure
 from flowtrain.flow import Flow
 from flowtrain.runtime import globalbatch
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime.seeds import seed_from
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Way:
         row, loss = rank * len(x), 0.0
         with unsolved_is_nan() as reasons:
             for i, (part, context) in enumerate(zip(parts, contexts)):
-                torch.manual_seed(mix(self.seed, step))  # nothing to restore but the step
+                torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
                 with nullcontext() if i == len(parts) - 1 or wrapped is flow else wrapped.no_sync():
                     with globalbatch.rows(row, world * len(x)), self._lower(x.device.type):
                         log_prob = wrapped(part, context)

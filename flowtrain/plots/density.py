@@ -31,7 +31,7 @@ class View:
     top: float
 
 
-def density(log_prob: LogProb, data: Tensor, side: int = 400, cells: int | None = None) -> Tensor:
+def density_image(log_prob: LogProb, data: Tensor, side: int = 400, cells: int | None = None) -> Tensor:
     """The data's density and the model's in one image, (3, side, 2 side + 6) uint8.
 
     Of the plane: left a histogram of the data, right the model, of the same box and in the same colours, which the
@@ -46,25 +46,25 @@ def density(log_prob: LogProb, data: Tensor, side: int = 400, cells: int | None 
     Raises:
         ValueError: data of more columns, without a finite point; ``cells`` that do not divide ``side``.
     """
-    data = _finite(data)
+    data = _finite_points(data)
     if data.shape[1] == 1:
-        return _line(log_prob, data[:, 0], side)
-    view = view_of(data)
+        return _line_plot(log_prob, data[:, 0], side)
+    view = choose_view(data)
     panels = [data_panel(data, view, side), model_panel(log_prob, view, side, cells)]
     gap = torch.full((3, side, GAP), 255, dtype=torch.uint8)
     return torch.cat((panels[0], gap, panels[1]), 2)
 
 
-def view_of(data: Tensor) -> View:
+def choose_view(data: Tensor) -> View:
     """The view that shows points (N, 2): nearly all of them with a margin, the axes' units alike where that leaves
     neither thin; ``top`` is about what the surroundings of 98 in 100 points do not exceed."""
-    data = _finite(data)
+    data = _finite_points(data)
     low, high = _box(data)
     half, middle = (high - low) / 2, (high + low) / 2
     if half.max() < 4 * half.min():
         half = half.max().expand(2)
     low, high = middle - half, middle + half
-    counts, area = _histogram(data, low, high, _bins(len(data), 400))
+    counts, area = _histogram(data, low, high, _count_bins(len(data), 400))
     of_points = counts.flatten().sort().values
     reached = of_points.cumsum(0) >= 0.98 * of_points.sum()
     count = of_points[reached][0]
@@ -74,11 +74,11 @@ def view_of(data: Tensor) -> View:
 
 def data_panel(data: Tensor, view: View, side: int = 400) -> Tensor:
     """A histogram of points (N, 2), (3, side, side) uint8; its cells are larger where points are few."""
-    data = _finite(data)
+    data = _finite_points(data)
     low, high = torch.tensor(view.low, dtype=data.dtype), torch.tensor(view.high, dtype=data.dtype)
-    bins = _bins(len(data), side)
+    bins = _count_bins(len(data), side)
     counts, area = _histogram(data, low, high, bins)
-    return _enlarged(shade(_upright(counts / (len(data) * area * view.top))), side)
+    return _enlarge(shade(_to_rows_and_columns(counts / (len(data) * area * view.top))), side)
 
 
 def model_panel(log_prob: LogProb, view: View, side: int = 400, cells: int | None = None, batch: int = 2**14) -> Tensor:
@@ -88,8 +88,8 @@ def model_panel(log_prob: LogProb, view: View, side: int = 400, cells: int | Non
         raise ValueError(f"cells={cells} must divide side={side}")
     middles = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
     x, y = (a + (b - a) * middles for a, b in zip(view.low, view.high))
-    values = _evaluated(log_prob, torch.cartesian_prod(x, y), batch).view(cells, cells)
-    return _enlarged(shade(_upright(values / view.top)), side)
+    values = _evaluate(log_prob, torch.cartesian_prod(x, y), batch).view(cells, cells)
+    return _enlarge(shade(_to_rows_and_columns(values / view.top)), side)
 
 
 def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], columns: Sequence[str]) -> Tensor:
@@ -116,10 +116,10 @@ def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], column
             if panel is not None:
                 at = left + i * (side + GAP), top + j * (side + GAP)
                 image.paste(Image.fromarray(panel.permute(1, 2, 0).contiguous().numpy()), at)
-    return _tensor(image)
+    return _to_tensor(image)
 
 
-def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
+def _line_plot(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
     """Bars of the data and the curve of the model."""
     from PIL import Image, ImageDraw
 
@@ -129,7 +129,7 @@ def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
     bins = max(20, min(120, round(2 * len(data) ** (1 / 3))))
     counts = torch.histc(data, bins, low, high) * bins / ((high - low) * len(data))
     x = low + (high - low) * (torch.arange(width // fine, dtype=torch.float64) + 0.5) * fine / width
-    curve = _evaluated(log_prob, x[:, None], 2**14)
+    curve = _evaluate(log_prob, x[:, None], 2**14)
     top = 1.1 * max(counts.max().item(), min(curve.nan_to_num(0, 0).max().item(), 2 * counts.max().item()))
 
     image = Image.new("RGB", (width, height), WHITE)
@@ -148,10 +148,10 @@ def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
         if math.isfinite(y0) and math.isfinite(y1):
             points = [((x + 0.5) * fine, max(base * (1 - y / top), -height)) for x, y in ((x0, y0), (x1, y1))]
             draw.line(points, STRONG, 2 * fine)
-    return _tensor(image.resize((width // fine, side), Image.Resampling.BOX))
+    return _to_tensor(image.resize((width // fine, side), Image.Resampling.BOX))
 
 
-def _finite(data: Tensor) -> Tensor:
+def _finite_points(data: Tensor) -> Tensor:
     data = data.detach().cpu().double()
     if data.dim() != 2 or data.shape[1] not in (1, 2):
         raise ValueError(f"data of shape {list(data.shape)}: a density is drawn of points (N, 1) or (N, 2)")
@@ -170,7 +170,7 @@ def _box(data: Tensor) -> tuple[Tensor, Tensor]:
     return low - margin, high + margin
 
 
-def _bins(n: int, side: int) -> int:
+def _count_bins(n: int, side: int) -> int:
     """How many cells a side: the most that divide ``side`` and leave several points to an occupied one."""
     wanted = max(LEAST_SIDE, math.sqrt(n / 2))
     return max(bins for bins in range(1, side + 1) if side % bins == 0 and bins <= wanted)
@@ -184,17 +184,17 @@ def _histogram(data: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tens
     return counts.double(), ((high - low) / bins).prod().item()
 
 
-def _evaluated(log_prob: LogProb, points: Tensor, batch: int) -> Tensor:
+def _evaluate(log_prob: LogProb, points: Tensor, batch: int) -> Tensor:
     with torch.no_grad():
         return torch.cat([log_prob(part).cpu().double() for part in points.float().split(batch)]).exp()
 
 
-def _upright(values: Tensor) -> Tensor:
+def _to_rows_and_columns(values: Tensor) -> Tensor:
     """(x, y), y upwards, to (row, column), rows downwards."""
     return values.T.flip(0)
 
 
-def _enlarged(image: Tensor, side: int) -> Tensor:
+def _enlarge(image: Tensor, side: int) -> Tensor:
     times = side // image.shape[-1]
     return image.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
@@ -214,7 +214,7 @@ def _font(size: int):
     return ImageFont.load_default(size)
 
 
-def _tensor(image) -> Tensor:
+def _to_tensor(image) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

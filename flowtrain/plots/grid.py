@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.runtime import files
 
 
-def grid(images: Tensor, levels: int, columns: int | None = None, side: int = 512) -> Tensor:
+def image_grid(images: Tensor, levels: int, columns: int | None = None, side: int = 512) -> Tensor:
     """Integer images (n, C, H, W) of ``levels`` levels as one (3, height, width) uint8 image.
 
     Small ones are enlarged by whole pixels until the grid is about ``side`` wide.

@@ -198,7 +198,7 @@ def nodes(touch: Path) -> dict[str, dict]:
         "shutil.copytree": {"_target_": "shutil.copytree", "src": str(Path(__file__).parent), "dst": path},
         "attribute walk": {"_target_": "torch.optim.adam.torch.hub.os.mkdir", "path": path},
         "walk of our own": {
-            "_target_": "flowtrain.data.folders.Path.mkdir",
+            "_target_": "flowtrain.data.image_folders.Path.mkdir",
             "self": {"_target_": "pathlib.Path", "_args_": [path]},
         },
         "pathlib.Path.touch": {

@@ -20,8 +20,8 @@ from PIL import Image
 
 from flowtrain import data, train
 from flowtrain.config.compose import settle
-from flowtrain.data.image_files import ImageFileSplit, source
-from flowtrain.data.tablefile import BLOCK, Array, TableFile
+from flowtrain.data.image_files import ImageFileSplit, find_images
+from flowtrain.data.table_file import BLOCK, Array, TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
@@ -65,7 +65,7 @@ def images(tmp_path):
 
 
 def opened(folder, on_bad="stop"):
-    found = source(folder)
+    found = find_images(folder)
     return ImageFileSplit(found, found.names, (3, SIDE, SIDE), on_bad=on_bad)
 
 
@@ -164,7 +164,7 @@ def later(file) -> None:
 
 def changed_image(folder):
     split = opened(folder)
-    split.source.since.seconds -= 60
+    split.source.listed_at.seconds -= 60
     Image.new("RGB", (SIDE, SIDE)).save(folder / split.names[2], "jpeg")
     return line(lambda: split.take(torch.tensor([2]))), f"{folder / split.names[2]} (index 2)", "has changed since"
 
@@ -179,7 +179,7 @@ def changed_archive(folder):
     with tarfile.open(folder / "all.tar", "w") as archive:
         archive.add(folder / "0.png", "0.png")
     split = opened(folder / "all.tar")
-    split.source.since.seconds -= 60
+    split.source.listed_at.seconds -= 60
     later(folder / "all.tar")
     return line(lambda: split.take(torch.tensor([0]))), f"{folder}/all.tar:0.png (index 0)", "has changed since"
 

@@ -24,7 +24,7 @@ from flowtrain.cli import exit_codes
 from flowtrain.config import restore
 from flowtrain.config.schema import ROOTS, typed_keys
 from flowtrain.data import DownsampledImageNet, Power, Table
-from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, plain_columns
+from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, unnamed_columns
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 
@@ -226,7 +226,7 @@ def test_any_table(tmp_path_factory, kind, change, judged):
     file = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
     file.write_bytes(change(TABLES[kind]))
     if judged:
-        settled(lambda: list(TableRows(file, plain_columns(3, None)).groups()))
+        settled(lambda: list(TableRows(file, unnamed_columns(3, None)).groups()))
     else:
         settled(lambda: Table(path=str(file), val_size=2, test_size=2).split("train"))
 

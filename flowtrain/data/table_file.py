@@ -75,7 +75,7 @@ class Csv:
             if file.read() not in (b"\n", b"\r"):
                 log.warning("%s ends in the middle of a line; if it has been cut short, its last value is wrong", path)
 
-    def texts(self, names: Sequence[str]) -> set[str]:
+    def text_columns(self, names: Sequence[str]) -> set[str]:
         """Which of the columns hold text, as their first rows have it."""
         return {name for name, kind in self._kinds(names).items() if str(kind) != "double"}
 
@@ -93,7 +93,7 @@ class Csv:
 
         with self._reader(names, {}) as reader:
             return {
-                field.name: field.type if types.is_boolean(field.type) else _held(self.path, field)
+                field.name: field.type if types.is_boolean(field.type) else _arrow_type(self.path, field)
                 for field in reader.schema
             }
 
@@ -101,7 +101,7 @@ class Csv:
         try:
             with self._reader(names, kinds, threads) as reader:
                 for batch in reader:
-                    yield _block(self.path, batch, names)
+                    yield _to_block(self.path, batch, names)
         except ValueError as error:
             where = re.search(r"CSV column #(\d+): Row #(\d+): .*invalid value '(.*)'", str(error))
             if where is None:
@@ -130,15 +130,15 @@ class Parquet:
         self.schema = parquet.read_schema(path)
         self.names = self.schema.names
 
-    def texts(self, names: Sequence[str]) -> set[str]:
-        return {name for name in names if str(_held(self.path, self.schema.field(name))) != "double"}
+    def text_columns(self, names: Sequence[str]) -> set[str]:
+        return {name for name in names if str(_arrow_type(self.path, self.schema.field(name))) != "double"}
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(self.path) as file:
             for batch in file.iter_batches(BLOCK, columns=list(names)):
-                yield _block(self.path, batch, names)
+                yield _to_block(self.path, batch, names)
 
 
 class Npy:
@@ -150,7 +150,7 @@ class Npy:
             raise UsageError(f"{path} holds {self.rows.dtype} {list(self.rows.shape)}: must be numbers (rows, columns)")
         self.names = [f"c{i}" for i in range(self.rows.shape[1])]
 
-    def texts(self, names: Sequence[str]) -> set[str]:
+    def text_columns(self, names: Sequence[str]) -> set[str]:
         return set()
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
@@ -176,7 +176,7 @@ class Array:
         try:
             # warnings tell how a damaged header is written
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-                self.shape, turned, self.dtype = readers[npy.read_magic(file)](file)
+                self.shape, is_fortran, self.dtype = readers[npy.read_magic(file)](file)
                 self.start = file.tell()
             if self.dtype.hasobject:
                 raise ValueError("it holds objects")
@@ -186,7 +186,7 @@ class Array:
         size, due = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
         if size < due:
             raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes, {due:,} are due")
-        self.whole = np.load(path, allow_pickle=False) if turned and self.ndim > 1 else None  # column after column
+        self.whole = np.load(path, allow_pickle=False) if is_fortran and self.ndim > 1 else None  # column after column
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -205,7 +205,7 @@ class Array:
         return found.reshape(-1, *self.shape[1:]) if each else np.empty((stop - first, *self.shape[1:]), self.dtype)
 
 
-KINDS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
+READERS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
 
 
 class TableFile:
@@ -216,18 +216,18 @@ class TableFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path))
-        kind = KINDS.get(self.path.suffix.lower())
+        kind = READERS.get(self.path.suffix.lower())
         if kind is None:
-            raise UsageError(f"dataset.path={path}: must end in {', '.join(KINDS)}")
+            raise UsageError(f"dataset.path={path}: must end in {', '.join(READERS)}")
         if not self.path.is_file():
             raise UsageError(f"dataset.path={path}: no such file")
-        with _reading(self.path):
+        with _name_file_in_errors(self.path):
             self._source = kind(self.path)
         self.names: list[str] = self._source.names
 
     def choose(self, columns: Sequence | None, context: Sequence | None) -> tuple[list[str], list[str]]:
         """The names of the columns to model (None: all that are no context) and of those to condition on."""
-        context = self.known("context", context or [])
+        context = self.find_columns("context", context or [])
         if columns is None:
             columns = [name for name in self.names if name not in context]
             unnamed = [name for name in columns if name in UNNAMED]
@@ -236,19 +236,19 @@ class TableFile:
                 raise UsageError(
                     f"{self.path}: column {number} has no name, as an index has; choose dataset.columns=[…]"
                 )
-        columns = [name for name in self.known("columns", columns) if name not in context]
+        columns = [name for name in self.find_columns("columns", columns) if name not in context]
         if not columns:
             raise UsageError("dataset.columns: no column is left to model")
         return columns, context
 
-    def known(self, key: str, chosen: Sequence) -> list[str]:
+    def find_columns(self, key: str, chosen: Sequence) -> list[str]:
         """The names of chosen columns, of an array also by number. UsageError where ``dataset.key`` has a wrong one."""
         is_array = isinstance(self._source, Npy)
         chosen = [f"c{item}" if is_array and isinstance(item, int) else str(item) for item in chosen]
         for name in chosen:
             if name not in self.names:
                 near = difflib.get_close_matches(name, self.names, 1)
-                hint = f"did you mean '{near[0]}'?" if near else f"there are {_listed(self.names)}"
+                hint = f"did you mean '{near[0]}'?" if near else f"there are {_join_names(self.names)}"
                 raise UsageError(f"dataset.{key}: {self.path} has no column '{name}'; {hint}")
             if self.names.count(name) > 1:
                 raise UsageError(f"dataset.{key}: {self.path} has two columns '{name}'")
@@ -256,43 +256,51 @@ class TableFile:
                 raise UsageError(f"dataset.{key}: '{name}' is named twice")
         return chosen
 
-    def texts(self, names: Sequence[str]) -> set[str]:
+    def text_columns(self, names: Sequence[str]) -> set[str]:
         """Which of the columns hold text."""
-        with _reading(self.path):
-            return self._source.texts(names)
+        with _name_file_in_errors(self.path):
+            return self._source.text_columns(names)
+
+    def context_width(self, names: Sequence[str]) -> int:
+        """The numbers in a context of these columns: one for each column of numbers, the number of categories for
+        each column of text, for which all rows are read, once for each version of the file."""
+        texts = sorted(self.text_columns(names))
+        stat = self.path.stat()
+        counts = _category_counts(str(self.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
+        return len(names) - len(texts) + sum(counts)
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         """The rows in order: numbers as float64, NaN where missing, text as objects, None where missing."""
-        with _reading(self.path):
+        with _name_file_in_errors(self.path):
             yield from self._source.blocks(names)
 
-    def survey(self, names: Sequence[str]) -> tuple[int, list[Column]]:
+    def infer_columns(self, names: Sequence[str]) -> tuple[int, list[Column]]:
         """The number of rows, and what each column is; its mean and std are left open. Reads those columns once.
 
         Raises UsageError, naming column and row, where a value is missing or not finite.
         """
-        rows, texts = 0, self.texts(names)
-        found = {name: _Texts(name) if name in texts else _Numbers(name) for name in names}
+        rows, texts = 0, self.text_columns(names)
+        found = {name: _TextColumn(name) if name in texts else _NumberColumn(name) for name in names}
         for block in self.blocks(names):
             for name in names:
-                found[name].see(block[name], rows + 1)
+                found[name].update(block[name], rows + 1)
             rows += len(block[names[0]])
         if not rows:
             raise UsageError(f"{self.path} has no rows")
         return rows, [found[name].column() for name in names]
 
 
-class _Texts:
+class _TextColumn:
     def __init__(self, name: str):
         self.name, self.rows = name, {}  # text -> the first row that has it
 
-    def see(self, values: np.ndarray, row: int) -> None:
+    def update(self, values: np.ndarray, row: int) -> None:
         new = set(values) - self.rows.keys()
         if new:
             values = list(values)
             self.rows |= {text: row + values.index(text) for text in new}
         if None in new:
-            raise missing(self.name, self.rows[None])
+            raise missing_value_error(self.name, self.rows[None])
         if len(self.rows) > MOST_CATEGORIES:
             raise UsageError(
                 f"column '{self.name}' holds more than {MOST_CATEGORIES:,} different texts, too many for categories;"
@@ -311,15 +319,15 @@ class _Texts:
         raise UsageError(f"column '{self.name}', row {self.rows[text]}: '{text}' {why}")
 
 
-class _Numbers:
+class _NumberColumn:
     def __init__(self, name: str):
         self.name, self.offset, self.whole = name, None, True
         self.least, self.greatest = np.inf, -np.inf
 
-    def see(self, values: np.ndarray, row: int) -> None:
+    def update(self, values: np.ndarray, row: int) -> None:
         finite = np.isfinite(values)
         if not finite.all():
-            raise missing(self.name, row + int(finite.argmin()))
+            raise missing_value_error(self.name, row + int(finite.argmin()))
         if self.offset is None:
             first = float(values[0])
             with np.errstate(over="ignore"):  # what is too large is refused below
@@ -358,7 +366,7 @@ class _Numbers:
         return Column(self.name, "integer" if is_integer else "real", offset=self.offset)
 
 
-def missing(name: str, row: int) -> UsageError:
+def missing_value_error(name: str, row: int) -> UsageError:
     return UsageError(f"column '{name}', row {row} (the first is 1): its value is missing or not finite")
 
 
@@ -366,30 +374,26 @@ def table_shape(path, columns, context) -> list[int]:
     """[D] of a table, from its header."""
     if path is None:
         raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
-    return [len(TableFile(path).choose(_names("columns", columns), _names("context", context))[0])]
+    return [len(TableFile(path).choose(_to_list("columns", columns), _to_list("context", context))[0])]
 
 
 def table_context_shape(path, context) -> list[int] | None:
     """[C] of a table's context: one for each column of numbers, as many as there are categories for one of text."""
-    context = _names("context", context)
+    context = _to_list("context", context)
     if not context:
         return None
     if path is None:
         raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     file = TableFile(path)
-    context = file.known("context", context)
-    texts = sorted(file.texts(context))
-    stat = file.path.stat()
-    counts = _category_counts(str(file.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
-    return [len(context) - len(texts) + sum(counts)]
+    return [file.context_width(file.find_columns("context", context))]
 
 
 @lru_cache(maxsize=16)
 def _category_counts(path: str, names: tuple[str, ...], *_version: int) -> tuple[int, ...]:
-    return tuple(len(column.categories) for column in TableFile(path).survey(names)[1])
+    return tuple(len(column.categories) for column in TableFile(path).infer_columns(names)[1])
 
 
-def _names(key: str, value) -> list | None:
+def _to_list(key: str, value) -> list | None:
     """``dataset.columns`` or ``dataset.context`` as a list, or None."""
     if value is None:
         return None
@@ -399,7 +403,7 @@ def _names(key: str, value) -> list | None:
 
 
 @contextmanager
-def unchanged(path: Path):
+def refuse_changes(path: Path):
     """Within it, several readings of a file are of the same. FlowtrainError, whatever else was raised, if not."""
     before = _version(path)
     try:
@@ -418,7 +422,7 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _reading(path: Path):
+def _name_file_in_errors(path: Path):
     """Within it, what a reader of files raises becomes one line that names the file."""
     try:
         yield
@@ -432,7 +436,7 @@ def _reading(path: Path):
         raise FlowtrainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _held(path: Path, field):
+def _arrow_type(path: Path, field):
     """As what a column of pyarrow's is read: text (true and false too) or float64. UsageError where it is neither."""
     import pyarrow as pa
     from pyarrow import types
@@ -445,10 +449,10 @@ def _held(path: Path, field):
     raise UsageError(f"{path}: column '{field.name}' holds {kind}: write it as numbers or text, or leave it out")
 
 
-def _block(path: Path, batch, names: Sequence[str]) -> Block:
+def _to_block(path: Path, batch, names: Sequence[str]) -> Block:
     out = {}
     for name in names:
-        column = batch.column(name).cast(_held(path, batch.schema.field(name)), safe=False)
+        column = batch.column(name).cast(_arrow_type(path, batch.schema.field(name)), safe=False)
         out[name] = column.to_numpy(zero_copy_only=False)
     return out
 
@@ -461,5 +465,5 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
+def _join_names(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f", … ({len(names)})" if len(names) > most else "")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from flowtrain.data.columns import Columns, raw
-from flowtrain.data.split import ArraySplit, cut
-from flowtrain.data.tablefile import BLOCK, TableFile, unchanged
+from flowtrain.data.columns import Columns, encode_values
+from flowtrain.data.spec import ColumnContext, DataSpec
+from flowtrain.data.split import ArraySplit, split_indices
+from flowtrain.data.table_file import BLOCK, TableFile, refuse_changes
 from flowtrain.data.vectors import Vectors
-from flowtrain.errors import UsageError
+from flowtrain.errors import FlowtrainError, UsageError
 
 
 class Table(Vectors):
@@ -32,21 +34,42 @@ class Table(Vectors):
 
     def __init__(self, *, columns: list | None = None, **keys):
         super().__init__(**keys)
-        self._list("columns", columns)
+        self._check_list("columns", columns)
         self.columns = columns
         self._known: Columns | None = None
         self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
 
-    def use(self, columns: Columns | None) -> None:
+    @property
+    def spec(self) -> DataSpec:
+        return self._header if self._known is None else self._spec_of(self._known)
+
+    @cached_property
+    def _header(self) -> DataSpec:
+        """What the header of the file says; where text is a context, its categories are counted in all rows."""
+        file = self._file()
+        names, context = file.choose(self.columns, self.context)
+        context = ColumnContext(tuple(context), (file.context_width(context),)) if context else None
+        return DataSpec(self.name, (len(names),), context=context)
+
+    def _spec_of(self, columns: Columns) -> DataSpec:
+        context = ColumnContext(tuple(columns.context_names), tuple(columns.context_shape)) if columns.context else None
+        return DataSpec(self.name, (len(columns.names),), context=context)
+
+    def _file(self) -> TableFile:
+        if self.path is None:
+            raise UsageError(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
+        return TableFile(self.path)
+
+    def use_columns(self, columns: Columns | None) -> None:
         """Another file than that of training may have other categories and moments: its rows are encoded by
         ``columns``, and an unknown category is refused."""
         self._known = columns
 
-    def _condition(self, context) -> None:
-        self._list("context", context)
+    def _check_context(self, context) -> None:
+        self._check_list("context", context)
         self.context = context
 
-    def _list(self, key, value) -> None:
+    def _check_list(self, key, value) -> None:
         if value is not None and not isinstance(value, list | tuple):
             self._refuse(key, value, "must be a list of columns, such as [age,income]")
 
@@ -67,20 +90,19 @@ class Table(Vectors):
 
     def _read(self) -> None:
         """Goes through the file twice: to see what its columns are, then to take their values."""
-        if self.path is None:
-            raise UsageError(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
-        file = TableFile(self.path)
-        with unchanged(self.path):
+        spec, file = self.spec, self._file()
+        with refuse_changes(self.path):
             count, columns = self._survey(file)
-            both = _values(file, columns, count)
-        if self.context_shape is not None and list(self.context_shape) != columns.context_shape:
-            self._refuse("context_shape", list(self.context_shape), f"{self.path} makes it {columns.context_shape}")
-        parts = cut(count, self.val_size, self.test_size, self.split_seed)
+            if self._spec_of(columns) != spec:
+                raise FlowtrainError(f"{self.path} has changed since its header was read")
+            both = _read_values(file, columns, count)
+        parts = split_indices(count, self.val_size, self.test_size, self.split_seed)
         parts = {part: np.sort(chosen) for part, chosen in parts.items()}
-        rows, context = (_divided(values, parts) for values in both)
-        self._known = self._known or columns.fitted(rows["train"], context["train"])
+        rows, context = (_split_rows(values, parts) for values in both)
+        self._known = self._known or columns.with_moments(rows["train"], context["train"])
         self._parts = {
-            part: (rows[part], self._known.standardized(context[part]) if columns.context else None) for part in parts
+            part: (rows[part], self._known.standardize_context(context[part]) if columns.context else None)
+            for part in parts
         }
 
     def _survey(self, file: TableFile) -> tuple[int, Columns]:
@@ -89,16 +111,17 @@ class Table(Vectors):
         if known is None:
             names, context = file.choose(self.columns, self.context)
         else:
-            names, context = file.known("columns", known.names), file.known("context", known.context_names)
-        if self.shape not in (None, (len(names),)):
-            self._refuse("shape", list(self.shape), f"{len(names)} columns of {self.path} are chosen")
-        count, found = file.survey([*names, *context])
+            names, context = (
+                file.find_columns("columns", known.names),
+                file.find_columns("context", known.context_names),
+            )
+        count, found = file.infer_columns([*names, *context])
         modelled, given = found[: len(names)], found[len(names) :]
         given = [column if column.categories else replace(column, kind="real") for column in given]
         return count, known or Columns(tuple(modelled), tuple(given))
 
 
-def _values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The modelled columns and those of the context, float32 (N, columns), numbers less offsets and codes."""
     kinds = (columns.modelled, columns.context)
     out = tuple(np.empty((count, len(kind)), dtype=np.float32) for kind in kinds)
@@ -107,12 +130,12 @@ def _values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndarray, 
         size = len(next(iter(block.values())))
         for values, kind in zip(out, kinds, strict=True):
             if kind:
-                values[start : start + size] = raw(kind, block, start + 1)
+                values[start : start + size] = encode_values(kind, block, start + 1)
         start += size
     return out
 
 
-def _divided(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _split_rows(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``rows`` cut by the sorted numbers of each part's. Those of train move together in place, since a table of
     gigabytes should not be held twice; ``rows`` is used up."""
     out = {name: rows[index] for name, index in parts.items() if name != "train"}

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, Source, source
+from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, ImageSource, find_images
 from flowtrain.data.images import Images
-from flowtrain.data.split import cut
+from flowtrain.data.split import split_indices
 from flowtrain.errors import FlowtrainError, UsageError
 
 
@@ -14,20 +14,20 @@ class ImageSet(Images):
     box = None  # the crop, or None for the largest centred square
     exact = False  # whether images of another size are unreadable instead of being resized
 
-    def _stream(self, name: str, images: Source, names: list[str], how: str) -> ImageFileSplit:
+    def _make_split(self, name: str, images: ImageSource, names: list[str], how: str) -> ImageFileSplit:
         return ImageFileSplit(
             images,
             names,
-            self.shape,
-            shift=self._drop,
+            self.spec.shape,
+            shift=self._dropped_bits,
             on_bad=self.on_bad,
             box=self.box,
             exact=self.exact,
             description=f"{self.name} {name}: {len(names):,} images of {images.path}, {how}",
         )
 
-    def _cut(self, names: list[str], name: str, test: float | int) -> list[str]:
-        return [names[i] for i in cut(len(names), self.val_size, test, self.split_seed)[name]]
+    def _split_names(self, names: list[str], name: str, test: float | int) -> list[str]:
+        return [names[i] for i in split_indices(len(names), self.val_size, test, self.split_seed)[name]]
 
 
 class ImageFolder(ImageSet):
@@ -42,25 +42,25 @@ class ImageFolder(ImageSet):
     own_splits = ()
     default_val = default_test = 0.1
 
-    def _where(self) -> Path:
+    def _find_path(self) -> Path:
         if self.path is None:
             raise UsageError(f"dataset={self.name} needs dataset.path=FOLDER of images (or a .zip or .tar of them)")
         return self.path
 
     def _open(self, name: str) -> ImageFileSplit:
-        path = self._where()
+        path = self._find_path()
         if not path.exists():
             raise UsageError(f"dataset.path={path} does not exist: give a folder of images, or a .zip or .tar of them")
-        parts = _own_folders(path)
+        parts = _split_folders(path)
         if name in parts and (name != "train" or "val" in parts):
-            images = self._source(parts[name])
-            return self._stream(name, images, images.names, "a folder of their own")
-        images = self._source(parts.get("train", path))
-        names = self._cut(images.names, name, 0 if parts else self.test_size)
-        return self._stream(name, images, names, f"cut with seed {self.split_seed}")
+            images = self._find_images(parts[name])
+            return self._make_split(name, images, images.names, "a folder of their own")
+        images = self._find_images(parts.get("train", path))
+        names = self._split_names(images.names, name, 0 if parts else self.test_size)
+        return self._make_split(name, images, names, f"cut with seed {self.split_seed}")
 
-    def _source(self, path: Path) -> Source:
-        images = source(path)
+    def _find_images(self, path: Path) -> ImageSource:
+        images = find_images(path)
         if not images.names:
             raise UsageError(f"dataset.path: {path} holds no images ({' '.join(SUFFIXES)})")
         return images
@@ -72,7 +72,7 @@ class CelebAHQ(ImageFolder):
     native_name = "celebahq"
     default_size = 256
 
-    def _where(self) -> Path:
+    def _find_path(self) -> Path:
         path = self.path or self.root / "celeba_hq"
         if not path.exists():
             raise UsageError(
@@ -105,14 +105,14 @@ class CelebA(ImageSet):
             chosen = {file for file, part in rows if part == wanted}
         except (OSError, ValueError) as error:
             raise FlowtrainError(f"cannot read {table}: each line must be a file name and 0, 1 or 2") from error
-        images = source(folder)
+        images = find_images(folder)
         names = [file for file in images.names if file.rpartition("/")[2] in chosen]
         if len(names) < len(chosen) or not names:
             raise UsageError(f"{folder} holds {len(names):,} of the {len(chosen):,} images of {table}'s {name} split")
-        return self._stream(name, images, names, f"the official split, crop {self.box}")
+        return self._make_split(name, images, names, f"the official split, crop {self.box}")
 
 
-def _own_folders(path: Path) -> dict[str, Path]:
+def _split_folders(path: Path) -> dict[str, Path]:
     """split -> folder, where ``path`` holds train and at least one more; else nothing."""
     train, test = path / "train", path / "test"
     val = next((path / name for name in ("val", "valid", "validation") if (path / name).is_dir()), None)
