@@ -31,7 +31,7 @@ from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections.ode import exact_trace, traced_exactly
 from flowtrain.config.build import build_flow
-from flowtrain.config.compose import compose, conf_dir
+from flowtrain.config.compose import conf_dir, train_config
 from flowtrain.data.loader import Loader, ordered
 from flowtrain.data.split import ArraySplit
 from flowtrain.engine.evaluate import evaluate
@@ -257,7 +257,7 @@ def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
     for model in sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml")):
         overrides = (f"model={model}", "dataset=miniboone", f"dataset.shape=[{dimensions}]")
         try:
-            build_flow(compose("train", list(overrides)), "meta")
+            build_flow(train_config(*overrides), "meta")
         except UsageError:  # a model of images
             continue
         say(f"{model} at D = {dimensions}")

@@ -11,7 +11,7 @@ import torch
 from flowtrain.benchmarks.ours import OPTIMIZER
 from flowtrain.benchmarks.session import Row, Session, row
 from flowtrain.config.build import build, build_flow
-from flowtrain.config.compose import compose
+from flowtrain.config.compose import train_config
 from flowtrain.data import Loader
 
 WITH_DATA, FIXED = "with data", "one fixed batch"
@@ -33,8 +33,8 @@ def rows(session: Session) -> Iterator[Row]:
 
 def _row(session: Session, name: str, overrides: tuple[str, ...], target: float) -> Row:
     sizes = ("batch_size=8", "model.steps=1", "model.hidden=8") if session.smoke else ("batch_size=64",)
-    cfg = compose("train", [*overrides, *sizes, f"seed={session.seed}"])
-    data = build(cfg.dataset, on_bad=cfg.on_bad)
+    cfg = train_config(*overrides, *sizes, f"seed={session.seed}")
+    data = build(cfg.dataset, "dataset", on_bad=cfg.on_bad)
     loader = Loader(
         data.split("train"), cfg.batch_size, cfg.seed, data.augment, session.device, workers=cfg.trainer.workers
     )
@@ -43,7 +43,7 @@ def _row(session: Session, name: str, overrides: tuple[str, ...], target: float)
     flow = build_flow(cfg, session.device)
     flow.initialize(*fixed)
     flow.train()
-    optimizer = build(cfg.optimizer)(flow.parameters())
+    optimizer = build(cfg.optimizer, "optimizer")(flow.parameters())
 
     def step(x: torch.Tensor, context: torch.Tensor | None) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections import Autoregressive, Coupling
 from flowtrain.config.build import build, build_flow
-from flowtrain.config.compose import compose
+from flowtrain.config.compose import train_config
 from flowtrain.engine.audit import unsettle
 from flowtrain.flow import Flow
 
@@ -115,7 +115,7 @@ def shipped_glow(side: int, hidden: int, levels: int, steps: int) -> tuple[str, 
 
 def started(overrides: tuple[str, ...], x: Tensor, seed: int) -> Flow:
     """The flow of a configuration, its weights moved off their neutral start and its norms started from ``x``."""
-    flow = build_flow(compose("train", [*overrides, f"seed={seed}"]), x.device)
+    flow = build_flow(train_config(*overrides, f"seed={seed}"), x.device)
     with torch.no_grad():
         unsettle(flow, x)
     return flow
@@ -123,7 +123,7 @@ def started(overrides: tuple[str, ...], x: Tensor, seed: int) -> Flow:
 
 def optimizer() -> Callable[..., torch.optim.Optimizer]:
     """What makes the optimizer of every variant from its parameters."""
-    return build(compose("train", list(OPTIMIZER)).optimizer)
+    return build(train_config(*OPTIMIZER).optimizer, "optimizer")
 
 
 def networks(flow: Flow) -> list[nn.Module]:
