@@ -16,7 +16,7 @@ FLAGS = ("--help", "--multirun", "--cfg", "--config-dir")
 
 
 def prepare(argv: list[str]) -> str | None:
-    """Answer the shell and return None, or put into COMP_LINE what Hydra can answer and return the root configuration."""
+    """Answer the shell and return None; or leave in COMP_LINE what Hydra can answer, and return its root."""
     query = next((word.partition("=")[2] for word in argv if word.startswith("query=")), None)
     if query is None:  # install, uninstall
         return "train"
