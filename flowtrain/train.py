@@ -21,8 +21,10 @@ from flowtrain.bijections.ode import continuous_layers
 from flowtrain.commands.data import has_bits
 from flowtrain.commands.evaluation import judge
 from flowtrain.commands.previews import View
-from flowtrain.config.build import build, build_flow, model_name, with_hint
-from flowtrain.config.compose import conf_dir, plain
+from flowtrain.config.build import add_hint, build, build_flow, model_name
+from flowtrain.config.compose import conf_dir
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import to_dict
 from flowtrain.data import Loader
 from flowtrain.engine import determinism
 from flowtrain.engine.compiling import Compiled, compile_flow, explained, pays
@@ -44,23 +46,23 @@ log = logging.getLogger("flowtrain")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
-def main(cfg, run_dir: str) -> dict:
+def main(cfg: TrainConfig, run_dir: str) -> dict:
     """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
-    with status.held(run_dir) if distributed.is_main() else nullcontext():
+    with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
-                files.sweep(Path(run_dir) / folder)
+                files.remove_temporary(Path(run_dir) / folder)
         return _train(cfg, run_dir)
 
 
 def _train(cfg, run_dir: str) -> dict:
-    data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)  # opens none, and names its own keys
-    flow = build_flow(cfg, "meta")  # refuses what cannot be before any data are opened
+    data = build(cfg.dataset, "dataset", allow=cfg.allow, on_bad=cfg.on_bad)  # opens none, and names its own keys
+    flow = build_flow(cfg, data.spec, "meta")  # refuses what cannot be before any data are opened
     _optimizer(cfg, flow)
     _keep(cfg, flow)
-    schedule = build(cfg.scheduler, allow=cfg.allow)
+    schedule = build(cfg.scheduler, "scheduler", allow=cfg.allow)
     device = distributed.device()
-    if cfg.get("deterministic"):  # absent in older checkpoints
+    if cfg.deterministic:
         determinism.insist()
     autocast = autocast_of(cfg.precision, device)
     train, val = data.split("train"), data.split("val")
@@ -80,11 +82,11 @@ def _train(cfg, run_dir: str) -> dict:
             f"({distributed.world()} × {cfg.trainer.accumulate})"
         )
     settings = _settings(cfg, loader.steps_per_epoch, autocast)
-    flow = build_flow(cfg, device)
+    flow = build_flow(cfg, data.spec, device)
     state = checkpoint.read(cfg.resume) if cfg.resume else None
     if state is None:
         _start(flow, cfg, train, device)
-    if cfg.get("deterministic"):
+    if cfg.deterministic:
         _tell_cost(flow, loader, cfg, autocast)
     trainer = _trainer(cfg, flow, loader, val, schedule, settings, run_dir, device)
     if state is not None:
@@ -101,7 +103,7 @@ def _train(cfg, run_dir: str) -> dict:
         with trainer.eagerly():
             summary = _conclude(cfg, flow, trainer, val, run_dir)
         key = trainer.measure.key
-        reporter.hyperparameters(_flat(plain(cfg)), {key: summary[key]})
+        reporter.hyperparameters(_flat(to_dict(cfg)), {key: summary[key]})
     except torch.OutOfMemoryError as error:
         raise FlowtrainError(
             f"out of memory on {device_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
@@ -110,10 +112,10 @@ def _train(cfg, run_dir: str) -> dict:
         ) from error
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
-    except files.Unwritable as error:
+    except files.WriteError as error:
         kept = any(trainer.directory.glob("*.pt"))
         how = "the same command with resume=true goes on from the last checkpoint" if kept else "nothing was saved yet"
-        raise files.Unwritable(f"{error}; {how}") from error
+        raise files.WriteError(f"{error}; {how}") from error
     finally:
         reporter.close()
     return summary
@@ -136,7 +138,7 @@ def _start(flow: Flow, cfg, train, device) -> None:
 
 
 def _tell_cost(flow: Flow, loader: Loader, cfg, autocast: torch.dtype | None) -> None:
-    way = Way(measure_of(cfg.dataset.levels), cfg.seed, cfg.trainer.accumulate, autocast)
+    way = Way(measure_of(cfg.dataset["levels"]), cfg.seed, cfg.trainer.accumulate, autocast)
     batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
     with determinism.explained():
         ratio = determinism.cost(flow, lambda copy: way.backpropagate(copy, copy, *batch, *place))
@@ -179,8 +181,8 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
         validate,
         view,
         run_dir,
-        measure_of(cfg.dataset.levels),
-        plain(cfg),
+        measure_of(cfg.dataset["levels"]),
+        to_dict(cfg),
         columns.to_record() if columns else None,
         compiled,
     )
@@ -309,8 +311,8 @@ def _settings(cfg, steps_per_epoch: int, autocast: torch.dtype | None) -> Settin
         patience=trainer.patience,
         max_bad_steps=trainer.max_bad_steps,
         autocast=autocast,
-        profile=trainer.get("profile", False),
-        rollback=trainer.get("rollback"),  # absent in older checkpoints
+        profile=trainer.profile,
+        rollback=trainer.rollback,
     )
 
 
@@ -325,13 +327,13 @@ def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
         {"params": [p for name, p in named if decays.search(name)]},
         {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
     ]
-    make = build(cfg.optimizer, allow=cfg.allow)
+    make = build(cfg.optimizer, "optimizer", allow=cfg.allow)
     if make.func in FUSED and not any(parameter.is_meta for _, parameter in named):
         make = partial(make.func, **{"fused": True, **make.keywords})
     try:
         return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer: {with_hint(str(error), cfg.optimizer)}") from error
+        raise UsageError(f"optimizer: {add_hint(str(error), cfg.optimizer)}") from error
 
 
 def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir: str, step: int) -> None:
@@ -346,7 +348,7 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     log.info("run: %s", run_dir)
     log.info("device: %s × %d, precision %s", device_name(device), world, cfg.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
-    levels = cfg.dataset.levels
+    levels = cfg.dataset["levels"]
     shape = "×".join(map(str, flow.shape))
     if levels:
         log.info(
@@ -359,9 +361,9 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     else:
         log.info("shape %s, D = %d, real numbers: likelihoods in nats", shape, flow.dimensions)
     if flow.bijection.context_shape:
-        log.info("context: %s, shape %s", cfg.dataset.context, "×".join(map(str, flow.bijection.context_shape)))
+        log.info("context: %s, shape %s", cfg.dataset["context"], "×".join(map(str, flow.bijection.context_shape)))
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
-    preset = f"{model_name(cfg)}_{cfg.dataset.name}"
+    preset = f"{model_name(cfg)}_{cfg.dataset['name']}"
     if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
     if cost := cost_of_likelihood(flow):

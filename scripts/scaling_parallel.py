@@ -26,7 +26,7 @@ from flowtrain.benchmarks.timing import Spread, in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_flow
-from flowtrain.config.compose import compose
+from flowtrain.config.compose import train_config
 from flowtrain.runtime import distributed
 from flowtrain.runtime.globalbatch import RunningMoments
 
@@ -157,9 +157,9 @@ def _bytes(flow) -> int:
 def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
     """A preset's training step on this core: its operations, its seconds, and what it would send."""
     print(f"        {name}", file=sys.stderr, flush=True)
-    cfg = compose("train", [f"experiment={name}", *overrides])
+    cfg = train_config(f"experiment={name}", *overrides)
     flow = build_flow(cfg, "cpu")
-    levels = cfg.dataset.levels
+    levels = cfg.dataset["levels"]
     shape = (examples, *flow.shape)
     x = torch.randint(0, levels, shape, dtype=torch.uint8) if levels else torch.randn(shape)
     flow.initialize(x)

@@ -7,19 +7,26 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from flowtrain.commands import COMMANDS
 from flowtrain.config.build import build_flow
-from flowtrain.config.compose import conf_dir, plain
+from flowtrain.config.compose import conf_dir, train_config
+from flowtrain.config.validation import to_dict, validate
 
 
 def composed(*overrides: str):
-    """With its interpolations."""
+    """The tree that train composes, interpolations and all."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("train", overrides=list(overrides))
 
 
 def configuration(*overrides: str):
-    """Without them."""
-    return OmegaConf.create(plain(composed(*overrides)))
+    """What train's main receives."""
+    return train_config(*overrides)
+
+
+def on_checkpoint(command: str, config, **keys):
+    """What the main of a command that opens a checkpoint of ``config`` receives; ``keys``: its own, all of them."""
+    return validate(COMMANDS[command].config, {**to_dict(config), **keys})
 
 
 def flow_of(*overrides: str, device: str = "cpu"):

@@ -16,7 +16,8 @@ from composed import options
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes, launcher, main, worker
-from flowtrain.config import schema
+from flowtrain.commands import COMMANDS
+from flowtrain.config.validation import key_names
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def refusal(tmp_path, monkeypatch):
         with pytest.raises(UsageError) as caught:
             main.run(list(words))
         assert not (tmp_path / "outputs").exists()
-        text, code = exit_codes.explain(caught.value)
+        text, code = exit_codes.describe_error(caught.value)
         assert code == 2 and "\n" not in text
         return text
 
@@ -142,16 +143,17 @@ def test_help_and_version_without_torch(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
     code = code.replace("'torch', 'hydra'", "'torch'")
-    done = subprocess.run([sys.executable, "-c", code, "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     groups = [path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
     for word in [f"{name}:" for name in groups] + [f"{name}=" for name in groups]:
         assert word in done.stdout, word
-    for key in schema.known_keys("train"):
-        assert f"{key}:" in done.stdout, key
+    for key in key_names(COMMANDS["train"].config):
+        assert re.search(rf"  {key}[ .:]", done.stdout), key
     for command in ("eval", "sample"):
         done = flowtrain(command, "--help", cwd=tmp_path)
-        own = set(schema.known_keys(command)) - set(schema.known_keys("train")) - {"run_dir"}
-        assert done.returncode == 0 and all(f"{key}=" in done.stdout for key in own)
+        own = {*key_names(COMMANDS[command].config)} - {*key_names(COMMANDS["train"].config)}
+        assert done.returncode == 0 and all(f"  {key} " in done.stdout for key in own)
 
 
 def test_completion(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.commands.data import is_image
-from flowtrain.commands.draws import drawn
+from flowtrain.commands.draws import draw_samples
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.flow import Flow
@@ -27,7 +27,7 @@ class View:
     """
 
     def __init__(self, val: Split, cfg):
-        self.levels, self.is_image = cfg.dataset.levels, is_image(cfg)
+        self.levels, self.is_image = cfg.dataset["levels"], is_image(cfg)
         if self.is_image:
             self.count, self.seed = cfg.trainer.sample_n, cfg.seed
             _, self.context = val.take(torch.arange(self.count) % len(val))
@@ -36,7 +36,7 @@ class View:
 
     def __call__(self, flow: Flow) -> Tensor | None:
         if self.is_image:
-            return image_grid(drawn(flow, self.count, self.seed, self.context), self.levels)
+            return image_grid(draw_samples(flow, self.count, self.seed, self.context), self.levels)
         if flow.dimensions > 2:
             return None
         return density_of(flow, self.points, self.context)

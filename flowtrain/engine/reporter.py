@@ -30,7 +30,7 @@ class Reporter:
         self.run_dir = Path(run_dir)
         path = self.run_dir / "metrics.jsonl"
         self.lines = _cut(path, step, lines)
-        with files.writing(path):
+        with files.convert_errors(path):
             self.file = path.open("ab", buffering=0)
         self.board = None
         if tensorboard:
@@ -78,7 +78,7 @@ class Reporter:
                 self.board.add_hparams(values, metrics, run_name=".")
 
     def to_board(self):
-        return files.writing(self.run_dir / "tb")
+        return files.convert_errors(self.run_dir / "tb")
 
     def close(self) -> None:
         self.file.close()

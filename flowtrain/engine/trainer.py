@@ -413,7 +413,7 @@ class Trainer:
         self.flow.statistics()  # what its memory knows of wrong gradients since the last report stops the run first
         if distributed.is_main():
             checkpoint.save_last(self.state(), self.directory)
-            status.saved(self.directory.parent, self.step)
+            status.record_checkpoint(self.directory.parent, self.step)
 
 
 def _copied(state):

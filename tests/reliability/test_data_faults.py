@@ -14,12 +14,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from composed import composed
-from omegaconf import OmegaConf
+from composed import configuration
 from PIL import Image
 
 from flowtrain import data, train
-from flowtrain.config.compose import settle
 from flowtrain.data.image_files import ImageFileSplit, find_images
 from flowtrain.data.table_file import BLOCK, Array, TableFile
 from flowtrain.engine.trainer import Trainer
@@ -268,8 +266,8 @@ def folder(tmp_path):
 def trained(folder, name, *words):
     run_dir = folder.parent / name
     run_dir.mkdir()
-    cfg = OmegaConf.create(settle(composed(*WORDS, f"dataset.path={folder}", *words), "train"))
-    return train.main(cfg, str(run_dir)), run_dir
+    config = configuration(*WORDS, f"dataset.path={folder}", *words)
+    return train.main(config, str(run_dir)), run_dir
 
 
 def killing(patch, at):

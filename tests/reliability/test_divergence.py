@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from composed import composed
+from composed import configuration, on_checkpoint
 from inprocess import flowtrain
-from omegaconf import OmegaConf
 from ranks import together
 from test_engine import BATCH, same, small_flow
 from test_parallel import Slices, trainer
@@ -18,7 +17,8 @@ from flowtrain import train
 from flowtrain.cli import exit_codes
 from flowtrain.commands import check
 from flowtrain.config.build import build
-from flowtrain.config.compose import settle
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import validate
 from flowtrain.engine.divergence import Record
 from flowtrain.engine.measure import BitsPerDim
 from flowtrain.engine.reporter import Silence
@@ -88,14 +88,15 @@ FAULTS = [
 ]
 
 
-def configured(*words):
-    return OmegaConf.create(settle(composed(*words), "train"))
+def replaying(config, file):
+    keys = {"examples": 8, "jacobian": 4096, "tolerance": 1.0, "weights": "auto", "json": False}
+    return on_checkpoint("check", config, ckpt=None, replay=str(file), **keys)
 
 
 def wrong_with(fault: Fault, folder) -> str | None:
     """What is not as promised when ``fault`` spoils a run."""
     folder.mkdir()
-    cfg = configured(f"model={fault.model}", *TINY, *fault.words, *fault.more)
+    cfg = configuration(f"model={fault.model}", *TINY, *fault.words, *fault.more)
     try:
         train.main(cfg, str(folder))
     except FlowtrainError as error:
@@ -115,7 +116,7 @@ def wrong_with(fault: Fault, folder) -> str | None:
     rows = {"beyond": beyond, "none": [], "some": found["rows"][:]}[fault.rows]
     if found["rows"] != rows or (not rows) != (fault.rows == "none"):
         return f"rows {found['rows']} are blamed, not {rows}"
-    split = build(cfg.dataset, allow=cfg.allow).split("train")
+    split = build(cfg.dataset, "dataset", allow=cfg.allow).split("train")
     if not torch.equal(split.data[record["examples"]].nan_to_num(), x.nan_to_num()):
         return "its examples are not those of the batch"
     kept = checkpoint.read(folder / "checkpoints/last.pt")
@@ -129,7 +130,7 @@ def _shown_otherwise(cfg, file, record) -> str | None:
     again = file.parent.parent / "again"
     again.mkdir()
     try:
-        check.main(OmegaConf.create({**cfg, "ckpt": None, "replay": str(file), "json": False}), str(again))
+        check.main(replaying(cfg, file), str(again))
     except FlowtrainError as error:
         report = json.loads((again / "check.json").read_text())
         found = record["found"]
@@ -162,7 +163,7 @@ def run(cwd, *words):
     try:
         return flowtrain(cwd, *words), ""
     except FlowtrainError as error:
-        text, code = exit_codes.explain(error)
+        text, code = exit_codes.describe_error(error)
         return code, text
 
 
@@ -206,15 +207,15 @@ SPOILT = (
 
 def test_a_record_that_is_none(tmp_path):
     with pytest.raises(FlowtrainError):
-        train.main(configured("model=realnvp_vector", *TINY, *trap("output", "nan")), str(tmp_path))
+        train.main(configuration("model=realnvp_vector", *TINY, *trap("output", "nan")), str(tmp_path))
     (file,) = tmp_path.glob("divergence/*.pt")
     state = checkpoint.read(file)
-    cfg = {**state["config"], "ckpt": None, "replay": str(file), "json": False}
+    config = replaying(validate(TrainConfig, state["config"]), file)
     for number, spoilt in enumerate(SPOILT):
         checkpoint.save({**state, "divergence": {**state["divergence"], **spoilt}}, file)
         (tmp_path / str(number)).mkdir()
         with pytest.raises(FlowtrainError, match=r"step_7\.pt: no record of a step that went wrong \(") as caught:
-            check.main(OmegaConf.create(cfg), str(tmp_path / str(number)))
+            check.main(config, str(tmp_path / str(number)))
         assert "\n" not in str(caught.value), spoilt
 
 
@@ -222,7 +223,7 @@ def test_a_record_that_is_none(tmp_path):
 
 
 def test_spoiled_examples_cost_their_batches_alone(tmp_path):
-    cfg = configured("model=realnvp_vector", *TINY, *data("nan", "[3,700]"), "max_steps=50")  # an epoch
+    cfg = configuration("model=realnvp_vector", *TINY, *data("nan", "[3,700]"), "max_steps=50")  # an epoch
     summary = train.main(cfg, str(tmp_path))
     assert 1 <= summary["skipped_steps"] <= 2 and math.isfinite(summary["log_likelihood"])
 
@@ -244,11 +245,11 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    summary = train.main(configured(*WILD), str(whole))
-    train.main(configured(*WILD, "max_steps=12"), str(parts))
+    summary = train.main(configuration(*WILD), str(whole))
+    train.main(configuration(*WILD, "max_steps=12"), str(parts))
     middle = parts / "checkpoints/previous.pt"  # as of step 12, before what ends a run
     assert 0 < checkpoint.read(middle)["rollbacks"] < summary["rollbacks"]
-    train.main(configured(*WILD, f"resume={middle}"), str(parts))
+    train.main(configuration(*WILD, f"resume={middle}"), str(parts))
     states = [checkpoint.read(each / "checkpoints/last.pt") for each in (whole, parts)]
     for state in states:
         state["config"] = None
@@ -267,7 +268,7 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
 def test_rollbacks_come_to_an_end(tmp_path):
     spoiled = trap("output", "nan", after=1)
     with pytest.raises(FlowtrainError, match="stopped at step 12: 3 steps in a row"):  # the fourth time
-        train.main(configured("model=realnvp_vector", *TINY, *spoiled, "trainer.rollback=0.5"), str(tmp_path))
+        train.main(configuration("model=realnvp_vector", *TINY, *spoiled, "trainer.rollback=0.5"), str(tmp_path))
 
 
 # ---- two processes -------------------------------------------------------------------------------------------------
