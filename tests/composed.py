@@ -8,7 +8,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from flowtrain.commands import COMMANDS
-from flowtrain.config.build import build_flow
+from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import conf_dir, train_config
 from flowtrain.config.validation import to_dict, validate
 
@@ -30,7 +30,8 @@ def on_checkpoint(command: str, config, **keys):
 
 
 def flow_of(*overrides: str, device: str = "cpu"):
-    return build_flow(configuration(*overrides), torch.device(device))
+    config = configuration(*overrides)
+    return build_flow(config, build_dataset(config).spec, torch.device(device))
 
 
 def options(group: str) -> list[str]:

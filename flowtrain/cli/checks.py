@@ -26,7 +26,7 @@ from flowtrain.runtime import distributed
 
 # keys of a run that every command reads; the others of TrainConfig matter to training alone
 READ_BY_ALL = ("seed", "devices", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
-OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset"}
+OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset", "objective"}
 # keys of the data set that a checkpoint does not decide: where the data lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
 
@@ -83,7 +83,7 @@ class _Job:
             group, value = item.key_or_group, item.value()
             if item.is_delete() or not self.loader.group_exists(group):
                 continue
-            if self.restored and (group in ("model", "dataset", "experiment") or is_part(group)):
+            if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
                 raise _fixed(group)
             options = self.loader.options(group)
             if value is None:
@@ -152,7 +152,7 @@ def _is_fixed(command: Command, key: str) -> bool:
     """Whether the checkpoint decides a key: the flow, its data and, unless the command trains, its optimizer."""
     root = key.split(".")[0]
     optimizes = not command.trains and root in ("optimizer", "scheduler")
-    return (root in ("model", "dataset") or is_part(root) or optimizes) and key not in PLACES
+    return (root in ("model", "dataset", "objective") or is_part(root) or optimizes) and key not in PLACES
 
 
 def _changes_nothing(command: Command, key: str) -> bool:

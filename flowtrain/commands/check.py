@@ -14,13 +14,12 @@ from torch import Tensor
 from flowtrain.commands import CheckConfig
 from flowtrain.commands.draws import draw_samples
 from flowtrain.commands.restored import restore
-from flowtrain.config.build import build_dataset, build_flow, model_name
+from flowtrain.config.build import build_dataset, build_flow, build_objective, model_name
 from flowtrain.data.images import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.engine.audit import Check, audit, unsettle
-from flowtrain.engine.divergence import Record
-from flowtrain.engine.measure import measure_of
-from flowtrain.engine.precision import autocast_of
+from flowtrain.engine.precision import autocast_dtype
+from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, files
@@ -86,10 +85,11 @@ def replay(config: CheckConfig, run_dir: str) -> dict:
         FlowtrainError: the step goes wrong again, or the file is not a divergence record.
     """
     restored, state = restore(config, config.replay, "raw"), checkpoint.read(config.replay)
-    autocast = autocast_of(config.precision, distributed.device())
+    objective = build_objective(config, restored.dataset.spec)
+    autocast = autocast_dtype(config.precision, distributed.device())
     try:
-        record = Record.from_state(state.get("divergence"))
-        found = record.replay(restored.flow, measure_of(restored.dataset.spec.levels), autocast)
+        record = Record.from_state_dict(state.get("divergence"))
+        found = record.replay(restored.flow, objective, autocast)
     except Exception as error:  # whatever a flow raises for a stranger's numbers
         reason = " ".join(str(error).split())[:200]
         raise FlowtrainError(f"{config.replay}: no record of a step that went wrong ({reason})") from error
@@ -103,10 +103,10 @@ def replay(config: CheckConfig, run_dir: str) -> dict:
         "as_recorded": same,
     }
     files.write_json(Path(run_dir) / "check.json", report)
-    line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.told(found)}"
+    line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.describe(found)}"
     print(json.dumps(report, indent=2) if config.json else line, flush=True)
     if found:
-        raise FlowtrainError(f"step {record.step} goes wrong again: {record.told(found)}")
+        raise FlowtrainError(f"step {record.step} goes wrong again: {record.describe(found)}")
     return report
 
 

@@ -12,7 +12,7 @@ import torch
 from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import continuous_layers, traced_exactly
 from flowtrain.commands import EvalConfig
-from flowtrain.commands.evaluation import judge, shares
+from flowtrain.commands.evaluation import evaluate_split, split_batches
 from flowtrain.commands.restored import restore
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
@@ -37,7 +37,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
     examples = config.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None
-    result = judge(flow, split, config, examples, config.draws, exact)
+    result = evaluate_split(flow, split, config, examples, config.draws, exact)
     report = {}
     if restored.has_bits:
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
@@ -86,7 +86,7 @@ def _logit_log_likelihood(
         return None
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for index, x, context in shares(split, config, next(flow.parameters()).device, examples):
+        for index, x, context in split_batches(split, config, next(flow.parameters()).device, examples):
             torch.manual_seed(seed_from(config.seed, int(index[0]), 0))
             added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()

@@ -8,6 +8,7 @@ from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Columns
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.spec import has_bits
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed
 
@@ -29,7 +30,7 @@ class Restored:
     @property
     def has_bits(self) -> bool:
         """Whether the data are integers, so that bits per dimension mean something."""
-        return self.dataset.spec.levels is not None or self.columns is not None and self.columns.all_integer
+        return has_bits(self.dataset.spec, self.columns)
 
 
 def restore(config: TrainConfig, path: str, weights: str) -> Restored:

@@ -22,6 +22,8 @@ MODULES = (
     "flowtrain.flow",
     "flowtrain.data",
     "flowtrain.engine.schedules",
+    "flowtrain.engine.objectives",
+    "flowtrain.engine.loggers",
 )
 
 

@@ -104,6 +104,11 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     return flow if device.type == "meta" else flow.to(device)
 
 
+def build_objective(config: TrainConfig, spec: DataSpec):
+    """What a step of ``config`` minimizes on the data that ``spec`` describes."""
+    return _constructor(config.objective, "objective", config.allow, {"grey_levels": spec.levels})()
+
+
 def _constructor(node, where: str, allow, offered: dict) -> Callable | None:
     """What a node names, with the node's arguments and those of ``offered`` that it takes; None for an empty node."""
     if not node:

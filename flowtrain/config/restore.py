@@ -25,7 +25,7 @@ from flowtrain.errors import FlowtrainError
 
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100
 MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, such as a width, and of an example
-NODES = ("model", "dataset", "trainer", "optimizer", "scheduler")  # that are mappings
+NODES = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "logger")  # that are mappings
 # keys of dataset that this machine and this command decide, never the file
 LOCAL = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
 DROPPED = ("devices", "allow", "dist", "job_timeout")
@@ -118,11 +118,13 @@ def _check_flow(config: TrainConfig, state: dict) -> None:
     stored = [state.get("model"), state.get("ema", "missing") or {}]
     if not all(isinstance(weights, dict) for weights in stored):
         raise ValueError("the file has no weights")
+    if "columns" not in state:
+        raise ValueError("the file does not say its columns")
     if any(abs(number) > MAX_NUMBER for number in _whole_numbers(config.model)):
         raise ValueError(f"model holds a number beyond {MAX_NUMBER:,}")
     if "path" in config.dataset:  # a stranger's: the description must not come from that file
         config = replace(config, dataset={**config.dataset, "path": None})
-    data = build_dataset(config, state.get("columns"))
+    data = build_dataset(config, state["columns"])
     if not isinstance(data, Dataset):
         raise ValueError("dataset is not a Dataset")
     spec = data.spec

@@ -142,8 +142,11 @@ def find_run(config: dict) -> Path | None:
         file, problems = _first_intact(run / "checkpoints", LAST)
         if file is None and any((run / "checkpoints").glob("*.pt")):
             log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
-        if file and fixed(checkpoint.read_config(file)) == fixed(config):
-            return run.resolve()
+        try:
+            if file and fixed(checkpoint.read_config(file)) == fixed(config):
+                return run.resolve()
+        except FlowtrainError as error:  # of another version of flowtrain
+            log.warning("no checkpoint of %s can be used: %s", run, error)
     return None
 
 

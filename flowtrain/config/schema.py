@@ -85,7 +85,9 @@ class TrainConfig(JobConfig):
     model: Any
     dataset: Any
     optimizer: Any
+    objective: Any
     scheduler: Any
+    logger: Any
     trainer: TrainerConfig
     published: PublishedConfig | None
     parts: dict[str, Any]

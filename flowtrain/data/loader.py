@@ -91,8 +91,8 @@ class Loader:
         """FlowtrainError where a step number saved with ``state`` would mean other data here."""
         words = {"examples": "the train split's number of examples", "data": "the SHA-256 of the train split"}
         for key, now in self.state_dict().items():
-            if state.get(key, now) != now:  # older checkpoints know nothing of the data
-                was, what = state[key], words.get(key, key)
+            if (was := state.get(key)) != now:
+                what = words.get(key, key)
                 raise FlowtrainError(f"cannot resume: {what} was {was} and is now {now}; init=CKPT starts anew")
 
 

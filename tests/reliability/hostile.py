@@ -165,15 +165,19 @@ def archives(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], o
     for numel in (10**6, 2**62, -1):
         declared = _declared(state, numel)
         yield f"a storage of {numel} numbers", lambda path, declared=declared: sealed(path, declared)
-    for gone in ("config", "model", "ema"):
+    for gone in ("config", "model", "ema", "columns"):
         without = {key: value for key, value in state.items() if key != gone}
         yield f"no {gone}", lambda path, without=without: checkpoint.save(without, path)
-    yield "a list", lambda path: checkpoint.save([state], path)
+    yield "a list", lambda path: sealed(path, _buffer(lambda out: torch.save([state], out)))
+    for name, value in {"no": None, "an older": 1, "a later": 10**9, "a text as": "2"}.items():
+        yield f"{name} format", lambda path, value=value: checkpoint.save({**state, "format": value}, path)
 
 
 def _pickled_in(state: dict) -> bytes:
     """The pickle of a state without tensors, as torch would write it."""
-    return pickle.dumps({"config": state["config"], "model": {}, "ema": None}, protocol=2)
+    return pickle.dumps(
+        {"format": checkpoint.FORMAT, "config": state["config"], "model": {}, "ema": None, "columns": None}, protocol=2
+    )
 
 
 def _declared(state: dict, numel: int) -> bytes:

@@ -67,7 +67,7 @@ def again(self, step=0, original=Loader.batches):
         yield batch
 
 
-def shares(*args, original=evaluation.shares):
+def split_batches(*args, original=evaluation.split_batches):
     """One example a batch, and all are slow."""
     for index, x, context in original(*args):
         for i in range(len(x)):
@@ -94,8 +94,8 @@ def patch() -> None:
         "step": lambda: before(Trainer, "update", SAVING, late),
         "every step": lambda: before(Trainer, "update", 0.1),
         "stuck": lambda: before(Trainer, "update", when=late),
-        "validation": lambda: setattr(evaluation, "shares", shares),
-        "image": lambda: before(previews.View, "__call__", when=late),
+        "validation": lambda: setattr(evaluation, "split_batches", split_batches),
+        "image": lambda: before(previews.Preview, "__call__", when=late),
         "saving": lambda: before(checkpoint, "save_last", SAVING),
         "end": lambda: before(train, "_conclude"),
         "one second": lambda: setattr(hydra.core.utils, "datetime", OneSecond),

@@ -19,9 +19,8 @@ from flowtrain.commands import check
 from flowtrain.config.build import build
 from flowtrain.config.schema import TrainConfig
 from flowtrain.config.validation import validate
-from flowtrain.engine.divergence import Record
-from flowtrain.engine.measure import BitsPerDim
-from flowtrain.engine.reporter import Silence
+from flowtrain.engine.objectives import BitsPerDim
+from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint, distributed
 
@@ -248,7 +247,7 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
     summary = train.main(configuration(*WILD), str(whole))
     train.main(configuration(*WILD, "max_steps=12"), str(parts))
     middle = parts / "checkpoints/previous.pt"  # as of step 12, before what ends a run
-    assert 0 < checkpoint.read(middle)["rollbacks"] < summary["rollbacks"]
+    assert 0 < checkpoint.read(middle)["recovery"]["rollbacks"] < summary["rollbacks"]
     train.main(configuration(*WILD, f"resume={middle}"), str(parts))
     states = [checkpoint.read(each / "checkpoints/last.pt") for each in (whole, parts)]
     for state in states:
@@ -286,7 +285,7 @@ def of_two(folder):
     one.loader = Halves(poison=range(4, 99))
     lines = []
     try:
-        one.fit(Silence())
+        one.fit()
     except FlowtrainError as error:
         lines.append(str(error))
     one = trainer(folder / "weight", small_flow(), max_bad_steps=3, max_steps=12, rollback=0.5)
@@ -300,9 +299,14 @@ def of_two(folder):
                 one.flow.bijection.mixing.lu[1] = math.nan
 
     one.update = spoiling
-    one.judge = lambda _flow: (_ for _ in ()).throw(FlowtrainError("not here"))
-    one.fit(Silence())
-    return lines, one.rollbacks, one.skipped, [parameter.detach() for parameter in one.flow.parameters()]
+    one.validation.evaluate = lambda _flow: (_ for _ in ()).throw(FlowtrainError("not here"))
+    one.fit()
+    return (
+        lines,
+        one.recovery.rollbacks,
+        one.recovery.skipped,
+        [parameter.detach() for parameter in one.flow.parameters()],
+    )
 
 
 def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
@@ -312,7 +316,7 @@ def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
     assert agreed and (rollbacks, skipped) == (1, 3)
     assert all(weight.isfinite().all() for weight in weights)
     state = checkpoint.read(tmp_path / "data/divergence/step_6.pt")
-    record = Record.from_state(state["divergence"])
+    record = Record.from_state_dict(state["divergence"])
     assert record.found.layer == "data" and record.found.rows == tuple(range(BATCH // 2, BATCH))
     assert f"train examples {6 * BATCH + BATCH // 2}, " in lines[0]
     flow = small_flow()
@@ -320,5 +324,5 @@ def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
     assert record.replay(flow, BitsPerDim(), None) == record.found
     state = checkpoint.read(tmp_path / "weight/divergence/step_8.pt")  # of the process whose weight it is
     assert not state["model"]["bijection.mixing.lu"].isfinite().all()
-    found = Record.from_state(state["divergence"]).found
+    found = Record.from_state_dict(state["divergence"]).found
     assert found.layer == "mixing" and "whose mixing.lu is not finite" in found.what

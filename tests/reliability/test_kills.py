@@ -121,7 +121,7 @@ def test_killed_after_the_last_validation(server, whole, composed, tmp_path):
 @pytest.mark.parametrize("part", [*deaths.OMITTED, None])
 def test_each_part_of_the_state_is_needed(server, whole, composed, tmp_path, part):
     """Without any one of them the comparison above fails."""
-    save = SAVES + 1 if part == "lines" else 3
+    save = SAVES + 1 if part == "records" else 3
     death = {"place": "before rename", "save": save}
     assert server.run(tmp_path, **composed(1), DEATH=json.dumps(death)) == -signal.SIGKILL
     omitted = {"OMIT": part} if part else {}
