@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain.bijections.autoregressive import cost_of_likelihood
-from flowtrain.bijections.memory import MEMORIES
+from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.commands.data import has_bits
 from flowtrain.commands.evaluation import judge
@@ -34,7 +34,7 @@ from flowtrain.engine.reporter import Reporter, Silence
 from flowtrain.engine.trainer import Settings, Trainer
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import checkpoint, distributed, environment, files, globalbatch, status
+from flowtrain.runtime import checkpoint, distributed, environment, files, global_batch, status
 from flowtrain.runtime.checkpoint import load_weights
 from flowtrain.runtime.environment import device_name
 from flowtrain.runtime.interrupts import heeded
@@ -163,7 +163,7 @@ def _trainer(cfg, flow: Flow, loader: Loader, val, schedule, settings: Settings,
     view = View(val.to(device), cfg) if distributed.is_main() else None
 
     def validate(judged: Flow):
-        if globalbatch.has_moments(judged):
+        if global_batch.has_moments(judged):
             _remember_moments(judged, loader, cfg.trainer.val_examples)
         return judge(judged, val, cfg, cfg.trainer.val_examples, cfg.trainer.val_draws)
 
@@ -222,7 +222,7 @@ def _keep(cfg, flow: Flow) -> None:
     if cfg.memory == "reversible" and cfg.compile is True:
         raise UsageError("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
     try:
-        flow.keep(MEMORIES[cfg.memory]())
+        flow.set_backpropagation(MEMORY_MODES[cfg.memory]())
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -233,9 +233,9 @@ def _remember_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     batches = loader.batches()
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
-    with torch.no_grad(), globalbatch.reestimating(flow):
+    with torch.no_grad(), global_batch.reestimate(flow):
         for x, context in heeded(islice(batches, min(loader.steps_per_epoch, steps))):
-            with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
+            with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)
 
 
@@ -364,9 +364,9 @@ def _introduce(cfg, flow: Flow, train, val, settings: Settings, device, run_dir:
     preset = f"{cfg.model.name}_{cfg.dataset.name}"
     if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
-    if cost := cost_of_likelihood(flow):
+    if cost := cost_of_likelihood(flow.bijection):
         log.info("%s", cost)
-    if cfg.memory != "none" and not flow.memory.chains(flow):
+    if cfg.memory != "none" and not flow.backpropagation.chains(flow.bijection):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", cfg.memory)
     log.info(
         "batch: %d, %d a device in %d part(s); until %s",

@@ -62,6 +62,10 @@ LAYERS = {
     "center": partial(b.Center, image),
     "standardize": partial(standardize, vector),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
+    **{
+        f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))
+        for name in ("piecewise_linear", "rational_quadratic")
+    },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
@@ -90,7 +94,7 @@ LAYERS = {
         (1, 8, 8),
         levels=3,
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
-        exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
+        split_prior=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     ),
     "multiscale_last": partial(b.MultiScale, (2, 4, 4), levels=2, level=b.Squeeze, last=b.ActNorm),
     **{f"elementwise_{name}": partial(b.Elementwise, vector, univariate=map) for name, map in UNIVARIATE.items()},

@@ -11,7 +11,7 @@ from flowtrain import nets
 from flowtrain.engine.compiling import compile_flow, regions, signature
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 
 BATCH = 8
 
@@ -184,7 +184,7 @@ def test_dropout_is_the_same_compiled_and_slices_share_a_program(slices):
         flow.zero_grad()
         for i, part in enumerate(x.chunk(slices)):
             torch.manual_seed(5)
-            with globalbatch.rows(i * len(part), len(x)):
+            with global_batch.rows(i * len(part), len(x)):
                 flow(part).mean().backward()
         return torch.cat([parameter.grad.flatten() for parameter in flow.parameters()])
 

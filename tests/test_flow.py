@@ -14,7 +14,7 @@ from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.distributions import Logistic, StandardNormal
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.runtime import fusion, globalbatch
+from flowtrain.runtime import fusion, global_batch
 
 
 def preprocess(levels, alpha):
@@ -32,7 +32,7 @@ def noise(monkeypatch):
     """Set what dequantization draws."""
 
     def set_noise(values):
-        monkeypatch.setattr(globalbatch, "uniform", lambda shape, **_: values.expand(shape))
+        monkeypatch.setattr(global_batch, "uniform", lambda shape, **_: values.expand(shape))
 
     return set_noise
 
@@ -180,9 +180,9 @@ def multiscale_flow(alpha=None, levels=3):
         b.MultiScale,
         levels=levels,
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
-        exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
+        split_prior=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     )
-    return multiscale_flow((3, 8, 8), 256, alpha, body)
+    return image_flow((3, 8, 8), 256, alpha, body)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.05])
@@ -290,11 +290,11 @@ def test_a_constant_channel_starts_finite():
 
 def test_slices_of_a_global_batch_draw_its_noise():
     torch.manual_seed(0)
-    whole = globalbatch.uniform((6, 2))
+    whole = global_batch.uniform((6, 2))
     for start, stop in ((0, 3), (3, 6), (2, 4)):
         torch.manual_seed(0)
-        with globalbatch.rows(start, 6):
-            assert torch.equal(globalbatch.uniform((stop - start, 2)), whole[start:stop])
+        with global_batch.rows(start, 6):
+            assert torch.equal(global_batch.uniform((stop - start, 2)), whole[start:stop])
 
 
 def test_batchnorm_evaluates_with_remembered_moments():
@@ -304,7 +304,7 @@ def test_batchnorm_evaluates_with_remembered_moments():
     layer.train()
     z, log_det = layer(batches[0])
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    with globalbatch.reestimating(layer):
+    with global_batch.reestimate(layer):
         for x in batches:
             layer(x)
     mean = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from flowtrain.bijections import Autoregressive, Coupling
 from flowtrain.config.build import build, build_flow
 from flowtrain.config.compose import compose
-from flowtrain.engine.audit import unsettle
+from flowtrain.engine.audit import perturb
 from flowtrain.flow import Flow
 
 # that of all variants, fused as the trainer has it; hardly learning, so that weights stay put
@@ -96,7 +96,7 @@ def glow(side: int, hidden: int, levels: int, steps: int) -> tuple[str, ...]:
         f"model.steps={steps}",
         f"model.hidden={hidden}",
         "model.net.norm=null",
-        "model.exit=null",
+        "model.split_prior=null",
         "model.last.layers.top=null",
         "model.flow.bijection.layers.preprocess=null",
     )
@@ -117,7 +117,7 @@ def started(overrides: tuple[str, ...], x: Tensor, seed: int) -> Flow:
     """The flow of a configuration, its weights moved off their neutral start and its norms started from ``x``."""
     flow = build_flow(compose("train", [*overrides, f"seed={seed}"]), x.device)
     with torch.no_grad():
-        unsettle(flow, x)
+        perturb(flow, x)
     return flow
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowtrain.commands.draws import drawn
 from flowtrain.config.build import build_flow
 from flowtrain.data.images import one_hot
-from flowtrain.engine.audit import Check, audit, unsettle
+from flowtrain.engine.audit import Check, audit, perturb
 from flowtrain.engine.divergence import Record
 from flowtrain.engine.measure import measure_of
 from flowtrain.engine.precision import autocast_of
@@ -50,7 +50,7 @@ def main(cfg, run_dir: str) -> dict:
         what = f"a new {cfg.model.name} for {cfg.dataset.name}"
         examples = max(cfg.examples, min(STARTING, NUMBERS // flow.dimensions))
         x, context = _made_up(flow, cfg, examples), _context(cfg, flow, examples)
-        unsettle(flow, x, context)
+        perturb(flow, x, context)
         x, context = x[: cfg.examples], None if context is None else context[: cfg.examples]
     try:
         checks = list(audit(flow, x, context, cfg.dataset.levels, cfg.jacobian, cfg.tolerance, cfg.seed))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.ode import unsolved_is_nan
 from flowtrain.engine.measure import Measure
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 from flowtrain.runtime.seeds import mix
 
 
@@ -46,7 +46,7 @@ class Way:
             for i, (part, context) in enumerate(zip(parts, contexts)):
                 torch.manual_seed(mix(self.seed, step))  # nothing to restore but the step
                 with nullcontext() if i == len(parts) - 1 or wrapped is flow else wrapped.no_sync():
-                    with globalbatch.rows(row, world * len(x)), self._lower(x.device.type):
+                    with global_batch.rows(row, world * len(x)), self._lower(x.device.type):
                         log_prob = wrapped(part, context)
                         part_loss = self.measure.loss(log_prob, flow.dimensions).sum() / len(x)
                     part_loss.backward()
