@@ -154,8 +154,10 @@ class Flow(nn.Module):
         Raises:
             ValueError: this flow cannot be trained so.
         """
-        for part in (self, *backpropagation.chains(self.bijection)):
-            part.backpropagation = backpropagation
+        chains = backpropagation.chains(self.bijection)
+        self.backpropagation = backpropagation
+        for chain in chains:
+            chain.backpropagation = backpropagation
 
     def statistics(self) -> dict[str, float]:
         """What a trainer may log. Every process calls this at the same step."""

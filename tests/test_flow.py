@@ -1,6 +1,7 @@
 """Whole flows: that their probabilities add up, that bits/dim is what it says, that nothing is lost on the way."""
 
 import math
+import threading
 from functools import partial
 from itertools import product
 
@@ -283,6 +284,45 @@ def test_a_constant_channel_starts_finite():
     x = torch.cat((torch.randn(50, 1), torch.full((50, 1), 3.0)), 1)
     flow.initialize(x)
     assert flow(x).isfinite().all()
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+class Meeting(b.Bijection):
+    """Waits in ``forward`` until another thread has arrived there too."""
+
+    barrier = threading.Barrier(2, timeout=60)
+
+    def forward(self, x, context=None):
+        self.barrier.wait()
+        return x, torch.zeros(len(x))
+
+
+def test_threads_use_a_flow_in_modes_of_their_own():
+    """``encode`` maps integers to the centres of their bins and integrates no trace; ``log_prob`` does neither."""
+    layers = {
+        "first": Meeting,
+        "dequantize": partial(b.Dequantize, levels=4),
+        "ode": partial(b.Continuous, net=partial(nets.ODENet, hidden=4, depth=1), solver="rk4"),
+        "second": Meeting,
+    }
+    flow, x = Flow((2,), partial(b.Chain, layers=layers)), torch.randint(0, 4, (50, 2))
+    found = {}
+
+    def run(name):
+        found[name] = getattr(flow, name)(x)
+
+    for _ in range(2):  # both have passed the first layer before either enters the second one
+        threads = [threading.Thread(target=run, args=(name,)) for name in ("encode", "log_prob")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(found["encode"], (x + 0.5) / 4)  # the ODE is the identity at its start
+        assert found["log_prob"].isfinite().all()
+        centre = StandardNormal((2,)).log_prob(found["encode"]) - 2 * math.log(4)
+        assert not torch.allclose(found["log_prob"], centre)
 
 
 # ---- the global batch ----------------------------------------------------------------------------------------------

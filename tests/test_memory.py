@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import threading
 from functools import partial
 
 import pytest
@@ -23,7 +24,7 @@ from flowtrain.engine.compiling import compile_flow
 from flowtrain.engine.peak import peak_bytes
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
-from flowtrain.runtime import distributed, global_batch
+from flowtrain.runtime import distributed, fusion, global_batch, modes
 
 DIGITS, PLANE = "dataset=digits", "dataset=moons"
 FLOWS = {
@@ -149,32 +150,10 @@ class UnawareChain(b.Chain):
         return 2 * z, log_det + z[0].numel() * math.log(2)
 
 
-class Pair(b.Bijection):
-    """A container that only says so."""
-
-    container = True
-
-    def __init__(self, shape, context_shape=None):
-        super().__init__(shape, context_shape)
-        step = {"one": partial(b.Coupling, univariate=b.PiecewiseLinear, net=mlp), "two": b.Reverse}
-        self.first, self.second = b.Chain(shape, step, repeat=2), b.Chain(shape, step, repeat=2)
-
-    def forward(self, x, context=None):
-        x, log_det = self.first(x)
-        z, other = self.second.inverse(x)
-        return z, log_det + other
-
-    def inverse(self, z, context=None):
-        z, log_det = self.second(z)
-        x, other = self.first.inverse(z)
-        return x, log_det + other
-
-
 UNAWARE = {
     "unaware": partial(Unaware, (5,)),
     "unaware_coupling": partial(UnawareCoupling, (5,), b.SigmoidAffine, mlp),
     "unaware_chain": partial(UnawareChain, (5,), {"coupling": partial(b.Coupling, univariate=b.ExpAffine, net=mlp)}),
-    "pair": partial(Pair, (5,)),
 }
 
 
@@ -318,10 +297,38 @@ def test_names_and_copies_stay():
     flow.set_backpropagation(ReversibleBackpropagation())
     assert list(flow.state_dict()) == names
     twin = copy.deepcopy(flow)
-    modes = [chain.backpropagation for chain in twin.modules() if isinstance(chain, b.Chain)]
-    given = [one for one in modes if isinstance(one, ReversibleBackpropagation)]
+    found = [chain.backpropagation for chain in twin.modules() if isinstance(chain, b.Chain)]
+    given = [one for one in found if isinstance(one, ReversibleBackpropagation)]
     assert given and all(one is twin.backpropagation is not flow.backpropagation for one in given)
     assert worst(gradients(twin, x, context)[1], right) <= 1e-5
+
+
+# ---- the backward pass in another thread ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["nsf_coupling", "hybrid", "ffjord"])
+def test_the_gradient_may_be_computed_in_another_thread(name, mode):
+    """As on a GPU: a thread without the modes of the forward pass, such as the rows that dropout is drawn for."""
+    flow, x, context = perturbed_flow(name)
+    flow.train().set_backpropagation(mode())
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(2)
+        with global_batch.rows(3, 3 + len(x)), fusion.layer_by_layer():
+            losses.append(flow(x, context).mean())
+    here, there = ([torch.zeros_like(parameter) for parameter in flow.parameters()] for _ in losses)
+    with global_batch.rows(3, 3 + len(x)), fusion.layer_by_layer():
+        here[:] = torch.autograd.grad(losses[0], list(flow.parameters()))
+
+    def backward():
+        assert modes.current() == modes.Modes()
+        there[:] = torch.autograd.grad(losses[1], list(flow.parameters()))
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert all(map(torch.equal, here, there))
 
 
 # ---- with what training does beside --------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class ActivationCheckpointing(Backpropagation):
     that hold divided chains, such as a multi-scale layer.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.divided: dict[Chain, list[tuple[str, list[Bijection]]]] = {}
 
     def chains(self, bijection):
@@ -256,8 +256,8 @@ def _checkpoint_contexts():
 
 def _current_autocast(device: str) -> partial:
     """Autocast as it is now, without its cache: a weight cast there without gradients would have none later."""
-    now = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-    return partial(torch.autocast, device, **now, cache_enabled=False)
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
 
 
 def _flatten(layers: Iterable[Bijection]) -> Iterator[Bijection]:

@@ -208,7 +208,7 @@ class Chain(Bijection):
 
     container = True
     reversible = True  # if all of its layers are
-    backpropagation = Backpropagation()  # Flow.set_backpropagation sets another
+    backpropagation: Backpropagation = Backpropagation()  # Flow.set_backpropagation sets another
 
     def __init__(
         self,

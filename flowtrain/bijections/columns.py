@@ -23,6 +23,9 @@ class _ColumnBijection(Bijection):
             raise ValueError(f"needs what is known of {self.shape[0]} columns, not {columns and len(columns.names)}")
         self._fit(columns)
 
+    def _fit(self, columns) -> None:
+        raise NotImplementedError
+
     def _set(self, **values) -> None:
         for name, value in values.items():
             buffer = getattr(self, name)

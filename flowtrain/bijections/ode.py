@@ -131,14 +131,14 @@ class Continuous(Bijection):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be at least 0")
         train_solver = train_solver or solver
-        for name, value, options in (
+        for name, choice, options in (
             ("solver", solver, (*ADAPTIVE, *FIXED)),
             ("train_solver", train_solver, (*ADAPTIVE, *FIXED)),
             ("trace", trace, ("hutchinson", "exact")),
             ("noise", noise, ("rademacher", "gaussian")),
         ):
-            if value not in options:
-                raise ValueError(f"{name}='{value}' must be one of {', '.join(options)}")
+            if choice not in options:
+                raise ValueError(f"{name}='{choice}' must be one of {', '.join(options)}")
         self.time, self.solver, self.train_solver = time, solver, train_solver
         self.rtol, self.atol, self.train_tolerance = rtol, atol, train_tolerance
         self.steps, self.max_steps = steps, max_steps
