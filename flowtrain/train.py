@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from flowtrain.bijections.autoregressive import cost_of_likelihood
-from flowtrain.bijections.memory import MEMORIES
+from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
 from flowtrain.config.build import add_hint, build, build_dataset, build_flow, build_objective, model_name
@@ -38,7 +38,7 @@ from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import checkpoint, distributed, environment, files, globalbatch, status
+from flowtrain.runtime import checkpoint, distributed, environment, files, global_batch, status
 from flowtrain.runtime.checkpoint import load_weights
 from flowtrain.runtime.environment import device_name
 from flowtrain.runtime.interrupts import interruptible_batches
@@ -89,7 +89,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
     _set_memory(config, flow)
 
     def evaluate(flow: Flow):
-        if globalbatch.has_moments(flow):
+        if global_batch.has_moments(flow):
             _reestimate_moments(flow, loader, config.trainer.val_examples)
         return evaluate_split(flow, val, config, config.trainer.val_examples, config.trainer.val_draws)
 
@@ -213,7 +213,7 @@ def _set_memory(config: TrainConfig, flow: Flow) -> None:
     if config.memory == "reversible" and config.compile is True:
         raise UsageError("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
     try:
-        flow.keep(MEMORIES[config.memory]())
+        flow.set_backpropagation(MEMORY_MODES[config.memory]())
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -224,9 +224,9 @@ def _reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     batches = loader.batches()
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
-    with torch.no_grad(), globalbatch.reestimating(flow):
+    with torch.no_grad(), global_batch.reestimate(flow):
         for x, context in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
-            with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
+            with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)
 
 
@@ -343,9 +343,9 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     preset = f"{model_name(config)}_{spec.name}"
     if config.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
-    if cost := cost_of_likelihood(flow):
+    if cost := cost_of_likelihood(flow.bijection):
         log.info("%s", cost)
-    if config.memory != "none" and not flow.memory.chains(flow):
+    if config.memory != "none" and not flow.backpropagation.chains(flow.bijection):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", config.memory)
     share, parts = config.batch_size // world, config.trainer.accumulate
     log.info("batch: %d, %d a device in %d part(s); until %s", config.batch_size, share, parts, trainer.budget)

@@ -28,7 +28,7 @@ from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_flow
 from flowtrain.config.compose import train_config
 from flowtrain.runtime import distributed
-from flowtrain.runtime.globalbatch import RunningMoments
+from flowtrain.runtime.global_batch import RunningMoments
 
 FLOWS = {"MAF": ours.maf, "NSF coupling": ours.nsf_coupling}
 WARM_UP, PROFILED = 5, 5  # steps

@@ -45,7 +45,49 @@ def standardize(shape):
     return layer
 
 
+class Pair(b.Bijection):
+    """A container that does no more than the contract asks of one."""
+
+    container = True
+
+    def __init__(self, shape, first, second, context_shape=None):
+        super().__init__(shape, context_shape)
+        self.first = first(shape=shape, context_shape=context_shape)
+        self.second = second(shape=shape, context_shape=context_shape)
+
+    def forward(self, x, context=None):
+        x, log_det = self.first(x, context)
+        z, other = self.second(x, context)
+        return z, log_det + other
+
+    def inverse(self, z, context=None):
+        z, log_det = self.second.inverse(z, context)
+        x, other = self.first.inverse(z, context)
+        return x, log_det + other
+
+
+class Backwards(b.Bijection):
+    """One that runs its layer's inverse."""
+
+    container = inverts_layers = True
+
+    def __init__(self, shape, layer, context_shape=None):
+        super().__init__(shape, context_shape)
+        self.layer = layer(shape=shape, context_shape=context_shape)
+
+    def forward(self, x, context=None):
+        return self.layer.inverse(x, context)
+
+    def inverse(self, z, context=None):
+        return self.layer(z, context)
+
+
+coupling = partial(b.Coupling, univariate=b.RationalQuadratic, net=mlp)
+vector_step = partial(b.Chain, layers={"mixing": b.LULinear, "coupling": coupling}, repeat=2)
+autoregressive = partial(b.Autoregressive, univariate=b.ExpAffine, net=masked)
+
 LAYERS = {
+    "pair": partial(Pair, vector, vector_step, partial(Backwards, layer=vector_step), context_shape=(3,)),
     "actnorm": partial(b.ActNorm, image),
     "actnorm_vector": partial(b.ActNorm, vector),
     "batchnorm": partial(b.BatchNorm, image),
@@ -62,6 +104,10 @@ LAYERS = {
     "center": partial(b.Center, image),
     "standardize": partial(standardize, vector),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
+    **{
+        f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))
+        for name in ("piecewise_linear", "rational_quadratic")
+    },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]

@@ -25,7 +25,7 @@ from flowtrain.data.columns import Column, Columns, moments
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TABLES = (data.Power, data.Gas, data.Hepmass, data.Miniboone, data.BSDS300)
@@ -779,7 +779,7 @@ def test_columns_of_integers_and_categories_are_dequantized(dtype, monkeypatch):
     far = table_file.EXACT
     x = torch.tensor([[0.3, -2, 0], [-1.7, 5, 2], [1e9, far - 1, 1], [0.1, -far, 2]])
     for u in (torch.zeros((), dtype=dtype), torch.full((), 0.5, dtype=dtype), edge):
-        monkeypatch.setattr(globalbatch, "uniform", lambda shape, u=u, **_: u.expand(shape))
+        monkeypatch.setattr(global_batch, "uniform", lambda shape, u=u, **_: u.expand(shape))
         y, log_det = layer(x)
         assert y.dtype == log_det.dtype == dtype and torch.equal(log_det, torch.zeros(4, dtype=dtype))
         assert torch.equal(y[:, 0], x[:, 0].to(dtype))
@@ -830,7 +830,7 @@ def test_the_density_is_that_of_the_units_of_the_file():
     x = torch.linspace(-3, 5, 50, dtype=torch.float64)[:, None]
     np.testing.assert_allclose(flow(x).numpy(), stats.norm(2.0, 0.5).logpdf(x[:, 0].numpy()), rtol=1e-12)
     centred = preprocessed(Columns(MADE_UP.modelled[1:2])).double()
-    with globalbatch.centred():
+    with global_batch.bin_centres():
         log_prob = centred(torch.tensor([[3.0]]))
     np.testing.assert_allclose(log_prob.numpy(), stats.norm(3.5, 2.0).logpdf(3.5), rtol=1e-12)
 
@@ -841,7 +841,7 @@ def test_probabilities_of_all_integers_sum_to_one(monkeypatch):
     torch.nn.init.constant_(flow.bijection.scale.theta, 0.3)
     at, weight = np.polynomial.legendre.leggauss(32)
     at, weight = torch.tensor((at + 1) / 2)[:, None], torch.tensor(weight / 2)
-    monkeypatch.setattr(globalbatch, "uniform", lambda shape, **_: at.expand(shape))
+    monkeypatch.setattr(global_batch, "uniform", lambda shape, **_: at.expand(shape))
     total = sum((flow(torch.full((32, 1), float(x))).exp() * weight).sum().item() for x in range(-40, 40))
     assert total == pytest.approx(1, abs=1e-9)
 

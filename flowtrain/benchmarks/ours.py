@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from flowtrain import flows
 from flowtrain.bijections import Autoregressive, Coupling, RationalQuadratic, Reverse
-from flowtrain.engine.audit import unsettle
+from flowtrain.engine.audit import perturb
 from flowtrain.flow import Flow
 
 BINS = 8
@@ -75,7 +75,7 @@ def started(make: Callable[[], Flow], x: Tensor, seed: int) -> Flow:
     """The flow that ``make`` builds, its weights moved off their neutral start and its norms started from ``x``."""
     torch.manual_seed(seed)
     flow = make().to(x.device)
-    unsettle(flow, x)
+    perturb(flow, x)
     return flow
 
 

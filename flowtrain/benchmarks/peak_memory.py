@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.session import BARE, OURS, Row, Session, row
 from flowtrain.benchmarks.training_steps import GLOW, IMAGES, SMOKE_GLOW, SMOKE_IMAGES, glow_peers, step
-from flowtrain.bijections.memory import MEMORIES
+from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.engine.peak import peak_bytes
 from flowtrain.flow import Flow
 
@@ -47,13 +47,13 @@ def _by_depth(session: Session) -> Iterator[Row]:
     flows, steps, peaks = {}, {}, {}
     for count in (shallow, deep):
         plain = ours.started(partial(ours.glow, side, hidden, 1, count), x, session.seed)
-        for memory in MEMORIES:
+        for memory in MEMORY_MODES:
             flow = copy.deepcopy(plain).train()
-            flow.keep(MEMORIES[memory]())
+            flow.set_backpropagation(MEMORY_MODES[memory]())
             flows[memory], steps[memory] = flow, step(flow, make, x)
             peaks[_named(memory, count)] = _peak(steps[memory], session)
     work = f"peak memory of {deep} Glow steps to {shallow}"
-    for memory in MEMORIES:
+    for memory in MEMORY_MODES:
         names = _named(memory, deep), _named(memory, shallow)
         yield _of(work, peaks, *names, TO_SHALLOW if memory in SAVING else None)
 

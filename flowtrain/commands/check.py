@@ -17,7 +17,7 @@ from flowtrain.commands.restored import restore
 from flowtrain.config.build import build_dataset, build_flow, build_objective, model_name
 from flowtrain.data.images import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
-from flowtrain.engine.audit import Check, audit, unsettle
+from flowtrain.engine.audit import Check, audit, perturb
 from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
@@ -53,7 +53,7 @@ def main(config: CheckConfig, run_dir: str) -> dict:
         what = f"a new {model_name(config)} for {spec.name}"
         examples = max(config.examples, min(START, NUMBERS // flow.dimensions))
         x, context = _made_up(spec, flow, examples), _context(spec, flow, examples)
-        unsettle(flow, x, context)
+        perturb(flow, x, context)
         x, context = x[: config.examples], None if context is None else context[: config.examples]
     try:
         checks = list(audit(flow, x, context, spec.levels, config.jacobian, config.tolerance, config.seed))

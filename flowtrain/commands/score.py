@@ -34,7 +34,7 @@ from flowtrain.data.inputs import (
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.runtime import distributed, files, globalbatch
+from flowtrain.runtime import distributed, files, global_batch
 from flowtrain.runtime.seeds import seed_from
 
 ROW_GROUP = 2**16  # rows that are written to a parquet file at once
@@ -172,7 +172,7 @@ def log_likelihoods(
                 given = x[part].to(device), None if context is None else context[part].to(device)
                 for draw in range(draws):
                     torch.manual_seed(seed_from(seed, first, draw))
-                    with globalbatch.rows(start, len(x)):
+                    with global_batch.rows(start, len(x)):
                         total[part] += flow(*given).double().cpu() / draws
     return total
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain.bijections.ode import continuous_layers, unsolved_is_nan
 from flowtrain.engine.objectives import Objective
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 from flowtrain.runtime.seeds import seed_from
 
 
@@ -63,7 +63,7 @@ class TrainingPass:
             for i, (part, context) in enumerate(zip(parts, contexts)):
                 torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
                 with nullcontext() if i == len(parts) - 1 else self._without_synchronization():
-                    with globalbatch.rows(row, world * len(x)), self._lower_precision(x.device.type):
+                    with global_batch.rows(row, world * len(x)), self._lower_precision(x.device.type):
                         loss = self.loss(part, context).sum() / len(x)
                     loss.backward()
                 total, row = total + loss.detach(), row + len(part)
