@@ -24,7 +24,7 @@ from inprocess import flowtrain
 from omegaconf import OmegaConf
 
 from flowtrain.cli import exit_codes
-from flowtrain.data import CIFAR10, Image, ImageFolder, Patches
+from flowtrain.data import CIFAR10, ImageDensity, ImageFolder, Patches
 from flowtrain.data.download import fetch
 from flowtrain.data.image_files import MAX_PIXELS, opened
 from flowtrain.data.inputs import ImageFiles
@@ -303,7 +303,7 @@ def test_images_beyond_so_many_pixels_are_refused(tmp_path, side):
             lambda: ImageFolder(path=str(tmp_path), val_size=1, test_size=1).split("train").take(torch.tensor([0])),
             lambda: next(ImageFiles(tmp_path, (1, 8, 8)).groups()),
             lambda: Patches(path=str(tmp_path), val_size=1, test_size=1, train_patches=9).split("train"),
-            lambda: Image(path=str(tmp_path / "0.png")).split("train"),
+            lambda: ImageDensity(path=str(tmp_path / "0.png")).split("train"),
         ):
             with pytest.raises(FlowtrainError, match="pixels"):
                 make()
