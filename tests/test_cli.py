@@ -16,6 +16,7 @@ from composed import options
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes, launcher, main, worker
+from flowtrain.cli.help import help_text
 from flowtrain.commands import COMMANDS
 from flowtrain.config.validation import key_names
 from flowtrain.errors import UsageError
@@ -329,3 +330,17 @@ def test_a_file_that_options_share_is_no_option(tmp_path, monkeypatch, capsys):
     assert main.run(["-sc", "query=bash"]) == 0
     offered = capsys.readouterr().out.split()
     assert "dataset=moons" in offered and not [word for word in offered if word.startswith("dataset=_")]
+
+
+def test_help_lists_each_key_once_with_its_default_and_comment(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/_shared.yaml").write_text("clip: 1.0  # the norm,\n            # at most\nworkers: 2\n")
+    (tmp_path / "trainer/mine.yaml").write_text("# A trainer. Of mine.\ndefaults: [_shared, _self_]\nclip: 3.0\n")
+    text = help_text("train", ["trainer=mine", "model=maf"], str(tmp_path))
+    assert len(re.findall(r"^  seed +1 +\S", text, re.MULTILINE)) == 1
+    assert re.search(r"^  trainer.clip +3.0 +the norm, at most$", text, re.MULTILINE)
+    assert re.search(r"^  trainer.workers +2$", text, re.MULTILINE)
+    assert re.search(r"^  \* mine +A trainer$", text, re.MULTILINE) and "_shared" not in text
+    assert "Keys of model=maf:" in text and "Keys of model=glow:" not in text
+    with pytest.raises(UsageError, match="model=glwo: no such option; did you mean 'glow'?"):
+        help_text("train", ["model=glwo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 
 from flowtrain.cli.checks import check_names
@@ -35,11 +36,10 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
     if command.root and not named:
         if "ckpt" not in command.on_checkpoint or placeholder or any(_chooses_flow(item) for item in parse(words)):
             return command.root, words
-    from flowtrain.config import restore  # imports torch, which a mistake in a word should not wait for
-
     key = named[0].partition("=")[0] if named else "ckpt"
     if placeholder and not named:
-        return command.on_checkpoint[key], [f"{key}={restore.store_placeholder(key)}", *others]
+        ConfigStore.instance().store(group=key, name="PATH", node={key: "PATH"}, package="_global_")
+        return command.on_checkpoint[key], [f"{key}=PATH", *others]
     check_names(command, others)
     values = {item.key_or_group: item.value() for item in parse(others) if not item.is_sweep_override()}
     allow = values["allow"] if isinstance(values.get("allow"), list) else []
@@ -49,6 +49,8 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
         files = [runs.newest_checkpoint()]
         out = sys.stderr if runs.dry_run or values.get("json") else sys.stdout
         print(f"ckpt={os.path.relpath(files[0])}", file=out, flush=True)
+    from flowtrain.config import restore  # imports torch, which a mistake in a word should not wait for
+
     options = ",".join(restore.store_option(key, file, allow) for file in files)
     return command.on_checkpoint[key], [f"{key}={options}", *others]
 

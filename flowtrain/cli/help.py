@@ -31,14 +31,14 @@ def help_text(name: str, words: list[str], config_dir: str | None = None) -> str
     """The help of a command. ``words`` may choose options, such as ``model=realnvp``, whose keys are then listed."""
     command, folders = COMMANDS[name], [Path(config_dir or conf_dir()), conf_dir()]
     files = _Files(folders, dict(word.split("=", 1) for word in words if "=" in word))
-    own = files.included(f"{name}.yaml")
-    root = files.included(f"{command.root}.yaml") if command.root else own
+    own = files.included(conf_dir() / f"{name}.yaml")
+    root = files.included(conf_dir() / f"{command.root}.yaml") if command.root else own
     groups = files.groups() if "model" in files.chosen(root) else [*files.chosen(root)]
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
     text = [description(own[0]), "", f"usage: flowtrain {name} {_usage(command)}", "", "Keys:", ""]
-    text += _table([key for file in own for key in keys(file)], width)
+    text += _table(files.keys(own[0]), width)
     for group, option in files.chosen(own).items():
-        found = keys(files.find(group, option), f"{group}.")
+        found = files.keys(files.find(group, option), f"{group}.")
         text += ["", f"Keys of {group}={option}:", "", *_table(found, width)] if found else []
     text += ["", "Groups, and their options (* is the default): group=option chooses another.", ""]
     defaults = files.chosen(root)
@@ -47,7 +47,7 @@ def help_text(name: str, words: list[str], config_dir: str | None = None) -> str
     if "model" in files.chosen(own):
         tip = f"flowtrain {name} model=NAME --help lists that model's keys."
     elif command.on_checkpoint:
-        listed = {key.name for file in own for key in keys(file)}
+        listed = {key.name for key in files.keys(own[0])}
         others = ", ".join(key for key in (*READ_BY_ALL, *PLACES) if key not in listed)
         tip = f"Of the run's own keys, {others} can be given."
     else:
@@ -112,30 +112,40 @@ class _Files:
         raise no_option(group, option, self.options(group))
 
     def options(self, group: str) -> list[str]:
-        return sorted({file.stem for folder in self.folders for file in (folder / group).glob("*.yaml")})
+        """The options of a group; a name with an underscore is a file that options share."""
+        return sorted({file.stem for folder in self.folders for file in (folder / group).glob("[!_]*.yaml")})
 
     def groups(self) -> list[str]:
         found = {path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()}
         return sorted(found - {"hydra"})
 
-    def included(self, root: str) -> list[Path]:
-        """A root file, and those that its defaults list includes by name."""
-        file = self.folders[-1] / root
+    def included(self, file: Path) -> list[Path]:
+        """A file, and those of its group that its defaults list includes by name."""
         names = [entry for entry in _defaults(file) if isinstance(entry, str) and entry != "_self_"]
-        return [file, *(inner for name in names for inner in self.included(f"{name}.yaml"))]
+        group = "" if file.parent in self.folders else file.parent.name
+        return [file, *(inner for name in names for inner in self.included(self.find(group, name)))]
+
+    def keys(self, file: Path, prefix: str = "") -> list[Key]:
+        """The keys of a file and of those that it includes, whose values it may replace."""
+        found: dict[str, Key] = {}
+        for one in self.included(file):
+            for key in keys(one, prefix):
+                first = found.setdefault(key.name, key)
+                found[key.name] = first._replace(comment=first.comment or key.comment)
+        return [*found.values()]
 
     def chosen(self, roots: list[Path]) -> dict[str, str]:
-        """Group -> its option: of the words, else of a defaults list; then those that the options themselves choose."""
+        """Group -> the option of the words, else of a defaults list; then the groups that the options choose for."""
         found: dict[str, str] = {}
         todo = [*roots]
-        for file in todo:
+        for file in todo:  # which grows
             for entry in _defaults(file):
                 for name, option in entry.items() if isinstance(entry, dict) else ():
                     group = name.split("@")[0].strip("/")
                     option = self.choices.get(group, option)
                     if not name.startswith("override ") and option not in (None, "???") and group not in found:
                         found[group] = option
-                        todo.append(self.find(group, option))
+                        todo += self.included(self.find(group, option))
         return found
 
 

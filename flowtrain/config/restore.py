@@ -204,14 +204,6 @@ def store_option(group: str, file: Path, allow=()) -> str:
     return name
 
 
-def store_placeholder(group: str) -> str:
-    """Store an option that stands for a checkpoint not chosen yet, for completion; its name."""
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store(group=group, name="PATH", node={group: "PATH"}, package="_global_")
-    return "PATH"
-
-
 def _check_links(run: Path) -> None:
     """Commands write into a run directory: raise FlowtrainError for a link in it, which may lead elsewhere."""
     for folder, folders, files in os.walk(run):
