@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import scaling_page
@@ -25,30 +26,24 @@ import scaling_parallel
 import torch
 from torch import Tensor
 
+from flowtrain import flows
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.sampling import without_gradients
 from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
 from flowtrain.benchmarks.training_steps import step
+from flowtrain.bijections import MixtureNormal
 from flowtrain.bijections.ode import exact_trace, traced_exactly
-from flowtrain.config.build import build_flow
-from flowtrain.config.compose import compose, conf_dir
 from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.split import ArraySplit
+from flowtrain.distributions import Logistic
 from flowtrain.engine.evaluate import evaluate
 from flowtrain.engine.peak import peak_bytes
-from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 
-def glow_vector(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
-    """Glow's steps for vectors, as conf/ has them: the one family here with a dense linear layer, of D² weights."""
-    return (
-        "model=glow_vector",
-        *ours.VECTOR,
-        f"dataset.shape=[{dimensions}]",
-        f"model.steps={steps}",
-        f"model.hidden={hidden}",
-    )
+def glow_vector(dimensions: int, hidden: int, steps: int) -> Flow:
+    """Glow's steps for vectors: the one family here with a dense linear layer, of D² weights."""
+    return flows.glow_vector((dimensions,), steps=steps, hidden=hidden)
 
 
 FAMILIES = {
@@ -56,6 +51,14 @@ FAMILIES = {
     "NSF coupling": ours.nsf_coupling,
     "NSF autoregressive": ours.nsf_autoregressive,
     "Glow's steps": glow_vector,
+}
+VECTOR_MODELS = {  # as conf/model has them
+    **{
+        name: getattr(flows, name)
+        for name in ("ffjord", "glow_vector", "hybrid", "iaf", "made", "maf", "maf_mog", "nice")
+    },
+    "made_mog": partial(flows.made, univariate=MixtureNormal, base=Logistic),
+    **{name: getattr(flows, name) for name in ("nsf_autoregressive", "nsf_coupling", "realnvp_vector")},
 }
 WORK = ("density", "training step", "sampling")
 
@@ -127,7 +130,7 @@ class Clock:
 
 def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
     """What is timed of a flow, each a call on a batch like ``x``; a training step changes no other's cost."""
-    train = step(flow, ours.optimizer(), x)
+    train = step(flow, ours.optimizer, x)
 
     def training_step():
         flow.train()
@@ -156,7 +159,9 @@ def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
         for value in sizes.axes[axis]:
             size = sizes.base | {axis: value}
             x = torch.randn(size["batch"], size["D"])
-            points[value] = works(ours.started(FAMILIES[family](size["D"], size["width"], size["depth"]), x, 0), x)
+            points[value] = works(
+                ours.started(partial(FAMILIES[family], size["D"], size["width"], size["depth"]), x, 0), x
+            )
         for work in WORK:
             times = clock({value: point[work] for value, point in points.items()})
             yield curve(family, axis, work, "s", times)
@@ -195,7 +200,7 @@ def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
     training step that takes its batch."""
     say("rows of data")
     dimensions, batch = 64, min(512, *counts)
-    flow = ours.started(ours.maf(dimensions, 64, 1), torch.randn(batch, dimensions), 0)
+    flow = ours.started(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
     judge, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
@@ -214,7 +219,7 @@ def training(flow: Flow, loader: Loader) -> Callable[[], None]:
     """A training step on the next batch."""
     batches = loader.batches()
     x = torch.empty(loader.batch_size, *flow.shape)
-    run = step(flow, ours.optimizer(), x)
+    run = step(flow, ours.optimizer, x)
 
     def inner():
         x.copy_(next(batches)[0])
@@ -230,7 +235,7 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
         for dimensions, hidden, layers in points:
             say(f"{family}: sampling at D = {dimensions}")
             x = torch.randn(sizes.batch, dimensions)
-            flow = ours.started(FAMILIES[family](dimensions, hidden, layers), x[:64], 0)
+            flow = ours.started(partial(FAMILIES[family], dimensions, hidden, layers), x[:64], 0)
             times = clock(
                 {
                     "density": without_gradients(flow, lambda: flow(x)),
@@ -254,15 +259,10 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
 def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
     """Seconds an example of every model of conf/ that takes vectors, as it stands there."""
     found = []
-    for model in sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml")):
-        overrides = (f"model={model}", "dataset=miniboone", f"dataset.shape=[{dimensions}]")
-        try:
-            build_flow(compose("train", list(overrides)), "meta")
-        except UsageError:  # a model of images
-            continue
+    for model, constructor in VECTOR_MODELS.items():
         say(f"{model} at D = {dimensions}")
         x = torch.randn(batch, dimensions)
-        flow = ours.started(overrides, x, 0).eval()
+        flow = ours.started(partial(constructor, (dimensions,)), x, 0).eval()
         with exact_trace() if traced_exactly(flow) else nullcontext():  # as `flowtrain eval` has it
             times = clock(
                 {

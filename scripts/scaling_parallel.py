@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from flowtrain.benchmarks.timing import Spread, in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_flow
-from flowtrain.config.compose import compose
+from flowtrain.config.compose import train_config
 from flowtrain.runtime import distributed
 from flowtrain.runtime.globalbatch import RunningMoments
 
@@ -90,9 +91,9 @@ def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
 def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
     """A training step that shares its gradients beside the same step of a process by itself."""
     x = torch.randn(sizes.batch, size[0])
-    alone, shared = (ours.started(FLOWS[name](*size), x, 0) for _ in range(2))
-    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer(), x)
-    variants = {"alone": step(alone, ours.optimizer(), x), "shared": run}
+    alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
+    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer, x)
+    variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
         run()
     found = {"flow": name, "size": size, "batch": sizes.batch, "gradient_bytes": _bytes(shared)}
@@ -156,13 +157,13 @@ def _bytes(flow) -> int:
 def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
     """A preset's training step on this core: its operations, its seconds, and what it would send."""
     print(f"        {name}", file=sys.stderr, flush=True)
-    cfg = compose("train", [f"experiment={name}", *overrides])
+    cfg = train_config(f"experiment={name}", *overrides)
     flow = build_flow(cfg, "cpu")
-    levels = cfg.dataset.levels
+    levels = cfg.dataset["levels"]
     shape = (examples, *flow.shape)
     x = torch.randint(0, levels, shape, dtype=torch.uint8) if levels else torch.randn(shape)
     flow.initialize(x)
-    run = step(flow, ours.optimizer(), x)
+    run = step(flow, ours.optimizer, x)
     with FlopCounterMode(display=False) as counter, _Kernels() as kernels:
         run()
     seconds = in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 import flowtrain
 from flowtrain.bijections.ode import exact_trace
 from flowtrain.config.build import build
-from flowtrain.config.restore import embedded
+from flowtrain.config.restore import checkpoint_config
 from flowtrain.plots.density import choose_view, data_panel, model_panel, sheet
 from flowtrain.plots.grid import save_png
 
@@ -24,8 +23,8 @@ with (sweep / "results.csv").open() as file:
 
 def data(toy: str) -> torch.Tensor:
     row = next(row for (_, name), row in runs.items() if name == f"dataset={toy}")
-    config = embedded(Path(row["run_dir"]) / "checkpoints" / "best.pt")
-    return build(OmegaConf.create(config["dataset"])).split("train").data[:30_000]
+    config = checkpoint_config(Path(row["run_dir"]) / "checkpoints" / "best.pt")
+    return build(config.dataset, "dataset").split("train").data[:30_000]
 
 
 points = {toy: data(toy) for toy in toys}

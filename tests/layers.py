@@ -90,7 +90,7 @@ LAYERS = {
         (1, 8, 8),
         levels=3,
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
-        exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
+        split_prior=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     ),
     "multiscale_last": partial(b.MultiScale, (2, 4, 4), levels=2, level=b.Squeeze, last=b.ActNorm),
     **{f"elementwise_{name}": partial(b.Elementwise, vector, univariate=map) for name, map in UNIVARIATE.items()},

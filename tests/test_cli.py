@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 from composed import options
 
 from flowtrain import __version__
-from flowtrain.cli import exit_codes, jobs, main
-from flowtrain.config import schema
+from flowtrain.cli import exit_codes, launcher, main, worker
+from flowtrain.commands import COMMANDS
+from flowtrain.config.validation import key_names
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +41,7 @@ def refusal(tmp_path, monkeypatch):
         with pytest.raises(UsageError) as caught:
             main.run(list(words))
         assert not (tmp_path / "outputs").exists()
-        text, code = exit_codes.explain(caught.value)
+        text, code = exit_codes.describe_error(caught.value)
         assert code == 2 and "\n" not in text
         return text
 
@@ -58,8 +60,6 @@ def refusal(tmp_path, monkeypatch):
         ("lr=1", "did you mean 'optimizer.lr'?"),
         ("model.stepz=2", "did you mean 'model.step"),
         ("model.steps=two", "model.steps=two: must be a number"),
-        ("model.step=3", "model.step=3: model.step is a mapping"),
-        ("+model.foo=3", "model.foo: nothing in this model refers to it"),
         ("~model.foo", "no key 'model.foo'"),
         ("~seed", "seed: is missing"),
         ("max_steps=abc", "max_steps=abc: must be a whole number of at least 1"),
@@ -88,7 +88,9 @@ def test_train_refuses(refusal, word, says):
 def test_other_refusals(refusal):
     assert "did you mean 'train'?" in refusal("trian")
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
-    assert "preprocess: nothing in this model" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "model.ode=3: model.ode is a mapping" in refusal("train", "model=ffjord", "model.ode=3")
+    assert "preprocess: this model sets it itself" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "norm: no layer of this model" in refusal("train", "model=custom", "+norm=actnorm")
     assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
     assert "--cfg shows one job" in refusal("train", "--multirun", "model=nice,glow", "--cfg", "job")
     assert "under outputs/" in refusal("eval")
@@ -141,16 +143,17 @@ def test_help_and_version_without_torch(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
     code = code.replace("'torch', 'hydra'", "'torch'")
-    done = subprocess.run([sys.executable, "-c", code, "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     groups = [path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
     for word in [f"{name}:" for name in groups] + [f"{name}=" for name in groups]:
         assert word in done.stdout, word
-    for key in schema.known_keys("train"):
-        assert f"{key}:" in done.stdout, key
+    for key in key_names(COMMANDS["train"].config):
+        assert re.search(rf"  {key}[ .:]", done.stdout), key
     for command in ("eval", "sample"):
         done = flowtrain(command, "--help", cwd=tmp_path)
-        own = set(schema.known_keys(command)) - set(schema.known_keys("train")) - {"run_dir"}
-        assert done.returncode == 0 and all(f"{key}=" in done.stdout for key in own)
+        own = {*key_names(COMMANDS[command].config)} - {*key_names(COMMANDS["train"].config)}
+        assert done.returncode == 0 and all(f"  {key} " in done.stdout for key in own)
 
 
 def test_completion(tmp_path):
@@ -225,9 +228,19 @@ def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):
     def print_into_nothing(**_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(jobs, "execute", print_into_nothing)
+    monkeypatch.setattr(worker, "execute", print_into_nothing)
     with pytest.raises(BrokenPipeError):  # about which main() says nothing
         inprocess.flowtrain(tmp_path, "check", "model=maf", "dataset=moons")
+
+
+def test_a_knob_that_the_constructor_does_not_take(tmp_path):
+    for word, says in (
+        ("+model.stepz=3", "did you mean 'model.steps'?"),
+        ("+univariate.foo=3", "no key 'univariate.foo'"),
+    ):
+        with pytest.raises(launcher.Failed, match=re.escape(says)) as caught:
+            inprocess.flowtrain(tmp_path, "train", "dataset=mnist", "dataset.download=false", word)
+        assert caught.value.exit_code == 2 and not list(tmp_path.glob("outputs/*/*"))
 
 
 def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):

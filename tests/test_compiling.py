@@ -59,14 +59,14 @@ def gradient(flow, x, context=None):
 def test_compiled_training_is_the_same_and_compiles_once(words):
     flow, x = digits_flow(*words, "model.hidden=16")
     names, eager = list(flow.state_dict()), gradient(flow, x)
-    compiled = compile_flow(flow)
+    compilation = compile_flow(flow)
     first = gradient(flow, x)
-    compiled.settle()
-    assert 0 < compiled.shapes <= compiled.graphs <= 3 * compiled.shapes
-    assert compiled.graphs < compiled.regions + 2
-    assert compiled.seconds > 0
+    compilation.settle()
+    assert 0 < compilation.shapes <= compilation.graphs <= 3 * compilation.shapes
+    assert compilation.graphs < compilation.regions + 2
+    assert compilation.seconds > 0
     again = gradient(flow, x)
-    assert compiled.recompiles == 0
+    assert compilation.recompiles == 0
     assert list(flow.state_dict()) == names
     for result in (first, again):
         torch.testing.assert_close(result, eager, atol=1e-5, rtol=1e-4)
@@ -77,38 +77,38 @@ def test_a_deeper_flow_compiles_no_more():
     for steps in (2, 5):
         torch._dynamo.reset()
         flow, x = digits_flow("model=realnvp_vector", "model.hidden=16", f"model.pairs={steps}")
-        compiled = compile_flow(flow)
+        compilation = compile_flow(flow)
         gradient(flow, x)
-        compiled.settle()
-        assert (compiled.regions, compiled.shapes) == (steps, 1)
-        graphs.append(compiled.graphs)
+        compilation.settle()
+        assert (compilation.regions, compilation.shapes) == (steps, 1)
+        graphs.append(compilation.graphs)
     assert graphs[0] == graphs[1]
 
 
 def test_a_recompilation_is_counted_and_told(caplog):
     flow, x = digits_flow("model=nice", "model.hidden=16")
-    compiled = compile_flow(flow)
+    compilation = compile_flow(flow)
     with caplog.at_level("INFO", logger="flowtrain"):
         gradient(flow, x)
-        compiled.after_step(1)
+        compilation.after_step(1)
         gradient(flow, x)
-        compiled.after_step(2)
+        compilation.after_step(2)
         assert "compiled: 2 layers (1 different)" in caplog.text and "again" not in caplog.text
         gradient(flow, x[:3])  # another size
-        compiled.after_step(3)
-        assert compiled.recompiles > 0
+        compilation.after_step(3)
+        assert compilation.recompiles > 0
         assert "step 3: compiled again" in caplog.text
 
 
 def test_evaluation_compiles_nothing():
     flow, x = digits_flow("model=nice", "model.hidden=16")
-    compiled = compile_flow(flow)
+    compilation = compile_flow(flow)
     gradient(flow, x)
-    compiled.settle()
-    with compiled.eagerly(), torch.no_grad():
+    compilation.settle()
+    with compilation.pause(), torch.no_grad():
         flow.eval()(x[:5])
     gradient(flow.train(), x)
-    assert compiled.recompiles == 0
+    assert compilation.recompiles == 0
 
 
 def test_what_solves_or_goes_element_by_element_stays_as_it_is():
@@ -131,8 +131,8 @@ def test_signatures_tell_programs_apart_and_not_weights():
 
 def test_weight_normalization_does_not_keep_couplings_apart():
     flow, _ = digits_flow("model=realnvp", "model.blocks=1")
-    compiled = compile_flow(flow)
-    assert compiled.regions == 10 and compiled.shapes == 4
+    compilation = compile_flow(flow)
+    assert compilation.regions == 10 and compilation.shapes == 4
 
 
 def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch):
@@ -167,10 +167,10 @@ def test_context_and_autocast_reach_a_compiled_step():
     x, context = torch.randn(BATCH, 6), torch.randn(BATCH, 3)
     with torch.autocast("cpu", torch.bfloat16):
         eager = gradient(flow, x, context)
-        compiled = compile_flow(flow)
-        assert compiled.regions == 2
+        compilation = compile_flow(flow)
+        assert compilation.regions == 2
         result = gradient(flow, x, context)
-    assert compiled.graphs
+    assert compilation.graphs
     torch.testing.assert_close(result, eager, atol=1e-2, rtol=1e-2)
     other = gradient(flow, x, context + 1)
     assert not torch.allclose(other[0], result[0], atol=1e-3)
@@ -190,12 +190,12 @@ def test_dropout_is_the_same_compiled_and_slices_share_a_program(slices):
 
     eager = step()
     assert not torch.allclose(eager, step_without_dropout(flow, x), atol=1e-3)
-    compiled = compile_flow(flow)
+    compilation = compile_flow(flow)
     torch.testing.assert_close(step(), eager, atol=1e-5, rtol=1e-4)
-    compiled.settle()
-    assert compiled.graphs <= 3 * compiled.shapes
+    compilation.settle()
+    assert compilation.graphs <= 3 * compilation.shapes
     torch.testing.assert_close(step(), eager, atol=1e-5, rtol=1e-4)
-    assert compiled.recompiles == 0
+    assert compilation.recompiles == 0
 
 
 def step_without_dropout(flow, x):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ import torch
 from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.bijection import Memory
+from flowtrain.engine.agreement import agree
+from flowtrain.engine.budget import Budget
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import evaluate
-from flowtrain.engine.measure import BitsPerDim, NatsPerRow
-from flowtrain.engine.reporter import Reporter, Silence
-from flowtrain.engine.schedules import Constant, Cosine, Exponential, Linear, Steps
-from flowtrain.engine.trainer import Settings, Trainer
+from flowtrain.engine.loggers import JsonLines, Logger, Loggers, NullLogger, ProgressLines, RunRecord
+from flowtrain.engine.objectives import BitsPerDim, NatsPerRow, Objective, maximum_likelihood
+from flowtrain.engine.previews import Previews
+from flowtrain.engine.saving import Checkpoints
+from flowtrain.engine.schedules import Constant, Cosine, Exponential, Linear, Steps, WarmUp
+from flowtrain.engine.trainer import Trainer
+from flowtrain.engine.validation import Validation
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint
@@ -63,46 +69,42 @@ class Batches:
         assert state == self.state_dict()
 
 
-def settings(**changes):
-    base = dict(
-        seed=1,
-        max_steps=30,
-        max_minutes=None,
+def config(**changes):
+    trainer = dict(
         accumulate=1,
         clip=1.0,
-        warmup_steps=5,
         log_every=4,
         val_every=10,
         sample_every=1000,
         save_every=10,
         save_minutes=60,
-        patience=None,
         max_bad_steps=4,
-        autocast=None,
+        rollback=None,
+        profile=False,
     )
-    return Settings(**{**base, **changes})
+    return SimpleNamespace(seed=1, allow=[], trainer=SimpleNamespace(**{**trainer, **changes}))
 
 
-def trainer(run_dir, loader=None, ema=0.9, flow=None, **changes):
+def trainer(run_dir, loader=None, ema=0.9, flow=None, max_steps=30, max_minutes=None, patience=None, **changes):
     flow = flow or small_flow()
     test, _ = next(Batches().batches(10_000))
 
-    def judge(judged):
-        return evaluate(judged, [(torch.arange(BATCH), test, None)], BATCH)
+    def evaluate_test(flow):
+        return evaluate(flow, [(torch.arange(BATCH), test, None)], BATCH)
 
     return Trainer(
         flow,
-        flow,
+        BitsPerDim(),
         loader or Batches(),
         torch.optim.Adam(flow.parameters(), 1e-2),
-        Cosine(),
-        settings(**changes),
-        EMA(flow, ema) if ema else None,
-        judge,
-        lambda _flow: None,
-        run_dir,
-        BitsPerDim(),
-        {"some": "config"},
+        config(**changes),
+        budget=Budget(max_steps, max_minutes),
+        schedule=WarmUp(Cosine(), 5),
+        validation=Validation(evaluate_test, BitsPerDim(), patience),
+        previews=Previews(lambda _flow: None),
+        checkpoints=Checkpoints(run_dir, {"some": "config"}),
+        loggers=Loggers(),
+        ema=EMA(flow, ema) if ema else None,
     )
 
 
@@ -121,11 +123,12 @@ def lines(run_dir):
 
 
 def run(one, run_dir):
-    reporter = Reporter(run_dir, one.step, None, tensorboard=False)
+    one.loggers.loggers = [JsonLines()]
+    one.loggers.open(RunRecord(run_dir, one.step, one.loggers.records, one.budget, "bits_per_dim", "bits/dim"))
     try:
-        one.fit(reporter)
+        one.fit()
     finally:
-        reporter.close()
+        one.loggers.close()
     return one
 
 
@@ -147,26 +150,26 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path):
     with pytest.raises(Killed):
         run(trainer(tmp_path / "parts", loader), tmp_path / "parts")
     resumed = trainer(tmp_path / "parts", flow=small_flow())
-    resumed.load_state(checkpoint.read(tmp_path / "parts/checkpoints/last.pt"))
+    resumed.load_state_dict(checkpoint.read(tmp_path / "parts/checkpoints/last.pt"))
     assert resumed.step == 10
     run(resumed, tmp_path / "parts")
-    assert same(whole.state(), resumed.state())
+    assert same(whole.state_dict(), resumed.state_dict())
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer", "step"])
 def test_each_part_of_the_state_matters(tmp_path, part):
     one = trainer(tmp_path, max_steps=20)
-    one.fit(Silence())
-    state = one.state()
-    fresh = trainer(tmp_path).state()
+    run(one, tmp_path)
+    state = one.state_dict()
+    fresh = trainer(tmp_path).state_dict()
     spoiled = trainer(tmp_path)
-    spoiled.load_state({**state, part: fresh[part]})
+    spoiled.load_state_dict({**state, part: fresh[part]})
     good = trainer(tmp_path)
-    good.load_state(state)
+    good.load_state_dict(state)
     for each in (spoiled, good):
-        each.fit(Silence())
-    assert not same(spoiled.state(), good.state())
+        run(each, tmp_path)
+    assert not same(spoiled.state_dict(), good.state_dict())
 
 
 def test_accumulated_parts_equal_the_whole_batch(tmp_path):
@@ -178,7 +181,7 @@ def test_accumulated_parts_equal_the_whole_batch(tmp_path):
         }
         torch.manual_seed(0)
         flow = Flow(SHAPE, partial(b.Chain, layers=layers))
-        trainer(tmp_path, flow=flow, accumulate=parts, max_steps=5).fit(Silence())
+        run(trainer(tmp_path, flow=flow, accumulate=parts, max_steps=5), tmp_path)
         flows.append(torch.cat([parameter.flatten() for parameter in flow.parameters()]))
     torch.testing.assert_close(*flows, atol=1e-5, rtol=1e-4)
 
@@ -187,7 +190,7 @@ def test_training_lowers_the_loss(tmp_path):
     one = run(trainer(tmp_path, max_steps=200), tmp_path)
     values = [row["train/bits_per_dim"] for row in lines(tmp_path) if "train/bits_per_dim" in row]
     assert values[-1] < values[0] - 0.3
-    assert one.best < math.log2(LEVELS)
+    assert one.validation.best < math.log2(LEVELS)
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def test_training_lowers_the_loss(tmp_path):
 def test_a_bad_step_is_skipped_and_counted(tmp_path):
     one = trainer(tmp_path, Batches(poison=[3, 7]))
     run(one, tmp_path)
-    assert (one.step, one.skipped, one.bad_in_a_row) == (30, 2, 0)
+    assert (one.step, one.recovery.skipped, one.recovery.in_a_row) == (30, 2, 0)
     assert all(value.isfinite().all() for value in one.flow.state_dict().values())
     assert lines(tmp_path)[-2]["train/skipped_steps"] == 2
 
@@ -204,7 +207,7 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path):
 def test_too_many_bad_steps_stop_with_the_last_good_state_saved(tmp_path):
     one = trainer(tmp_path, Batches(poison=range(6, 99)))
     with pytest.raises(FlowtrainError, match=r"stopped at step 9: 4 steps in a row.*last\.pt"):
-        one.fit(Silence())
+        run(one, tmp_path)
     saved = checkpoint.read(tmp_path / "checkpoints/last.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
     good = trainer(tmp_path, max_steps=30)
@@ -226,7 +229,7 @@ def test_a_signal_saves_and_ends_with_its_code(tmp_path, signum):
     before = signal.getsignal(signum)  # a shell's background job ignores SIGINT from the start
     one = trainer(tmp_path, Signalled())
     with pytest.raises(Interrupted) as caught:
-        one.fit(Silence())
+        run(one, tmp_path)
     assert caught.value.exit_code == {signal.SIGINT: 130}.get(signum, 143)
     saved = checkpoint.read(tmp_path / "checkpoints/last.pt")
     assert saved["step"] == one.step == 6
@@ -236,30 +239,30 @@ def test_a_signal_saves_and_ends_with_its_code(tmp_path, signum):
 
 def test_patience_ends_a_run_that_no_longer_gains(tmp_path):
     one = trainer(tmp_path, patience=3, val_every=1, max_steps=1000)
-    one.judge = lambda flow, result=iter([3.0, 2.0, *[2.5] * 99]): type(
+    one.validation.evaluate = lambda flow, result=iter([3.0, 2.0, *[2.5] * 99]): type(
         "Result", (), {"bits_per_dim": next(result), "bits_per_dim_stderr": 0.1}
     )()
-    one.fit(Silence())
-    assert (one.step, one.best) == (5, 2.0)
+    run(one, tmp_path)
+    assert (one.step, one.validation.best) == (5, 2.0)
 
 
 def test_a_validation_that_fails_loses_nothing(tmp_path):
     one = trainer(tmp_path, max_steps=25)
-    good = one.judge
+    good = one.validation.evaluate
 
-    def judge(flow):
+    def evaluate(flow):
         if one.step == 10:
             raise FlowtrainError("the likelihood of 1 of 16 examples is not finite")
         return good(flow)
 
-    one.judge = judge
-    one.fit(Silence())
-    assert one.step == 25 and math.isfinite(one.best)
+    one.validation.evaluate = evaluate
+    run(one, tmp_path)
+    assert one.step == 25 and math.isfinite(one.validation.best)
 
 
 def test_minutes_are_a_budget(tmp_path):
     one = trainer(tmp_path, max_steps=None, max_minutes=0.01)
-    one.fit(Silence())
+    run(one, tmp_path)
     assert 0.6 <= one.seconds < 5
     assert (tmp_path / "checkpoints/last.pt").exists()
 
@@ -359,6 +362,31 @@ def test_checkpoints_verify_themselves(tmp_path):
         checkpoint.read(tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize("found", [1, 3])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, found):
+    checkpoint.save({"step": 7, "format": found}, tmp_path / "a.pt")
+    says = rf"a\.pt: its format is {found}; this version of flowtrain reads format {checkpoint.FORMAT}$"
+    for read in (checkpoint.read, checkpoint.read_config):
+        with pytest.raises(FlowtrainError, match=says):
+            read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("found", [None, "2", True, 2.0])
+def test_a_checkpoint_without_a_format_is_none(tmp_path, found):
+    checkpoint.save({"step": 7, "format": found}, tmp_path / "a.pt")
+    with pytest.raises(FlowtrainError, match=r"a\.pt: not a flowtrain checkpoint \(it does not say its format\)"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("part", ["model", "recovery", "validation.best", "loggers.records"])
+def test_a_state_that_lacks_a_part_is_refused(tmp_path, part):
+    state = trainer(tmp_path).state_dict()
+    whole, _, key = part.rpartition(".")
+    del (state[whole] if whole else state)[key]
+    with pytest.raises(FlowtrainError, match=f"cannot resume: the checkpoint lacks '{key}'$"):
+        trainer(tmp_path).load_state_dict(state)
+
+
 def test_a_checkpoint_by_torch_save_alone_is_no_checkpoint(tmp_path):
     torch.save({"config": {}}, tmp_path / "x.pt")
     with pytest.raises(FlowtrainError, match="no flowtrain checkpoint"):
@@ -387,15 +415,95 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_what_is_reported_is_what_is_minimized():
-    log_prob = torch.tensor([-4.0, -8.0])
-    assert BitsPerDim().loss(log_prob, 2).tolist() == pytest.approx([2 / math.log(2), 4 / math.log(2)])
+    def flow(_x, _context):
+        return torch.tensor([-4.0, -8.0])
+
+    flow.dimensions = 2
+    assert BitsPerDim().loss(flow, (None, None)).tolist() == pytest.approx([2 / math.log(2), 4 / math.log(2)])
     nats = NatsPerRow()
-    assert nats.loss(log_prob, 2).tolist() == [2, 4]
-    assert nats.reported(nats.loss(log_prob, 2).mean().item(), 2) == -6
+    assert nats.loss(flow, (None, None)).tolist() == [2, 4]
+    assert nats.figure(flow, nats.loss(flow, (None, None)).mean().item()) == -6
     result = evaluate(small_flow(), *evaluation_batches(40))
-    loss, figure, text = nats.judged(result)
-    assert -loss == figure == result.log_likelihood
-    assert f"± {2 * result.log_likelihood_stderr:.4f} nats (2 standard errors)" in text
+    score = nats.score(result)
+    assert -score.loss == score.figure == result.log_likelihood
+    assert f"± {2 * result.log_likelihood_stderr:.4f} nats (2 standard errors)" in score.text
+
+
+def test_integers_have_bits_and_real_numbers_nats():
+    assert isinstance(maximum_likelihood(256), BitsPerDim) and isinstance(maximum_likelihood(None), NatsPerRow)
+    assert all(isinstance(one, Objective) for one in (BitsPerDim(), NatsPerRow()))
+
+
+class Reconstruction:
+    """An objective beside the likelihood, which uses the flow's inverse."""
+
+    key, unit = "reconstruction", "squared error"
+
+    def loss(self, flow, batch):
+        z = torch.randn(len(batch[0]), *flow.bijection.out_shape)
+        return flow.bijection.inverse(z)[0].square().flatten(1).mean(1)
+
+    def figure(self, flow, loss):
+        return loss
+
+    def score(self, evaluation):
+        return BitsPerDim().score(evaluation)
+
+
+def test_another_objective_needs_no_other_loop(tmp_path):
+    torch.manual_seed(0)
+    flow = Flow(SHAPE, partial(b.Chain, layers={"scale": b.LULinear, "actnorm": b.ActNorm}))
+    one = trainer(tmp_path, flow=flow, max_steps=60)
+    one.objective = Reconstruction()
+    one.training_pass.loss.objective = one.objective
+    run(one, tmp_path)
+    values = [row["train/reconstruction"] for row in lines(tmp_path) if "train/reconstruction" in row]
+    assert values[-1] < values[0] / 2
+
+
+class Recorder(NullLogger):
+    def __init__(self):
+        self.calls = []
+
+    def open(self, run):
+        self.calls.append(("open", run.step, run.records))
+
+    def scalars(self, step, values):
+        self.calls.append(("scalars", step))
+
+    def close(self):
+        self.calls.append("closed")
+
+
+class Unopened(Recorder):
+    def open(self, run):
+        raise Unwritable("no disk")
+
+
+def test_loggers_record_close_and_count(tmp_path):
+    first, last = Recorder(), Recorder()
+    loggers, record = Loggers([first, last]), RunRecord(tmp_path, 7, 3, Budget(9, None), "nats", "nats")
+    assert isinstance(first, Logger) and not isinstance(Budget(1, None), Logger)
+    loggers.open(record)
+    loggers.scalars(8, {})
+    loggers.close()
+    assert first.calls == last.calls == [("open", 7, 3), ("scalars", 8), "closed"] and loggers.records == 1
+    first, last = Recorder(), Unopened()
+    loggers = Loggers([first, last])
+    with pytest.raises(Unwritable):
+        loggers.open(record)
+    loggers.close()
+    assert first.calls[-1] == "closed" and last.calls == []  # what never opened is not closed
+
+
+def test_progress_is_told_with_rate_and_time_left(tmp_path, caplog):
+    lines = ProgressLines()
+    lines.open(RunRecord(tmp_path, 0, 0, Budget(100, None), "bits_per_dim", "bits/dim"))
+    with caplog.at_level("INFO", logger="flowtrain"):
+        values = {"train/bits_per_dim": 2.5, "time/seconds": 10.0, "time/examples_per_second": 320.0}
+        lines.scalars(10, values)
+        lines.scalars(10, {"val/bits_per_dim": 2.5})
+    assert caplog.messages == ["step 10: 2.5000 bits/dim, 320 examples/s, 1:30 left"]
 
 
 # ---- what a step costs ---------------------------------------------------------------------------------------------
@@ -412,7 +520,7 @@ def reads(monkeypatch, one, x):
     lists, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or tolist(tensor))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
-        one.update(*one.read(*one.gradient(*x), 0, 0.0)[:2])
+        one.update(*agree(*one.gradient(*x), 0, 0.0)[:2])
         one.step += 1
         one.report(1.0, elapsed=1.0)
     seen = [event for event in record.events() if event.name in READS]
@@ -425,10 +533,10 @@ def reads(monkeypatch, one, x):
 def test_a_step_reads_the_device_once(tmp_path, monkeypatch, accumulate, clip):
     flow = small_flow()
     one = trainer(tmp_path, flow=flow, accumulate=accumulate, clip=clip)
-    one.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
+    one.weights.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
     batches = one.loader.batches()
     assert [reads(monkeypatch, one, next(batches)) for _ in range(3)] == [1, 1, 1]
-    one.measure.loss = lambda log_prob, dimensions: log_prob * log_prob.mean().item()  # and one that is counted
+    one.objective.loss = lambda flow, batch: flow(*batch) * flow(*batch).mean().item()  # and one that is counted
     assert reads(monkeypatch, one, next(batches)) == 1 + accumulate
 
 
@@ -436,16 +544,16 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch, accumulate, clip):
 def test_a_step_on_a_gpu_waits_once(tmp_path):
     flow = small_flow().cuda()
     one = trainer(tmp_path, flow=flow)
-    one.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
+    one.weights.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
     batches = ((x.cuda(), context) for x, context in one.loader.batches())
     for _ in range(2):
-        one.update(*one.read(*one.gradient(*next(batches)), 0, 0.0)[:2])
+        one.update(*agree(*one.gradient(*next(batches)), 0, 0.0)[:2])
     x = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, norm = one.gradient(*x)
         torch.cuda.set_sync_debug_mode("default")
-        figures = one.read(loss, norm, 0, 0.0)
+        figures = agree(loss, norm, 0, 0.0)
         torch.cuda.set_sync_debug_mode("error")
         one.update(*figures[:2])
     finally:
@@ -466,7 +574,7 @@ def ode_flow(**options):
 def test_an_equation_without_a_solution_is_a_bad_step(tmp_path, adjoint, caplog):
     one = trainer(tmp_path, Batches(poison=[3, 7]), flow=ode_flow(adjoint=adjoint), max_steps=10)
     run(one, tmp_path)
-    assert (one.step, one.skipped, one.bad_in_a_row) == (10, 2, 0)
+    assert (one.step, one.recovery.skipped, one.recovery.in_a_row) == (10, 2, 0)
     assert all(value.isfinite().all() for value in one.flow.state_dict().values())
     assert "step 3: an ODE (" in caplog.text and "step 7: an ODE" not in caplog.text
 
@@ -475,10 +583,10 @@ def test_an_equation_whose_gradient_has_no_solution_is_a_bad_step(tmp_path, capl
     flow = ode_flow(adjoint=True)
     one, ode = trainer(tmp_path, flow=flow), flow.bijection.ode
     ode.register_forward_hook(lambda *_: setattr(ode, "max_steps", 1))  # of what comes after, the gradient's solve
-    loss, norm, *_ = one.read(*one.gradient(*next(one.loader.batches())), 0, 0.0)
+    loss, norm, *_ = agree(*one.gradient(*next(one.loader.batches())), 0, 0.0)
     one.update(loss, norm)
     assert math.isfinite(loss) and math.isnan(norm)
-    assert one.skipped == 1 and "max_steps=1" in caplog.text
+    assert one.recovery.skipped == 1 and "max_steps=1" in caplog.text
 
 
 def test_samples_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
@@ -486,7 +594,7 @@ def test_samples_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
         raise FloatingPointError("an ODE came to no end")
 
     one = trainer(tmp_path, sample_every=10)
-    one.draw = draw
+    one.previews.draw = draw
     run(one, tmp_path)
     assert one.step == 30
     assert "step 10: no image: an ODE came to no end" in caplog.text
@@ -503,5 +611,5 @@ def test_wrong_gradients_end_a_run_before_its_weights_are_kept(tmp_path):
     flow = small_flow()
     flow.keep(Doubtful())
     with pytest.raises(FloatingPointError, match="inverses are off"):
-        trainer(tmp_path, flow=flow, save_every=5, log_every=1000).fit(Silence())
+        run(trainer(tmp_path, flow=flow, save_every=5, log_every=1000), tmp_path)
     assert not (tmp_path / "checkpoints" / "last.pt").exists()

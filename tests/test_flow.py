@@ -182,7 +182,7 @@ def multiscale_flow(alpha=None, levels=3):
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
         exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     )
-    return multiscale_flow((3, 8, 8), 256, alpha, body)
+    return image_flow((3, 8, 8), 256, alpha, body)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.05])

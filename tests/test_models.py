@@ -48,7 +48,7 @@ def test_every_model_takes_every_univariate_map(model, univariate):
     if univariate == "affine_tanh" and model in ("maf", "iaf", "made", "nsf_autoregressive"):
         pytest.skip("it has weights of its own, which an autoregressive layer refuses")
     flow = flow_of(f"model={model}", f"univariate={univariate}", "model.hidden=8")
-    kind = configuration(f"univariate={univariate}").univariate._target_.rsplit(".", 1)[1]
+    kind = configuration(f"univariate={univariate}").parts["univariate"]["_target_"].rsplit(".", 1)[1]
     assert any(type(module).__name__ == kind for module in flow.bijection.modules())
 
 

@@ -6,15 +6,21 @@ from functools import partial
 import pytest
 import torch
 from ranks import together
-from test_engine import SHAPE, Batches, settings, small_flow
+from test_engine import SHAPE, Batches, config, small_flow
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
-from flowtrain import nets, train
+from flowtrain import nets
+from flowtrain.engine.agreement import agree
+from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import compile_flow
-from flowtrain.engine.measure import BitsPerDim
+from flowtrain.engine.loggers import Loggers
+from flowtrain.engine.objectives import BitsPerDim
+from flowtrain.engine.previews import Previews
+from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import Constant
 from flowtrain.engine.trainer import Trainer
+from flowtrain.engine.validation import Validation
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
 
@@ -43,23 +49,19 @@ class Slices(Batches):
             step += 1
 
 
-def trainer(folder, flow, poison=(), **changes):
-    loader = Slices(poison)
-    optimizer = torch.optim.Adam(flow.parameters(), 1e-3, fused=True)
-    wrapped = train._parallel(flow, torch.device("cpu"), changes.get("accumulate", 1))
+def trainer(folder, flow, poison=(), max_steps=30, **changes):
     return Trainer(
         flow,
-        wrapped,
-        loader,
-        optimizer,
-        Constant(),
-        settings(**changes),
-        None,
-        lambda _flow: None,
-        lambda _flow: None,
-        folder,
         BitsPerDim(),
-        {},
+        Slices(poison),
+        torch.optim.Adam(flow.parameters(), 1e-3, fused=True),
+        config(**changes),
+        budget=Budget(max_steps, None),
+        schedule=Constant(),
+        validation=Validation(lambda _flow: None, BitsPerDim()),
+        previews=Previews(lambda _flow: None),
+        checkpoints=Checkpoints(folder, {}),
+        loggers=Loggers(),
     )
 
 
@@ -70,7 +72,7 @@ def sent(folder, accumulate):
     one, counts = trainer(folder, flow, accumulate=accumulate), []
     for x in [next(one.loader.batches(step)) for step in range(STEPS)]:
         with profile(activities=[ProfilerActivity.CPU]) as record:
-            one.update(*one.read(*one.gradient(*x), 0, 0.0)[:2])
+            one.update(*agree(*one.gradient(*x), 0, 0.0)[:2])
         one.step += 1
         counts.append(sum(event.count for event in record.key_averages() if event.key == "c10d::allreduce_"))
     return counts[1:]  # in the first, buckets are made anew in the order in which gradients come
@@ -87,12 +89,12 @@ def skipping(folder, adjoint, accumulate):
     one = trainer(folder, flow, poison=[1], accumulate=accumulate)
     for step in range(STEPS):
         before = [parameter.clone() for parameter in flow.parameters()]
-        loss, norm, *_ = one.read(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)
+        loss, norm, *_ = agree(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)
         one.update(loss, norm)
         one.step += 1
-        assert (one.skipped == 0) == (step < 1) and math.isnan(loss) == (step == 1)
+        assert (one.recovery.skipped == 0) == (step < 1) and math.isnan(loss) == (step == 1)
         assert all(map(torch.equal, before, flow.parameters())) == (step == 1)
-    return one.skipped, [parameter.detach() for parameter in flow.parameters()]
+    return one.recovery.skipped, [parameter.detach() for parameter in flow.parameters()]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def compiled_steps(folder):
         one = trainer(folder, flow)
         compile(flow)
         for step in range(3):
-            figures.append(one.read(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)[:2])
+            figures.append(agree(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)[:2])
     return graphs[0].graphs, torch.tensor(figures).chunk(2)
 
 

@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from composed import composed
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from test_data import one_line
 
 from flowtrain import bijections as b
 from flowtrain import data
-from flowtrain.cli.overrides import one_line as explained
-from flowtrain.config.compose import plain
+from flowtrain.cli.messages import usage_error
 from flowtrain.data import pickled_frames, table_file
 from flowtrain.data.columns import Column, Columns, moments
 from flowtrain.data.spec import ColumnContext, DataSpec
@@ -676,7 +676,7 @@ def test_moments_are_taken_in_blocks(monkeypatch):
 
 
 def dataset_of(*overrides):
-    return plain(composed("dataset=table", *overrides))["dataset"]
+    return OmegaConf.to_container(composed("dataset=table", *overrides).dataset, resolve=True)
 
 
 def test_the_header_of_a_table_describes_it(tmp_path, frame, monkeypatch):
@@ -738,7 +738,7 @@ def test_a_table_that_cannot_be_is_refused_when_composed(tmp_path, frame, monkey
     write(frame, tmp_path / "t.csv")
     with pytest.raises(OmegaConfBaseException) as caught:
         dataset_of(*overrides)
-    refused = explained(caught.value)
+    refused = usage_error(caught.value)
     assert isinstance(refused, UsageError) and says in str(refused)
 
 

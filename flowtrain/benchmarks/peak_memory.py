@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ def rows(session: Session) -> Iterator[Row]:
 def _to_bare(session: Session) -> Iterator[Row]:
     sizes = SMOKE_GLOW if session.smoke else GLOW
     x = torch.randn(SMOKE_IMAGES if session.smoke else IMAGES, 3, sizes[0], sizes[0]).to(session.device)
-    flow = ours.started(ours.glow(*sizes), x, session.seed)
+    flow = ours.started(partial(ours.glow, *sizes), x, session.seed)
     modules = {OURS: flow, BARE: ours.bare_glow(*sizes), **glow_peers(session, sizes, x)}
     work = f"peak memory of a Glow training step, {sizes[0]}×{sizes[0]}"
     session.count(work, modules)
-    make = ours.optimizer()
+    make = ours.optimizer
     peaks = {name: _peak(step(module, make, x), session) for name, module in modules.items()}
     for name in peaks:
         if name != BARE:
@@ -42,10 +43,10 @@ def _to_bare(session: Session) -> Iterator[Row]:
 def _by_depth(session: Session) -> Iterator[Row]:
     side, hidden, shallow, deep, batch = (8, 8, 1, 4, 4) if session.smoke else (32, 128, SHALLOW, DEEP, BATCH)
     x = torch.randn(batch, 3, side, side).to(session.device)
-    make = ours.optimizer()
+    make = ours.optimizer
     flows, steps, peaks = {}, {}, {}
     for count in (shallow, deep):
-        plain = ours.started(ours.glow(side, hidden, 1, count), x, session.seed)
+        plain = ours.started(partial(ours.glow, side, hidden, 1, count), x, session.seed)
         for memory in MEMORIES:
             flow = copy.deepcopy(plain).train()
             flow.keep(MEMORIES[memory]())

@@ -14,7 +14,7 @@ class MultiScale(Bijection):
 
     ``level`` builds each of the first ``levels - 1`` levels, squeeze included, or is a mapping level0, level1, … where
     they differ; ``last`` (by default ``level``) builds the final one. The first half of a level's channels stays, the
-    second leaves, through ``exit`` where given: a bijection whose context is the half that stays.
+    second leaves, through ``split_prior`` where given: a bijection whose context is the half that stays.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class MultiScale(Bijection):
         levels: int,
         level: Callable[..., Bijection] | Mapping[str, Callable[..., Bijection]],
         last: Callable[..., Bijection] | None = None,
-        exit: Callable[..., Bijection] | None = None,
+        split_prior: Callable[..., Bijection] | None = None,
         context_shape=None,
     ):
         super().__init__(shape, context_shape)
@@ -49,8 +49,9 @@ class MultiScale(Bijection):
                 raise ValueError(f"{name}: {channels} channel cannot be halved; squeeze first")
             event, leaving = (channels - channels // 2, *rest), (channels // 2, *rest)
             self.leaving.append(leaving)
-            if exit is not None:
-                self.add_module(f"exit_{name}", built(f"exit_{name}", exit, shape=leaving, context_shape=event))
+            if split_prior is not None:
+                prior = f"split_prior_{name}"
+                self.add_module(prior, built(prior, split_prior, shape=leaving, context_shape=event))
         self.leaving.append(event)
         self.out_shape = (size(self.shape),)
         self.exact = all(layer.exact for layer in self._modules.values())
@@ -63,8 +64,8 @@ class MultiScale(Bijection):
             if name == self.names[-1]:
                 break
             x, z = x[:, : -leaving[0]], x[:, -leaving[0] :]
-            if exit := self._modules.get(f"exit_{name}"):
-                z, log_det = exit(z, x)
+            if prior := self._modules.get(f"split_prior_{name}"):
+                z, log_det = prior(z, x)
                 total = total + log_det
             done.append(z.flatten(1))
         return torch.cat([*done, x.flatten(1)], 1), total
@@ -74,8 +75,8 @@ class MultiScale(Bijection):
         x, total = self._modules[self.names[-1]].inverse(x.unflatten(1, self.leaving[-1]), context)
         for name, leaving, z in reversed(list(zip(self.names, self.leaving, done))):
             z = z.unflatten(1, leaving)
-            if exit := self._modules.get(f"exit_{name}"):
-                z, log_det = exit.inverse(z, x)
+            if prior := self._modules.get(f"split_prior_{name}"):
+                z, log_det = prior.inverse(z, x)
                 total = total + log_det
             x, log_det = self._modules[name].inverse(torch.cat((x, z), 1), context)
             total = total + log_det

@@ -94,8 +94,8 @@ class Loader:
         """Raise FlowtrainError if the data or their order are not those of ``state``."""
         words = {"examples": "the train split's number of examples", "data": "the SHA-256 of the train split"}
         for key, now in self.state_dict().items():
-            if state[key] != now:
-                was, what = state[key], words.get(key, key)
+            if (was := state.get(key)) != now:
+                what = words.get(key, key)
                 raise FlowtrainError(f"cannot resume: {what} was {was} and is now {now}; init=CKPT starts anew")
 
 

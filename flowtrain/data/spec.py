@@ -56,3 +56,12 @@ class DataSpec:
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+
+def has_bits(spec: DataSpec, columns) -> bool:
+    """Whether the data are integers, so that bits per dimension mean something.
+
+    Args:
+        columns: of a table, a :class:`flowtrain.data.Columns`; else None.
+    """
+    return spec.levels is not None or columns is not None and columns.all_integer

@@ -1,7 +1,7 @@
 """``torch.compile`` by regions: what a flow repeats is compiled once and serves all its repetitions.
 
-A flow as a whole takes minutes to compile, and longer with every step it has. Its steps of one shape are one program,
-so that the time depends on how many different steps there are and not on their number.
+A flow as a whole takes minutes to compile, and longer with every step of flow. Steps of one shape are one program, so
+that the time depends on the number of different ones.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from torch.nn.utils.parametrize import is_parametrized
 from flowtrain.bijections import Autoregressive, Chain, Coupling, Inverse
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.ode import continuous_layers
+from flowtrain.engine.budget import Budget
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
 
 
-class Compiled:
-    """What :func:`compile_flow` did, and what it has taken so far.
+class Compilation:
+    """What :func:`compile_flow` did, and how long that has taken so far.
 
-    Regions are compiled when they first run forward and backward. From :meth:`settle` on, after a whole training step,
-    nothing more is due. What the process compiles beside this flow counts too.
+    Regions are compiled when they first run forward and backward. After a whole training step, at :meth:`settle`, all
+    are. What the process compiles besides this flow counts too.
 
     Attributes:
         regions: modules that run compiled.
-        shapes: how many different ones there are among them. Each is compiled once, and once more where the first of a
-            level gets an input that needs no gradient or lies in memory otherwise.
+        shapes: number of different ones among them. Each is compiled once, and once more where the first of a scale
+            gets an input that needs no gradient or has another memory layout.
         graphs: programs compiled up to :meth:`settle`.
         seconds: spent on them, forward and backward.
         recompiles: programs compiled since :meth:`settle`.
@@ -60,11 +61,11 @@ class Compiled:
             self.seconds += time.monotonic() - self._since
 
     def settle(self) -> None:
-        """All there is to compile has been: what follows is a recompilation."""
+        """Count what is compiled from now on as recompilation."""
         self._settled = True
 
     def after_step(self, step: int) -> None:
-        """To be called after each training step: the first tells what compiling took, a later one if it goes on."""
+        """To be called after each training step: logs what compiling took, and later recompilations."""
         if not self._settled:
             self.settle()
             counts = self.regions, self.shapes, self.graphs, self.seconds
@@ -73,19 +74,19 @@ class Compiled:
             self._warned = self.recompiles
             log.warning("step %d: compiled again, %d graphs since the first step", step, self.recompiles)
 
-    def eagerly(self) -> AbstractContextManager:
-        """Within it, nothing runs compiled: batches of other sizes, without gradients, would each be compiled anew."""
+    def pause(self) -> AbstractContextManager:
+        """Within it nothing runs compiled: batches of other sizes, without gradients, would each be compiled anew."""
         return torch.compiler.set_stance("force_eager")
 
 
-def pays(device: torch.device, max_steps: int | None, max_minutes: float | None) -> bool:
+def pays(device: torch.device, budget: Budget) -> bool:
     """Whether ``compile=auto`` compiles: on a GPU, in a run of at least 5000 steps, or of 20 minutes if only those are
-    set. It takes minutes, and a step of a CPU gains little: most of its time goes into the products of matrices."""
-    long = max_steps >= 5000 if max_steps else (max_minutes or 0) >= 20
+    set. It takes minutes, and on a CPU a step gains little: it spends most of its time in matrix products."""
+    long = budget.steps >= 5000 if budget.steps else (budget.minutes or 0) >= 20
     return device.type == "cuda" and long
 
 
-def compile_flow(flow: Flow) -> Compiled:
+def compile_flow(flow: Flow) -> Compilation:
     """Compile the training direction of ``flow`` in place, region by region; names in its state dict stay.
 
     To be called once the flow is initialized, and after a copy of it, such as EMA's, has been made. Batches should all
@@ -99,21 +100,22 @@ def compile_flow(flow: Flow) -> Compiled:
     if not found:
         raise UsageError("compile=true: nothing in this flow can be compiled; use compile=false")
     _try(found[0])
-    compiled = Compiled(found)
-    # torch counts all regions together; see Compiled.shapes for the other two
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * compiled.shapes)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # of itself to itself
+    compilation = Compilation(found)
+    # torch counts all regions together; see Compilation.shapes for the factor
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * compilation.shapes)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch warns itself
     for region in found:
         region.compile(fullgraph=True, dynamic=False)
-    return compiled
+    return compilation
 
 
 def regions(module: nn.Module) -> Iterator[nn.Module]:
-    """What is compiled as one: each layer that a Chain repeats; elsewhere each coupling or autoregressive layer.
+    """The modules that are compiled as one: each layer that a Chain repeats; elsewhere each coupling or autoregressive
+    layer.
 
-    Never a layer that solves an ODE, whose steps depend on values, nor one that goes through the elements one by one.
+    Never a layer that solves an ODE, whose steps depend on values, nor one that computes its elements one by one.
     """
-    if isinstance(module, Inverse):  # what is in it is not called
+    if isinstance(module, Inverse):  # the module within is not called
         return
     whole = not continuous_layers(module) and not any(sequential_layers(module))
     if whole and isinstance(module, Coupling | Autoregressive):
@@ -130,8 +132,8 @@ def _repeats(chain: Chain) -> bool:
 
 
 def _share_classes(module: nn.Module) -> None:
-    """One class for modules that differ in their weights alone: torch gives each that has a parametrization, such as
-    weight normalization, a class of its own, which no two would share a program with."""
+    """Give modules that differ only in their weights one class: torch gives each module with a parametrization, such as
+    weight normalization, a class of its own, and different classes share no program."""
     classes: dict = {}
     for part in module.modules():
         if is_parametrized(part):
@@ -140,7 +142,7 @@ def _share_classes(module: nn.Module) -> None:
 
 
 def signature(module: nn.Module) -> tuple:
-    """Equal for modules that are one program: the same classes, sizes and settings, whatever the weights."""
+    """Equal for modules that compile to one program: the same classes, sizes and settings, whatever the weights."""
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
     return (
@@ -155,7 +157,7 @@ _PLAIN = bool | int | float | str | tuple | list | None
 
 
 def _try(region: nn.Module) -> None:
-    """UsageError where torch.compile cannot work at all: no compiler for the region's device, or one that fails."""
+    """Raise UsageError where torch.compile cannot work at all: the device has no compiler, or one that fails."""
 
     def square(x: Tensor) -> Tensor:
         return (x * x).sum()
@@ -164,22 +166,22 @@ def _try(region: nn.Module) -> None:
     try:
         torch.compile(square, fullgraph=True)(torch.ones(4, device=device, requires_grad=True)).backward()
     except Exception as error:  # of many kinds
-        raise unavailable(error) from error
+        raise compile_error(error) from error
 
 
-def unavailable(error: Exception) -> UsageError:
-    """What a failed compilation says, in one line."""
+def compile_error(error: Exception) -> UsageError:
+    """A failed compilation, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = " ".join([f"{type(error).__name__}:", *lines[:2]])  # of a compiler's error, the first names the backend
     return UsageError(f"compile=true: torch.compile does not work here ({reason}); use compile=false")
 
 
 @contextmanager
-def explained():
-    """Within it, what torch.compile cannot do is UsageError."""
+def compile_errors():
+    """Raise UsageError where torch.compile fails within it."""
     try:
         yield
     except Exception as error:
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
-            raise unavailable(error) from error
+            raise compile_error(error) from error
         raise

@@ -1,4 +1,4 @@
-"""The same bits in every run, on a GPU too, and what that costs."""
+"""The same bits in every run, on a GPU too, and the cost of that."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flowtrain.flow import Flow
 ROUNDS = 5
 
 
-def insist() -> None:
-    """From here on only deterministic operations run; see :func:`explained` for those that have no such form."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU's first product is taken
+def enable() -> None:
+    """Run only deterministic operations from now on; see :func:`determinism_errors` for those without such a form."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first matrix product
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 @contextmanager
-def explained():
-    """Within it, what torch cannot do deterministically is UsageError."""
+def determinism_errors():
+    """Raise UsageError within it for an operation that torch has no deterministic form of."""
     try:
         yield
     except RuntimeError as error:
@@ -37,8 +37,8 @@ def explained():
 
 
 def cost(flow: Flow, step: Callable[[Flow], object]) -> float:
-    """How many times as long ``step`` takes of a copy of ``flow`` with :func:`insist` as without: a median."""
-    flow, ratios = copy.deepcopy(flow).train(), []  # its counters and moments are not the run's
+    """How many times as long ``step`` takes for a copy of ``flow`` with :func:`enable` as without: a median."""
+    flow, ratios = copy.deepcopy(flow).train(), []  # whose counters and moments may change
     torch.use_deterministic_algorithms(False)
     _seconds(flow, step)  # the first is slower
     for _ in range(ROUNDS):

@@ -1,14 +1,13 @@
 """Where training first met a number that is not finite: which layer, in which direction, for which examples.
 
-The step is taken once more, layer by layer, with an eye on all that passes: slow, and done only once a run is lost.
-What is kept of it is enough to do that again elsewhere.
+The step is computed once more, layer by layer, with a look at each result: slow, and done only once a run has failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -16,14 +15,11 @@ from torch import Tensor, nn
 
 from flowtrain.bijections import Bijection, Chain, MultiScale
 from flowtrain.bijections.memory import Checkpoint
-from flowtrain.engine.gradient import Way
-from flowtrain.engine.measure import Measure
 from flowtrain.flow import Flow
 from flowtrain.runtime import fusion, globalbatch
 
 _FORWARD, _BACKWARD, _PARAMETERS, _NORM = range(4)
 _END = 2**31  # after every layer
-_NAMED = 8  # examples in a line
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def examine(flow: Flow, step: Callable[[], Tensor]) -> Finding | None:
     """The first finding in a training ``step`` of ``flow``, forward and backward, which returns its loss; its gradient
     must not be clipped. None where all is finite. Every process takes part."""
     memory = flow.memory
-    flow.keep(Checkpoint())  # every layer is called, and less memory taken than was free for the step itself
+    flow.keep(Checkpoint())  # which calls every layer, and needs no more memory than the step itself
     try:
         with fusion.layer_by_layer(), globalbatch.repeater()(), _watching(flow) as (found, places):
             loss = step()
@@ -166,80 +162,3 @@ def _owner(parameter: str, places: dict[str, int]) -> str:
     name = _short(parameter)
     holders = [layer for layer in places if name.startswith(f"{layer}.")]
     return max(holders, key=len, default=name.partition(".")[0])
-
-
-# ---- to see it again -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """A global batch that went wrong, and what a replay needs beside the weights.
-
-    Attributes:
-        x, context: of all processes, (B, *shape) and (B, *context_shape) or None.
-        examples: the numbers in the train split of its B examples.
-        seed, parts, world: how it was worked on; see :class:`Way`.
-        found: where it first went wrong.
-    """
-
-    step: int
-    seed: int
-    parts: int
-    world: int
-    x: Tensor
-    context: Tensor | None
-    examples: list[int]
-    found: Finding | None
-
-    def state(self) -> dict:
-        """As plain data, for a checkpoint."""
-        found = self.found and {**asdict(self.found), "order": list(self.found.order), "rows": list(self.found.rows)}
-        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "found": found}
-
-    @classmethod
-    def from_state(cls, state) -> Record:
-        """ValueError for what :meth:`state` has not made."""
-        try:
-            found = state["found"] and Finding(**state["found"])
-            found = found and replace(found, order=tuple(found.order), rows=tuple(found.rows))
-            record = cls(**{**state, "found": found})
-            numbers = [record.step, record.seed, record.parts, record.world, *record.examples]
-            tensors = [record.x, *([] if record.context is None else [record.context])]
-            sound = all(type(number) is int for number in numbers) and min(record.parts, record.world) > 0
-            sound = sound and all(isinstance(one, Tensor) and one.dim() > 0 for one in tensors)
-            if not sound or {len(one) for one in tensors} != {len(record.examples)} or not record.examples:
-                raise ValueError("its numbers do not fit its batch")
-            if len(record.examples) % record.world:
-                raise ValueError("its batch cannot be shared evenly")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        return record
-
-    def replay(self, flow: Flow, measure: Measure, autocast: torch.dtype | None) -> Finding | None:
-        """The first finding of ``flow``, which has the weights of then. Slices of several processes take turns, so that
-        batch normalization has the moments of each alone."""
-        device = next(flow.parameters()).device
-        way = Way(measure, self.seed, self.parts, autocast)
-        contexts = [None] * self.world if self.context is None else self.context.to(device).chunk(self.world)
-        slices = list(zip(self.x.to(device).chunk(self.world), contexts))
-
-        def step():
-            flow.train()
-            flow.zero_grad()
-            losses = [
-                way.backpropagate(flow, flow, *one, self.step, rank, self.world)[0] for rank, one in enumerate(slices)
-            ]
-            return sum(losses) / self.world
-
-        return examine(flow, step)
-
-    def told(self, found: Finding | None) -> str:
-        """A finding in words."""
-        if found is None:
-            return "but all is finite when that batch is taken once more: neither data nor weights are to blame"
-        numbers = [self.examples[row] for row in found.rows]
-        if not numbers:
-            return f"first {found.what}"
-        named = ", ".join(map(str, numbers[:_NAMED]))
-        more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-        return f"first {found.what}, of train example{'s' * (len(numbers) > 1)} {named}{more}"

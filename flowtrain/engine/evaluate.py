@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.runtime.interrupts import heeded
+from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.runtime.seeds import seed_from
 
 
@@ -55,7 +55,7 @@ def evaluate(
     device = next(flow.parameters()).device
     mean, weighted, seen = torch.zeros(3, total, dtype=torch.float64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
-        for index, x, context in heeded(batches):
+        for index, x, context in interruptible_batches(batches):
             first = int(index[0])
             index = index.to(device)
             best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""The arithmetic of networks."""
+"""The precision of networks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import torch
 from flowtrain.errors import UsageError
 
 
-def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of networks under ``precision``; only where the hardware has it, for elsewhere it costs time."""
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of networks under ``precision``; None: that of their weights.
+
+    Raises:
+        UsageError: the hardware has no such arithmetic, so that it would cost time.
+    """
     if precision == "float32":
         return None
     has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()

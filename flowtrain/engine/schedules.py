@@ -7,6 +7,7 @@ A schedule is called with ``progress``, the share of the run's budget (steps or 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["Constant", "Cosine", "Exponential", "Linear", "Steps"]
@@ -55,6 +56,18 @@ class Exponential:
 
     def __call__(self, progress: float, step: int) -> float:
         return self.factor ** (step / self.every)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """``schedule``, times a line from 0 to 1 over the first ``steps`` steps."""
+
+    schedule: Callable[[float, int], float]
+    steps: int
+
+    def __call__(self, progress: float, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.steps) if self.steps else 1.0
+        return warm * self.schedule(progress, step)
 
 
 @dataclass(frozen=True)

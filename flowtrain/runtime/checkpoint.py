@@ -23,6 +23,7 @@ from torch import nn
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import files
 
+FORMAT = 2  # of the state; raised by a version that cannot read what the one before wrote
 _MARK = b"flowtrain sha256 "
 _COMMENT = len(_MARK) + 64  # mark and hexadecimal digest
 _MEMBER = re.compile(r"[\w.-]+(/[\w.-]+)+")
@@ -30,7 +31,7 @@ _DEPTH = 64  # of containers: a configuration's own limit is lower
 
 
 def save(state: dict, path: Path, kept: Path | None = None) -> None:
-    """Write ``state`` to ``path`` so that at any moment either the old file or the new one is there, complete.
+    """Write ``state`` and its format to ``path``: at any moment either the old file or the new one is there, complete.
 
     The old one goes to ``kept``, but only when the new one stands in its place: what was at ``kept`` is replaced last.
 
@@ -41,7 +42,7 @@ def save(state: dict, path: Path, kept: Path | None = None) -> None:
     new, spare = files.temporary(path), kept and files.temporary(kept)
     archive = _Archive(new)
     try:
-        torch.save(state, archive)
+        torch.save({"format": FORMAT, **state}, archive)
         archive.finish()
         if kept and path.exists():
             _duplicate(path, spare)
@@ -50,7 +51,7 @@ def save(state: dict, path: Path, kept: Path | None = None) -> None:
             os.replace(spare, kept)
         _sync_directory(path.parent)
     except OSError as error:
-        raise files.unwritable(path, archive.size, error) from error
+        raise files.write_error(path, archive.size, error) from error
     finally:
         archive.close()
         for left in filter(None, (new, spare)):
@@ -121,7 +122,7 @@ def read(path, map_location="cpu", mmap: bool = False) -> dict:
     ``mmap`` leaves the tensors in the file.
 
     Raises:
-        FlowtrainError: the file is damaged, or no flowtrain checkpoint.
+        FlowtrainError: the file is damaged, no flowtrain checkpoint, or one of another format.
     """
     path = Path(path)
     try:
@@ -133,6 +134,7 @@ def read(path, map_location="cpu", mmap: bool = False) -> dict:
             with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused next
                 state = torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
         _check_plain(state)
+        _check_format(path, state.pop("format", None))
     except FlowtrainError:
         raise
     except OSError as error:
@@ -190,6 +192,13 @@ def _check_plain(state) -> None:
                 todo += [(part, depth + 1) for part in parts]
         elif kind not in (str, int, float, bool, type(None)):
             raise ValueError(f"it holds a {kind.__name__}")
+
+
+def _check_format(path: Path, found) -> None:
+    if type(found) is not int:
+        raise ValueError("it does not say its format")
+    if found != FORMAT:
+        raise FlowtrainError(f"{path}: its format is {found}; this version of flowtrain reads format {FORMAT}")
 
 
 def check(path: Path) -> None:

@@ -7,21 +7,23 @@ import json
 import os
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from flowtrain import train
-from flowtrain.cli import jobs, main
+from flowtrain.cli import main, worker
 from flowtrain.config import runs
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import validate
 from flowtrain.data import Loader
-from flowtrain.engine.gradient import Way
-from flowtrain.engine.reporter import Reporter
+from flowtrain.engine.loggers import JsonLines
 from flowtrain.engine.trainer import Trainer
+from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.runtime import checkpoint, files
 
 PLACES = ("mid-write", "before fsync", "before rename", "after rename", "pruning")
-OMITTED = ("model", "ema", "optimizer", "noise", "schedule", "order", "figures", "lines")
+OMITTED = ("model", "ema", "optimizer", "noise", "schedule", "order", "figures", "records")
 
 
 def die() -> None:
@@ -103,7 +105,7 @@ def _refuse(*_) -> None:
 def _save_for_ever() -> None:
     """A run that only saves, from where it stopped; each state tells its number in every part."""
     folder = Path.cwd()
-    files.sweep(folder)
+    files.remove_temporary(folder)
     step = 0
     if (folder / "last.pt").exists():
         step = checkpoint.read(folder / "last.pt")["step"]
@@ -115,20 +117,22 @@ def _save_for_ever() -> None:
 
 def omit(part: str) -> None:
     """Resume as if the state did not hold ``part``."""
-    load = Trainer.load_state
-    if part == "lines":
-        train.Reporter = lambda *arguments: Reporter(*arguments[:-1])
+    load = Trainer.load_state_dict
+    if part == "records":
+        open_file = JsonLines.open
+        JsonLines.open = lambda self, run: open_file(self, replace(run, records=None))
 
     def incomplete(self, state):
-        fresh = self.state()
+        fresh = self.state_dict()
         load(self, {**state, part: fresh[part]} if part in fresh else state)
         if part == "figures":
-            self.best, self.stale, self.loss_sum, self.loss_count = fresh["best"], 0, 0.0, 0
+            self.validation.load_state_dict({**fresh["validation"], "step": self.validation.step})
+            self.loss_sum, self.loss_count = 0.0, 0
         lost = self.step
         if part == "noise":
-            backpropagate = Way.backpropagate
-            Way.backpropagate = lambda way, flow, wrapped, x, context, step, *ranks: backpropagate(
-                way, flow, wrapped, x, context, step - lost, *ranks
+            backpropagate = TrainingPass.backpropagate
+            TrainingPass.backpropagate = lambda self, x, context, step, *ranks: backpropagate(
+                self, x, context, step - lost, *ranks
             )
         elif part == "schedule":
             factor = Trainer.rate_factor
@@ -145,7 +149,7 @@ def omit(part: str) -> None:
             batches = Loader.batches
             Loader.batches = lambda self, step=0: batches(self, step - lost if step else step)
 
-    Trainer.load_state = incomplete
+    Trainer.load_state_dict = incomplete
 
 
 def _composed(file: str) -> None:
@@ -153,9 +157,9 @@ def _composed(file: str) -> None:
     alone takes a second."""
     folder = Path("outputs/moons/run").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    found = runs.to_continue(folder / "checkpoints")
+    found = runs.newest_intact(folder / "checkpoints")
     values = {**json.loads(Path(file).read_text()), "resume": str(found) if found else None}
-    jobs.execute("train", values, str(folder))
+    worker.execute("train", validate(TrainConfig, values), str(folder))
 
 
 def prepare(environment) -> None:

@@ -18,7 +18,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flowtrain.cli import main
 from flowtrain.cli.launcher import Failed
-from flowtrain.engine.reporter import Reporter
+from flowtrain.engine.loggers import ImageFiles, JsonLines, TensorBoard
 from flowtrain.runtime import checkpoint
 
 FAULTS = {"full": errno.ENOSPC, "limit": errno.EFBIG, "quota": errno.EDQUOT, "read-only": errno.EROFS}
@@ -91,8 +91,7 @@ class Disk:
 
         builtins.open = io.open = refusing
         if name == "metrics.jsonl":  # which is open already
-            reporter = self.reporter
-            reporter.file = Refusing(reporter.file.name, "a")
+            self.logger.file = Refusing(self.logger.file.name, "a")
 
         def mend():
             builtins.open = io.open = original
@@ -108,16 +107,16 @@ def _trial(words, fault: str, place: str) -> None:
     disk, name = Disk(), PLACES[place]
     owner, method, moment = {
         "checkpoint": (checkpoint, "save_last", 2),
-        "metrics": (Reporter, "scalars", 27),
-        "board": (Reporter, "scalars", 27),
-        "image": (Reporter, "image", 1),
+        "metrics": (JsonLines, "scalars", 27),
+        "board": (TensorBoard, "scalars", 27),
+        "image": (ImageFiles, "image", 1),
     }[place]
     original, calls = getattr(owner, method), []
 
     def late(*args):
         calls.append(1)
         if len(calls) == moment:
-            disk.reporter = args[0]
+            disk.logger = args[0]
             getattr(disk, fault.replace("-", "_"))(name)
         return original(*args)
 

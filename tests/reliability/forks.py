@@ -128,7 +128,7 @@ def runs_in(cwd: Path) -> list[Path]:
 
 
 class ForkedWorker:
-    """What flowtrain.workers needs of Popen."""
+    """What flowtrain.cli.launcher needs of Popen."""
 
     ends: list = []  # of the workers' pipes, for this process to write into
 
@@ -144,7 +144,7 @@ class ForkedWorker:
         self.ends.append(self.stdin)
 
     def work(self, read, write, env):
-        from flowtrain.cli import launcher
+        from flowtrain.cli import worker
 
         os.setsid()
         os.close(write)
@@ -154,7 +154,7 @@ class ForkedWorker:
         sys.stdin = os.fdopen(0, closefd=False)
         os.environ.update(env)
         Path(f"rank.{os.getpid()}").write_text(env["RANK"])
-        launcher.main()
+        worker.main()
 
     def poll(self):
         if self.returncode is None:
@@ -276,8 +276,9 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401
     from PIL import Image
 
-    from flowtrain.cli import launcher
-    from flowtrain.config import allow  # noqa: F401
+    from flowtrain import flows, train  # noqa: F401
+    from flowtrain.cli import launcher, sweep, worker  # noqa: F401
+    from flowtrain.commands import eval, sample  # noqa: F401
     from flowtrain.engine import schedules  # noqa: F401
 
     Image.init()

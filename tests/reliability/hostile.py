@@ -165,15 +165,19 @@ def archives(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], o
     for numel in (10**6, 2**62, -1):
         declared = _declared(state, numel)
         yield f"a storage of {numel} numbers", lambda path, declared=declared: sealed(path, declared)
-    for gone in ("config", "model", "ema"):
+    for gone in ("config", "model", "ema", "columns"):
         without = {key: value for key, value in state.items() if key != gone}
         yield f"no {gone}", lambda path, without=without: checkpoint.save(without, path)
-    yield "a list", lambda path: checkpoint.save([state], path)
+    yield "a list", lambda path: sealed(path, _buffer(lambda out: torch.save([state], out)))
+    for name, value in {"no": None, "an older": 1, "a later": 10**9, "a text as": "2"}.items():
+        yield f"{name} format", lambda path, value=value: checkpoint.save({**state, "format": value}, path)
 
 
 def _pickled_in(state: dict) -> bytes:
     """The pickle of a state without tensors, as torch would write it."""
-    return pickle.dumps({"config": state["config"], "model": {}, "ema": None}, protocol=2)
+    return pickle.dumps(
+        {"format": checkpoint.FORMAT, "config": state["config"], "model": {}, "ema": None, "columns": None}, protocol=2
+    )
 
 
 def _declared(state: dict, numel: int) -> bytes:
@@ -286,14 +290,14 @@ def _itself():
 def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
     path, config = str(touch), state["config"]
     mkdir = {"_target_": "os.mkdir", "path": path}
-    changes = {f"target {name}": ("model.flow.base", node) for name, node in _targets(touch).items()} | {
+    changes = {f"target {name}": ("base", node) for name, node in _targets(touch).items()} | {
         f"target in {place}": (place, mkdir)
-        for place in ("model", "model.flow", "dataset", "optimizer", "scheduler", "trainer", "published", "model.knob")
+        for place in ("model", "univariate", "dataset", "optimizer", "scheduler", "trainer", "published", "model.knob")
     }
     changes |= {
         "target in a list of lists": ("model.knob", [[1, [mkdir]]]),
         "target deep within": ("model.knob", {"a": {"b": {"c": [{"d": mkdir}]}}}),
-        "a flow that is none": ("model.flow", {"_target_": "flowtrain.nets.ZeroConv", "shape": [1, 1, 1], "out": 1}),
+        "a flow that is none": ("model", {"_target_": "flowtrain.nets.ZeroConv", "out": 1}),
         "a data set that is none": ("dataset", {**config["dataset"], "_target_": "flowtrain.data.Columns"}),
         "hydra callbacks": ("hydra", {"callbacks": {"x": mkdir}}),
         "hydra logging": (
@@ -340,13 +344,13 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "out of range in the trainer": ("trainer.workers", 10**9),
         "a mapping for a number": ("trainer.clip", {"a": 1}),
         "an allowed module": ("allow", ["os"]),
-        "enormous layers": ("model.flow.bijection.layers.levels.level.layers.steps.layers.coupling.net.hidden", 10**9),
-        "endless layers": ("model.flow.bijection.layers.levels.level.layers.steps.repeat", 10**9),
-        "an enormous shape": ("model.flow.shape", [1, 10**6, 10**6]),
-        "a negative shape": ("model.flow.shape", [1, -8, 8]),
-        "a shape of text": ("model.flow.shape", "8x8"),
-        "a shape without numbers": ("model.flow.shape", []),
-        "endless numbers": ("model.flow.shape", [1, 2**70, 8]),
+        "enormous layers": ("model.hidden", 10**9),
+        "endless layers": ("model.steps", 10**9),
+        "an enormous shape": ("dataset.shape", [1, 10**6, 10**6]),
+        "a negative shape": ("dataset.shape", [1, -8, 8]),
+        "a shape of text": ("dataset.shape", "8x8"),
+        "a shape without numbers": ("dataset.shape", []),
+        "endless numbers": ("dataset.shape", [1, 2**70, 8]),
         "a data set of another shape": ("dataset.shape", [1, 10**9, 10**9]),
     }
     for name, (key, value) in changes.items():

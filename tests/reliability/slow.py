@@ -9,9 +9,9 @@ from pathlib import Path
 
 import hydra.core.utils
 
-from flowtrain import assemble, train
-from flowtrain.cli import jobs, overrides
-from flowtrain.commands import previews
+from flowtrain import train
+from flowtrain.cli import checks, jobs, worker
+from flowtrain.commands import evaluation, previews
 from flowtrain.data import Loader
 from flowtrain.data.vectors import Vectors
 from flowtrain.engine.trainer import Trainer
@@ -67,7 +67,7 @@ def again(self, step=0, original=Loader.batches):
         yield batch
 
 
-def shares(*args, original=assemble.shares):
+def split_batches(*args, original=evaluation.split_batches):
     """One example a batch, and all are slow."""
     for index, x, context in original(*args):
         for i in range(len(x)):
@@ -84,9 +84,9 @@ def following_the_step(self, *args, original=Trainer.gradient):
 def patch() -> None:
     Trainer.at, Trainer.gradient = 0, following_the_step
     places = {
-        "check": lambda: before(overrides, "check"),
+        "check": lambda: before(checks, "check"),
         "job": lambda: before(jobs, "_run"),
-        "import": lambda: before(jobs, "execute"),
+        "import": lambda: before(worker, "execute"),
         "open": lambda: before(Vectors, "split"),
         "start": lambda: before(train, "_start"),
         "data": lambda: setattr(Loader, "batches", batches),
@@ -94,8 +94,8 @@ def patch() -> None:
         "step": lambda: before(Trainer, "update", SAVING, late),
         "every step": lambda: before(Trainer, "update", 0.1),
         "stuck": lambda: before(Trainer, "update", when=late),
-        "validation": lambda: setattr(assemble, "shares", shares),
-        "image": lambda: before(previews.View, "__call__", when=late),
+        "validation": lambda: setattr(evaluation, "split_batches", split_batches),
+        "image": lambda: before(previews.Preview, "__call__", when=late),
         "saving": lambda: before(checkpoint, "save_last", SAVING),
         "end": lambda: before(train, "_conclude"),
         "one second": lambda: setattr(hydra.core.utils, "datetime", OneSecond),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from forks import runs_in, same, state, steps
 
-from flowtrain.config.compose import compose, plain
+from flowtrain.config.compose import train_config
+from flowtrain.config.validation import to_dict
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 
@@ -52,7 +53,7 @@ def whole(server, tmp_path_factory):
 def composed(tmp_path_factory):
     """``composed(number)``: the environment of a run; four in five are spared the composing of their command."""
     file = tmp_path_factory.mktemp("composed") / "values.json"
-    file.write_text(json.dumps(plain(compose("train", list(WORDS[1:])))))
+    file.write_text(json.dumps(to_dict(train_config(*WORDS[1:]))))
     return lambda number: {} if number % 5 == 0 else {"COMPOSED": str(file)}
 
 
@@ -120,7 +121,7 @@ def test_killed_after_the_last_validation(server, whole, composed, tmp_path):
 @pytest.mark.parametrize("part", [*deaths.OMITTED, None])
 def test_each_part_of_the_state_is_needed(server, whole, composed, tmp_path, part):
     """Without any one of them the comparison above fails."""
-    save = SAVES + 1 if part == "lines" else 3
+    save = SAVES + 1 if part == "records" else 3
     death = {"place": "before rename", "save": save}
     assert server.run(tmp_path, **composed(1), DEATH=json.dumps(death)) == -signal.SIGKILL
     omitted = {"OMIT": part} if part else {}

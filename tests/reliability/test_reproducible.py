@@ -95,8 +95,8 @@ def test_deterministic_operations_and_their_cost(tmp_path, promise):
     torch.use_deterministic_algorithms(False)
     assert same(on, made(tmp_path / "off", "model=nsf_image"))  # a CPU's operations are anyway
     with pytest.raises(UsageError, match="deterministic=true: put_ has no deterministic form"):
-        determinism.insist()
-        with determinism.explained():
+        determinism.enable()
+        with determinism.determinism_errors():
             torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
 
 

@@ -96,7 +96,7 @@ def watch(monkeypatch, tmp_path):
         try:
             code, text = flowtrain(cwd, *words), ""
         except Exception as error:
-            text, code = exit_codes.explain(error)
+            text, code = exit_codes.describe_error(error)
         finally:
             deeds, _watched = _watched, None
         return code, text, deeds + [f"read {key}" for key in read if key == hostile.SECRET]

@@ -1,0 +1,78 @@
+"""What every logger offers to a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from flowtrain.engine.budget import Budget
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The run that a logger is to record.
+
+    Attributes:
+        directory: the run directory.
+        step: where training starts; not 0 where it resumes. What was recorded of later steps is void.
+        records: the number of calls of :meth:`Logger.scalars` up to there; what later calls recorded is void.
+        budget: how long it trains.
+        key, unit: of the objective's figure.
+    """
+
+    directory: Path
+    step: int
+    records: int
+    budget: Budget
+    key: str
+    unit: str
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """Records a run. Only the first process has loggers.
+
+    The methods raise Unwritable where a disk does not take what they write.
+    """
+
+    def open(self, run: RunRecord) -> None:
+        """Begin to record; called once, before everything else."""
+        ...
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record named numbers. The names of clocks and rates, which no two runs share, start with ``time/``."""
+        ...
+
+    def image(self, step: int, name: str, image: Tensor) -> None:
+        """Record an image, (3, H, W) uint8."""
+        ...
+
+    def hyperparameters(self, values: dict, metrics: dict[str, float]) -> None:
+        """Record the run's settings and final figures; called once, when it has finished."""
+        ...
+
+    def close(self) -> None:
+        """End recording, also after an error."""
+        ...
+
+
+class NullLogger:
+    """Records nothing: the base class of loggers that record only some things."""
+
+    def open(self, run):
+        pass
+
+    def scalars(self, step, values):
+        pass
+
+    def image(self, step, name, image):
+        pass
+
+    def hyperparameters(self, values, metrics):
+        pass
+
+    def close(self):
+        pass

@@ -1,0 +1,47 @@
+"""Maximum likelihood: bits per dimension of integers, nats per row of real numbers."""
+
+from __future__ import annotations
+
+from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.objectives.objective import Score
+from flowtrain.flow import to_bits_per_dim
+
+
+def maximum_likelihood(grey_levels: int | None) -> BitsPerDim | NatsPerRow:
+    """The objective for data of so many ``grey_levels``, or of real numbers (None)."""
+    return BitsPerDim() if grey_levels else NatsPerRow()
+
+
+class BitsPerDim:
+    """For images and other integers: −log p(x) / (D ln 2), lower is better."""
+
+    key, unit = "bits_per_dim", "bits/dim"
+
+    def loss(self, flow, batch):
+        return to_bits_per_dim(flow(*batch), flow.dimensions)
+
+    def figure(self, flow, loss):
+        return loss
+
+    def score(self, evaluation: Evaluation) -> Score:
+        value, stderr = evaluation.bits_per_dim, evaluation.bits_per_dim_stderr
+        return Score(value, value, f"{value:.4f} ± {stderr:.4f} bits/dim")
+
+
+class NatsPerRow:
+    """For rows of real numbers, whose density has no bits: the mean log-likelihood in nats, higher is better.
+
+    The loss is its negative per dimension, so that rates and clipping suit any number of columns.
+    """
+
+    key, unit = "log_likelihood", "nats"
+
+    def loss(self, flow, batch):
+        return -flow(*batch) / flow.dimensions
+
+    def figure(self, flow, loss):
+        return -loss * flow.dimensions
+
+    def score(self, evaluation: Evaluation) -> Score:
+        value, stderr = evaluation.log_likelihood, evaluation.log_likelihood_stderr
+        return Score(-value, value, f"{value:.4f} ± {2 * stderr:.4f} nats (2 standard errors)")

@@ -1,0 +1,50 @@
+"""What every objective offers to the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from flowtrain.engine.evaluate import Evaluation
+from flowtrain.flow import Flow
+
+
+@dataclass(frozen=True)
+class Score:
+    """An evaluation under an objective: the ``loss`` to compare (less is better); the figure as a number and text."""
+
+    loss: float
+    figure: float
+    text: str
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What training minimizes and what a run reports.
+
+    Attributes:
+        key: names the figure in metrics.jsonl and TensorBoard, as in ``train/<key>`` and ``val/<key>``.
+        unit: of the figure.
+    """
+
+    key: str
+    unit: str
+
+    def loss(self, flow: Flow, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+        """The losses of a batch, (B,), with gradients. ``batch``: x (B, *shape), and its context (B, *context_shape)
+        or None.
+
+        Called once for each backward pass. Any method of ``flow`` may be used: DistributedDataParallel wraps this call
+        as a whole. Nothing should be read from the device.
+        """
+        ...
+
+    def figure(self, flow: Flow, loss: float) -> float:
+        """A mean of :meth:`loss` as people read it."""
+        ...
+
+    def score(self, evaluation: Evaluation) -> Score:
+        """An evaluation of the validation split, to select the best weights by."""
+        ...

@@ -1,0 +1,96 @@
+"""A batch forward and backward through a flow, in training and in the replay of a training step."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flowtrain.bijections.ode import continuous_layers, unsolved_is_nan
+from flowtrain.engine.objectives import Objective
+from flowtrain.flow import Flow
+from flowtrain.runtime import globalbatch
+from flowtrain.runtime.seeds import mix
+
+
+class TrainingPass:
+    """Computes the gradient of an objective on a batch.
+
+    Args:
+        seed: together with the step, it determines all noise.
+        parts: number of parts that a batch is divided into, computed one after another (``trainer.accumulate``).
+        autocast: dtype of networks, where that is lower than the weights'.
+    """
+
+    def __init__(
+        self, flow: Flow, objective: Objective, seed: int, parts: int = 1, autocast: torch.dtype | None = None
+    ):
+        self.flow, self.seed, self.parts, self.autocast = flow, seed, parts, autocast
+        self.loss: nn.Module = _Loss(flow, objective)
+
+    def synchronize(self) -> None:
+        """From now on, average the gradients over all processes.
+
+        Buffers are equal on all processes from the start and change alike, so none are sent. All backward passes use
+        the same graph, except those of ODEs and of accumulated parts, of which only the last sends: torch fails an
+        assertion where ``no_sync`` meets ``static_graph``.
+        """
+        device = next(self.flow.parameters()).device
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a newer torch names it otherwise, an older one only so
+            self.loss = DistributedDataParallel(
+                self.loss,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=self.parts == 1 and not continuous_layers(self.flow),
+            )
+
+    def backpropagate(
+        self, x: Tensor, context: Tensor | None, step: int, rank: int, world: int
+    ) -> tuple[Tensor, list[str]]:
+        """Add the gradient of the mean loss on ``x``, slice ``rank`` of the ``world`` slices of a global batch.
+
+        Returns the loss, on its device, and why ODEs in it had no solution, which makes it NaN.
+        """
+        parts = x.chunk(self.parts)
+        contexts = [None] * len(parts) if context is None else context.chunk(self.parts)
+        row, total = rank * len(x), 0.0
+        with unsolved_is_nan() as reasons:
+            for i, (part, context) in enumerate(zip(parts, contexts)):
+                torch.manual_seed(mix(self.seed, step))  # nothing to restore but the step
+                with nullcontext() if i == len(parts) - 1 else self._without_synchronization():
+                    with globalbatch.rows(row, world * len(x)), self._lower_precision(x.device.type):
+                        loss = self.loss(part, context).sum() / len(x)
+                    loss.backward()
+                total, row = total + loss.detach(), row + len(part)
+        return total, reasons
+
+    def _without_synchronization(self):
+        return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()
+
+    def _lower_precision(self, device: str):
+        return nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
+
+
+def clip_gradient(flow: Flow, limit: float | None) -> Tensor:
+    """The norm of the gradient of all parameters, which is then scaled down to ``limit``."""
+    parameters = list(flow.parameters())
+    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None], foreach=True)
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return norm
+
+
+class _Loss(nn.Module):
+    """``objective.loss(flow, batch)`` as a module: DistributedDataParallel wraps the forward pass of a module."""
+
+    def __init__(self, flow: Flow, objective: Objective):
+        super().__init__()
+        self.flow, self.objective = flow, objective
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.objective.loss(self.flow, (x, context))
