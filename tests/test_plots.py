@@ -136,8 +136,8 @@ def test_no_number_is_grey_and_no_density_is_dark():
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (torch.zeros(5, 3), r"shape \[5, 3\]: a density is drawn of points"),
-        (torch.zeros(5), "a density is drawn of points"),
+        (torch.zeros(5, 3), r"shape \[5, 3\]: a density plot needs points"),
+        (torch.zeros(5), "a density plot needs points"),
         (torch.full((5, 2), math.nan), "without a finite point"),
     ],
 )

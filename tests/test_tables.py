@@ -200,7 +200,7 @@ def test_hepmass(tmp_path, gz):
     keys = {"path": str(folder / f"1000_train.csv{gz}")} if gz else {"root": str(tmp_path)}
     equal(parts_of(data.Hepmass(**keys)), again)
     (folder / f"1000_test.csv{gz}").unlink()
-    one_line(lambda: data.Hepmass(**keys).split("val"), "side by side", "1000_test.csv")
+    one_line(lambda: data.Hepmass(**keys).split("val"), "in one folder", "1000_test.csv")
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -469,7 +469,7 @@ def test_another_file_is_read_by_what_a_checkpoint_knows(tmp_path, frame):
     other.loc[other.index[3], "colour"] = "pink"
     dataset = data.Table(path=write(other, tmp_path / "other.csv"), **keys)
     dataset.use_columns(columns)
-    one_line(lambda: dataset.split("test"), "column 'colour', row 4", "'pink' is none of blue, green, red")
+    one_line(lambda: dataset.split("test"), "column 'colour', row 4", "'pink' is not one of blue, green, red")
 
 
 def test_columns_survive_a_checkpoint(tmp_path, frame):
@@ -510,10 +510,10 @@ def test_categories_that_look_like_numbers_are_found_among_numbers():
         ({"children": None}, ("column 'children' is missing",)),
         ({"income": [1.0, np.nan]}, ("column 'income'", "row 12", "missing")),
         ({"income": [1.0, None]}, ("column 'income'", "row 12", "missing")),
-        ({"income": ["1.5", "many"]}, ("column 'income'", "row 12", "'many' is no number")),
-        ({"children": [1, 2.5]}, ("column 'children'", "row 12", "2.5 is no whole number")),
+        ({"income": ["1.5", "many"]}, ("column 'income'", "row 12", "'many' is not a number")),
+        ({"children": [1, 2.5]}, ("column 'children'", "row 12", "2.5 is not a whole number")),
         ({"married": [True, None]}, ("column 'married'", "row 12", "missing")),
-        ({"colour": ["red", "pink"]}, ("column 'colour'", "row 12", "'pink' is none of blue, green, red")),
+        ({"colour": ["red", "pink"]}, ("column 'colour'", "row 12", "'pink' is not one of blue, green, red")),
         ({"age": [1e300, 2]}, ("column 'age'", "row 11", "not finite")),
     ],
 )
@@ -536,7 +536,7 @@ def test_arrays(tmp_path):
     np.save(tmp_path / "b.npy", rows[0])
     one_line(lambda: data.Table(path=str(tmp_path / "b.npy")).split("test"), "(rows, columns)")
     np.save(tmp_path / "o.npy", np.array([[None]]))
-    one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "no .npy", error=FlowtrainError)
+    one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "not an .npy", error=FlowtrainError)
 
 
 def csv(text, rows=40):
@@ -550,7 +550,7 @@ def csv(text, rows=40):
         (csv("1,2\n,3\n"), {}, ("column 'a'", "row 2", "missing")),
         (csv("1,2\n1,NaN\n"), {}, ("column 'b'", "row 2", "missing")),
         (csv("inf,2\n"), {}, ("column 'a'", "row 1", "not finite")),
-        (csv("1,2\n1,-\n"), {}, ("column 'b'", "row 2", "'-' is no number")),
+        (csv("1,2\n1,-\n"), {}, ("column 'b'", "row 2", "'-' is not a number")),
         (csv("1,1e39\n"), {}, ("column 'b'", "too large for float32")),
         ("a,b\n" + "1,x\n2,\n" * 20, {}, ("column 'b'", "row 2", "missing")),
         ("a,b\n" + "1,2\n" * 40, {}, ("column 'a'", "constant")),
@@ -585,7 +585,9 @@ def test_tables_that_cannot_be_modelled_are_refused(tmp_path, text, keys, parts)
 def test_text_far_down_a_column_of_numbers_is_refused_by_row(tmp_path, monkeypatch):
     monkeypatch.setattr(table_file, "CSV_BLOCK", 2**10)
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5,?\n" + "2,3\n" * 300)
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'?' is no number")
+    one_line(
+        lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'?' is not a number"
+    )
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5\n")
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "Expected 2", error=FlowtrainError)
 

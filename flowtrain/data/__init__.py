@@ -1,4 +1,4 @@
-"""Data: sets of images and of vectors, their splits, and loaders. They know nothing of flows."""
+"""Datasets of images and vectors, their splits and their loaders. Nothing here knows of flows."""
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.columns import Columns

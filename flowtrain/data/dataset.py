@@ -1,4 +1,4 @@
-"""What every set of data has in common: the keys of its YAML file that all share, checked, and three splits."""
+"""The base class of all datasets: the keys that their YAML files share, checked, and three splits."""
 
 import os
 from pathlib import Path
@@ -15,25 +15,26 @@ class Dataset:
     """Data with a description and three splits. The constructor opens no file; :meth:`split` does.
 
     Args:
-        name: what messages call it.
-        root: the folder of all data, where downloads go too.
-        path: this set's own folder or file, where it has one.
-        download: whether missing files may be fetched.
-        val_size, test_size: count or fraction cut off with a fixed seed; None where a set has such a split itself.
-        split_seed: the seed of that cut.
+        name: its name in messages.
+        root: the folder of all data, into which downloads go.
+        path: the folder or file of this dataset, if it is not under ``root``.
+        download: whether missing files may be downloaded.
+        val_size, test_size: number or fraction of the examples that form this split; None if the files have one.
+        split_seed: seed of the random permutation that chooses them.
         on_bad: "stop" or "skip" at an unreadable image.
 
     Attributes:
         spec: the description, known before the data are loaded. No file is opened for it, except by a user's table,
             which reads the header of its file: UsageError or FlowtrainError where that cannot be done.
 
-    Raises UsageError, naming the key, for what does not fit.
+    Raises:
+        UsageError: a key has a wrong value; it is named.
     """
 
     spec: DataSpec
 
     native_name: str
-    own_splits: tuple[str, ...] = ()  # besides train, those that the files themselves distinguish
+    own_splits: tuple[str, ...] = ()  # splits besides train that the files already have
     uses_path = True
     default_val: float | int | None = 0.1
     default_test: float | int | None = None
@@ -63,7 +64,7 @@ class Dataset:
         self.test_size = self.default_test if test_size is None else test_size
 
         if path is not None and not self.uses_path:
-            self._refuse("path", path, f"{self.name} takes none; its files, if any, are under dataset.root")
+            self._refuse("path", path, f"{self.name} has none; its files, if any, are under dataset.root")
         if on_bad not in ("stop", "skip"):
             raise UsageError(f"on_bad={on_bad}: must be stop or skip")
         for part, size in (("val", self.val_size), ("test", self.test_size)):
@@ -74,23 +75,25 @@ class Dataset:
                 self._refuse(f"{part}_size", size, f"must be {COUNT_OR_FRACTION}")
 
     def split(self, name: str) -> Split:
-        """Opens "train", "val" or "test"; every process must ask, since the first one downloads for all.
+        """Open "train", "val" or "test". Every process must call this, since the first one downloads for all.
 
-        UsageError where files are missing, FlowtrainError where they cannot be read.
+        Raises:
+            UsageError: files are missing.
+            FlowtrainError: files cannot be read.
         """
         if name not in SPLITS:
             raise UsageError(f"split={name}: must be one of {', '.join(SPLITS)}")
         return self._open(name)
 
     def use_columns(self, columns) -> None:
-        """Take what a checkpoint knows of a table's columns in place of what the file itself would say. To be called
-        before :meth:`split`; only a user's table minds."""
+        """Encode rows by the columns of a checkpoint (a :class:`Columns`) instead of those found in the file. Call it
+        before :meth:`split`. Only a user's table uses it."""
 
     def _open(self, name: str) -> Split:
         raise NotImplementedError
 
     def _check_type(self, key, value, kind, words) -> None:
-        """The command line makes anything of anything."""
+        """Refuse a value that is not None and not of type ``kind``; ``words`` describe what it must be."""
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             self._refuse(key, value, f"must be {words}")
 

@@ -1,4 +1,4 @@
-"""A grey image as a density over the plane."""
+"""A grey image as a density over the plane: ``dataset=picture``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from flowtrain.data.image_files import load_image
 from flowtrain.data.toys import Plane
 from flowtrain.errors import FlowtrainError, UsageError
 
-EXTENT = 4.0  # of the longer side, each way
+EXTENT = 4.0  # the longer side spans [−EXTENT, EXTENT]
 
 
 class ImageDensity(Plane):
-    """Points with a density in proportion to the brightness of the image at ``dataset.path``, uniform in a pixel;
-    its longer side spans [−4, 4].
+    """Points whose density is proportional to the brightness of the image at ``dataset.path`` and constant within a
+    pixel. The longer side of the image spans [−4, 4].
 
     Args:
-        invert: dark is dense.
+        invert: dark pixels are dense instead of bright ones.
     """
 
     native_name = "picture"
@@ -34,8 +34,8 @@ class ImageDensity(Plane):
         down, right = np.divmod(at, width)
         x, y = right + random.random(rows), down + random.random(rows)
         pixel = 2 * EXTENT / max(height, width)
-        seen = weight[weight > 0]
-        self._mean_log_density = float((seen * np.log(seen / pixel**2)).sum())
+        positive = weight[weight > 0]
+        self._mean_log_density = float((positive * np.log(positive / pixel**2)).sum())
         return pixel * np.stack((x - width / 2, height / 2 - y), 1)
 
     def _pixel_probabilities(self) -> np.ndarray:
@@ -47,11 +47,13 @@ class ImageDensity(Plane):
         try:
             with open(self.path, "rb") as file:
                 grey = np.asarray(load_image(file, "L")).astype(np.float64)
-        except Exception as error:  # whatever a damaged file makes PIL raise
+        except Exception as error:  # PIL raises many kinds for a damaged file
             raise FlowtrainError(f"cannot read the image {self.path}: {' '.join(str(error).split())}") from error
         grey = 255 - grey if self.invert else grey
         if not grey.any():
-            raise UsageError(f"dataset.path={self.path}: {'white' if self.invert else 'black'} all over, dense nowhere")
+            raise UsageError(
+                f"dataset.path={self.path}: {'white' if self.invert else 'black'} all over, so it has no density"
+            )
         return grey / grey.sum()
 
     def _origin(self) -> str:

@@ -1,4 +1,4 @@
-"""Sets that are folders of images: a user's own, CelebA, CelebA-HQ. They stream."""
+"""Datasets that are folders of images: a user's own, CelebA, CelebA-HQ. They stream from disk."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from flowtrain.errors import FlowtrainError, UsageError
 
 
 class ImageSet(Images):
-    """Base of sets that read an image file whenever it is asked for."""
+    """Base class of datasets that decode an image file each time an example is read."""
 
-    box = None  # the crop, or None for the largest centred square
-    exact = False  # whether images of another size are unreadable instead of being resized
+    box = None  # the crop (left, top, right, bottom); None: the largest centred square
+    exact = False  # True: an image of another size is unreadable; False: it is resized
 
     def _make_split(self, name: str, images: ImageSource, names: list[str], how: str) -> ImageFileSplit:
         return ImageFileSplit(
@@ -31,11 +31,11 @@ class ImageSet(Images):
 
 
 class ImageFolder(ImageSet):
-    """A folder of images (with the folders in it), a .zip or a .tar.
+    """The images in a folder and its subfolders, in a .zip or in a .tar.
 
-    A folder that holds "train" beside "test" or "val" (or "valid", "validation") is split that way, and what is
-    lacking is made up for: a lone validation folder is the test split, and val is cut from train. Otherwise both
-    are cut with ``split_seed``.
+    A folder that holds "train" and also "test" or "val" (or "valid", "validation") is split that way. If one of the
+    two is absent, a validation folder is the test split and val is chosen from train with ``split_seed``. Otherwise
+    ``split_seed`` chooses both val and test.
     """
 
     native_name = "image_folder"
@@ -77,13 +77,13 @@ class CelebAHQ(ImageFolder):
         if not path.exists():
             raise UsageError(
                 f"dataset={self.name}: {path} does not exist; put the images there (in train/ and valid/,"
-                " or all together), or say dataset.path=FOLDER"
+                " or all together), or give dataset.path=FOLDER"
             )
         return path
 
 
 class CelebA(ImageSet):
-    """CelebA's aligned faces with its official splits, cropped to rows 40…187 and columns 15…162 and resized."""
+    """CelebA's aligned faces with the official splits, cropped to rows 40…187 and columns 15…162, then resized."""
 
     native_name = "celeba"
     own_splits = ("val", "test")
@@ -97,7 +97,7 @@ class CelebA(ImageSet):
         if folder is None or not table.is_file():
             raise UsageError(
                 f"dataset={self.name}: not found under {path}/; put img_align_celeba/*.jpg (or img_align_celeba.zip)"
-                " and list_eval_partition.txt there, or say dataset.path=FOLDER"
+                " and list_eval_partition.txt there, or give dataset.path=FOLDER"
             )
         wanted = str(("train", "val", "test").index(name))
         try:
@@ -113,7 +113,7 @@ class CelebA(ImageSet):
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
-    """split -> folder, where ``path`` holds train and at least one more; else nothing."""
+    """The folder of each split, if ``path`` holds train and at least one other; otherwise {}."""
     train, test = path / "train", path / "test"
     val = next((path / name for name in ("val", "valid", "validation") if (path / name).is_dir()), None)
     if not train.is_dir():

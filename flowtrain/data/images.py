@@ -1,4 +1,4 @@
-"""What every set of images has in common: the keys of its YAML file, checked."""
+"""The base classes of image datasets: the keys that their YAML files share, checked."""
 
 import numpy as np
 import torch
@@ -11,27 +11,24 @@ from flowtrain.data.split import ArraySplit, split_indices
 
 
 class Images(Dataset):
-    """Images as integers in 0 … levels − 1.
-
-    Every dataset takes the same keys, so that one can stand for another. Beside those of :class:`Dataset`:
+    """Images of integers 0 … levels − 1. Arguments besides those of :class:`Dataset`:
 
     Args:
-        image_size, channels: side in pixels, 1 (grey) or 3 (RGB).
-        shape: (channels, image_size, image_size); left out, those two decide.
-        bits: keep this many of the 8, floor(x / 2^(8 − bits)); None keeps all.
-        levels: the number of integer values that follows from ``bits``; only checked here.
-        context: "label" for examples that come with their class, one-hot, or None.
+        image_size: side in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        shape: (channels, image_size, image_size), only checked here; None leaves it to the other two.
+        bits: how many of the 8 bits to keep, floor(x / 2^(8 − bits)); None keeps all.
+        levels: the number of integer values that follows from ``bits``, only checked here.
+        context: "label": each example comes with its class as a one-hot vector; None: without.
         halvings, context_shape: ignored; :attr:`spec` has them.
-        flip, shift: augmentation of the train split (see Augment).
-
-    Raises UsageError, naming the key, for what does not fit.
+        flip, shift: augmentation of the train split, see :class:`Augment`.
     """
 
-    native_size: int | None = None  # None: any
+    native_size: int | None = None  # of the files; None: any
     native_channels: int | None = None
     native_levels = 256
-    classes: int | None = None  # of the labels, where there are any
-    smallest_side = 4  # to which halvings may lead
+    classes: int | None = None  # number of labels; None: no labels
+    smallest_side = 4  # of an image after the last halving
     own_splits = ("test",)
     default_size, default_channels = 64, 3
 
@@ -75,7 +72,7 @@ class Images(Dataset):
 
     @property
     def augment(self) -> Augment | None:
-        """For the train split's Loader."""
+        """The augmentation of the train split, or None."""
         return Augment(self.flip, self.shift) if self.flip or self.shift else None
 
     def _choose_shape(self, image_size, channels, shape) -> tuple[int, ...]:
@@ -92,9 +89,9 @@ class Images(Dataset):
         return expected
 
     def _choose_levels(self, bits, levels) -> tuple[int, int]:
-        """(levels, bits to drop)"""
+        """The number of grey levels, and how many of the 8 bits to drop."""
         if bits is not None and self.native_levels != 256:
-            self._refuse("bits", bits, f"{self.name} has {self.native_levels} levels; only 256 can be reduced")
+            self._refuse("bits", bits, f"{self.name} has {self.native_levels} levels; only 256 levels can be reduced")
         if bits is not None and not 1 <= bits <= 8:
             self._refuse("bits", bits, "must be between 1 and 8")
         expected = self.native_levels if bits is None else 2**bits
@@ -104,13 +101,13 @@ class Images(Dataset):
 
 
 class ArrayImages(Images):
-    """Images that fit into memory: the files' own train split, and test split where they have one."""
+    """Images that fit into memory."""
 
     uses_path = False
 
     def _load(self, part: str) -> tuple[Tensor, Tensor | None, str]:
-        """The images of "train" or "test" as the files have them, uint8 (N, C, H, W), their labels, int64 (N,), where
-        they have any, and where they came from."""
+        """Load "train" or "test" as the files have them: the images, uint8 (N, C, H, W), their labels, int64 (N,), or
+        None without labels, and the origin of the data for the description."""
         raise NotImplementedError
 
     def _open(self, name: str) -> ArraySplit:
@@ -133,5 +130,5 @@ def _halvings(side: int, smallest: int) -> int:
 
 
 def label_context(labels: Tensor, classes: int) -> Tensor:
-    """Labels (N,) as the context of a conditional flow, float32 (N, classes)."""
+    """Labels, int64 (N,), as the context of a conditional flow: one-hot, float32 (N, classes)."""
     return torch.nn.functional.one_hot(labels, classes).float()

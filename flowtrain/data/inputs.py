@@ -1,6 +1,6 @@
-"""What a person wants judged: images or rows of a table, read in order, a group at a time.
+"""Inputs of ``flowtrain score``: images, or rows of a table, read in order, one group at a time.
 
-Groups are of ``GROUP`` examples whatever is worked on at once, and are dealt out to the processes whole.
+A group has ``GROUP`` examples, whatever the batch size, and belongs to one process.
 """
 
 import difflib
@@ -29,10 +29,10 @@ class Group:
     """Up to ``GROUP`` examples.
 
     Attributes:
-        first: the number of the first one, from 0.
-        names: what each is called: an image's file, or the number of a row, from 1.
-        x, context: of all of them, zeros where one is in ``bad``.
-        bad: place in the group -> a line that says which one could not be read, and why.
+        first: the number of the first example, from 0.
+        names: of the examples: the file of an image, or the number of a row, from 1.
+        x, context: (B, *shape) and (B, *context_shape) or None; zeros for an example in ``bad``.
+        bad: a mapping from the position in the group of each unreadable example to a line that names it and says why.
     """
 
     first: int
@@ -46,7 +46,7 @@ class Input:
     """Examples at a path.
 
     Attributes:
-        label: the heading of their names: "file" or "row".
+        label: the column heading of the examples' names: "file" or "row".
         on_bad: "stop" raises FlowtrainError at an example that cannot be read, "skip" puts it into ``Group.bad``.
     """
 
@@ -54,21 +54,21 @@ class Input:
     on_bad = "stop"
 
     def groups(self, rank: int = 0, world: int = 1) -> Iterator[Group]:
-        """Those whose turn it is: number rank, rank + world, …."""
+        """The groups of this process: numbers rank, rank + world, …."""
         raise NotImplementedError
 
     def refuse(self, what: str) -> None:
-        """Stop at what is wrong with an example, unless such are to be skipped."""
+        """Raise FlowtrainError for an example that has the fault ``what``, unless ``on_bad`` is "skip"."""
         if self.on_bad == "stop":
-            raise FlowtrainError(f"{what}; on_bad=skip would leave it out")
+            raise FlowtrainError(f"{what}; on_bad=skip leaves it out")
 
 
 class ImageFiles(Input):
-    """A folder, a .zip or a .tar of images, or one image, as an image set reads its own.
+    """A folder, .zip or .tar of images, or one image, decoded as an image dataset decodes its own.
 
     Args:
         shape, shift, box, exact: see :class:`flowtrain.data.image_files.ImageFileSplit`.
-        workers: processes that decode.
+        workers: number of processes that decode.
     """
 
     label = "file"
@@ -89,7 +89,7 @@ class ImageFiles(Input):
             names = self.split.names[first : first + GROUP]
             x = torch.zeros((len(names), *self.split.shape), dtype=torch.uint8)
             bad = set(range(len(names)))
-            if found is not None and found[0][0] // GROUP == first // GROUP:  # else none of them could be read
+            if found is not None and found[0][0] // GROUP == first // GROUP:  # otherwise none of the group is readable
                 for place, image in zip((found[0] - first).tolist(), found[1]):
                     x[place] = image
                     bad.remove(place)
@@ -98,7 +98,7 @@ class ImageFiles(Input):
 
 
 class _SingleImage:
-    """An image, as a source of images."""
+    """One image file as an image source."""
 
     def __init__(self, path: Path):
         self.path, self.names = path, [path.name]
@@ -111,7 +111,7 @@ class _SingleImage:
 
 
 class ImageArray(Input):
-    """Images as integers 0 … levels − 1 in an .npy, (N, *shape), or (N, height, width) where they are grey."""
+    """Integers 0 … levels − 1 in an .npy array, (N, *shape), or (N, height, width) for grey images."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], levels: int, on_bad: str = "stop"):
         self.path, self.shape, self.levels, self.on_bad = path, tuple(shape), levels, on_bad
@@ -138,28 +138,29 @@ class ImageArray(Input):
 
 
 class TableRows(Input):
-    """The rows of a table, by the names of ``columns``; of an array, which has no names, by position.
+    """The rows of a table, whose columns are found by the names of ``columns``.
 
-    Position serves too where ``columns`` have only made-up names (x0, x1, …).
+    Columns of an array have no names and are taken by position. So are those of any table if ``columns`` have only
+    the default names x0, x1, ….
     """
 
     def __init__(self, path: Path, columns: Columns, on_bad: str = "stop"):
         self.path, self.columns, self.on_bad = path, columns, on_bad
         self.file = TableFile(path)
-        wanted, there = [*columns.names, *columns.context_names], self.file.names
-        self.names = {name: name for name in wanted}  # the model's -> the file's
-        made_up = wanted == [f"x{i}" for i in range(len(wanted))]
-        if not {*wanted} <= {*there} and (made_up or path.suffix.lower() == ARRAY):
-            if len(there) != len(wanted):
-                raise UsageError(f"{path} has {len(there)} columns; this model takes {len(wanted)}")
-            self.names = dict(zip(wanted, there))
+        wanted, available = [*columns.names, *columns.context_names], self.file.names
+        self.names = {name: name for name in wanted}  # name in the model -> name in the file
+        are_default = wanted == [f"x{i}" for i in range(len(wanted))]
+        if not {*wanted} <= {*available} and (are_default or path.suffix.lower() == ARRAY):
+            if len(available) != len(wanted):
+                raise UsageError(f"{path} has {len(available)} columns; this model takes {len(wanted)}")
+            self.names = dict(zip(wanted, available))
         for name in self.names.values():
-            if name not in there:
-                near = difflib.get_close_matches(name, there, 1)
-                listed = ", ".join(there[:12]) + (", …" if len(there) > 12 else "")
+            if name not in available:
+                near = difflib.get_close_matches(name, available, 1)
+                listed = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
                 hint = f"did you mean '{near[0]}'?" if near else f"there are {listed}"
                 raise UsageError(f"{path} has no column '{name}'; {hint}")
-            if there.count(name) > 1:
+            if available.count(name) > 1:
                 raise UsageError(f"{path} has two columns '{name}'")
 
     def groups(self, rank=0, world=1):
@@ -198,13 +199,13 @@ class TableRows(Input):
 
 
 def unnamed_columns(dims: int, levels: int | None) -> Columns:
-    """Of rows of which nothing is known but their number, D; integers where they have ``levels``."""
+    """Columns named x0, x1, … for rows of D numbers: integers if they have ``levels``, otherwise real."""
     kind = "integer" if levels else "real"
     return Columns(tuple(Column(f"x{i}", kind) for i in range(dims)))
 
 
 def input_path(path: str) -> Path:
-    """UsageError where there is nothing at ``path``."""
+    """``input=path`` with ~ expanded. Raises UsageError if there is nothing."""
     found = Path(os.path.expanduser(path))
     if not found.exists():
         siblings = [item.name for item in found.parent.iterdir()] if found.parent.is_dir() else []
@@ -215,7 +216,7 @@ def input_path(path: str) -> Path:
 
 
 def _regroup(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Blocks of any length as ones of ``GROUP`` rows, and one of what is left."""
+    """Turn blocks of any length into blocks of ``GROUP`` rows and a last shorter one."""
     rest: Mapping[str, np.ndarray] = {}
     for block in blocks:
         block = {name: np.concatenate([rest[name], values]) if rest else values for name, values in block.items()}

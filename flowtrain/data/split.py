@@ -1,4 +1,4 @@
-"""A split: examples to take by number. This one is held in memory; images.py has the one that reads files."""
+"""Splits: examples that are read by number, here from memory; image_files.py has the split that streams."""
 
 import hashlib
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from flowtrain.errors import UsageError
 
-DIGESTED = 2**26  # bytes
+DIGEST_BYTES = 2**26  # most bytes of data in a digest
 
 
 class Split:
     """Examples numbered from 0.
 
     Attributes:
-        description: what it is and where it came from, one line for the run's log.
+        description: one line for the log: what it is and where it came from.
         shape: the shape of one example.
-        streams: whether examples are decoded on demand (then a loader uses worker processes).
-        index_device: the device where ``take`` wants its index: giving it there costs no wait.
-        columns: of a table, what its columns are (a Columns record), else None.
-        bad: number of example -> why it could not be read, for those met so far.
+        streams: whether examples are decoded when they are read; a loader then uses worker processes.
+        index_device: where ``take`` needs its index; an index on that device costs no copy.
+        columns: the :class:`Columns` of a table's train split, otherwise None.
+        bad: a mapping from the number of each example found unreadable so far to the reason.
     """
 
     streams = False
@@ -35,12 +35,12 @@ class Split:
         raise NotImplementedError
 
     def digest(self) -> str:
-        """A SHA-256 that other examples, or another order, would change: of what is cheap to look at."""
+        """A SHA-256 that changes with the examples and their order, of what is cheap to read."""
         raise NotImplementedError
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Examples ``index`` (B,), uint8 or float32 (B, *shape), and their context, float32 (B, *context_shape) or
-        None, on the device of the last ``to``."""
+        """The examples with numbers ``index`` (B,), uint8 or float32 (B, *shape), and their context, float32
+        (B, *context_shape) or None, on the device of the last ``to``."""
         raise NotImplementedError
 
     def to(self, device) -> "Split":
@@ -48,7 +48,8 @@ class Split:
 
 
 class ArraySplit(Split):
-    """Examples held as one tensor (N, *shape), on the device where they fit there, else in the host's memory."""
+    """Examples in one tensor (N, *shape), on the device if they fill at most half of its free memory, otherwise on the
+    host."""
 
     def __init__(self, data: Tensor, description: str = "array", context: Tensor | None = None, columns=None):
         super().__init__(data.shape[1:], description)
@@ -66,8 +67,8 @@ class ArraySplit(Split):
         )
 
     def digest(self) -> str:
-        """Of all numbers, or of evenly spaced examples where they are more than 64 MiB."""
-        step = max(1, -(-self.data.nbytes // DIGESTED))
+        """SHA-256 of the examples and their context; of evenly spaced examples if they are more than 64 MiB."""
+        step = max(1, -(-self.data.nbytes // DIGEST_BYTES))
         parts = [part[::step].cpu().contiguous().numpy() for part in (self.data, self.context) if part is not None]
         digest = hashlib.sha256()
         for part in parts:
@@ -85,11 +86,15 @@ class ArraySplit(Split):
 
 
 def split_indices(length: int, val: float | int, test: float | int, seed: int) -> dict[str, np.ndarray]:
-    """The numbers of the examples in "train", "val" and "test".
+    """Split ``length`` examples at random: a mapping from "train", "val" and "test" to their numbers.
 
-    ``val`` and ``test`` are counts, or fractions of ``length`` (rounded down, but at least one); 0 is none at all.
-    A permutation by numpy's ``default_rng(seed)`` gives its first part to test, the next to val, the rest to train.
-    UsageError where nothing is left for train.
+    The first part of a permutation by numpy's ``default_rng(seed)`` is test, the next is val, the rest is train.
+
+    Args:
+        val, test: counts, or fractions of ``length``, rounded down but at least one example; 0 is an empty split.
+
+    Raises:
+        UsageError: nothing is left for train.
     """
     tests, vals = (max(1, int(length * part)) if 0 < part < 1 else int(part) for part in (test, val))
     if tests + vals >= length:

@@ -1,4 +1,4 @@
-"""Made-up integers of any shape: for smoke tests and for speed, without data."""
+"""Synthetic images of any shape, for smoke tests and benchmarks without data."""
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ _BYTES = 2**26
 
 
 class Synthetic(ArrayImages):
-    """A diagonal ramp under a brightness of each example's own, with a little noise: easily learnt.
+    """A diagonal ramp with a random brightness for each example and a little noise: easy to learn.
 
-    ``dataset.shape`` decides, whatever ``image_size`` and ``channels`` say. There are 4,096 examples, fewer (but at
-    least 512) where they would fill more than 64 MiB.
+    ``shape`` may have any number of sides; None leaves it to ``image_size`` and ``channels``. There are 4,096 examples,
+    fewer (but at least 512) if they would fill more than 64 MiB.
     """
 
     native_name = "synthetic"
@@ -40,4 +40,4 @@ class Synthetic(ArrayImages):
         for example in data:
             brightness, noise = draw.normal(0, 32), draw.integers(-12, 13, self.spec.shape)
             example[...] = np.clip(128 + 48 * ramp + brightness + noise, 0, 255)
-        return torch.from_numpy(data), None, f"made up from dataset.split_seed={self.split_seed}"
+        return torch.from_numpy(data), None, f"generated from dataset.split_seed={self.split_seed}"

@@ -1,4 +1,4 @@
-"""A user's own table: columns chosen, told apart by kind, and cut into splits."""
+"""A user's own table: its columns chosen, their kinds found, its rows split."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from flowtrain.errors import FlowtrainError, UsageError
 
 
 class Table(Vectors):
-    """A .csv, .npy or .parquet of numbers and texts, of which chosen columns are modelled.
+    """A .csv, .npy or .parquet of numbers and text, with the columns to model.
 
-    Rows stay in the file's units (``preprocess=standardize`` belongs to it); the splits' ``columns`` know what each
-    column is. Whole numbers are integers, text and true/false are categories, everything else is real; each decided
-    by all rows of the file. A missing value is refused, naming its column and row. Rows are held in memory once.
+    Rows stay in the units of the file; use it with ``preprocess=standardize``. ``columns`` of a split describe each
+    column: integer if every value is a whole number, categorical if it is text or true and false, otherwise real, as
+    found in all rows of the file. A missing value is refused with its column and row. Rows are in memory once.
 
     Args:
-        columns: the names of the columns to model, of an array numbers will do; None is all but those of ``context``.
-        context: the names of the columns to be conditional on, or None. They are standardized by the train split's
-            moments; categories become one-hot.
-        val_size, test_size: count or fraction of rows.
+        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context``.
+        context: names of the columns to be conditional on, or None. Numbers are standardized by the moments of the
+            train split; categories become one-hot.
+        val_size, test_size: number or fraction of the rows.
     """
 
     native_name = "table"
@@ -45,7 +45,7 @@ class Table(Vectors):
 
     @cached_property
     def _header(self) -> DataSpec:
-        """What the header of the file says; where text is a context, its categories are counted in all rows."""
+        """The description by the header of the file. Text in the context needs all rows, to count its categories."""
         file = self._file()
         names, context = file.choose(self.columns, self.context)
         context = ColumnContext(tuple(context), (file.context_width(context),)) if context else None
@@ -61,8 +61,8 @@ class Table(Vectors):
         return TableFile(self.path)
 
     def use_columns(self, columns: Columns | None) -> None:
-        """Another file than that of training may have other categories and moments: its rows are encoded by
-        ``columns``, and an unknown category is refused."""
+        """Encode rows by the columns of a checkpoint, since this file may have other categories and moments. An unknown
+        category is refused."""
         self._known = columns
 
     def _check_context(self, context) -> None:
@@ -89,7 +89,7 @@ class Table(Vectors):
         )
 
     def _read(self) -> None:
-        """Goes through the file twice: to see what its columns are, then to take their values."""
+        """Read the file twice: to find the kinds of its columns, then their values."""
         spec, file = self.spec, self._file()
         with refuse_changes(self.path):
             count, columns = self._survey(file)
@@ -106,7 +106,7 @@ class Table(Vectors):
         }
 
     def _survey(self, file: TableFile) -> tuple[int, Columns]:
-        """The number of rows, and the columns, without their moments if they are not known yet."""
+        """The number of rows, and the columns; their moments are still missing unless a checkpoint has them."""
         known = self._known
         if known is None:
             names, context = file.choose(self.columns, self.context)
@@ -122,7 +122,7 @@ class Table(Vectors):
 
 
 def _read_values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The modelled columns and those of the context, float32 (N, columns), numbers less offsets and codes."""
+    """The modelled columns and those of the context, float32 (N, columns), as :func:`encode_values` returns them."""
     kinds = (columns.modelled, columns.context)
     out = tuple(np.empty((count, len(kind)), dtype=np.float32) for kind in kinds)
     start = 0
@@ -136,11 +136,11 @@ def _read_values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndar
 
 
 def _split_rows(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``rows`` cut by the sorted numbers of each part's. Those of train move together in place, since a table of
-    gigabytes should not be held twice; ``rows`` is used up."""
+    """Split ``rows`` by the sorted row numbers of each split. This overwrites ``rows``: those of train move to the
+    front, so that a table of gigabytes is not in memory twice."""
     out = {name: rows[index] for name, index in parts.items() if name != "train"}
     train = parts["train"]
     for start in range(0, len(train), BLOCK):
         some = train[start : start + BLOCK]
-        rows[start : start + len(some)] = rows[some]  # from places not before these: none is overwritten unread
+        rows[start : start + len(some)] = rows[some]  # sorted numbers: no row is overwritten before it is read
     return out | {"train": rows[: len(train)]}

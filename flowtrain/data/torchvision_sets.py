@@ -1,4 +1,4 @@
-"""The sets that torchvision knows, in its file layout under ``dataset.root``."""
+"""Datasets that torchvision provides, in its file layout under ``dataset.root``."""
 
 import hashlib
 import math
@@ -15,18 +15,18 @@ from flowtrain.errors import FlowtrainError, UsageError
 
 
 class TorchvisionImages(ArrayImages):
-    """Base of the sets below: found files are used, missing ones fetched where that is allowed and possible."""
+    """Base class: files under ``dataset.root`` are used, missing files are downloaded if that is allowed."""
 
     torchvision_class: str
     default_val = 5000
     classes = 10
 
     def _files(self, part: str) -> list[str]:
-        """The files that torchvision wants for a part, under ``dataset.root``."""
+        """The files of "train" or "test" that torchvision needs, relative to ``dataset.root``."""
         raise NotImplementedError
 
     def _describe_files(self) -> str:
-        """The same for a reader."""
+        """All files, abbreviated for a message."""
         raise NotImplementedError
 
     def _build(self, root: str, part: str, download: bool):
@@ -38,31 +38,31 @@ class TorchvisionImages(ArrayImages):
         return found.targets
 
     def _md5_sums(self) -> dict[str, str]:
-        """The MD5 of each file, by its path under ``dataset.root``, where they are known."""
+        """The known MD5 sums: file -> hexadecimal digest."""
         return {}
 
     def _damage(self, file: str) -> str | None:
-        """What is wrong with a file, if that can be told from outside."""
+        """What is wrong with a file, or None if nothing can be found."""
         expected = self._md5_sums().get(file)
         found = expected and hashlib.md5((self.root / file).read_bytes(), usedforsecurity=False).hexdigest()
-        return None if found == expected else f"the MD5 of {self.root / file} is {found}, {expected} is due"
+        return None if found == expected else f"the MD5 of {self.root / file} is {found}, not {expected}"
 
     def _load(self, part: str) -> tuple[Tensor, Tensor, str]:
         on_first_rank(lambda: self._fetch(part))
-        if not self._is_complete(part):  # process 0 has them, on another machine's disk
+        if not self._is_complete(part):  # process 0 has them on the disk of another machine
             raise UsageError(
                 self._missing_message(part, "the first process has them; share dataset.root between machines")
             )
         try:
             found = self._build(str(self.root), part, download=False)
             data, labels = found.data, self._labels(found)
-        except Exception as error:  # whatever a damaged file makes torchvision raise
+        except Exception as error:  # torchvision raises many kinds for a damaged file
             found = [damage for file in self._files(part) if (damage := self._damage(file))]
             what = found[0] if found else f"files under {self.root}: {_one_line(error)}"
             raise FlowtrainError(
                 f"dataset={self.name}: damaged: {what}; remove {self._describe_files()} and get them again"
             ) from error
-        data, labels = torch.as_tensor(data), torch.as_tensor(labels).long()  # MNIST's are tensors already
+        data, labels = torch.as_tensor(data), torch.as_tensor(labels).long()  # MNIST has tensors already
         if data.dim() == 3:
             data = data[:, None]
         elif data.shape[-1] == 3:
@@ -102,12 +102,12 @@ class MNIST(TorchvisionImages):
     def _damage(self, file: str) -> str | None:
         with open(self.root / file, "rb") as stream:
             head = stream.read(16)
-        count = head[3] if len(head) > 3 else 0  # of the sides, which follow
+        count = head[3] if len(head) > 3 else 0  # number of dimensions, whose sizes follow
         if not 1 <= count <= 3 or len(head) < 4 + 4 * count:
             return f"{self.root / file} has no header"
         sides = struct.unpack_from(f">{count}I", head, 4)
-        size, due = (self.root / file).stat().st_size, 4 + 4 * count + math.prod(sides)
-        return None if size == due else f"{self.root / file} has {size:,} bytes, {due:,} are due"
+        size, expected = (self.root / file).stat().st_size, 4 + 4 * count + math.prod(sides)
+        return None if size == expected else f"{self.root / file} has {size:,} bytes instead of {expected:,}"
 
     def _describe_files(self) -> str:
         return f"{self.torchvision_class}/raw/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte"
@@ -172,6 +172,6 @@ class SVHN(TorchvisionImages):
 
 
 def _one_line(error: Exception) -> str:
-    """An error's text on one line, not too long."""
+    """The text of an error on one line of at most 160 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 160 else text[:157] + "…"

@@ -1,4 +1,4 @@
-"""Toy distributions over the plane, within about ±4: six shapes that flows are tried on (Grathwohl et al. 2019)."""
+"""Six toy densities over the plane, within about ±4, to try flows on (Grathwohl et al. 2019)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from flowtrain.data.vectors import Vectors
 
 
 class Plane(Vectors):
-    """Base of distributions over the plane.
+    """Base class of densities over the plane.
 
     Args:
-        rows: how many points to draw, with ``split_seed``, for all splits together.
+        rows: number of points for all splits together, drawn with ``split_seed``.
     """
 
     dims = 2
@@ -24,11 +24,11 @@ class Plane(Vectors):
         self.rows = self._check_count("rows", rows, least=10)
 
     def _draw(self, rows: int, random: np.random.Generator) -> np.ndarray:
-        """So many points (rows, 2)."""
+        """Draw points (rows, 2), float64."""
         raise NotImplementedError
 
     def _open(self, name: str) -> ArraySplit:
-        # a stream of its own, or the cut would follow the points
+        # a stream of its own: the split must not depend on the points
         points = self._draw(self.rows, np.random.default_rng([self.split_seed, 1])).astype(np.float32)
         chosen = split_indices(self.rows, self.val_size, self.test_size, self.split_seed)[name]
         return self._make_split(name, points[chosen], self._origin())
@@ -50,7 +50,7 @@ class Moons(Plane):
 
 
 class Rings(Plane):
-    """Four circles, one in another."""
+    """Four concentric circles."""
 
     native_name = "rings"
 
@@ -73,7 +73,7 @@ class Pinwheel(Plane):
 
 
 class Checkerboard(Plane):
-    """Eight of the sixteen fields of [−4, 4]², every other one. Its log-likelihood is −log 32 = −3.466 nats."""
+    """Every other one of the sixteen squares of [−4, 4]², uniformly: the log-likelihood is −log 32 = −3.466 nats."""
 
     native_name = "checkerboard"
 
@@ -84,7 +84,7 @@ class Checkerboard(Plane):
 
 
 class Spirals(Plane):
-    """Two arms of one and a half turns."""
+    """Two spiral arms of one and a half turns."""
 
     native_name = "spirals"
 
@@ -96,7 +96,7 @@ class Spirals(Plane):
 
 
 class EightGaussians(Plane):
-    """Eight round heaps on a circle."""
+    """Eight equal round normals on a circle."""
 
     native_name = "eight_gaussians"
 

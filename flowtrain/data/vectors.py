@@ -1,4 +1,4 @@
-"""What sets of vectors have in common: rows of real numbers, of a table or of points in the plane."""
+"""The base class of datasets of vectors: rows of a table, or points in the plane."""
 
 import numpy as np
 import torch
@@ -10,15 +10,15 @@ from flowtrain.data.split import ArraySplit
 
 
 class Vectors(Dataset):
-    """Rows of ``shape`` [D], float32. Beside the keys of :class:`Dataset`:
+    """Rows (D,), float32. Arguments besides those of :class:`Dataset`:
 
     Args:
-        shape: [D]; left out, what the set is by nature.
-        context: what a conditional flow is given; only a user's table has any.
+        shape: [D], only checked here.
+        context: columns to be conditional on, see :class:`Table`; None for all other datasets.
         halvings, levels, context_shape: ignored; :attr:`spec` has them.
     """
 
-    dims: int | None = None  # D; None: the data decide
+    dims: int | None = None  # D; None: the file decides
     names: tuple[str, ...] | None = None  # of the columns; None: x0, x1, …
     default_test = 0.1
 
@@ -46,13 +46,13 @@ class Vectors(Dataset):
             self._refuse("context", context, f"{self.name} has nothing to be conditional on")
 
     def _check_count(self, key: str, value, least: int = 1) -> int:
-        """A key of a set's own that must be a number of rows."""
+        """The value of a key that is a number of rows. Raises UsageError."""
         self._check_type(key, value, int, f"a whole number of at least {least}")
         if value is None or value < least:
             self._refuse(key, value, f"must be a whole number of at least {least}")
         return value
 
     def _make_split(self, name: str, rows: np.ndarray, how: str) -> ArraySplit:
-        """A split of ``rows`` (N, D); the train split knows its moments."""
+        """A split of ``rows`` (N, D). The train split has ``columns`` with their moments."""
         columns = Columns.from_rows(rows, self.names) if name == "train" else None
         return ArraySplit(torch.from_numpy(rows), f"{self.name} {name}: {len(rows):,} rows {how}", columns=columns)

@@ -1,4 +1,4 @@
-"""Pairs of a table's columns: its data against a model's samples."""
+"""Plots of all pairs of a table's columns: data against samples of a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import files
 
 DATA, SAMPLES = "#33638d", "#d1495b"
-FEW = 20  # different whole numbers that get a bin each
-MOST_CATEGORIES = 12  # categories; if there are more, the rarest share the last place
-FONT_SIZE = 9  # font size
-ROWS = 50_000  # of each table; more would change nothing that can be seen
-POINTS = 2_000  # rows of which each is a dot
+FEW = 20  # whole numbers in a range smaller than this get one bin each
+MOST_CATEGORIES = 12  # of more categories, the rarest share the last place
+FONT_SIZE = 9
+ROWS = 50_000  # most rows of a table to plot; more make no visible difference
+POINTS = 2_000  # most rows to plot as dots
 
 
 def plot_pairs(
@@ -30,23 +30,24 @@ def plot_pairs(
     title: str | None = None,
     most: int = 8,
 ) -> int:
-    """Draw every pair of columns into the file ``path``, PNG, SVG or PDF by its ending.
+    """Plot every pair of columns into the file ``path``: PNG, SVG or PDF by its suffix.
 
-    On the diagonal the histograms of a column lie over each other; below it are the data, above it the samples, as
-    dots where rows are few, else the darker the more rows. What is shown of an axis is what nearly all data need.
+    The diagonal holds the histograms of each column, the data are below it and the samples above it: as dots if there
+    are few rows, otherwise as a histogram. Each axis covers nearly all data.
 
     Args:
-        samples, data: tables (n, D) of numbers, or of strings where a column is of categories. ``data`` may be None:
-            then the samples are below and nothing is above.
+        samples, data: tables (n, D) of numbers, or of strings for categories. Without ``data`` the samples are below
+            the diagonal and nothing is above it.
         columns: the D names.
-        most: how many columns are shown, the first ones.
+        title: text above the plots, or None.
+        most: plot only this many columns, the first ones.
 
     Returns:
-        How many columns were left out; the image says so too.
+        The number of columns that were left out; the plot says it too.
 
     Raises:
         UsageError: matplotlib is not installed.
-        ValueError: a table is empty, or they do not match.
+        ValueError: a table is empty, or the numbers of columns differ.
     """
     try:
         from matplotlib.figure import Figure
@@ -98,7 +99,7 @@ def plot_pairs(
 
 @dataclass
 class Axis:
-    """A column of each table as numbers, and how it is shown."""
+    """One column: its values in each table as numbers, and the look of its axis."""
 
     name: str
     values: list[np.ndarray]
@@ -116,7 +117,7 @@ class Axis:
         finite = [column[np.isfinite(column)] for column in values]
         if any(not len(column) for column in finite):
             raise ValueError(f"column {name} holds no finite number")
-        first = finite[0]  # the data where there are any
+        first = finite[0]  # the data, or the samples without data
         if all((column == np.round(column)).all() for column in finite):
             low, high = first.min(), first.max()
             if high - low < FEW:
@@ -128,7 +129,7 @@ class Axis:
         low, high = max(low - margin, first.min() - margin / 2), min(high + margin, first.max() + margin / 2)
         bins = int(np.clip(2 * len(first) ** (1 / 3), 12, 50))
         if all((column == np.round(column)).all() for column in finite):
-            step = math.ceil((high - low) / bins)  # each bin holds as many whole numbers as any other
+            step = math.ceil((high - low) / bins)  # the same number of whole numbers in each bin
             edges = np.arange(math.floor(low) - 0.5, high + step, step)
         else:
             edges = np.linspace(low, high, bins + 1)
@@ -150,12 +151,12 @@ class Axis:
 def _to_table(rows) -> np.ndarray:
     table = np.asarray(rows)
     if table.ndim != 2 or not table.size:
-        raise ValueError(f"a table of shape {list(table.shape)} has no rows to draw")
+        raise ValueError(f"a table of shape {list(table.shape)} has no rows to plot")
     return table[:: max(1, len(table) // ROWS)]
 
 
 def _draw_histograms(plot, axis: Axis, colours: dict[str, str]) -> None:
-    """Shares of all rows, those outside of what is shown among them."""
+    """Histograms as shares of all rows, including those outside the axis."""
     order = list(colours) if len(axis.values) == 2 else ["samples"]
     for name, values in zip(order, axis.values):
         share = np.histogram(values, axis.edges)[0] / len(values)
@@ -166,7 +167,7 @@ def _draw_histograms(plot, axis: Axis, colours: dict[str, str]) -> None:
 
 
 def _draw_points(plot, across: Axis, down: Axis, which: int, colour: str) -> None:
-    """The rows of one table over two columns."""
+    """Plot two columns of one table: of ``which`` table, 0 or 1."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     x, y = across.values[which], down.values[which]
@@ -183,7 +184,7 @@ def _draw_points(plot, across: Axis, down: Axis, which: int, colour: str) -> Non
 
 
 def _format_axes(plot, across: Axis, down: Axis, left: bool, bottom: bool, diagonal: bool) -> None:
-    """Numbers only along the left and the lower edge."""
+    """Show tick labels only along the left and the lower edge."""
     for side in ("top", "right"):
         plot.spines[side].set_visible(False)
     plot.tick_params(labelsize=FONT_SIZE - 2, length=2.5, pad=2)
@@ -200,7 +201,7 @@ def _ticks(axis, column: Axis, shown: bool) -> None:
 
     if column.ticks is None:
         span = column.edges[-1] - column.edges[0]
-        digits = max(6, 3 + math.ceil(math.log10(abs(column.edges).max() / span)))  # so that neighbours differ
+        digits = max(6, 3 + math.ceil(math.log10(abs(column.edges).max() / span)))  # enough for labels to differ
         locator = MaxNLocator(4 if digits == 6 else 2, steps=[1, 2, 5, 10], integer=column.discrete)
         axis.set_major_locator(locator)
         rounded = FuncFormatter(lambda value, _: _format_number(value if abs(value) > 1e-9 * span else 0, digits))
@@ -216,21 +217,21 @@ def _add_title_and_legend(figure, title: str | None, colours: dict[str, str]) ->
     from matplotlib.patches import Patch
 
     if title:
-        room = 10 * (figure.get_figwidth() - 2)  # letters beside the legend
+        room = 10 * (figure.get_figwidth() - 2)  # characters that fit beside the legend
         figure.suptitle("\n".join(wrap(title, round(room))), x=0.01, ha="left", fontsize=FONT_SIZE + 2)
     patches = [Patch(color=colour, alpha=0.6, label=name) for name, colour in colours.items()]
     figure.legend(handles=patches, loc="outside upper right", ncols=2, fontsize=FONT_SIZE, frameon=False)
 
 
 def _save(figure, path: Path) -> None:
-    """A half-written file never stands under ``path``."""
+    """Write the figure; ``path`` never holds a partial file."""
     data = BytesIO()
     figure.savefig(data, format=path.suffix[1:] or "png")
     files.write(path, data.getvalue())
 
 
 def _format_number(value: float, digits: int = 6) -> str:
-    """1500000 -> 1.5e6."""
+    """A short text of a number: 1500000 becomes 1.5e6."""
     return f"{value:.{digits}g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
