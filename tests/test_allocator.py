@@ -11,7 +11,7 @@ from flowtrain.runtime.allocator import keep_freed_memory
 
 FAULTS = """
 import ctypes, resource, sys
-from flowtrain.allocator import keep_freed_memory
+from flowtrain.runtime.allocator import keep_freed_memory
 done = sys.argv[1] == "keep" and keep_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
