@@ -14,6 +14,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+RELIABILITY = HERE / "reliability"
 sys.path.insert(0, str(HERE))  # audit.py, layers.py
 
 _promises: list[tuple[int, str, str]] = []  # numbered as in docs/reliability.md; what was asked; what was seen
@@ -40,14 +41,16 @@ def pytest_report_header(config):
         return "plain run: without tests/reliability and slow tests; --all runs them too"
 
 
+def pytest_ignore_collect(collection_path, config):
+    return True if collection_path == RELIABILITY and not config.option.all else None
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        reliability = item.path.is_relative_to(HERE / "reliability")
-        # a file stays in one process, which trains its fixtures once; reliability, which watches the clock, in another
-        item.add_marker(pytest.mark.xdist_group("reliability" if reliability else item.path.stem))
-        if reliability:
-            item.add_marker("slow")
+        # A file stays in one process, for its fixtures. So does reliability: its tests watch the clock.
+        group = "reliability" if RELIABILITY in item.path.parents else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
         if "long" in item.keywords and not config.option.long:
             item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --long"))
     if config.getoption("--reliability"):
