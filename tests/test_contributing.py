@@ -57,7 +57,8 @@ def follow(recipe: str, repository: Path) -> None:
     files = set()
     for step in STEP.finditer(recipe):
         if step["kind"] == "bash":
-            run("ruff check --fix && ruff format\n" + step["text"], repository)
+            python = " ".join(str(file) for file in files if file.suffix == ".py")
+            run(f"ruff check --fix {python}\nruff format {python}\n" + step["text"], repository)
             continue
         file = repository / step["file"]
         files.add(file)
