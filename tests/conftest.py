@@ -33,7 +33,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out of a plain run; runs with --all, or when its file is named")
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
     if config.args_source is config.ArgsSource.ARGS or config.getoption("--reliability"):
-        config.option.all = True  # workers of pytest-xdist get the options
+        config.option.all = True
 
 
 def pytest_report_header(config):
