@@ -195,15 +195,15 @@ def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
     say("rows of data")
     dimensions, batch = 64, min(512, *counts)
     flow = ours.started(ours.maf(dimensions, 64, 1), torch.randn(batch, dimensions), 0)
-    evaluation, epoch, train = {}, {}, {}
+    judge, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
-        evaluation[count] = lambda split=split: evaluate(flow, ordered(split, batch), len(split))
+        judge[count] = lambda split=split: evaluate(flow, ordered(split, batch), len(split))
         epoch[count] = lambda loader=Loader(split, batch): [
             None for _ in zip(range(loader.steps_per_epoch), loader.batches())
         ]
         train[count] = training(copy.deepcopy(flow), Loader(split, batch))
-    runs = {"evaluation": evaluation, "an epoch's batches": epoch, "a training step": train}
+    runs = {"evaluation": judge, "an epoch's batches": epoch, "a training step": train}
     seconds = [curve("MAF", "rows", work, "s", clock(run)) for work, run in runs.items()]
     peaks = {work: {count: [peak_bytes(once)] for count, once in run.items()} for work, run in runs.items()}
     return seconds + [curve("MAF", "rows", work, "B", peak) for work, peak in peaks.items()]
