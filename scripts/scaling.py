@@ -1,8 +1,8 @@
-"""How time and memory grow, measured on this machine: scaling.json, scaling.png and the tables of scaling.md.
+"""Measure how time and memory grow on this machine: scaling.json, scaling.png and the tables of scaling.md.
 
-    scripts/scaling [--smoke] [folder]      the folder, docs/ where none is named, holds scaling.md
+    scripts/scaling [--smoke] [folder]      the folder holds scaling.md; docs/ by default
 
-Times are this process's CPU seconds on one thread, which other work on the machine disturbs little.
+Times are CPU seconds of this process on one thread; other work on the machine affects them little.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ WORK = ("density", "training step", "sampling")
 class Sizes:
     growing: tuple[str, ...]  # families
     base: dict[str, int]
-    axes: dict[str, tuple[int, ...]]  # each varied by itself around the base
+    axes: dict[str, tuple[int, ...]]  # each varies while the others keep their value in ``base``
     autoregressive: dict[str, tuple[tuple[int, int, int], ...]]  # family -> (D, hidden, layers)
-    batch: int  # of those
+    batch: int  # of the autoregressive ones
     families: tuple[int, int]  # D and batch of the comparison of all families
     rows: tuple[int, ...]
     parallel: scaling_parallel.Sizes
@@ -106,7 +106,7 @@ SMOKE = Sizes(
 
 
 def measure(sizes: Sizes, slice: float) -> dict:
-    """All figures. What takes less than ``slice`` seconds is called often enough to take so long."""
+    """Measure everything. A call that takes less than ``slice`` seconds is repeated until it takes that long."""
     clock = Clock(slice)
     return {
         "base": sizes.base,
@@ -119,7 +119,7 @@ def measure(sizes: Sizes, slice: float) -> dict:
 
 
 class Clock:
-    """CPU seconds of variants in turns, three rounds of them."""
+    """Measures the CPU seconds of variants in turns, in three rounds."""
 
     def __init__(self, slice: float):
         self.slice, self.order = slice, random.Random(0)
@@ -136,7 +136,7 @@ def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
         flow.train()
         train()
 
-    def evaluated(run: Callable[[], object]) -> Callable[[], None]:
+    def in_evaluation(run: Callable[[], object]) -> Callable[[], None]:
         def inner():
             flow.eval()
             with torch.no_grad():
@@ -145,14 +145,14 @@ def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
         return inner
 
     return {
-        "density": evaluated(lambda: flow(x)),
+        "density": in_evaluation(lambda: flow(x)),
         "training step": training_step,
-        "sampling": evaluated(lambda: flow.sample(len(x))),
+        "sampling": in_evaluation(lambda: flow.sample(len(x))),
     }
 
 
 def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
-    """Along one axis, for each family: seconds, bytes, and the powers of the axis that they grow by."""
+    """Seconds and bytes of each family along one axis, and the powers of the axis that they grow with."""
     for family in sizes.growing:
         say(f"{family} by {axis}")
         points = {}
@@ -170,7 +170,7 @@ def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
 
 
 def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list[float]]) -> dict:
-    """``measured``: value on the axis -> what each round gave. The exponent is fitted in each round by itself."""
+    """``measured``: value on the axis -> the figure of each round. The exponent is fitted in each round separately."""
     values, series = list(measured), list(zip(*measured.values(), strict=True))
     return {
         "family": family,
@@ -185,7 +185,7 @@ def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list
 
 
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
-    """The slope of the straight line nearest to log y over log x."""
+    """The slope of log y over log x, by least squares."""
     x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (x, y))
     x = x - x.mean()
     return ((x * y).sum() / (x * x).sum()).item()
@@ -196,8 +196,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
-    """What grows with the rows of a set in memory, and what does not: judging all of them, one epoch's batches, a
-    training step that takes its batch."""
+    """What the rows of a set in memory cost: evaluation of all, an epoch's batches, a training step with its batch."""
     say("rows of data")
     dimensions, batch = 64, min(512, *counts)
     flow = ours.started(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
@@ -209,7 +208,7 @@ def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
             None for _ in zip(range(loader.steps_per_epoch), loader.batches())
         ]
         train[count] = training(copy.deepcopy(flow), Loader(split, batch))
-    runs = {"judging": judge, "an epoch's batches": epoch, "a training step": train}
+    runs = {"evaluation": judge, "an epoch's batches": epoch, "a training step": train}
     seconds = [curve("MAF", "rows", work, "s", clock(run)) for work, run in runs.items()]
     peaks = {work: {count: [peak_bytes(once)] for count, once in run.items()} for work, run in runs.items()}
     return seconds + [curve("MAF", "rows", work, "B", peak) for work, peak in peaks.items()]
@@ -229,7 +228,7 @@ def training(flow: Flow, loader: Loader) -> Callable[[], None]:
 
 
 def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
-    """Sampling autoregressive flows, as a multiple of one pass of their density over as many examples."""
+    """The cost of sampling as a multiple of one density pass over as many examples."""
     found = []
     for family, points in sizes.autoregressive.items():
         for dimensions, hidden, layers in points:
@@ -257,7 +256,7 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
 
 
 def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
-    """Seconds an example of every model of conf/ that takes vectors, as it stands there."""
+    """Seconds an example of every model of conf/ that takes vectors, at its default size."""
     found = []
     for model, constructor in VECTOR_MODELS.items():
         say(f"{model} at D = {dimensions}")
@@ -288,8 +287,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure how time and memory grow")
-    parser.add_argument("folder", nargs="?", default="docs", type=Path, help="holds scaling.md (docs)")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("folder", nargs="?", default="docs", type=Path, help="the folder of scaling.md (default: docs)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
     options = parser.parse_args()
     torch.set_num_threads(1)
     before, began = os.getloadavg()[0], time.process_time()

@@ -1,4 +1,4 @@
-"""The densities of a sweep over models and data of the plane, on one sheet: docs/toys.png."""
+"""Draw the densities that a sweep over models and data of the plane has learned: docs/toys.png."""
 
 from __future__ import annotations
 

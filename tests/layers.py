@@ -1,10 +1,12 @@
 """One constructor for every bijection: a new layer joins all tests of test_bijections.py with one line here."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
 from flowtrain import bijections as b
 from flowtrain import nets
+from flowtrain.bijections.univariate import Univariate
 
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
@@ -15,16 +17,16 @@ masked = partial(nets.MADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
 image, vector = (4, 4, 6), (5,)
 
-UNIVARIATE = {
-    "additive": b.Additive,
-    "scale": b.Scale,
-    "exp_affine": b.ExpAffine,
-    "sigmoid_affine": b.SigmoidAffine,
-    "tanh_affine": b.TanhAffine,
-    "piecewise_linear": partial(b.PiecewiseLinear, bins=5),
-    "rational_quadratic": partial(b.RationalQuadratic, bins=5),
-    "mixture_logistic": partial(b.MixtureLogistic, components=3),
-    "mixture_normal": partial(b.MixtureNormal, components=3),
+ARGUMENTS = {  # of the univariate maps that need some
+    b.PiecewiseLinear: {"bins": 5},
+    b.RationalQuadratic: {"bins": 5},
+    b.MixtureLogistic: {"components": 3},
+    b.MixtureNormal: {"components": 3},
+}
+UNIVARIATE = {  # every exported one, as exp_affine for ExpAffine
+    re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower(): partial(map, **ARGUMENTS.get(map, {}))
+    for name, map in vars(b).items()
+    if isinstance(map, type) and issubclass(map, Univariate)
 }
 
 glow_step = partial(

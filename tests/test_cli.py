@@ -244,6 +244,7 @@ def test_a_knob_that_the_constructor_does_not_take(tmp_path):
         assert caught.value.exit_code == 2 and not list(tmp_path.glob("outputs/*/*"))
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):
     # the second job's data are missing
     done = flowtrain(
@@ -270,6 +271,7 @@ def test_two_processes_leave_one_run(tmp_path):
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code, devices", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
     words = ["train", "max_steps=1000000", f"devices={devices}", "trainer.tensorboard=false", "smoke=false"]
@@ -304,6 +306,7 @@ def test_a_signal_before_the_first_step(tmp_path):
     assert process.returncode == 143
 
 
+@pytest.mark.slow
 def test_every_option_composes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")

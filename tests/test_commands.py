@@ -146,6 +146,7 @@ def test_initial_weights_come_from_a_checkpoint(tmp_path):
     assert second["bits_per_dim"] == pytest.approx(summary["bits_per_dim"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(tmp_path):
     words = [*TINY, "model.dropout=0.3", "trainer.accumulate=2"]
     _, eager = trained(tmp_path / "eager", *words)
@@ -153,6 +154,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
     assert compiled["bits_per_dim"] == pytest.approx(eager["bits_per_dim"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
     channels = configuration(f"experiment={experiment}").dataset["channels"]  # None: a table
@@ -221,6 +223,7 @@ def process(*words, cwd):
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

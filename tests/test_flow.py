@@ -419,6 +419,7 @@ def test_dropout_evaluates_as_the_identity_and_keeps_the_mean():
     assert torch.equal(layer.eval()(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glow_step", "checkerboard", "multiscale"])
 def test_compiled_layers_give_the_same_numbers(name):
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ def test_experiments_have_their_parameter_count(experiment):
     assert parameters(flow_of(f"experiment={experiment}", device="meta")) == COUNTS[experiment]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", options("model"))
 @pytest.mark.parametrize("dataset", IMAGES)
 def test_every_model_fits_every_image(model, dataset):
@@ -26,6 +27,7 @@ def test_every_model_fits_every_image(model, dataset):
     assert flow.bijection.out_shape == (flow.dimensions,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_IMAGES}))
 @pytest.mark.parametrize("dataset", VECTORS)
 def test_every_other_model_fits_every_vector(model, dataset):
