@@ -50,7 +50,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all par
 
 def main(config: TrainConfig, run_dir: str) -> dict:
     """Train what ``config`` says into ``run_dir``; returns the summary, on every process."""
-    with status.held(run_dir) if distributed.is_main() else nullcontext():
+    with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
                 files.sweep(Path(run_dir) / folder)

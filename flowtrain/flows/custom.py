@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
+from flowtrain.bijections import Chain
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import Factory, chain
+from flowtrain.flows.parts import Factory
 
 
 def custom(
@@ -28,4 +30,4 @@ def custom(
     >>> custom((3,), layers={"norm": ActNorm, "mixing": LULinear}).sample(5).shape
     torch.Size([5, 3])
     """
-    return Flow(shape, chain(preprocess=preprocess, **layers), base, context_shape)
+    return Flow(shape, partial(Chain, layers={"preprocess": preprocess, **layers}), base, context_shape)

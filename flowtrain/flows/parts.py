@@ -55,7 +55,7 @@ def count_halvings(shape) -> int:
     return count
 
 
-def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Chain:
+def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bijection:
     """All channels go through every level: what stands for :class:`MultiScale` where nothing is factored out."""
     layers = chain(levels=chain(repeat=levels, level=level), flatten=Flatten)
     return layers(shape=shape, context_shape=context_shape)
@@ -64,19 +64,19 @@ def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Chai
 # ---- preprocessing: the first links of a flow, so that its density is that of the raw data
 
 
-def center(shape, grey_levels: int, context_shape=None) -> Chain:
+def center(shape, grey_levels: int, context_shape=None) -> Bijection:
     """Integers 0 … grey_levels − 1 to (−½, ½): uniform dequantization, then centring."""
     layers = chain(dequantize=partial(Dequantize, levels=grey_levels), center=Center)
     return layers(shape=shape, context_shape=context_shape)
 
 
-def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> Chain:
+def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> Bijection:
     """Integers 0 … grey_levels − 1 to the real line: uniform dequantization, then logit(alpha + (1 − 2·alpha)·x)."""
     layers = chain(dequantize=partial(Dequantize, levels=grey_levels), logit=partial(Logit, alpha=alpha))
     return layers(shape=shape, context_shape=context_shape)
 
 
-def standardize(shape, context_shape=None) -> Chain:
+def standardize(shape, context_shape=None) -> Bijection:
     """The columns of a table to mean 0 and deviation 1, by its train split; integers and categories with uniform noise
     first."""
     return chain(dequantize=DequantizeColumns, standardize=Standardize)(shape=shape, context_shape=context_shape)
@@ -85,14 +85,14 @@ def standardize(shape, context_shape=None) -> Chain:
 # ---- mixing of channels, and norms
 
 
-def permuted_lu(shape, context_shape=None) -> Chain:
+def permuted_lu(shape, context_shape=None) -> Bijection:
     """A random permutation, L·U from the identity, and a bias (Durkan et al. 2019, appendix B.1)."""
     bias = partial(Elementwise, univariate=Additive, share=PER_CHANNEL)
     layers = chain(permutation=Shuffle, lu=partial(LULinear, start="identity"), bias=bias)
     return layers(shape=shape, context_shape=context_shape)
 
 
-def permuted_lu_actnorm(shape, context_shape=None) -> Chain:
+def permuted_lu_actnorm(shape, context_shape=None) -> Bijection:
     """:func:`permuted_lu` with actnorm in place of the bias, before the linear layer.
 
     The linear layer then mixes numbers of mean 0 and deviation 1 whatever the data are.
@@ -101,7 +101,7 @@ def permuted_lu_actnorm(shape, context_shape=None) -> Chain:
     return layers(shape=shape, context_shape=context_shape)
 
 
-def batchnorm_affine(shape, eps: float = 1e-5, momentum: float = 0.1, context_shape=None) -> Chain:
+def batchnorm_affine(shape, eps: float = 1e-5, momentum: float = 0.1, context_shape=None) -> Bijection:
     """Batch normalization, then a learned scale and shift (Papamakarios et al. 2017)."""
     normalize = partial(BatchNorm, eps=eps, momentum=momentum)
     affine = partial(Elementwise, univariate=ExpAffine, share=PER_CHANNEL)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.cli import exit_codes
+from flowtrain.cli import exit_codes, worker
 from flowtrain.runtime import checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -144,7 +144,6 @@ class ForkedWorker:
         self.ends.append(self.stdin)
 
     def work(self, read, write, env):
-        from flowtrain.cli import worker
 
         os.setsid()
         os.close(write)
