@@ -1,18 +1,21 @@
-"""Normalizing flows, trained by likelihood. ``flow = flowtrain.load("outputs/…"); flow.log_prob(x)``."""
+"""Normalizing flows: ``flow = flowtrain.load("outputs/…"); flow.log_prob(x)``, or build one by ``flowtrain.flows``."""
+
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = ["Flow", "load"]
+__all__ = ["Flow", "bijections", "distributions", "flows", "load", "nets"]
+
+_MODULES = {"Flow": "flow", "load": "config.restore"}  # others are modules themselves
 
 
 def __getattr__(name: str):
-    """Import on first use: the command line answers ``--help`` without PyTorch."""
-    if name == "Flow":
-        from flowtrain.flow import Flow
+    """Import on first use, so that the command line answers ``--help`` without PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'flowtrain' has no attribute '{name}'")
+    module = importlib.import_module(f"flowtrain.{_MODULES.get(name, name)}")
+    return getattr(module, name) if name in _MODULES else module
 
-        return Flow
-    if name == "load":
-        from flowtrain.config.restore import load
 
-        return load
-    raise AttributeError(f"module 'flowtrain' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-"""Base distributions: the densities that a flow maps data to."""
+"""Base distributions: the distributions of a flow's latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from torch.nn import functional as F
 class Distribution(nn.Module):
     """A distribution of events of ``shape``, which may depend on a context of ``context_shape``.
 
-    Its parameters, where it has any, are learned with the flow's.
+    Its parameters, if any, are learned with the flow's.
+
+    Args:
+        shape: of one event, without the batch.
+        context_shape: of the context of one event, or None.
     """
 
     def __init__(self, shape, context_shape=None):
@@ -22,7 +26,7 @@ class Distribution(nn.Module):
         self.context_shape = None if context_shape is None else tuple(int(n) for n in context_shape)
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density in nats of each of ``z`` (B, *shape): (B,)."""
+        """Log-density in nats, (B,), of ``z`` (B, *shape) given ``context`` (B, *context_shape)."""
         raise NotImplementedError
 
     def sample(
@@ -32,17 +36,16 @@ class Distribution(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n draws, (n, *shape), one for each row of ``context`` (n, *context_shape) where that matters.
+        """n samples, (n, *shape), one for each row of ``context`` (n, *context_shape) if they depend on it.
 
-        ``temperature`` multiplies how far each draw lies from its mean and changes nothing else: with the same seed
-        the noise is the same at every temperature. It is drawn on the CPU from ``generator``, so that a seed gives the
-        same numbers on every device.
+        ``temperature`` multiplies each sample's distance from its mean. The noise does not depend on it, and is drawn
+        on the CPU from ``generator``: a seed gives the same noise at every temperature and on every device.
         """
         raise NotImplementedError
 
 
 class Standard(Distribution):
-    """Independent coordinates, all alike, around 0: nothing to learn."""
+    """Independent, identically distributed coordinates around 0, without parameters."""
 
     def log_prob(self, z, context=None):
         return self.log_density(z).flatten(1).sum(1)
@@ -51,16 +54,20 @@ class Standard(Distribution):
         return temperature * self.noise((n, *self.shape), generator)
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Log-density of each coordinate, of z's shape."""
+        """Log-density of each coordinate: (B, *shape)."""
         raise NotImplementedError
 
     def noise(self, shape, generator: torch.Generator | None) -> Tensor:
-        """Coordinates drawn at temperature 1."""
+        """Samples of coordinates at temperature 1."""
         raise NotImplementedError
 
 
 class StandardNormal(Standard):
-    """N(0, I)."""
+    """N(0, I).
+
+    >>> StandardNormal((2,)).log_prob(torch.zeros(1, 2))
+    tensor([-1.8379])
+    """
 
     def log_prob(self, z, context=None):
         # one reduction over the squares; the constant is added once
@@ -74,7 +81,11 @@ class StandardNormal(Standard):
 
 
 class Logistic(Standard):
-    """The logistic distribution with location 0 and scale 1, NICE's prior (Dinh et al. 2015, section 3.4)."""
+    """The logistic distribution with location 0 and scale 1: NICE's prior (Dinh et al. 2015, section 3.4).
+
+    >>> Logistic((2,)).log_prob(torch.zeros(1, 2))
+    tensor([-2.7726])
+    """
 
     def log_density(self, z):
         return -F.softplus(z) - F.softplus(-z)
@@ -86,12 +97,15 @@ class Logistic(Standard):
 
 
 class ConditionalNormal(Distribution):
-    """N(μ(c), diag σ(c)²), with μ and log σ affine in the context vector c and 0 at the start.
+    """N(μ(c), diag σ(c)²), with μ and log σ affine functions of the context vector c, 0 at the start.
 
-    Of one-hot labels it is a normal with a mean and scales for each class.
+    With one-hot labels as context it has a mean and a diagonal covariance for each class.
 
     Raises:
-        ValueError: no context vector to depend on.
+        ValueError: ``context_shape`` is not that of a vector; in ``log_prob`` and ``sample``, no context.
+
+    >>> ConditionalNormal((2,), context_shape=(3,)).sample(5, context=torch.eye(3)[[0, 1, 2, 0, 1]]).shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, shape, context_shape=None):
@@ -122,14 +136,22 @@ class ConditionalNormal(Distribution):
 
 
 class Mixture(Distribution):
-    """Σₖ wₖ N(μₖ, diag σₖ²): ``components`` normals with learned weights, means and scales.
+    """Σₖ wₖ N(μₖ, diag σₖ²) with learned weights, means and scales.
 
-    At the start the means are drawn from N(0, spread²) and every variance is 1 − spread², so that components differ
-    while the whole has about the moments of N(0, I). A draw's mean, which temperature leaves alone, is that of the
-    component it comes from.
+    At the start the means are drawn from N(0, spread²) and every variance is 1 − spread². So the components differ, and
+    the mixture has about the moments of N(0, I). Temperature scales a sample's distance from the mean of its component.
+
+    Args:
+        shape: of one event.
+        components: number of normals.
+        spread: standard deviation of the means at the start.
+        context_shape: not used.
 
     Raises:
         ValueError: ``components`` below 1, or ``spread`` outside [0, 1).
+
+    >>> Mixture((2,), components=3).sample(5).shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, shape, components: int = 10, spread: float = 0.8, context_shape=None):
@@ -148,9 +170,9 @@ class Mixture(Distribution):
 
     def sample(self, n, temperature=1.0, context=None, generator=None):
         weights = self.logits.detach().float().softmax(0).cpu()
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator).to(self.mean.device)
+        index = torch.multinomial(weights, n, replacement=True, generator=generator).to(self.mean.device)
         noise = _normal((n, *self.shape), generator).to(self.mean)
-        return self.mean[chosen] + temperature * self.log_scale[chosen].exp() * noise
+        return self.mean[index] + temperature * self.log_scale[index].exp() * noise
 
 
 def _normal(shape, generator: torch.Generator | None) -> Tensor:
@@ -158,5 +180,5 @@ def _normal(shape, generator: torch.Generator | None) -> Tensor:
 
 
 def _normal_log_density(z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Of each coordinate; all three broadcast."""
+    """Log-density of each coordinate of N(mean, exp(log_scale)²); the arguments broadcast."""
     return -0.5 * ((z - mean) * torch.exp(-log_scale)).square() - log_scale - 0.5 * math.log(2 * math.pi)

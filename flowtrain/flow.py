@@ -1,4 +1,4 @@
-"""A flow: a bijection from data to latent and the distribution of the latent."""
+"""A flow: a bijection from data to latent, and the base distribution of the latent."""
 
 from __future__ import annotations
 
@@ -8,28 +8,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.bijection import Bijection, Memory, at_least_float32, built, size
+from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, size
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
-from flowtrain.runtime import fusion, globalbatch
+from flowtrain.runtime import fusion, global_batch
 
 
 class Flow(nn.Module):
     """log p(x) = log p(z) + log|det ∂z/∂x|, z = bijection(x).
 
+    ``forward`` is the log-likelihood, so that what wraps a module (DDP, compile, hooks) wraps that. It does not check
+    values. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` do, for which the host waits for the
+    device. They accept real numbers of any dtype and compute in the precision of the flow's weights.
+
     Args:
         shape: of one example, as the data hold it (raw integers for images).
         bijection: factory called with ``shape`` and ``context_shape``.
         base: factory called with the bijection's ``out_shape`` as ``shape`` and with ``context_shape``.
-        context_shape: of the context that comes with each example, or None.
+        context_shape: of the context of each example, or None.
 
-    ``forward`` is the likelihood, so that whatever wraps a module (DDP, compile, hooks) wraps that; it computes, and
-    looks at no number. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` look, for which the host
-    waits for the device: they take real numbers of any kind, compute in the precision of the flow's weights, and return
-    what is finite or raise a ValueError that names the shape or the first row (from 0) at fault.
+    Raises:
+        ValueError: in the methods that check values: a wrong shape, or an input or result that is not finite. The
+            message names the shape or the first row (from 0) at fault.
+
+    >>> from functools import partial
+    >>> from flowtrain import Flow, bijections as b, nets
+    >>> flow = Flow((2,), partial(b.Autoregressive, univariate=b.ExpAffine, net=nets.MADE))
+    >>> flow.log_prob(torch.randn(5, 2)).shape, flow.sample(3).shape
+    (torch.Size([5]), torch.Size([3, 2]))
     """
 
-    memory = Memory()
+    backpropagation = Backpropagation()
 
     def __init__(
         self,
@@ -40,8 +49,8 @@ class Flow(nn.Module):
     ):
         super().__init__()
         self.shape = tuple(shape)
-        self.bijection = built("bijection", bijection, shape=self.shape, context_shape=context_shape)
-        self.base = built("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
+        self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=context_shape)
+        self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
 
     @property
     def dimensions(self) -> int:
@@ -49,15 +58,15 @@ class Flow(nn.Module):
         return size(self.shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) in nats, (B,), float32 at least; of raw integers, a bound where they are dequantized."""
+        """log p(x) in nats, (B,), in float32 or float64; a lower bound if x is dequantized."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
         z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``forward``'s log p(x) in nats, (B,), looked at: finite or a ValueError."""
-        return mapped("x", *self._taken("x", x, self.shape, context), "log-likelihood", self)
+        """log p(x) in nats, (B,), finite; a lower bound if x is dequantized."""
+        return map_events("x", *self._check_events("x", x, self.shape, context), "log-likelihood", self)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (B,)."""
@@ -65,17 +74,17 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The latent of x; integers go in at the centre of their bins, so that ``decode`` returns the very same."""
-        x, context = self._taken("x", x, self.shape, context)
-        with globalbatch.centred(), states_only():
-            return mapped("x", x, context, "latent", lambda *given: self.bijection(*given)[0])
+        """The latents of x. Integers become the centres of their bins, so that ``decode`` returns the same integers."""
+        x, context = self._check_events("x", x, self.shape, context)
+        with global_batch.bin_centres(), states_only():
+            return map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """The data of a latent."""
-        z, context = self._taken("z", z, self.bijection.out_shape, context)
+        """The data of latents z."""
+        z, context = self._check_events("z", z, self.bijection.out_shape, context)
         with states_only():
-            return mapped("z", z, context, "inverse", lambda *given: self.bijection.inverse(*given)[0])
+            return map_events("z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0])
 
     @torch.no_grad()
     def latents(
@@ -85,14 +94,13 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         context: Tensor | None = None,
     ) -> Tensor:
-        """n draws from the base as it is now, float32 at least, on the flow's device.
+        """n samples of the base distribution, in float32 or float64, on the flow's device.
 
-        Their noise is made on the CPU and does not depend on ``temperature``: a seed gives the same on every device,
-        and draws at several temperatures that differ in nothing else. A base that depends on the context needs one,
-        (n, *context_shape).
+        Their noise is drawn on the CPU and does not depend on ``temperature``. So a seed gives the same noise on every
+        device and at every temperature. A base distribution that depends on the context needs one, (n, *context_shape).
         """
         z = self.base.sample(n, temperature, context, generator)
-        return z.to(self._like.device, at_least_float32(self._like.dtype))
+        return z.to(self._weight.device, at_least_float32(self._weight.dtype))
 
     def sample(
         self,
@@ -101,30 +109,30 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n examples, (n, *shape). ``temperature`` scales how far the latents lie from their means, which are 0 for the
-        standard bases (Kingma & Dhariwal 2018, section 6); see ``Distribution.sample``."""
+        """n examples, (n, *shape). ``temperature`` scales the distance of the latents from their means, which are 0 for
+        standard base distributions (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`."""
         return self.decode(self.latents(n, temperature, generator, context), context)
 
     @property
-    def _like(self) -> Tensor:
-        """Some number of the flow's: where and in which precision it computes."""
+    def _weight(self) -> Tensor:
+        """Any weight of the flow: its device and precision are the flow's."""
         return next(self.parameters(), torch.empty(0))
 
-    def _taken(self, name: str, x: Tensor, shape: tuple, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x and its context as the flow takes them. ValueError where it cannot."""
-        dtype, wanted = at_least_float32(self._like.dtype), self.bijection.context_shape
-        x = taken(name, x, shape, dtype)
-        if wanted is None:
+    def _check_events(self, name: str, x: Tensor, shape: tuple, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and its context in the flow's precision. ValueError where they cannot be used."""
+        dtype, context_shape = at_least_float32(self._weight.dtype), self.bijection.context_shape
+        x = check_events(name, x, shape, dtype)
+        if context_shape is None:
             return x, None
         if context is None or len(context) != len(x):
-            raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(wanted)} each")
-        return x, taken("context", context, wanted, dtype)
+            raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(context_shape)} each")
+        return x, check_events("context", context, context_shape, dtype)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Start what starts from data (each actnorm, also inside networks) from one batch, data to latent.
+        """Start the modules that start from data (each actnorm, also inside networks) from one batch.
 
-        To be called once, before the flow is wrapped, averaged or compiled. What has started already is left alone.
+        Call it once, before the flow is wrapped, averaged or compiled. Modules that have started stay as they are.
         """
         waiting = [module for module in self.modules() if hasattr(module, "start") and not module.started]
         for module in waiting:
@@ -140,22 +148,24 @@ class Flow(nn.Module):
                 vars(module).pop("forward", None)
                 vars(module).pop("inverse", None)
 
-    def keep(self, memory: Memory) -> None:
-        """Keep of the layers' work in training what ``memory`` does: see :mod:`flowtrain.bijections.memory`.
+    def set_backpropagation(self, backpropagation: Backpropagation) -> None:
+        """Set how chains of layers find their gradients: see :mod:`flowtrain.bijections.backpropagation`.
 
         Raises:
             ValueError: this flow cannot be trained so.
         """
-        for part in (self, *memory.chains(self)):
-            part.memory = memory
+        chains = backpropagation.chains(self.bijection)
+        self.backpropagation = backpropagation
+        for chain in chains:
+            chain.backpropagation = backpropagation
 
     def statistics(self) -> dict[str, float]:
-        """What a trainer may log, on every process at the same step."""
-        return self.memory.statistics()
+        """What a trainer may log. Every process calls this at the same step."""
+        return self.backpropagation.statistics()
 
 
 def _start_on_first_use(module: nn.Module) -> None:
-    """Shadow the module's two directions by ones that first start it from what they are given."""
+    """Replace the module's ``forward`` and ``inverse`` by ones that first start it from their input."""
     kind = type(module)
 
     def forward(x, *args):
@@ -170,15 +180,15 @@ def _start_on_first_use(module: nn.Module) -> None:
 
 
 def to_bits_per_dim(log_prob, dimensions: int):
-    """Nats per example to bits per dimension: the one place where this is said."""
+    """Nats per example to bits per dimension: −log p/(D ln 2)."""
     return -log_prob / (dimensions * math.log(2))
 
 
-def taken(name: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> Tensor:
+def check_events(name: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> Tensor:
     """``x`` (B, *shape) in ``dtype``.
 
     Raises:
-        ValueError: its shape is another, it is complex, or a row of it is not finite.
+        ValueError: it has another shape, is complex, or has a row that is not finite.
     """
     if x.shape[1:] != shape:
         raise ValueError(f"{name} has events of shape {list(x.shape[1:])}; this flow takes {list(shape)}")
@@ -191,20 +201,20 @@ def taken(name: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def mapped(name: str, x: Tensor, context: Tensor | None, what: str, function: Callable[..., Tensor]) -> Tensor:
-    """``function(x, context)``, row by row ``what`` of x.
+def map_events(name: str, x: Tensor, context: Tensor | None, what: str, function: Callable[..., Tensor]) -> Tensor:
+    """``function(x, context)``, each row of which is the ``what`` of a row of x.
 
     Raises:
         ValueError: a row of it is not finite, or ``function`` raised FloatingPointError.
     """
     try:
-        made = function(x, context)
+        result = function(x, context)
     except FloatingPointError as error:
-        row = _first_refused(function, x, context)
-        raise ValueError(f"{_row(name, x, row)} {what}: {error}") from error
-    if (row := _first_not_finite(made)) is not None:
+        first = _first_failure(function, x, context)
+        raise ValueError(f"{_row(name, x, first)} {what}: {error}") from error
+    if (row := _first_not_finite(result)) is not None:
         raise ValueError(f"{_row(name, x, row)} {what} that is finite")
-    return made
+    return result
 
 
 def _row(name: str, x: Tensor, row: int) -> str:
@@ -219,8 +229,8 @@ def _first_not_finite(x: Tensor) -> int | None:
     return int((~finite).reshape(len(x), -1).any(1).nonzero()[0])
 
 
-def _first_refused(function: Callable, x: Tensor, context: Tensor | None) -> int:
-    """The first row that ``function`` raises FloatingPointError for, given rows among which there is one."""
+def _first_failure(function: Callable, x: Tensor, context: Tensor | None) -> int:
+    """The first row for which ``function`` raises FloatingPointError, by bisection; there is one."""
     first, end = 0, len(x)
     while end - first > 1:
         middle = (first + end) // 2

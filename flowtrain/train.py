@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from flowtrain.bijections.autoregressive import cost_of_likelihood
-from flowtrain.bijections.memory import MEMORIES
-from flowtrain.commands.data import has_bits
+from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
-from flowtrain.config.build import build, build_flow, with_hint
-from flowtrain.config.compose import conf_dir, plain
+from flowtrain.config.build import add_hint, build, build_dataset, build_flow, build_objective, model_name
+from flowtrain.config.compose import conf_dir
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import to_dict
 from flowtrain.data import Loader
+from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_errors, compile_flow, pays
@@ -36,7 +38,7 @@ from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import checkpoint, distributed, environment, files, globalbatch, status
+from flowtrain.runtime import checkpoint, distributed, environment, files, global_batch, status
 from flowtrain.runtime.checkpoint import load_weights
 from flowtrain.runtime.environment import device_name
 from flowtrain.runtime.interrupts import interruptible_batches
@@ -46,61 +48,62 @@ log = logging.getLogger("flowtrain")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
-def main(cfg, run_dir: str) -> dict:
-    """Train what ``cfg`` says into ``run_dir``; returns the summary, on every process."""
-    with status.held(run_dir) if distributed.is_main() else nullcontext():
+def main(config: TrainConfig, run_dir: str) -> dict:
+    """Train what ``config`` says into ``run_dir``; returns the summary, on every process."""
+    with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
                 files.sweep(Path(run_dir) / folder)
-        return _train(cfg, run_dir)
+        return _train(config, run_dir)
 
 
-def _train(cfg, run_dir: str) -> dict:
-    data = build(cfg.dataset, allow=cfg.allow, on_bad=cfg.on_bad)  # opens none, and names its own keys
-    flow = build_flow(cfg, "meta")  # refuses what cannot be before any data are opened
-    _optimizer(cfg, flow)
-    _set_memory(cfg, flow)
-    objective, loggers = _objective(cfg), _loggers(cfg)
-    schedule = build(cfg.scheduler, allow=cfg.allow)
+def _train(config: TrainConfig, run_dir: str) -> dict:
+    data = build_dataset(config)
+    spec = data.spec
+    flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
+    _optimizer(config, flow)
+    _set_memory(config, flow)
+    objective, loggers = _objective(config, spec), _loggers(config)
+    schedule = build(config.scheduler, "scheduler", allow=config.allow)
     device = distributed.device()
-    if cfg.deterministic:
+    if config.deterministic:
         determinism.enable()
-    autocast = autocast_dtype(cfg.precision, device)
+    autocast = autocast_dtype(config.precision, device)
     train, val = data.split("train"), data.split("val")
     place = device, distributed.rank(), distributed.world()
-    loader = Loader(train, cfg.batch_size, cfg.seed, data.augment, *place, cfg.trainer.workers)
-    if cfg.batch_size % (distributed.world() * cfg.trainer.accumulate):
+    loader = Loader(train, config.batch_size, config.seed, data.augment, *place, config.trainer.workers)
+    if config.batch_size % (distributed.world() * config.trainer.accumulate):
         raise UsageError(
-            f"batch_size={cfg.batch_size} is not a multiple of devices × trainer.accumulate "
-            f"({distributed.world()} × {cfg.trainer.accumulate})"
+            f"batch_size={config.batch_size} is not a multiple of devices × trainer.accumulate "
+            f"({distributed.world()} × {config.trainer.accumulate})"
         )
-    budget = _budget(cfg, loader.steps_per_epoch)
-    flow = build_flow(cfg, device)
-    state = checkpoint.read(cfg.resume) if cfg.resume else None
+    budget = _budget(config, loader.steps_per_epoch)
+    flow = build_flow(config, spec, device)
+    state = checkpoint.read(config.resume) if config.resume else None
     if state is None:
-        _start(flow, cfg, train, device)
-    if cfg.deterministic:
-        _log_cost_of_determinism(flow, objective, loader, cfg, autocast)
-    ema = EMA(flow, cfg.trainer.ema) if cfg.trainer.ema else None
-    compilation = _compile(flow, cfg, budget, device)
-    _set_memory(cfg, flow)
+        _start(flow, config, train, device)
+    if config.deterministic:
+        _log_cost_of_determinism(flow, objective, loader, config, autocast)
+    ema = EMA(flow, config.trainer.ema) if config.trainer.ema else None
+    compilation = _compile(flow, config, budget, device)
+    _set_memory(config, flow)
 
     def evaluate(flow: Flow):
-        if globalbatch.has_moments(flow):
-            _reestimate_moments(flow, loader, cfg.trainer.val_examples)
-        return evaluate_split(flow, val, cfg, cfg.trainer.val_examples, cfg.trainer.val_draws)
+        if global_batch.has_moments(flow):
+            _reestimate_moments(flow, loader, config.trainer.val_examples)
+        return evaluate_split(flow, val, config, config.trainer.val_examples, config.trainer.val_draws)
 
     trainer = Trainer(
         flow,
         objective,
         loader,
-        _optimizer(cfg, flow),
-        cfg,
+        _optimizer(config, flow),
+        config,
         budget=budget,
-        schedule=WarmUp(schedule, _warmup_steps(cfg, loader.steps_per_epoch)),
-        validation=Validation(evaluate, objective, cfg.trainer.patience),
-        previews=Previews(Preview(val.to(device), cfg) if distributed.is_main() else None),
-        checkpoints=Checkpoints(run_dir, plain(cfg), train.columns.record() if train.columns else None),
+        schedule=WarmUp(schedule, _warmup_steps(config, loader.steps_per_epoch)),
+        validation=Validation(evaluate, objective, config.trainer.patience),
+        previews=Previews(Preview(val.to(device), spec, config) if distributed.is_main() else None),
+        checkpoints=Checkpoints(run_dir, to_dict(config), train.columns.to_record() if train.columns else None),
         loggers=loggers,
         ema=ema,
         autocast=autocast,
@@ -109,18 +112,18 @@ def _train(cfg, run_dir: str) -> dict:
     if state is not None:
         trainer.load_state_dict(state)
     if distributed.is_main():
-        _log_introduction(cfg, trainer, val, device, run_dir)
+        _log_introduction(config, spec, trainer, val, device, run_dir)
         environment.record(run_dir, device)
     try:
         loggers.open(RunRecord(Path(run_dir), trainer.step, loggers.records, budget, objective.key, objective.unit))
         with compile_errors(), determinism.determinism_errors():
             trainer.fit()
         with trainer.uncompiled():
-            summary, score = _conclude(cfg, trainer, val, run_dir)
-        loggers.hyperparameters(_flatten(plain(cfg)), {objective.key: score.figure})
+            summary, score = _conclude(config, spec, trainer, val, run_dir)
+        loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
     except torch.OutOfMemoryError as error:
         raise FlowtrainError(
-            f"out of memory on {device_name(device)} with {cfg.batch_size // distributed.world()} examples a device "
+            f"out of memory on {device_name(device)} with {config.batch_size // distributed.world()} examples a device "
             f"(peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB): a smaller batch_size, a larger "
             "trainer.accumulate, more devices, memory=checkpoint or precision=bfloat16 would need less"
         ) from error
@@ -135,17 +138,18 @@ def _train(cfg, run_dir: str) -> dict:
     return summary
 
 
-def _objective(cfg) -> Objective:
-    objective = build(cfg.objective, allow=cfg.allow)
+def _objective(config: TrainConfig, spec: DataSpec) -> Objective:
+    objective = build_objective(config, spec)
     if not isinstance(objective, Objective):
         raise UsageError(f"objective: {type(objective).__name__} is no objective")
     return objective
 
 
-def _loggers(cfg) -> Loggers:
+def _loggers(config: TrainConfig) -> Loggers:
     """The configured loggers, without those that are null, on the first process; none on the others."""
-    loggers = {name: logger for name, logger in build(cfg.logger, allow=cfg.allow).items() if logger is not None}
-    if not cfg.trainer.tensorboard:
+    loggers = build(config.logger, "logger", allow=config.allow)
+    loggers = {name: logger for name, logger in loggers.items() if logger is not None}
+    if not config.trainer.tensorboard:
         loggers.pop("tensorboard", None)
     for name, logger in loggers.items():
         if not isinstance(logger, Logger):
@@ -153,28 +157,28 @@ def _loggers(cfg) -> Loggers:
     return Loggers(loggers.values() if distributed.is_main() else ())
 
 
-def _start(flow: Flow, cfg, train, device) -> None:
+def _start(flow: Flow, config: TrainConfig, train, device) -> None:
     """Weights from ``init``, or a data-dependent start from the first global batch, the same on every process.
 
     The first process sees the whole batch and sends the others its weights and buffers.
     """
-    if cfg.init:
-        log.info("weights from %s (%s)", cfg.init, load_weights(flow, checkpoint.read(cfg.init)))
+    if config.init:
+        log.info("weights from %s (%s)", config.init, load_weights(flow, checkpoint.read(config.init)))
     elif distributed.is_main():
         _fit_to_columns(flow, train.columns)
-        size = min(cfg.trainer.init_batch or cfg.batch_size, len(train))
-        torch.manual_seed(cfg.seed)
-        flow.initialize(*next(Loader(train, size, cfg.seed, None, device).batches()))
+        size = min(config.trainer.init_batch or config.batch_size, len(train))
+        torch.manual_seed(config.seed)
+        flow.initialize(*next(Loader(train, size, config.seed, None, device).batches()))
     distributed.broadcast(flow.state_dict().values())
 
 
 def _log_cost_of_determinism(
-    flow: Flow, objective: Objective, loader: Loader, cfg, autocast: torch.dtype | None
+    flow: Flow, objective: Objective, loader: Loader, config: TrainConfig, autocast: torch.dtype | None
 ) -> None:
     batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
 
     def step(copy: Flow) -> None:
-        TrainingPass(copy, objective, cfg.seed, cfg.trainer.accumulate, autocast).backpropagate(*batch, *place)
+        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(*batch, *place)
 
     with determinism.determinism_errors():
         ratio = determinism.cost(flow, step)
@@ -191,26 +195,26 @@ def _fit_to_columns(flow: Flow, columns) -> None:
                 raise UsageError(f"preprocess: {type(module).__name__} {error}") from error
 
 
-def _compile(flow: Flow, cfg, budget: Budget, device: torch.device) -> Compilation | None:
+def _compile(flow: Flow, config: TrainConfig, budget: Budget, device: torch.device) -> Compilation | None:
     """Compile the flow's training direction where ``compile`` asks for it, or where it pays and is possible."""
-    worthwhile = cfg.memory != "reversible" and pays(device, budget)
-    if cfg.compile is False or cfg.compile == "auto" and not worthwhile:
+    worthwhile = config.memory != "reversible" and pays(device, budget)
+    if config.compile is False or config.compile == "auto" and not worthwhile:
         return None
     try:
         return compile_flow(flow)
     except UsageError as error:
-        if cfg.compile == "auto":
+        if config.compile == "auto":
             log.info("compile=auto: trains without: %s", error)
             return None
         raise
 
 
-def _set_memory(cfg, flow: Flow) -> None:
+def _set_memory(config: TrainConfig, flow: Flow) -> None:
     """Set which activations the flow keeps in training, as ``memory`` says; to be called after compilation."""
-    if cfg.memory == "reversible" and cfg.compile is True:
+    if config.memory == "reversible" and config.compile is True:
         raise UsageError("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
     try:
-        flow.keep(MEMORIES[cfg.memory]())
+        flow.set_backpropagation(MEMORY_MODES[config.memory]())
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -221,23 +225,23 @@ def _reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     batches = loader.batches()
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
-    with torch.no_grad(), globalbatch.reestimating(flow):
+    with torch.no_grad(), global_batch.reestimate(flow):
         for x, context in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
-            with globalbatch.rows(distributed.rank() * len(x), loader.batch_size):
+            with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)
 
 
-def _conclude(cfg, trainer: Trainer, val, run_dir: str) -> tuple[dict, Score]:
+def _conclude(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, run_dir: str) -> tuple[dict, Score]:
     """Evaluate the best weights on all validation examples and write summary.json, the mark of a finished run."""
     flow, best = trainer.flow, trainer.checkpoints.best
     distributed.barrier()  # the first process has written it
     load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
-    result = evaluate_split(flow, val, cfg, draws=cfg.trainer.val_draws)
+    result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
     score = trainer.objective.score(result)
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     bad = {part: _unreadable(split) for part, split in (("train", trainer.loader.split), ("validation", val))}
     summary = {
-        **(bits if has_bits(cfg, trainer.loader.split.columns) else {}),
+        **(bits if has_bits(spec, trainer.loader.split.columns) else {}),
         "log_likelihood": result.log_likelihood,
         "log_likelihood_stderr": result.log_likelihood_stderr,
         "steps": trainer.step,
@@ -258,7 +262,7 @@ def _conclude(cfg, trainer: Trainer, val, run_dir: str) -> tuple[dict, Score]:
         if images := sorted((Path(run_dir) / "samples").glob("*.png")):
             log.info("samples: %s", images[-1])
         places = "".join(
-            f" dataset.{key}='{cfg.dataset[key]}'" for key in ("root", "path") if _from_command_line(cfg, key)
+            f" dataset.{key}='{config.dataset.get(key)}'" for key in ("root", "path") if _from_command_line(config, key)
         )
         log.info("next: flowtrain eval ckpt='%s'%s", run_dir, places)
     return summary, score
@@ -269,48 +273,48 @@ def _unreadable(split) -> int:
     return len({number for numbers in distributed.all_gather_object([*split.bad]) for number in numbers})
 
 
-def _from_command_line(cfg, key: str) -> bool:
+def _from_command_line(config: TrainConfig, key: str) -> bool:
     """Whether a location of the data came from the command line and so must be given again: no checkpoint holds it."""
-    return cfg.dataset[key] not in (None, os.environ.get("FLOWTRAIN_DATA", "data"))
+    return config.dataset.get(key) not in (None, os.environ.get("FLOWTRAIN_DATA", "data"))
 
 
-def _budget(cfg, steps_per_epoch: int) -> Budget:
-    epochs = cfg.trainer.max_epochs
-    limits = [limit for limit in (cfg.max_steps, epochs and math.ceil(epochs * steps_per_epoch)) if limit]
-    if not limits and cfg.max_minutes is None:
+def _budget(config: TrainConfig, steps_per_epoch: int) -> Budget:
+    epochs = config.trainer.max_epochs
+    limits = [limit for limit in (config.max_steps, epochs and math.ceil(epochs * steps_per_epoch)) if limit]
+    if not limits and config.max_minutes is None:
         raise UsageError("no end: give max_steps, max_minutes or trainer.max_epochs")
-    return Budget(min(limits, default=None), cfg.max_minutes)
+    return Budget(min(limits, default=None), config.max_minutes)
 
 
-def _warmup_steps(cfg, steps_per_epoch: int) -> int:
-    if not cfg.trainer.warmup_epochs:
-        return cfg.trainer.warmup_steps
-    steps = math.ceil(cfg.trainer.warmup_epochs * steps_per_epoch)
-    log.info("trainer.warmup_epochs=%g is %d steps", cfg.trainer.warmup_epochs, steps)
+def _warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    if not config.trainer.warmup_epochs:
+        return config.trainer.warmup_steps
+    steps = math.ceil(config.trainer.warmup_epochs * steps_per_epoch)
+    log.info("trainer.warmup_epochs=%g is %d steps", config.trainer.warmup_epochs, steps)
     return steps
 
 
-def _optimizer(cfg, flow: Flow) -> torch.optim.Optimizer:
+def _optimizer(config: TrainConfig, flow: Flow) -> torch.optim.Optimizer:
     """The configured optimizer; weight decay reaches the parameters whose names match ``trainer.decay``."""
     try:
-        decays = re.compile(cfg.trainer.decay)
+        decays = re.compile(config.trainer.decay)
     except re.error as error:
-        raise UsageError(f"trainer.decay={cfg.trainer.decay}: no regular expression ({error})") from error
+        raise UsageError(f"trainer.decay={config.trainer.decay}: no regular expression ({error})") from error
     named = list(flow.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays.search(name)]},
         {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
     ]
-    make = build(cfg.optimizer, allow=cfg.allow)
+    make = build(config.optimizer, "optimizer", allow=config.allow)
     if make.func in FUSED and not any(parameter.is_meta for _, parameter in named):
         make = partial(make.func, **{"fused": True, **make.keywords})
     try:
         return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer: {with_hint(str(error), cfg.optimizer)}") from error
+        raise UsageError(f"optimizer: {add_hint(str(error), config.optimizer)}") from error
 
 
-def _log_introduction(cfg, trainer: Trainer, val, device, run_dir: str) -> None:
+def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, device, run_dir: str) -> None:
     """Log the first lines of a run."""
     world, flow, train = distributed.world(), trainer.flow, trainer.loader.split
     count = sum(parameter.numel() for parameter in flow.parameters())
@@ -320,9 +324,9 @@ def _log_introduction(cfg, trainer: Trainer, val, device, run_dir: str) -> None:
     }
     spread = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
     log.info("run: %s", run_dir)
-    log.info("device: %s × %d, precision %s", device_name(device), world, cfg.precision)
+    log.info("device: %s × %d, precision %s", device_name(device), world, config.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
-    levels = cfg.dataset.levels
+    levels = spec.levels
     shape = "×".join(map(str, flow.shape))
     if levels:
         log.info(
@@ -334,21 +338,21 @@ def _log_introduction(cfg, trainer: Trainer, val, device, run_dir: str) -> None:
         )
     else:
         log.info("shape %s, D = %d, real numbers: likelihoods in nats", shape, flow.dimensions)
-    if flow.bijection.context_shape:
-        log.info("context: %s, shape %s", cfg.dataset.context, "×".join(map(str, flow.bijection.context_shape)))
+    if spec.context:
+        log.info("context: %s, shape %s", config.dataset["context"], "×".join(map(str, spec.context_shape)))
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
-    preset = f"{cfg.model.name}_{cfg.dataset.name}"
-    if cfg.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
+    preset = f"{model_name(config)}_{spec.name}"
+    if config.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
-    if cost := cost_of_likelihood(flow):
+    if cost := cost_of_likelihood(flow.bijection):
         log.info("%s", cost)
-    if cfg.memory != "none" and not flow.memory.chains(flow):
-        log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", cfg.memory)
-    share, parts = cfg.batch_size // world, cfg.trainer.accumulate
-    log.info("batch: %d, %d a device in %d part(s); until %s", cfg.batch_size, share, parts, trainer.budget)
+    if config.memory != "none" and not flow.backpropagation.chains(flow.bijection):
+        log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", config.memory)
+    share, parts = config.batch_size // world, config.trainer.accumulate
+    log.info("batch: %d, %d a device in %d part(s); until %s", config.batch_size, share, parts, trainer.budget)
     if trainer.step:
         log.info("resumed at step %d", trainer.step)
-    if cfg.trainer.tensorboard and "tensorboard" in cfg.logger:
+    if config.trainer.tensorboard and "tensorboard" in config.logger:
         log.info("watch: tensorboard --logdir '%s'", Path(run_dir).parent)
 
 

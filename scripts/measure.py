@@ -17,7 +17,7 @@ PLAN = yaml.safe_load((RESULTS / "plan.yaml").read_text())
 
 
 def flowtrain(*words: str) -> str:
-    """The command's stdout, shown as it comes."""
+    """Run a command and return its stdout, which is also shown line by line."""
     command = [sys.executable, "-m", "flowtrain", *words]
     print("$", shlex.join(["flowtrain", *words]), flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -31,7 +31,7 @@ def flowtrain(*words: str) -> str:
 
 
 def measure(name: str, run_dir: str = "") -> None:
-    """Train what the plan says, unless ``run_dir`` holds that run already; evaluate and record it."""
+    """Train the plan's command, or take the finished run ``run_dir``; evaluate it and write results/<name>.json."""
     entry = PLAN[name]
     words = os.path.expandvars(entry["command"]).split()
     run_dir = run_dir or re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]
@@ -62,5 +62,5 @@ FIGURES = ("bits_per_dim", "bits_per_dim_stderr", "log_likelihood", "log_likelih
 for word in sys.argv[1:] or [name for name in PLAN if not (RESULTS / f"{name}.json").exists()]:
     name, _, run_dir = word.partition("=")
     if name not in PLAN:
-        sys.exit(f"{name}: not in results/plan.yaml, which has {', '.join(PLAN)}")
+        sys.exit(f"{name} is not in results/plan.yaml, which has {', '.join(PLAN)}")
     measure(name, run_dir)

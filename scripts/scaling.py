@@ -1,8 +1,8 @@
-"""How time and memory grow, measured on this machine: scaling.json, scaling.png and the tables of scaling.md.
+"""Measure how time and memory grow on this machine: scaling.json, scaling.png and the tables of scaling.md.
 
-    scripts/scaling [--smoke] [folder]      the folder, docs/ where none is named, holds scaling.md
+    scripts/scaling [--smoke] [folder]      the folder holds scaling.md; docs/ by default
 
-Times are this process's CPU seconds on one thread, which other work on the machine disturbs little.
+Times are CPU seconds of this process on one thread; other work on the machine affects them little.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import scaling_page
@@ -25,30 +26,24 @@ import scaling_parallel
 import torch
 from torch import Tensor
 
+from flowtrain import flows
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.sampling import without_gradients
 from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
 from flowtrain.benchmarks.training_steps import step
+from flowtrain.bijections import MixtureNormal
 from flowtrain.bijections.ode import exact_trace, traced_exactly
-from flowtrain.config.build import build_flow
-from flowtrain.config.compose import compose, conf_dir
-from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.split import ArraySplit
+from flowtrain.distributions import Logistic
 from flowtrain.engine.evaluate import evaluate
 from flowtrain.engine.peak import peak_bytes
-from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 
-def glow_vector(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
-    """Glow's steps for vectors, as conf/ has them: the one family here with a dense linear layer, of D² weights."""
-    return (
-        "model=glow_vector",
-        *ours.VECTOR,
-        f"dataset.shape=[{dimensions}]",
-        f"model.steps={steps}",
-        f"model.hidden={hidden}",
-    )
+def glow_vector(dimensions: int, hidden: int, steps: int) -> Flow:
+    """Glow's steps for vectors: the one family here with a dense linear layer, of D² weights."""
+    return flows.glow_vector((dimensions,), steps=steps, hidden=hidden)
 
 
 FAMILIES = {
@@ -57,6 +52,14 @@ FAMILIES = {
     "NSF autoregressive": ours.nsf_autoregressive,
     "Glow's steps": glow_vector,
 }
+VECTOR_MODELS = {  # as conf/model has them
+    **{
+        name: getattr(flows, name)
+        for name in ("ffjord", "glow_vector", "hybrid", "iaf", "made", "maf", "maf_mog", "nice")
+    },
+    "made_mog": partial(flows.made, univariate=MixtureNormal, base=Logistic),
+    **{name: getattr(flows, name) for name in ("nsf_autoregressive", "nsf_coupling", "realnvp_vector")},
+}
 WORK = ("density", "training step", "sampling")
 
 
@@ -64,9 +67,9 @@ WORK = ("density", "training step", "sampling")
 class Sizes:
     growing: tuple[str, ...]  # families
     base: dict[str, int]
-    axes: dict[str, tuple[int, ...]]  # each varied by itself around the base
+    axes: dict[str, tuple[int, ...]]  # each varies while the others keep their value in ``base``
     autoregressive: dict[str, tuple[tuple[int, int, int], ...]]  # family -> (D, hidden, layers)
-    batch: int  # of those
+    batch: int  # of the autoregressive ones
     families: tuple[int, int]  # D and batch of the comparison of all families
     rows: tuple[int, ...]
     parallel: scaling_parallel.Sizes
@@ -103,7 +106,7 @@ SMOKE = Sizes(
 
 
 def measure(sizes: Sizes, slice: float) -> dict:
-    """All figures. What takes less than ``slice`` seconds is called often enough to take so long."""
+    """Measure everything. A call that takes less than ``slice`` seconds is repeated until it takes that long."""
     clock = Clock(slice)
     return {
         "base": sizes.base,
@@ -116,7 +119,7 @@ def measure(sizes: Sizes, slice: float) -> dict:
 
 
 class Clock:
-    """CPU seconds of variants in turns, three rounds of them."""
+    """Measures the CPU seconds of variants in turns, in three rounds."""
 
     def __init__(self, slice: float):
         self.slice, self.order = slice, random.Random(0)
@@ -127,13 +130,13 @@ class Clock:
 
 def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
     """What is timed of a flow, each a call on a batch like ``x``; a training step changes no other's cost."""
-    train = step(flow, ours.optimizer(), x)
+    train = step(flow, ours.optimizer, x)
 
     def training_step():
         flow.train()
         train()
 
-    def evaluated(run: Callable[[], object]) -> Callable[[], None]:
+    def in_evaluation(run: Callable[[], object]) -> Callable[[], None]:
         def inner():
             flow.eval()
             with torch.no_grad():
@@ -142,21 +145,23 @@ def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
         return inner
 
     return {
-        "density": evaluated(lambda: flow(x)),
+        "density": in_evaluation(lambda: flow(x)),
         "training step": training_step,
-        "sampling": evaluated(lambda: flow.sample(len(x))),
+        "sampling": in_evaluation(lambda: flow.sample(len(x))),
     }
 
 
 def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
-    """Along one axis, for each family: seconds, bytes, and the powers of the axis that they grow by."""
+    """Seconds and bytes of each family along one axis, and the powers of the axis that they grow with."""
     for family in sizes.growing:
         say(f"{family} by {axis}")
         points = {}
         for value in sizes.axes[axis]:
             size = sizes.base | {axis: value}
             x = torch.randn(size["batch"], size["D"])
-            points[value] = works(ours.started(FAMILIES[family](size["D"], size["width"], size["depth"]), x, 0), x)
+            points[value] = works(
+                ours.started(partial(FAMILIES[family], size["D"], size["width"], size["depth"]), x, 0), x
+            )
         for work in WORK:
             times = clock({value: point[work] for value, point in points.items()})
             yield curve(family, axis, work, "s", times)
@@ -165,7 +170,7 @@ def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
 
 
 def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list[float]]) -> dict:
-    """``measured``: value on the axis -> what each round gave. The exponent is fitted in each round by itself."""
+    """``measured``: value on the axis -> the figure of each round. The exponent is fitted in each round separately."""
     values, series = list(measured), list(zip(*measured.values(), strict=True))
     return {
         "family": family,
@@ -180,7 +185,7 @@ def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list
 
 
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
-    """The slope of the straight line nearest to log y over log x."""
+    """The slope of log y over log x, by least squares."""
     x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (x, y))
     x = x - x.mean()
     return ((x * y).sum() / (x * x).sum()).item()
@@ -191,20 +196,19 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
-    """What grows with the rows of a set in memory, and what does not: judging all of them, one epoch's batches, a
-    training step that takes its batch."""
+    """What the rows of a set in memory cost: evaluation of all, an epoch's batches, a training step with its batch."""
     say("rows of data")
     dimensions, batch = 64, min(512, *counts)
-    flow = ours.started(ours.maf(dimensions, 64, 1), torch.randn(batch, dimensions), 0)
+    flow = ours.started(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
     judge, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
-        judge[count] = lambda split=split: evaluate(flow, ordered(split, batch), len(split))
+        judge[count] = lambda split=split: evaluate(flow, evaluation_batches(split, batch), len(split))
         epoch[count] = lambda loader=Loader(split, batch): [
             None for _ in zip(range(loader.steps_per_epoch), loader.batches())
         ]
         train[count] = training(copy.deepcopy(flow), Loader(split, batch))
-    runs = {"judging": judge, "an epoch's batches": epoch, "a training step": train}
+    runs = {"evaluation": judge, "an epoch's batches": epoch, "a training step": train}
     seconds = [curve("MAF", "rows", work, "s", clock(run)) for work, run in runs.items()]
     peaks = {work: {count: [peak_bytes(once)] for count, once in run.items()} for work, run in runs.items()}
     return seconds + [curve("MAF", "rows", work, "B", peak) for work, peak in peaks.items()]
@@ -214,7 +218,7 @@ def training(flow: Flow, loader: Loader) -> Callable[[], None]:
     """A training step on the next batch."""
     batches = loader.batches()
     x = torch.empty(loader.batch_size, *flow.shape)
-    run = step(flow, ours.optimizer(), x)
+    run = step(flow, ours.optimizer, x)
 
     def inner():
         x.copy_(next(batches)[0])
@@ -224,13 +228,13 @@ def training(flow: Flow, loader: Loader) -> Callable[[], None]:
 
 
 def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
-    """Sampling autoregressive flows, as a multiple of one pass of their density over as many examples."""
+    """The cost of sampling as a multiple of one density pass over as many examples."""
     found = []
     for family, points in sizes.autoregressive.items():
         for dimensions, hidden, layers in points:
             say(f"{family}: sampling at D = {dimensions}")
             x = torch.randn(sizes.batch, dimensions)
-            flow = ours.started(FAMILIES[family](dimensions, hidden, layers), x[:64], 0)
+            flow = ours.started(partial(FAMILIES[family], dimensions, hidden, layers), x[:64], 0)
             times = clock(
                 {
                     "density": without_gradients(flow, lambda: flow(x)),
@@ -252,17 +256,12 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
 
 
 def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
-    """Seconds an example of every model of conf/ that takes vectors, as it stands there."""
+    """Seconds an example of every model of conf/ that takes vectors, at its default size."""
     found = []
-    for model in sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml")):
-        overrides = (f"model={model}", "dataset=miniboone", f"dataset.shape=[{dimensions}]")
-        try:
-            build_flow(compose("train", list(overrides)), "meta")
-        except UsageError:  # a model of images
-            continue
+    for model, constructor in VECTOR_MODELS.items():
         say(f"{model} at D = {dimensions}")
         x = torch.randn(batch, dimensions)
-        flow = ours.started(overrides, x, 0).eval()
+        flow = ours.started(partial(constructor, (dimensions,)), x, 0).eval()
         with exact_trace() if traced_exactly(flow) else nullcontext():  # as `flowtrain eval` has it
             times = clock(
                 {
@@ -288,8 +287,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure how time and memory grow")
-    parser.add_argument("folder", nargs="?", default="docs", type=Path, help="holds scaling.md (docs)")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("folder", nargs="?", default="docs", type=Path, help="the folder of scaling.md (default: docs)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
     options = parser.parse_args()
     torch.set_num_threads(1)
     before, began = os.getloadavg()[0], time.process_time()

@@ -1,4 +1,4 @@
-"""What scripts/scaling.py measured, as the tables of scaling.md and the plots of scaling.png."""
+"""Write the figures of scripts/scaling.py as the tables of scaling.md and the plots of scaling.png."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from flowtrain.benchmarks.session import clock
 
-LINEAR, PASSES = 1.0, 2.5  # the powers of D and depth, and the density passes, that are to be reached
+LINEAR, PASSES = 1.0, 2.5  # targets: the power of D and depth; the density passes of sampling
 
 
 def write(found: dict, folder: Path) -> None:

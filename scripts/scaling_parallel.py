@@ -1,4 +1,4 @@
-"""What processes that train together send each other, how long it takes here, and a model of many GPUs."""
+"""The communication of processes that train together: what it costs here, and a model for many GPUs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ from flowtrain.benchmarks.timing import Spread, in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_flow
-from flowtrain.config.compose import compose
+from flowtrain.config.compose import train_config
 from flowtrain.runtime import distributed
-from flowtrain.runtime.globalbatch import RunningMoments
+from flowtrain.runtime.global_batch import RunningMoments
 
 FLOWS = {"MAF": ours.maf, "NSF coupling": ours.nsf_coupling}
 WARM_UP, PROFILED = 5, 5  # steps
@@ -64,7 +65,7 @@ def measure(sizes: Sizes) -> dict:
         mp.spawn(_member, (2, sizes, folder), nprocs=2)
         members = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
     presets = [_preset(name, *how) for name, how in sizes.presets.items()]
-    return {**members[0], "presets": presets, "model": [row for preset in presets for row in predicted(preset)]}
+    return {**members[0], "presets": presets, "model": [row for preset in presets for row in predict(preset)]}
 
 
 # ---- two processes, gloo
@@ -83,16 +84,16 @@ def _member(rank: int, world: int, sizes: Sizes, folder: str) -> None:
 
 
 def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
-    """Each called once a round, by all processes in the same order, beginning and ending together."""
+    """Each variant is called once a round; all processes start and end each call together, in the same order."""
     return in_turns(variants, rounds, math.inf, random.Random(0), dist.barrier, 1e-9, clock)
 
 
 def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
-    """A training step that shares its gradients beside the same step of a process by itself."""
+    """A training step that all-reduces its gradients, beside the same step without communication."""
     x = torch.randn(sizes.batch, size[0])
-    alone, shared = (ours.started(FLOWS[name](*size), x, 0) for _ in range(2))
-    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer(), x)
-    variants = {"alone": step(alone, ours.optimizer(), x), "shared": run}
+    alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
+    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer, x)
+    variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
         run()
     found = {"flow": name, "size": size, "batch": sizes.batch, "gradient_bytes": _bytes(shared)}
@@ -103,11 +104,11 @@ def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
             **{variant: vars(Spread.of(seconds)) for variant, seconds in times.items()},
             "overhead": vars(Spread.of(overhead)),
         }
-    return {**found, "profile": _profiled(run)}
+    return {**found, "profile": _profile(run)}
 
 
-def _profiled(run) -> list[dict]:
-    """Of some steps: when backward ran and when each all-reduce did, in milliseconds from the step's start."""
+def _profile(run) -> list[dict]:
+    """When backward and each all-reduce ran in some steps, in milliseconds from the step's start."""
     steps = []
     for _ in range(PROFILED):
         dist.barrier()
@@ -131,7 +132,7 @@ def _spans(events: list, name: str, start: float) -> list[tuple[float, float]]:
 
 
 def _message(size: int, rounds: int) -> dict:
-    """An all-reduce of so many bytes by itself."""
+    """An all-reduce of ``size`` bytes alone."""
     message = torch.zeros(size // 4)
     variants = {
         "all_reduce": lambda: [dist.all_reduce(message) for _ in range(IN_A_ROW)],
@@ -154,15 +155,15 @@ def _bytes(flow) -> int:
 
 
 def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
-    """A preset's training step on this core: its operations, its seconds, and what it would send."""
+    """A preset's training step on this core: its operations, its seconds, and what it sends."""
     print(f"        {name}", file=sys.stderr, flush=True)
-    cfg = compose("train", [f"experiment={name}", *overrides])
+    cfg = train_config(f"experiment={name}", *overrides)
     flow = build_flow(cfg, "cpu")
-    levels = cfg.dataset.levels
+    levels = cfg.dataset["levels"]
     shape = (examples, *flow.shape)
     x = torch.randint(0, levels, shape, dtype=torch.uint8) if levels else torch.randn(shape)
     flow.initialize(x)
-    run = step(flow, ours.optimizer(), x)
+    run = step(flow, ours.optimizer, x)
     with FlopCounterMode(display=False) as counter, _Kernels() as kernels:
         run()
     seconds = in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]
@@ -178,7 +179,7 @@ def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts operations that make or change a tensor, which on a GPU are kernels to launch."""
+    """Counts operations that create or change a tensor; on a GPU each is a kernel launch."""
 
     def __init__(self):
         super().__init__()
@@ -189,16 +190,16 @@ class _Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# What the model assumes, and does not measure.
-SPEED = 20e12  # operations a second that a GPU sustains,
-LAUNCH = 5e-6  # and seconds that the host takes to start a kernel
-BACKWARD = 2 / 3  # of a step's operations
-BUCKET = 25 * 2**20  # bytes; DDP's own
+# Assumptions of the model; none is measured.
+SPEED = 20e12  # operations a second of a GPU
+LAUNCH = 5e-6  # seconds to launch a kernel
+BACKWARD = 2 / 3  # share of a step's operations
+BUCKET = 25 * 2**20  # bytes; the default of DDP
 LINKS = {8: (200e9, 5e-6), 64: (50e9, 10e-6)}  # GPUs -> bytes a second and seconds a hop of the ring's slowest link
 
 
-def predicted(preset: dict) -> list[dict]:
-    """The step on 8 and 64 GPUs: with the preset's batch shared by all, and with an eighth of it on each."""
+def predict(preset: dict) -> list[dict]:
+    """The step on 8 and 64 GPUs: with the preset's batch divided among all, and with an eighth of it on each."""
     rows = []
     for count, (bandwidth, hop) in LINKS.items():
         for batch in sorted({preset["batch"] // count, preset["batch"] // min(LINKS)}):
@@ -223,10 +224,10 @@ def predicted(preset: dict) -> list[dict]:
 
 
 def ring(size: float, count: int, bandwidth: float, hop: float) -> float:
-    """Seconds of a ring all-reduce: 2(N − 1) hops, each of which sends 1/N of the message."""
+    """Seconds of a ring all-reduce: 2(N − 1) hops, each with 1/N of the message."""
     return 2 * (count - 1) * (hop + size / count / bandwidth)
 
 
 def tree(count: int, hop: float) -> float:
-    """Seconds of an all-reduce of a few numbers, up a binary tree and down again."""
+    """Seconds of an all-reduce of a few numbers, up and down a binary tree."""
     return 2 * math.ceil(math.log2(count)) * hop

@@ -1,4 +1,4 @@
-"""The densities of a sweep over models and data of the plane, on one sheet: docs/toys.png."""
+"""Draw the densities that a sweep over models and data of the plane has learned: docs/toys.png."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 import flowtrain
 from flowtrain.bijections.ode import exact_trace
 from flowtrain.config.build import build
-from flowtrain.config.restore import embedded
-from flowtrain.plots.density import data_panel, model_panel, sheet, view_of
+from flowtrain.config.restore import checkpoint_config
+from flowtrain.plots.density import choose_view, data_panel, model_panel, sheet
 from flowtrain.plots.grid import save_png
 
 SIDE = 160
@@ -24,12 +23,12 @@ with (sweep / "results.csv").open() as file:
 
 def data(toy: str) -> torch.Tensor:
     row = next(row for (_, name), row in runs.items() if name == f"dataset={toy}")
-    config = embedded(Path(row["run_dir"]) / "checkpoints" / "best.pt")
-    return build(OmegaConf.create(config["dataset"])).split("train").data[:30_000]
+    config = checkpoint_config(Path(row["run_dir"]) / "checkpoints" / "best.pt")
+    return build(config.dataset, "dataset").split("train").data[:30_000]
 
 
 points = {toy: data(toy) for toy in toys}
-views = {toy: view_of(points[toy]) for toy in toys}
+views = {toy: choose_view(points[toy]) for toy in toys}
 rows = [[data_panel(points[toy], views[toy], SIDE) for toy in toys]]
 for model in models:
     rows.append([])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.functional import jacobian
 
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 
 
 def randomized(module, scale=0.1, seed=0):
@@ -16,7 +16,7 @@ def randomized(module, scale=0.1, seed=0):
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for layer in module.modules():
-            if isinstance(layer, globalbatch.RunningMoments):
+            if isinstance(layer, global_batch.RunningMoments):
                 layer.mean.normal_(generator=generator)
                 layer.var.uniform_(0.5, 2, generator=generator)
     return module

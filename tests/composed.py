@@ -4,36 +4,58 @@ from __future__ import annotations
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from flowtrain.config.build import build_flow
-from flowtrain.config.compose import conf_dir, plain
+from flowtrain.commands import COMMANDS
+from flowtrain.config.build import build_dataset, build_flow
+from flowtrain.config.compose import conf_dir, train_config
+from flowtrain.config.validation import to_dict, validate
 
 
 def composed(*overrides: str):
-    """With its interpolations."""
+    """The tree that train composes, interpolations and all."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("train", overrides=list(overrides))
 
 
 def configuration(*overrides: str):
-    """Without them."""
-    return OmegaConf.create(plain(composed(*overrides)))
+    """What train's main receives."""
+    return train_config(*overrides)
+
+
+def on_checkpoint(command: str, config, **keys):
+    """What the main of a command that opens a checkpoint of ``config`` receives; ``keys``: its own, all of them."""
+    return validate(COMMANDS[command].config, {**to_dict(config), **keys})
 
 
 def flow_of(*overrides: str, device: str = "cpu"):
-    return build_flow(configuration(*overrides), torch.device(device))
+    config = configuration(*overrides)
+    return build_flow(config, build_dataset(config).spec, torch.device(device))
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("[!_]*.yaml"))
 
 
-IMAGES = [
-    name for name in options("dataset") if "image_size: null" not in (conf_dir() / f"dataset/{name}.yaml").read_text()
-]
-VECTORS = sorted({*options("dataset")} - {*IMAGES, "table"})  # but a table of one's own, which needs a file
-ONLY_IMAGES = ("autoregressive", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
+def spec_of(dataset: str):
+    """The description of a dataset as it is without any keys."""
+    target = OmegaConf.load(conf_dir() / f"dataset/{dataset}.yaml")._target_
+    return get_class(target)().spec
+
+
+DATASETS = [name for name in options("dataset") if name != "table"]  # a table of one's own needs a file
+IMAGES = [name for name in DATASETS if spec_of(name).is_image]
+VECTORS = [name for name in DATASETS if not spec_of(name).is_image]
+ONLY_IMAGES = (
+    "autoregressive",
+    "custom_image",
+    "ffjord_image",
+    "glow",
+    "hybrid_image",
+    "nsf_image",
+    "realnvp",
+)  # models
 
 
 def parameters(flow) -> int:

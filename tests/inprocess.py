@@ -8,6 +8,7 @@ import sys
 from hydra.core.config_store import ConfigStore
 
 from flowtrain.cli import jobs, main
+from flowtrain.commands import CHECKPOINT_KEYS
 from flowtrain.config import compose
 
 
@@ -16,7 +17,7 @@ def flowtrain(cwd, *words) -> int:
     before, sys.argv = os.getcwd(), ["flowtrain"]
     os.chdir(cwd)
     jobs.failures.clear()
-    for group in ("ckpt", "resume"):
+    for group in CHECKPOINT_KEYS:
         ConfigStore.instance().repo.pop(group, None)  # of the commands before: Hydra copies them many times
     compose._run_dirs.clear()
     try:

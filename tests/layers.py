@@ -1,10 +1,12 @@
 """One constructor for every bijection: a new layer joins all tests of test_bijections.py with one line here."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
 from flowtrain import bijections as b
 from flowtrain import nets
+from flowtrain.bijections.univariate import Univariate
 
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
@@ -15,16 +17,16 @@ masked = partial(nets.MADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
 image, vector = (4, 4, 6), (5,)
 
-UNIVARIATE = {
-    "additive": b.Additive,
-    "scale": b.Scale,
-    "exp_affine": b.ExpAffine,
-    "sigmoid_affine": b.SigmoidAffine,
-    "tanh_affine": b.TanhAffine,
-    "piecewise_linear": partial(b.PiecewiseLinear, bins=5),
-    "rational_quadratic": partial(b.RationalQuadratic, bins=5),
-    "mixture_logistic": partial(b.MixtureLogistic, components=3),
-    "mixture_normal": partial(b.MixtureNormal, components=3),
+ARGUMENTS = {  # of the univariate maps that need some
+    b.PiecewiseLinear: {"bins": 5},
+    b.RationalQuadratic: {"bins": 5},
+    b.MixtureLogistic: {"components": 3},
+    b.MixtureNormal: {"components": 3},
+}
+UNIVARIATE = {  # every exported one, as exp_affine for ExpAffine
+    re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower(): partial(map, **ARGUMENTS.get(map, {}))
+    for name, map in vars(b).items()
+    if isinstance(map, type) and issubclass(map, Univariate)
 }
 
 glow_step = partial(
@@ -45,7 +47,49 @@ def standardize(shape):
     return layer
 
 
+class Pair(b.Bijection):
+    """A container that does no more than the contract asks of one."""
+
+    container = True
+
+    def __init__(self, shape, first, second, context_shape=None):
+        super().__init__(shape, context_shape)
+        self.first = first(shape=shape, context_shape=context_shape)
+        self.second = second(shape=shape, context_shape=context_shape)
+
+    def forward(self, x, context=None):
+        x, log_det = self.first(x, context)
+        z, other = self.second(x, context)
+        return z, log_det + other
+
+    def inverse(self, z, context=None):
+        z, log_det = self.second.inverse(z, context)
+        x, other = self.first.inverse(z, context)
+        return x, log_det + other
+
+
+class Backwards(b.Bijection):
+    """One that runs its layer's inverse."""
+
+    container = inverts_layers = True
+
+    def __init__(self, shape, layer, context_shape=None):
+        super().__init__(shape, context_shape)
+        self.layer = layer(shape=shape, context_shape=context_shape)
+
+    def forward(self, x, context=None):
+        return self.layer.inverse(x, context)
+
+    def inverse(self, z, context=None):
+        return self.layer(z, context)
+
+
+coupling = partial(b.Coupling, univariate=b.RationalQuadratic, net=mlp)
+vector_step = partial(b.Chain, layers={"mixing": b.LULinear, "coupling": coupling}, repeat=2)
+autoregressive = partial(b.Autoregressive, univariate=b.ExpAffine, net=masked)
+
 LAYERS = {
+    "pair": partial(Pair, vector, vector_step, partial(Backwards, layer=vector_step), context_shape=(3,)),
     "actnorm": partial(b.ActNorm, image),
     "actnorm_vector": partial(b.ActNorm, vector),
     "batchnorm": partial(b.BatchNorm, image),
@@ -62,6 +106,10 @@ LAYERS = {
     "center": partial(b.Center, image),
     "standardize": partial(standardize, vector),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
+    **{
+        f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))
+        for name in ("piecewise_linear", "rational_quadratic")
+    },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
@@ -90,7 +138,7 @@ LAYERS = {
         (1, 8, 8),
         levels=3,
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
-        exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
+        split_prior=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     ),
     "multiscale_last": partial(b.MultiScale, (2, 4, 4), levels=2, level=b.Squeeze, last=b.ActNorm),
     **{f"elementwise_{name}": partial(b.Elementwise, vector, univariate=map) for name, map in UNIVARIATE.items()},

@@ -1,4 +1,4 @@
-"""Memory that is freed and asked for again comes without new pages."""
+"""Freed memory is used again without new page faults."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from flowtrain.runtime.allocator import keep_freed_memory
 
 FAULTS = """
 import ctypes, resource, sys
-from flowtrain.allocator import keep_freed_memory
+from flowtrain.runtime.allocator import keep_freed_memory
 done = sys.argv[1] == "keep" and keep_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -26,7 +26,7 @@ for _ in range(6):
 print(int(done), faults[0], sum(faults[1:]))
 """
 
-glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="of glibc alone")
+glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
 
 
 def faults(mode, **variables):
@@ -40,11 +40,11 @@ def test_freed_memory_is_kept():
     done, first, later = faults("keep")
     assert done and later < first / 2
     done, first, later = faults("leave")
-    assert not done and later > 4 * first  # what it saves
+    assert not done and later > 4 * first  # what keeping saves
 
 
 @glibc
-def test_the_environment_has_the_last_word():
+def test_the_environment_overrides():
     done, first, later = faults("keep", MALLOC_TRIM_THRESHOLD_="131072")
     assert not done and later > first
 

@@ -33,9 +33,9 @@ def made(name, dimensions=6, out=3, context_shape=None):
 
 def in_steps(net, x, context=None):
     """The rows that steps give: (B, D, out)."""
-    memory, rows, newest, found = net.begin(x, context), [], x[:, :0], 0
+    cache, rows, newest, found = net.init_cache(x, context), [], x[:, :0], 0
     while found < x.shape[1]:
-        rows.append(net.step(newest, memory))
+        rows.append(net.step(newest, cache))
         newest = x[:, found : found + rows[-1].shape[1]]
         found += newest.shape[1]
     return torch.cat(rows, 1)
@@ -240,8 +240,8 @@ def test_the_jacobian_is_triangular_in_the_order(order):
         (lambda: nets.ResidualMLP((6, 2), 2), "flatten first"),
         (lambda: nets.MADE((6,), 2, context_shape=(2, 3)), "context vector"),
         (
-            lambda: b.Coupling((1, 4, 4), b.ExpAffine, nets.ConvNet, b.Checkerboard, seen=b.ActNorm),
-            "seen: Checkerboard",
+            lambda: b.Coupling((1, 4, 4), b.ExpAffine, nets.ConvNet, b.Checkerboard, unconditional=b.ActNorm),
+            "unconditional: Checkerboard",
         ),
     ],
 )
@@ -343,7 +343,7 @@ def test_the_cost_of_a_likelihood_is_known():
     layer = partial(b.Autoregressive, univariate=b.ExpAffine, net=NETS["made"])
     inverse = partial(b.Inverse, bijection=layer)
     flow = b.Chain((6,), {"a": layer, "b": inverse, "c": partial(b.Inverse, bijection=inverse)})
-    assert list(sequential_layers(flow)) == [flow.b.bijection]
+    assert sequential_layers(flow) == [flow.b.bijection]
     assert cost_of_likelihood(flow).startswith("likelihood: 6 sequential steps a layer (1 layer)")
     inside = b.Inverse((6,), partial(b.Chain, layers={"a": layer, "b": layer}))
     assert "(2 layers)" in cost_of_likelihood(inside)
@@ -353,16 +353,16 @@ def test_the_cost_of_a_likelihood_is_known():
 # -- vector couplings
 
 
-def test_the_seen_half_is_seen_before_it_is_mapped():
-    layer = b.Coupling((5,), b.ExpAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate, seen=b.ActNorm)
+def test_the_conditioner_reads_its_half_before_that_is_mapped():
+    layer = b.Coupling((5,), b.ExpAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate, unconditional=b.ActNorm)
     randomized(layer)
     x = event(layer, 4)
     z, _ = layer(x)
-    seen, moved = layer.partition.split(x)
-    z_seen, z_moved = layer.partition.split(z)
-    torch.testing.assert_close(z_seen, layer.unconditional(seen)[0])
-    theta = layer.net(seen).unflatten(1, (2, -1)).movedim(1, -1)
-    torch.testing.assert_close(z_moved, layer.univariate(moved, theta)[0])
+    conditioning, transformed = layer.partition.split(x)
+    z_conditioning, z_transformed = layer.partition.split(z)
+    torch.testing.assert_close(z_conditioning, layer.unconditional(conditioning)[0])
+    theta = layer.net(conditioning).unflatten(1, (2, -1)).movedim(1, -1)
+    torch.testing.assert_close(z_transformed, layer.univariate(transformed, theta)[0])
 
 
 def test_linear_layers_of_tables_stay_accurate():
@@ -509,7 +509,7 @@ def test_nsf_autoregressive_against_nflows():
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_nsf_coupling_against_nflows(first):
-    """With dropout's net, the residual one, and the unconditional spline of the half that is seen."""
+    """With dropout's net, the residual one, and the unconditional spline of the conditioning half."""
     transforms = pytest.importorskip("nflows.transforms")
     resnet = pytest.importorskip("nflows.nn.nets.resnet")
     mask = (torch.arange(7) % 2 == first).int()
@@ -553,4 +553,4 @@ def test_iaf_is_the_inverse_of_mafs_layers(model):
     flow = flow_of(f"model={model}", "dataset=digits", "model.hidden=8", "model.steps=2")
     names = [name.replace("autoregressive.bijection.", "autoregressive.") for name, _ in flow.named_parameters()]
     assert names == [name for name, _ in flow_of("model=maf", "dataset=digits", "model.steps=2").named_parameters()]
-    assert (cost_of_likelihood(flow) is None) == (model == "maf")
+    assert (cost_of_likelihood(flow.bijection) is None) == (model == "maf")

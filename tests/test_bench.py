@@ -14,7 +14,8 @@ from flowtrain.benchmarks import SUITES, ours, peers, report
 from flowtrain.benchmarks.session import BARE, Row, Session
 from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
 from flowtrain.cli import exit_codes
-from flowtrain.config import schema
+from flowtrain.commands import BenchConfig
+from flowtrain.config.validation import key_names
 from flowtrain.errors import FlowtrainError, UsageError
 
 TINY = ("smoke=true", "threads=1", "rounds=3", "seconds=0.01", "compile=false", "plot=false")
@@ -67,7 +68,7 @@ def test_all_peers_of_the_same_size_and_exact(bench):
 
 
 def test_start(bench, monkeypatch):
-    monkeypatch.setattr("flowtrain.benchmarks.start._first_step", lambda: 1.0)  # a process: tested by hand
+    monkeypatch.setattr("flowtrain.benchmarks.start_up._first_step", lambda: 1.0)  # a process: tested by hand
     found, _ = bench("suite=start")
     help_, first = found["rows"]
     assert help_["unit"] == "s" and 0 < help_["value"] < 60
@@ -103,7 +104,7 @@ def test_refused(tmp_path, word):
 def test_help_and_completion_name_each_key(tmp_path, capsys, monkeypatch):
     assert flowtrain(tmp_path, "bench", "--help") == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"  {key}[=.]", text) for key in schema.known_keys("bench"))
+    assert all(re.search(rf"  {key}[ .]", text) for key in key_names(BenchConfig))
     assert all(f"suite={suite}" in text for suite in (*SUITES, "all"))
     monkeypatch.setenv("COMP_LINE", "flowtrain bench su")
     flowtrain(tmp_path, "-sc", "query=bash")
@@ -118,7 +119,7 @@ def test_what_is_not_exact_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ours.Encoded, "encode", wrong)
     with pytest.raises(FlowtrainError, match="log-determinant is off by") as failure:
         flowtrain(tmp_path, "bench", *TINY, "suite=train", "peers=[]")
-    assert failure.value.exit_code == 1 and exit_codes.explain(failure.value)[1] == 1
+    assert failure.value.exit_code == 1 and exit_codes.describe_error(failure.value)[1] == 1
     assert not list(tmp_path.rglob("bench.json"))
 
 

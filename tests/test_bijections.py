@@ -1,11 +1,13 @@
 """Every layer of tests/layers.py against the contract of Bijection."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from audit import assert_exact, context_for, event, randomized
 from layers import LAYERS, UNIVARIATE
+from torch import nn
 
 from flowtrain import bijections as b
 
@@ -67,17 +69,44 @@ def test_every_parameter_gets_a_gradient(name):
             assert parameter.grad.abs().sum() > 0, key
 
 
+class SameOutput(nn.Module):
+    """A network whose second run, as a whole or in steps, returns what the first one did."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.outputs = net, []
+
+    def forward(self, *inputs):
+        if not self.outputs:
+            self.outputs.append(self.net(*inputs))
+        return torch.cat(self.outputs, 1)
+
+    def init_cache(self, x, context):
+        return iter(torch.cat(self.outputs, 1).split(1, 1)) if self.outputs else self.net.init_cache(x, context)
+
+    def step(self, x, cache):
+        if isinstance(cache, Iterator):
+            return next(cache)
+        self.outputs.append(self.net.step(x, cache))
+        return self.outputs[-1]
+
+
 @EVERY
 def test_log_det_stays_float32_under_autocast(name):
     layer = make(name).float()
+    # The input that the inverse gives a network differs from the original in its last bits. Rounded to bfloat16, that
+    # may change the output by 2⁻⁸ of its size, on one CPU and not on another. With the same output in both directions
+    # what is left is the layer's own arithmetic, which must be as exact as without autocast.
+    for part in layer.modules():
+        if isinstance(part, b.Coupling | b.Conditional | b.Autoregressive):
+            part.net = SameOutput(part.net)
     x, context = event(layer, 4, dtype=torch.float32), context_for(layer, 4, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z, log_det = layer(x, context)
         back, inverse_log_det = layer.inverse(z, context)
     assert z.dtype == log_det.dtype == back.dtype == inverse_log_det.dtype == torch.float32
-    # the same network output in both directions: the map itself is as exact as without autocast
-    torch.testing.assert_close(back, x, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(log_det, -inverse_log_det, atol=2e-2, rtol=2e-3)
+    torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_det, -inverse_log_det, atol=1e-3, rtol=1e-4)
 
 
 @EVERY

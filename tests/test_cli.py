@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import inprocess
 import pytest
+from composed import options
 
 from flowtrain import __version__
-from flowtrain.cli import exit_codes, jobs, main
-from flowtrain.config import compose, schema
+from flowtrain.cli import exit_codes, launcher, main, worker
+from flowtrain.cli.help import help_text
+from flowtrain.commands import COMMANDS
+from flowtrain.config.validation import key_names
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +42,7 @@ def refusal(tmp_path, monkeypatch):
         with pytest.raises(UsageError) as caught:
             main.run(list(words))
         assert not (tmp_path / "outputs").exists()
-        text, code = exit_codes.explain(caught.value)
+        text, code = exit_codes.describe_error(caught.value)
         assert code == 2 and "\n" not in text
         return text
 
@@ -57,8 +61,6 @@ def refusal(tmp_path, monkeypatch):
         ("lr=1", "did you mean 'optimizer.lr'?"),
         ("model.stepz=2", "did you mean 'model.step"),
         ("model.steps=two", "model.steps=two: must be a number"),
-        ("model.step=3", "model.step=3: model.step is a mapping"),
-        ("+model.foo=3", "model.foo: nothing in this model refers to it"),
         ("~model.foo", "no key 'model.foo'"),
         ("~seed", "seed: is missing"),
         ("max_steps=abc", "max_steps=abc: must be a whole number of at least 1"),
@@ -87,7 +89,9 @@ def test_train_refuses(refusal, word, says):
 def test_other_refusals(refusal):
     assert "did you mean 'train'?" in refusal("trian")
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
-    assert "preprocess: nothing in this model" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "model.ode=3: model.ode is a mapping" in refusal("train", "model=ffjord", "model.ode=3")
+    assert "preprocess: this model sets it itself" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "norm: no layer of this model" in refusal("train", "model=custom", "+norm=actnorm")
     assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
     assert "--cfg shows one job" in refusal("train", "--multirun", "model=nice,glow", "--cfg", "job")
     assert "under outputs/" in refusal("eval")
@@ -140,16 +144,17 @@ def test_help_and_version_without_torch(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
     code = code.replace("'torch', 'hydra'", "'torch'")
-    done = subprocess.run([sys.executable, "-c", code, "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     groups = [path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
     for word in [f"{name}:" for name in groups] + [f"{name}=" for name in groups]:
         assert word in done.stdout, word
-    for key in schema.known_keys("train"):
-        assert f"{key}:" in done.stdout, key
+    for key in key_names(COMMANDS["train"].config):
+        assert re.search(rf"  {key}[ .:]", done.stdout), key
     for command in ("eval", "sample"):
         done = flowtrain(command, "--help", cwd=tmp_path)
-        own = set(schema.known_keys(command)) - set(schema.known_keys("train")) - {"run_dir"}
-        assert done.returncode == 0 and all(f"{key}=" in done.stdout for key in own)
+        own = {*key_names(COMMANDS[command].config)} - {*key_names(COMMANDS["train"].config)}
+        assert done.returncode == 0 and all(f"  {key} " in done.stdout for key in own)
 
 
 def test_completion(tmp_path):
@@ -224,11 +229,22 @@ def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):
     def print_into_nothing(**_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(jobs, "execute", print_into_nothing)
+    monkeypatch.setattr(worker, "execute", print_into_nothing)
     with pytest.raises(BrokenPipeError):  # about which main() says nothing
         inprocess.flowtrain(tmp_path, "check", "model=maf", "dataset=moons")
 
 
+def test_a_knob_that_the_constructor_does_not_take(tmp_path):
+    for word, says in (
+        ("+model.stepz=3", "did you mean 'model.steps'?"),
+        ("+univariate.foo=3", "no key 'univariate.foo'"),
+    ):
+        with pytest.raises(launcher.Failed, match=re.escape(says)) as caught:
+            inprocess.flowtrain(tmp_path, "train", "dataset=mnist", "dataset.download=false", word)
+        assert caught.value.exit_code == 2 and not list(tmp_path.glob("outputs/*/*"))
+
+
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_stop_a_sweep(tmp_path):
     # the second job's data are missing
     done = flowtrain(
@@ -255,6 +271,7 @@ def test_two_processes_leave_one_run(tmp_path):
     assert (run / "summary.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code, devices", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
     words = ["train", "max_steps=1000000", f"devices={devices}", "trainer.tensorboard=false", "smoke=false"]
@@ -289,12 +306,44 @@ def test_a_signal_before_the_first_step(tmp_path):
     assert process.returncode == 143
 
 
+@pytest.mark.slow
 def test_every_option_composes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     for group in ("model", "dataset", "optimizer", "scheduler", "experiment"):
-        for path in sorted((compose.conf_dir() / group).glob("*.yaml")):
+        for name in options(group):
             monkeypatch.setattr(sys, "argv", ["flowtrain"])
-            file = ["dataset.path=a.csv"] if path.stem == "table" else []
-            assert main.run(["train", f"{group}={path.stem}", *file, "--cfg", "job"]) == 0, path
+            file = ["dataset.path=a.csv"] if name == "table" else []
+            assert main.run(["train", f"{group}={name}", *file, "--cfg", "job"]) == 0, name
     assert not (tmp_path / "outputs").exists()
+
+
+def test_vectors_have_no_keys_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ("image_size=8", "channels=1", "bits=5", "flip=true", "shift=1"):
+        with pytest.raises(UsageError, match=f"no key 'dataset.{key.partition('=')[0]}'"):
+            main.run(["train", "model=maf", "dataset=moons", f"dataset.{key}"])
+
+
+def test_a_file_that_options_share_is_no_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="dataset=_image: no such option; .*there are bsds300, "):
+        main.run(["train", "dataset=_image"])
+    monkeypatch.setenv("COMP_LINE", "flowtrain train dataset=")
+    assert main.run(["-sc", "query=bash"]) == 0
+    offered = capsys.readouterr().out.split()
+    assert "dataset=moons" in offered and not [word for word in offered if word.startswith("dataset=_")]
+
+
+def test_help_lists_each_key_once_with_its_default_and_comment(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/_shared.yaml").write_text("clip: 1.0  # the norm,\n            # at most\nworkers: 2\n")
+    (tmp_path / "trainer/mine.yaml").write_text("# A trainer. Of mine.\ndefaults: [_shared, _self_]\nclip: 3.0\n")
+    text = help_text("train", ["trainer=mine", "model=maf"], str(tmp_path))
+    assert len(re.findall(r"^  seed +1 +\S", text, re.MULTILINE)) == 1
+    assert re.search(r"^  trainer.clip +3.0 +the norm, at most$", text, re.MULTILINE)
+    assert re.search(r"^  trainer.workers +2$", text, re.MULTILINE)
+    assert re.search(r"^  \* mine +A trainer$", text, re.MULTILINE) and "_shared" not in text
+    assert "Keys of model=maf:" in text and "Keys of model=glow:" not in text
+    with pytest.raises(UsageError, match="model=glwo: no such option; did you mean 'glow'?"):
+        help_text("train", ["model=glwo"])

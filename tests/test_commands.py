@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from composed import ONLY_IMAGES, composed, configuration, flow_of, options
-from omegaconf import OmegaConf
+from composed import ONLY_IMAGES, configuration, flow_of, on_checkpoint, options
 from PIL import Image
 
 import flowtrain
@@ -19,7 +18,7 @@ from flowtrain import train
 from flowtrain.commands import eval as evaluation
 from flowtrain.commands import sample
 from flowtrain.commands.contexts import contexts
-from flowtrain.config.compose import settle
+from flowtrain.config.schema import PublishedConfig
 from flowtrain.errors import UsageError
 from flowtrain.runtime import status
 
@@ -31,18 +30,19 @@ SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "plot": Tr
 
 def trained(run_dir, *overrides):
     run_dir.mkdir(exist_ok=True)
-    cfg = OmegaConf.create(settle(composed(*overrides), "train", False))
-    return cfg, train.main(cfg, str(run_dir))
+    config = configuration(*overrides)
+    return config, train.main(config, str(run_dir))
 
 
-def of_checkpoint(cfg, summary, folder, **keys):
+def of_checkpoint(config, summary, folder, **keys):
     folder.mkdir()
-    return OmegaConf.create({**OmegaConf.to_container(cfg), "ckpt": summary["checkpoint"], **keys}), str(folder)
+    command = "eval" if "split" in keys else "sample"
+    return on_checkpoint(command, config, ckpt=summary["checkpoint"], **keys), str(folder)
 
 
 @pytest.mark.parametrize("model", options("model"))
 def test_every_model_trains_evaluates_and_samples(model, tmp_path):
-    cfg, summary = trained(tmp_path, f"model={model}", *TINY)
+    config, summary = trained(tmp_path, f"model={model}", *TINY)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["steps"] == 3 and 2 < summary["bits_per_dim"] < 8
     images = sorted((tmp_path / "samples").glob("*.png"))
@@ -50,15 +50,15 @@ def test_every_model_trains_evaluates_and_samples(model, tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 3
 
-    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **EVAL))
+    report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **EVAL))
     assert json.loads((tmp_path / "eval/eval.json").read_text()) == report
     assert report["examples"] == 40 and report["draws"] == 2 and report["weights"] == "ema"
     assert report["bits_per_dim_iw"] <= report["bits_per_dim"]
 
-    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **SAMPLE))
+    paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **SAMPLE))
     integers = np.load(paths["npy"])
     assert integers.shape == (6, 1, 8, 8) and integers.dtype == np.uint8 and integers.max() <= 16
-    again = sample.main(*of_checkpoint(cfg, summary, tmp_path / "again", **SAMPLE))
+    again = sample.main(*of_checkpoint(config, summary, tmp_path / "again", **SAMPLE))
     assert (np.load(again["npy"]) == integers).all()
 
     flow = flowtrain.load(str(tmp_path))
@@ -81,12 +81,12 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_IMAGES}))
 def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, table, tmp_path):
     words = [f"model={model}", "dataset=table", f"dataset.path={table}", "dataset.context=[sort]", *TINY]
-    cfg, summary = trained(tmp_path, *words)
+    config, summary = trained(tmp_path, *words)
     assert np.isfinite(summary["log_likelihood"]) and "bits_per_dim" not in summary
-    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "examples": 15}))
+    report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "examples": 15}))
     assert report["examples"] == 15 and "bits_per_dim" not in report
     keys = {**SAMPLE, "n": 40, "context": {"sort": "green"}}
-    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **keys))
+    paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **keys))
     rows = list(csv.DictReader(open(paths["csv"])))
     assert list(rows[0]) == ["age", "income", "score"] and len(rows) == 40
     assert all(row["age"].lstrip("-").isdigit() for row in rows)  # whole, as in the file
@@ -94,13 +94,13 @@ def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, tabl
     assert 0 < ages.mean() < 100 and 1e4 < incomes.mean() < 1e5  # in its units
     assert Image.open(paths["pairs"]).size[0] > 300
     with pytest.raises(UsageError, match="conditional on sort: give context="):
-        sample.main(*of_checkpoint(cfg, summary, tmp_path / "none", **SAMPLE))
+        sample.main(*of_checkpoint(config, summary, tmp_path / "none", **SAMPLE))
 
 
 def test_points_of_the_plane_come_with_their_density(tmp_path):
-    cfg, summary = trained(tmp_path, "model=realnvp_vector", "dataset=moons", *TINY)
+    config, summary = trained(tmp_path, "model=realnvp_vector", "dataset=moons", *TINY)
     assert Image.open(sorted((tmp_path / "samples").glob("*.png"))[-1]).size == (806, 400)
-    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **SAMPLE))
+    paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **SAMPLE))
     assert Image.open(paths["density"]).size == (806, 400)
     flow = flowtrain.load(str(tmp_path))
     assert flow.log_prob(torch.from_numpy(np.load(paths["npy"]))).isfinite().all()
@@ -110,29 +110,29 @@ def test_integers_alone_are_reported_in_bits_too(tmp_path):
     draw = np.random.default_rng(0)
     np.save(tmp_path / "dice.npy", draw.integers(1, 7, (300, 4)))
     words = ["model=maf", "dataset=table", f"dataset.path={tmp_path / 'dice.npy'}", *TINY]
-    cfg, summary = trained(tmp_path / "run", *words)
-    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "examples": None}))
+    config, summary = trained(tmp_path / "run", *words)
+    report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "examples": None}))
     assert report["bits_per_dim"] == pytest.approx(-report["log_likelihood"] / (4 * np.log(2)))
     assert report["bits_per_dim"] > np.log2(6) - 0.1  # no model beats the dice
 
 
 def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
-    cfg, summary = trained(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
+    config, summary = trained(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
     flow = flowtrain.load(str(tmp_path))
     for label, classes in ((None, [0, 1, 2, 3, 4, 5]), (3, [3] * 6), ([1, 7], [1, 7] * 3)):
-        asked, folder = of_checkpoint(cfg, summary, tmp_path / f"{label}", **{**SAMPLE, "label": label})
+        asked, folder = of_checkpoint(config, summary, tmp_path / f"{label}", **{**SAMPLE, "label": label})
         assert contexts(asked, flow, None).argmax(1).tolist() == classes
         assert np.load(sample.main(asked, folder)["npy"]).shape == (6, 1, 8, 8)
-    assert evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **EVAL))["examples"] == 40
+    assert evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **EVAL))["examples"] == 40
     for label, says in ((10, "the classes are 0 to 9"), ([], "the classes are")):
         with pytest.raises(UsageError, match=says):
-            sample.main(*of_checkpoint(cfg, summary, tmp_path / f"bad{label}", **{**SAMPLE, "label": label}))
+            sample.main(*of_checkpoint(config, summary, tmp_path / f"bad{label}", **{**SAMPLE, "label": label}))
 
 
 def test_a_list_of_temperatures_draws_rows(tmp_path):
-    cfg, summary = trained(tmp_path, *TINY)
+    config, summary = trained(tmp_path, *TINY)
     keys = {**SAMPLE, "temperature": [0.0, 0.5, 1.0]}
-    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **keys))
+    paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **keys))
     integers = np.load(paths["npy"])
     assert len(integers) == 18
     assert (integers[:6] == integers[0]).all() and not (integers[12:] == integers[12]).all()
@@ -146,6 +146,7 @@ def test_initial_weights_come_from_a_checkpoint(tmp_path):
     assert second["bits_per_dim"] == pytest.approx(summary["bits_per_dim"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(tmp_path):
     words = [*TINY, "model.dropout=0.3", "trainer.accumulate=2"]
     _, eager = trained(tmp_path / "eager", *words)
@@ -153,22 +154,23 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
     assert compiled["bits_per_dim"] == pytest.approx(eager["bits_per_dim"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
-    channels = configuration(f"experiment={experiment}").dataset.channels  # None: a table
+    channels = configuration(f"experiment={experiment}").dataset["channels"]  # None: a table
     small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"] if channels else ["dataset=moons"]
-    cfg, summary = trained(tmp_path, f"experiment={experiment}", *small, *TINY)
+    config, summary = trained(tmp_path, f"experiment={experiment}", *small, *TINY)
     assert summary["steps"] == 3
-    report = evaluation.main(*of_checkpoint(cfg, summary, tmp_path / "eval", **{**EVAL, "draws": 1}))
+    report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "draws": 1}))
     assert np.isfinite(report["log_likelihood"])
     if "published" in report:
         assert "other data (" in report["published"]["not_comparable"]
-    paths = sample.main(*of_checkpoint(cfg, summary, tmp_path / "sample", **{**SAMPLE, "plot": False}))
+    paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **{**SAMPLE, "plot": False}))
     assert np.load(paths["npy"]).shape == ((6, channels, 16, 16) if channels else (6, 2))
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):
-    with status.held(tmp_path), pytest.raises(UsageError, match=f"is being trained by process {os.getpid()} on"):
+    with status.lock(tmp_path), pytest.raises(UsageError, match=f"is being trained by process {os.getpid()} on"):
         trained(tmp_path, *TINY)
     trained(tmp_path, *TINY)
 
@@ -207,7 +209,7 @@ PUBLISHED = {"split": "test", "data": "mnist", "levels": 256, "source": "a paper
 def test_published_figures_are_compared_in_their_own_unit(published, ours):
     nats = -4.0 * 768 * np.log(2)
     result = evaluation.Evaluation(4.0, 0.1, None, nats, 1.0, 10, 1)
-    row = evaluation.compare(OmegaConf.create({**PUBLISHED, **published}), result, 768, "test", 256, "mnist test")
+    row = evaluation.compare(PublishedConfig(**{**PUBLISHED, **published}), result, 768, "test", 256, "mnist test")
     assert row["ours"] == (pytest.approx(ours, abs=0.01) if ours else None)
     assert bool(row["not_comparable"]) == (ours is None)
 
@@ -221,6 +223,7 @@ def process(*words, cwd):
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -250,8 +253,8 @@ def test_all_cifar10_test_images_survive_encoding():
         pytest.skip("CIFAR-10 is not there: set FLOWTRAIN_DATA to a folder that holds cifar-10-batches-py")
     from flowtrain.data import CIFAR10
 
-    cfg = configuration("dataset=cifar10", "dataset.download=false", f"dataset.root={data}")
-    keys = {key: value for key, value in OmegaConf.to_container(cfg.dataset).items() if key != "_target_"}
+    config = configuration("dataset=cifar10", "dataset.download=false", f"dataset.root={data}")
+    keys = {key: value for key, value in config.dataset.items() if key != "_target_"}
     images = CIFAR10(**keys).split("test")
     flow = flow_of("dataset=cifar10", "model.steps=4").eval()
     flow.initialize(images.take(torch.arange(256))[0])

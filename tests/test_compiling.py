@@ -1,5 +1,6 @@
 """torch.compile by regions: what becomes one program, that it computes the same, and that it is compiled once."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from flowtrain import nets
 from flowtrain.engine.compiling import compile_flow, regions, signature
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import fusion, global_batch, modes
 
 BATCH = 8
 
@@ -184,7 +185,7 @@ def test_dropout_is_the_same_compiled_and_slices_share_a_program(slices):
         flow.zero_grad()
         for i, part in enumerate(x.chunk(slices)):
             torch.manual_seed(5)
-            with globalbatch.rows(i * len(part), len(x)):
+            with global_batch.rows(i * len(part), len(x)):
                 flow(part).mean().backward()
         return torch.cat([parameter.grad.flatten() for parameter in flow.parameters()])
 
@@ -202,3 +203,38 @@ def step_without_dropout(flow, x):
     _, gradients = gradient(flow.eval(), x)
     flow.train()
     return -torch.cat([one.flatten() for one in gradients.values()])
+
+
+def test_a_compiled_layer_follows_the_modes_of_its_thread():
+    """Repeated work updates no moments, also compiled. Modes that the layer does not read compile nothing anew."""
+    torch.manual_seed(0)
+    layer, x = b.BatchNorm((3, 4, 4)).train(), torch.randn(8, 3, 4, 4)
+    layer.compile(fullgraph=True, dynamic=False)
+    graphs, before = [], layer.running.mean.clone()
+    handle = torch._dynamo.callback.callback_handler.register_start_callback(graphs.append)
+    try:
+        with modes.using(repeating=True):
+            layer(x)
+            assert torch.equal(layer.running.mean, before)
+            thread = threading.Thread(target=layer, args=(x,))
+            thread.start()
+            thread.join()
+            assert not torch.equal(layer.running.mean, before)
+        assert len(graphs) == 2
+        with global_batch.rows(0, 8), global_batch.bin_centres():
+            layer(x)
+        assert len(graphs) == 2
+    finally:
+        torch._dynamo.callback.callback_handler.remove_start_callback(handle)
+
+
+def test_a_fused_region_is_compiled_apart_from_one_whose_layers_are_called_one_by_one():
+    chain = b.Chain((4, 2, 2), {"norm": b.ActNorm, "mixing": b.LULinear})
+    with torch.no_grad():
+        chain.norm.log_scale.normal_()
+    x = torch.randn(3, 4, 2, 2)
+    expected = chain(x)
+    chain.compile(fullgraph=True, dynamic=False)
+    with fusion.layer_by_layer():
+        torch.testing.assert_close(chain(x), expected)
+    torch.testing.assert_close(chain(x), expected)

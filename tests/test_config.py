@@ -1,13 +1,21 @@
 """Configuration as values and as objects: types, ranges, the allow-list, run directories."""
 
-import pytest
-from omegaconf import OmegaConf
+import subprocess
+import sys
 
+import pytest
+from composed import configuration, on_checkpoint
+
+import flowtrain
 from flowtrain.cli import exit_codes
 from flowtrain.config import build, compose, restore, runs
 from flowtrain.config.allow import check_targets
-from flowtrain.config.schema import Sample, Trainer, settled
+from flowtrain.config.schema import DistConfig, TrainConfig, TrainerConfig
+from flowtrain.config.validation import to_dict, validate
 from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.runtime import environment
+
+TRAINER = to_dict(configuration().trainer)
 
 
 @pytest.mark.parametrize(
@@ -23,17 +31,42 @@ from flowtrain.errors import FlowtrainError, UsageError
 )
 def test_settings_name_the_key_and_what_is_right(values, message):
     with pytest.raises(UsageError) as caught:
-        settled(Trainer, values, complete=False)
+        validate(TrainerConfig, TRAINER | values)
     assert message in str(caught.value)
 
 
-def test_settings_convert_and_complete():
-    assert settled(Trainer, {"clip": 1}, complete=False) == {"clip": 1.0}
-    assert settled(Sample, {"temperature": [1, 0.5]}, complete=False) == {"temperature": [1.0, 0.5]}
+def test_values_are_converted_and_none_is_missing():
+    clip = validate(TrainerConfig, TRAINER | {"clip": 1}).clip
+    assert clip == 1.0 and isinstance(clip, float)
+    keys = {"n": 1, "temperature": [1, 0.5], "label": None, "context": None, "plot": True, "weights": "raw"}
+    sample = on_checkpoint("sample", configuration(), ckpt="run", **keys)
+    assert sample.temperature == [1.0, 0.5] and all(isinstance(value, float) for value in sample.temperature)
     with pytest.raises(UsageError, match="trainer.accumulate: is missing"):
-        settled(Trainer, {"clip": 1}, "trainer.")
+        validate(TrainerConfig, {"clip": 1}, "trainer.")
     with pytest.raises(UsageError, match="no key 'trainer.clipp'; did you mean 'trainer.clip'"):
-        settled(Trainer, {"clipp": 1}, "trainer.")
+        validate(TrainerConfig, TRAINER | {"clipp": 1}, "trainer.")
+
+
+def test_a_configuration_and_its_plain_values_are_equal():
+    config = configuration("model=maf", "dataset=moons")
+    values = to_dict(config)
+    assert values["univariate"] == config.parts["univariate"] and "parts" not in values
+    assert values["trainer"]["clip"] == config.trainer.clip == 1.0 and config.dist == DistConfig(timeout_s=1800.0)
+    assert validate(TrainConfig, values) == config
+
+
+def test_the_package_lists_what_it_imports_late():
+    code = "import sys, flowtrain; print(*dir(flowtrain)); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"Flow", "bijections", "distributions", "flows", "load", "nets"} <= set(done.stdout.split())
+    assert flowtrain.bijections.Chain and flowtrain.Flow and callable(flowtrain.load)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        flowtrain.nonsense  # noqa: B018
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._commit() is None
 
 
 @pytest.mark.parametrize("side, count", [(1, 0), (7, 0), (8, 1), (28, 2), (32, 3), (64, 4), (256, 6)])
@@ -71,24 +104,23 @@ def test_allow_list_knows_public_classes_and_what_a_module_defines(tmp_path, mon
 
 
 def test_an_unforeseen_error_of_a_constructor_is_one_line(tmp_path, monkeypatch):
-    """Its chain of causes must have an end: explain() follows it."""
+    """Its chain of causes must have an end: describe_error() follows it."""
     (tmp_path / "odd_module.py").write_text("class Odd:\n    def __init__(self):\n        raise KeyError('odd')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(KeyError) as caught:
-        build.build(OmegaConf.create({"_target_": "odd_module.Odd"}), allow=["odd_module"])
-    assert exit_codes.explain(caught.value) == ("KeyError: 'odd' (HYDRA_FULL_ERROR=1 shows where)", 1)
+        build.build({"_target_": "odd_module.Odd"}, "model", allow=["odd_module"])
+    assert exit_codes.describe_error(caught.value) == ("KeyError: 'odd' (HYDRA_FULL_ERROR=1 shows where)", 1)
 
 
 def test_build_names_the_node_that_is_refused():
-    cfg = OmegaConf.create({"model": {"part": {"_target_": "flowtrain.bijections.Squeeze", "shape": [3]}}})
     with pytest.raises(UsageError, match="model.part: "):
-        build.build(cfg.model)
+        build.build({"part": {"_target_": "flowtrain.bijections.Squeeze", "shape": [3]}}, "model")
     with pytest.raises(UsageError, match="model: .*nonsense"):
-        build.build(OmegaConf.create({"model": {"_target_": "flowtrain.bijections.Squeeze", "nonsense": 1}}).model)
+        build.build({"_target_": "flowtrain.bijections.Squeeze", "nonsense": 1}, "model")
 
 
 def test_claim_gives_each_run_its_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "claiming", True)  # an earlier test's --cfg has switched it off
+    monkeypatch.setattr(runs, "dry_run", False)  # an earlier test's --cfg has set it
     path = str(tmp_path / "outputs" / "2026-01-01_00-00-00")
     assert [runs.claim(path) for _ in range(3)] == [path, path + "_2", path + "_3"]
 
@@ -128,4 +160,4 @@ def test_a_checkpoints_configuration_is_only_plain_data(change):
 def test_checkpoint_of_another_kind(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(FlowtrainError, match="text.pt"):
-        restore.embedded(tmp_path / "text.pt")
+        restore.checkpoint_config(tmp_path / "text.pt")

@@ -1,6 +1,5 @@
 """Data: splits, order, augmentation, and what a user is told when something is missing or damaged."""
 
-import importlib
 import io
 import os
 import pickle
@@ -12,23 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from composed import IMAGES, configuration, options
 from PIL import Image
 
 from flowtrain import data
+from flowtrain.config.build import build
 from flowtrain.data.download import fetch
-from flowtrain.data.image_files import ImageFileSplit, decode, source
+from flowtrain.data.image_files import ImageFileSplit, decode, find_images
 from flowtrain.data.order import permutation, shard
-from flowtrain.data.split import cut
+from flowtrain.data.spec import DataSpec, LabelContext
+from flowtrain.data.split import split_indices
 from flowtrain.errors import FlowtrainError, UsageError
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime.seeds import seed_from
 
-CONF = Path(__file__).parents[1] / "conf"
-FILES = sorted((CONF / "dataset").glob("*.yaml"))
-KEYS = (  # in this order
-    "defaults _target_ name root path download image_size channels shape bits levels halvings context context_shape"
-    " flip shift val_size test_size split_seed"
-).split()
+KEYS = "_target_ name root path download context val_size test_size split_seed".split()
 
 
 def one_line(call, *parts, error=UsageError):
@@ -68,24 +64,46 @@ def folder(tmp_path):
 # ------------------------------------------------------------------ YAML
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_has_the_same_keys_and_builds_without_data(file, tmp_path):
-    node = yaml.safe_load(file.read_text())
-    assert list(node)[: len(KEYS)] == KEYS and node["name"] == file.stem
-    module, _, cls = node.pop("_target_").rpartition(".")
-    node.pop("defaults")
-    side = node["image_size"]
-    node |= {"context_shape": None, "levels": None, "halvings": None}
-    node["shape"] = [node["channels"], side, side] if side else None if file.stem == "table" else node["shape"]
-    built = getattr(importlib.import_module(module), cls)(**node | {"root": str(tmp_path / "none")})
-    assert built.shape == (None if node["shape"] is None else tuple(node["shape"]))
-    assert built.levels in ((17, 256) if side else (None,))
+@pytest.mark.parametrize("name", options("dataset"))
+def test_every_dataset_has_the_shared_keys_and_builds_without_data(name, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n")
+    file = [f"dataset.path={tmp_path}/t.csv"] if name == "table" else []
+    node = configuration(f"dataset={name}", f"dataset.root={tmp_path}/none", *file).dataset
+    assert {*KEYS} <= {*node}
+    spec = build(node).spec
+    assert spec.name == node.name == name and spec.shape == tuple(node.shape) and spec.levels == node.levels
+    assert spec.halvings == node.halvings and spec.context is spec.context_shape is node.context_shape is None
+    assert spec.is_image == ("image_size" in node)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "svhn"])
+def test_labels_are_a_context(name):
+    node = configuration(f"dataset={name}", "dataset.context=label").dataset
+    assert build(node).spec.context == LabelContext(10) and node.context_shape == [10]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "halvings"),
+    [
+        (data.Digits(), 2),
+        (data.MNIST(), 2),
+        (data.CIFAR10(), 3),
+        (data.DownsampledImageNet(image_size=64), 4),
+        (data.ImageFolder(image_size=20), 2),
+        (data.ImageFolder(image_size=7), 0),
+        (data.Synthetic(shape=[3, 8, 4]), 1),
+        (data.Synthetic(shape=[5]), 1),
+        (data.Moons(), 1),
+    ],
+)
+def test_how_often_sides_can_be_halved(dataset, halvings):
+    assert dataset.spec.halvings == halvings
 
 
 def test_files_are_all_there():
     expected = "digits mnist fashion_mnist kmnist cifar10 svhn imagenet32 imagenet64 celeba celebahq image_folder"
-    assert {file.stem for file in FILES} >= {*expected.split(), "synthetic"}
+    assert {*IMAGES} == {*expected.split(), "synthetic"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +136,7 @@ def test_what_does_not_fit_is_refused(build, parts):
 
 def test_digits():
     digits = data.Digits()
-    assert (digits.shape, digits.levels) == ((1, 8, 8), 17)
+    assert digits.spec == DataSpec("digits", (1, 8, 8), levels=17, halvings=2)
     parts = {name: digits.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 1259, "val": 179, "test": 359}
     test = parts["test"].take(torch.arange(359))[0]
@@ -130,12 +148,12 @@ def test_digits():
 
 
 def test_cut_is_a_partition():
-    parts = cut(1000, 0.1, 37, seed=5)
+    parts = split_indices(1000, 0.1, 37, seed=5)
     assert [len(parts[name]) for name in ("train", "val", "test")] == [863, 100, 37]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
-    assert len(cut(3, 0.1, 0.1, 0)["train"]) == 1  # a fraction takes at least one
-    one_line(lambda: cut(2, 0.1, 0.1, 0), "2 examples", "dataset.val_size")
-    one_line(lambda: cut(300, 5000, 0, 0), "300 examples", "5000")
+    assert len(split_indices(3, 0.1, 0.1, 0)["train"]) == 1  # a fraction takes at least one
+    one_line(lambda: split_indices(2, 0.1, 0.1, 0), "2 examples", "dataset.val_size")
+    one_line(lambda: split_indices(300, 5000, 0, 0), "300 examples", "5000")
 
 
 def test_synthetic_is_the_same_every_time_and_has_any_shape():
@@ -152,18 +170,22 @@ def test_synthetic_is_the_same_every_time_and_has_any_shape():
 def test_bits_drop_the_last_ones(bits):
     whole = data.Synthetic(shape=[3, 4, 4]).split("test").data
     reduced = data.Synthetic(shape=[3, 4, 4], bits=bits)
-    assert reduced.levels == 2**bits
+    assert reduced.spec.levels == 2**bits
     assert torch.equal(reduced.split("test").data.float(), (whole.float() / 2 ** (8 - bits)).floor())
 
 
 # ------------------------------------------------------------------ order and loader
 
 
-def test_mix_and_shard():
-    seeds = {mix(seed, n) for seed in range(50) for n in range(50)}
+def test_seeds_and_shards():
+    seeds = {seed_from(seed, n) for seed in range(50) for n in range(50)}
     assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
-    assert mix(1, 2) != mix(2, 1) and mix(1, 2) != mix(1, 2, 0) and mix(-1, 3) != mix(1, 3)
-    assert mix(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's first number from 0, as published
+    assert (
+        seed_from(1, 2) != seed_from(2, 1)
+        and seed_from(1, 2) != seed_from(1, 2, 0)
+        and seed_from(-1, 3) != seed_from(1, 3)
+    )
+    assert seed_from(0) == 0xE220A8397B1DCDAF >> 1  # splitmix64's first number from 0, as published
     for world in (1, 2, 3, 5):
         parts = [range(7)[shard(7, rank, world)] for rank in range(world)]
         assert [i for part in parts for i in part] == list(range(7))
@@ -218,16 +240,16 @@ def test_a_resumed_run_needs_the_same_data():
 
 @pytest.mark.parametrize(("length", "world"), [(23, 1), (23, 2), (23, 3), (5, 8), (0, 2)])
 def test_ordered_gives_every_example_once(length, world):
-    shares = [list(data.ordered(numbered(length), 4, rank=rank, world=world)) for rank in range(world)]
+    shares = [list(data.evaluation_batches(numbered(length), 4, rank=rank, world=world)) for rank in range(world)]
     batches = sorted(index.tolist() for share in shares for index, _, _ in share)
     assert batches == [list(range(length))[i : i + 4] for i in range(0, length, 4)]  # whole, for any world
     assert all(x[:, 0, 0, 0].tolist() == index.tolist() for share in shares for index, x, _ in share)
 
 
 def test_ordered_takes_some_evenly():
-    index = torch.cat([index for index, _, _ in data.ordered(numbered(20), 4, examples=5)])
+    index = torch.cat([index for index, _, _ in data.evaluation_batches(numbered(20), 4, examples=5)])
     assert index.tolist() == [0, 4, 8, 12, 16]
-    assert sum(len(i) for i, _, _ in data.ordered(numbered(20), 4, examples=100)) == 20
+    assert sum(len(i) for i, _, _ in data.evaluation_batches(numbered(20), 4, examples=100)) == 20
 
 
 # ------------------------------------------------------------------ augmentation
@@ -318,7 +340,7 @@ def test_archives_are_read_where_they_lie(folder, tmp_path, kind):
     assert there.names == packed.names
     index = torch.arange(len(there))
     assert torch.equal(there.take(index)[0], packed.take(index)[0])
-    streamed = torch.cat([x for _, x, _ in data.ordered(packed, 4, workers=2)])
+    streamed = torch.cat([x for _, x, _ in data.evaluation_batches(packed, 4, workers=2)])
     assert torch.equal(streamed, there.take(index)[0])
 
 
@@ -337,7 +359,7 @@ def test_streaming_is_the_same_for_any_workers_and_ranks(folder):
 
 def test_links_in_a_circle_end(folder):
     (folder / "class0" / "up").symlink_to(folder)
-    assert len(source(folder).names) == 20
+    assert len(find_images(folder).names) == 20
 
 
 def test_own_folders_of_a_image_set(tmp_path):
@@ -360,12 +382,12 @@ def test_an_unreadable_image(folder, caplog, workers):
 
     def opened(on_bad):
         images = data.ImageFolder(path=str(folder), image_size=8, on_bad=on_bad)
-        return ImageFileSplit(source(folder), source(folder).names, images.shape, on_bad=on_bad)
+        return ImageFileSplit(find_images(folder), find_images(folder).names, images.spec.shape, on_bad=on_bad)
 
     split = opened("stop")
     names = split.names
     one_line(
-        lambda: list(data.ordered(split, 4, workers=workers)),
+        lambda: list(data.evaluation_batches(split, 4, workers=workers)),
         f"cannot read the image {bad} (index {names.index('class0/03.png')})",
         "on_bad=skip",
         error=FlowtrainError,
@@ -374,7 +396,7 @@ def test_an_unreadable_image(folder, caplog, workers):
     first, second = (steps(data.Loader(split, 5, workers=workers), 0, 8) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(split.bad) == 2 and sum("cannot read" in record.message for record in caplog.records) == 1
-    index = torch.cat([index for index, _, _ in data.ordered(opened("skip"), 4, workers=workers)])
+    index = torch.cat([index for index, _, _ in data.evaluation_batches(opened("skip"), 4, workers=workers)])
     assert len(index) == 18 and names.index("class0/03.png") not in index.tolist()  # evaluation repeats nothing
 
 
@@ -389,7 +411,7 @@ def test_a_folder_of_nothing_readable_ends(tmp_path):
 def test_a_gigantic_image_is_unreadable(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
-    split = ImageFileSplit(source(tmp_path), ["a.png", "b.png"], (1, 8, 8))
+    split = ImageFileSplit(find_images(tmp_path), ["a.png", "b.png"], (1, 8, 8))
     one_line(lambda: split.take(torch.tensor([0])), "9000x9000", "64,000,000", error=FlowtrainError)
 
 
@@ -566,12 +588,14 @@ def test_genuine_cifar10():
 def test_labels_come_as_a_one_hot_context():
     from sklearn.datasets import load_digits
 
-    split = data.Digits(context="label", context_shape=[10]).split("test")
+    digits = data.Digits(context="label")
+    assert digits.spec.context == LabelContext(10) and digits.spec.context_shape == (10,)
+    split = digits.split("test")
     x, context = split.take(torch.arange(5))
     order = np.random.default_rng(0).permutation(1797)[:5]
     assert context.dtype == torch.float32 and context.sum(1).tolist() == [1] * 5
     assert context.argmax(1).tolist() == load_digits().target[order].tolist()
     assert next(data.Loader(split, 4).batches())[1].shape == (4, 10)
-    assert [c.shape for _, _, c in data.ordered(split, 200)] == [(200, 10), (159, 10)]
+    assert [c.shape for _, _, c in data.evaluation_batches(split, 200)] == [(200, 10), (159, 10)]
     one_line(lambda: data.Digits(context="colour"), "dataset.context=colour", "label, or null")
     one_line(lambda: data.Synthetic(context="label"), "dataset.context=label", "no labels")

@@ -12,7 +12,7 @@ import torch
 
 from flowtrain import bijections as b
 from flowtrain import nets
-from flowtrain.bijections.bijection import Memory
+from flowtrain.bijections.bijection import Backpropagation
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.ema import EMA
@@ -28,7 +28,7 @@ from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint
 from flowtrain.runtime.files import Unwritable
-from flowtrain.runtime.seeds import generator, mix
+from flowtrain.runtime.seeds import generator, seed_from
 
 LEVELS, SHAPE, BATCH = 8, (6,), 16
 
@@ -318,7 +318,7 @@ def test_evaluation_against_its_definitions():
     result = evaluate(flow, batches, n, draws=4)
     values = []
     for draw in range(4):
-        torch.manual_seed(mix(0, 0, draw))
+        torch.manual_seed(seed_from(0, 0, draw))
         values.append(flow(batches[0][1]).double())
     values = torch.stack(values)
     assert result.log_likelihood == pytest.approx(values.mean().item())
@@ -600,7 +600,7 @@ def test_samples_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
     assert "step 10: no image: an ODE came to no end" in caplog.text
 
 
-class Doubtful(Memory):
+class Doubtful(Backpropagation):
     """Finds, when it is asked, that the gradients so far were wrong."""
 
     def statistics(self):
@@ -609,7 +609,7 @@ class Doubtful(Memory):
 
 def test_wrong_gradients_end_a_run_before_its_weights_are_kept(tmp_path):
     flow = small_flow()
-    flow.keep(Doubtful())
+    flow.set_backpropagation(Doubtful())
     with pytest.raises(FloatingPointError, match="inverses are off"):
         run(trainer(tmp_path, flow=flow, save_every=5, log_every=1000), tmp_path)
     assert not (tmp_path / "checkpoints" / "last.pt").exists()

@@ -1,6 +1,7 @@
 """Whole flows: that their probabilities add up, that bits/dim is what it says, that nothing is lost on the way."""
 
 import math
+import threading
 from functools import partial
 from itertools import product
 
@@ -14,7 +15,7 @@ from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.distributions import Logistic, StandardNormal
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.runtime import fusion, globalbatch
+from flowtrain.runtime import fusion, global_batch
 
 
 def preprocess(levels, alpha):
@@ -32,7 +33,7 @@ def noise(monkeypatch):
     """Set what dequantization draws."""
 
     def set_noise(values):
-        monkeypatch.setattr(globalbatch, "uniform", lambda shape, **_: values.expand(shape))
+        monkeypatch.setattr(global_batch, "uniform", lambda shape, **_: values.expand(shape))
 
     return set_noise
 
@@ -180,9 +181,9 @@ def multiscale_flow(alpha=None, levels=3):
         b.MultiScale,
         levels=levels,
         level=partial(b.Chain, layers={"squeeze": b.Squeeze, "step": glow_step}),
-        exit=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
+        split_prior=partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv),
     )
-    return multiscale_flow((3, 8, 8), 256, alpha, body)
+    return image_flow((3, 8, 8), 256, alpha, body)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.05])
@@ -285,16 +286,55 @@ def test_a_constant_channel_starts_finite():
     assert flow(x).isfinite().all()
 
 
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+class Meeting(b.Bijection):
+    """Waits in ``forward`` until another thread has arrived there too."""
+
+    barrier = threading.Barrier(2, timeout=60)
+
+    def forward(self, x, context=None):
+        self.barrier.wait()
+        return x, torch.zeros(len(x))
+
+
+def test_threads_use_a_flow_in_modes_of_their_own():
+    """``encode`` maps integers to the centres of their bins and integrates no trace; ``log_prob`` does neither."""
+    layers = {
+        "first": Meeting,
+        "dequantize": partial(b.Dequantize, levels=4),
+        "ode": partial(b.Continuous, net=partial(nets.ODENet, hidden=4, depth=1), solver="rk4"),
+        "second": Meeting,
+    }
+    flow, x = Flow((2,), partial(b.Chain, layers=layers)), torch.randint(0, 4, (50, 2))
+    found = {}
+
+    def run(name):
+        found[name] = getattr(flow, name)(x)
+
+    for _ in range(2):  # both have passed the first layer before either enters the second one
+        threads = [threading.Thread(target=run, args=(name,)) for name in ("encode", "log_prob")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(found["encode"], (x + 0.5) / 4)  # the ODE is the identity at its start
+        assert found["log_prob"].isfinite().all()
+        centre = StandardNormal((2,)).log_prob(found["encode"]) - 2 * math.log(4)
+        assert not torch.allclose(found["log_prob"], centre)
+
+
 # ---- the global batch ----------------------------------------------------------------------------------------------
 
 
 def test_slices_of_a_global_batch_draw_its_noise():
     torch.manual_seed(0)
-    whole = globalbatch.uniform((6, 2))
+    whole = global_batch.uniform((6, 2))
     for start, stop in ((0, 3), (3, 6), (2, 4)):
         torch.manual_seed(0)
-        with globalbatch.rows(start, 6):
-            assert torch.equal(globalbatch.uniform((stop - start, 2)), whole[start:stop])
+        with global_batch.rows(start, 6):
+            assert torch.equal(global_batch.uniform((stop - start, 2)), whole[start:stop])
 
 
 def test_batchnorm_evaluates_with_remembered_moments():
@@ -304,7 +344,7 @@ def test_batchnorm_evaluates_with_remembered_moments():
     layer.train()
     z, log_det = layer(batches[0])
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    with globalbatch.reestimating(layer):
+    with global_batch.reestimate(layer):
         for x in batches:
             layer(x)
     mean = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
@@ -379,6 +419,7 @@ def test_dropout_evaluates_as_the_identity_and_keeps_the_mean():
     assert torch.equal(layer.eval()(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glow_step", "checkerboard", "multiscale"])
 def test_compiled_layers_give_the_same_numbers(name):
     torch.manual_seed(0)

@@ -9,13 +9,13 @@ from layers import conv, glow_step
 
 from flowtrain import bijections as b
 from flowtrain import nets
-from flowtrain.bijections.bijection import joined
-from flowtrain.bijections.channels import Joined
+from flowtrain.bijections.bijection import fuse
+from flowtrain.bijections.channels import FusedChannelAffine
 from flowtrain.flow import Flow
 from flowtrain.runtime import fusion
 
 image = (4, 4, 6)
-CHAINS = {  # layers, and how many are left when they are joined
+CHAINS = {  # layers, and how many are left when they are fused
     "glow": (dict(norm=b.ActNorm, mixing=b.LULinear), 1),
     "glow_dense": (dict(norm=b.ActNorm, mixing=b.DenseLinear), 1),
     "spline": (dict(permutation=b.Shuffle, lu=partial(b.LULinear, start="identity"), actnorm=b.ActNorm), 1),
@@ -51,10 +51,10 @@ def test_channel_maps_are_one_product(name, memory_format):
     layers, left = CHAINS[name]
     torch.manual_seed(0)
     chain = randomized(b.Chain(image, layers))
-    links = joined(chain)
-    assert len(links) == left and any(isinstance(link, Joined) for link in links)
+    links = fuse(chain)
+    assert len(links) == left and any(isinstance(link, FusedChannelAffine) for link in links)
     with fusion.layer_by_layer():
-        assert joined(chain) == list(chain)
+        assert fuse(chain) == list(chain)
     x = event(chain).to(memory_format=memory_format)
     assert_same(chain, x)
     assert_exact(chain, x)
@@ -62,7 +62,7 @@ def test_channel_maps_are_one_product(name, memory_format):
 
 def test_a_vector_meets_its_layers_one_by_one():
     chain = b.Chain((5,), CHAINS["glow"][0])
-    assert joined(chain) == list(chain)
+    assert fuse(chain) == list(chain)
 
 
 class Doubled(b.ActNorm):
@@ -73,7 +73,7 @@ class Doubled(b.ActNorm):
 
 def test_a_subclass_with_a_direction_of_its_own_is_called():
     chain = b.Chain(image, dict(mixing=b.LULinear, norm=Doubled, after=b.ActNorm, last=b.ActNorm))
-    assert [type(link) for link in joined(chain)] == [b.LULinear, Doubled, Joined]
+    assert [type(link) for link in fuse(chain)] == [b.LULinear, Doubled, FusedChannelAffine]
 
 
 @pytest.mark.parametrize("where", ["actnorm", "coupling.net.second"])
@@ -99,8 +99,8 @@ def test_norms_inside_a_network_are_folded_into_its_convolutions(norm, context_s
 
 def test_a_whole_glow():
     level = partial(b.Chain, layers={"squeeze": b.Squeeze, "steps": glow_step})
-    exit = partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv)
-    layer = randomized(b.MultiScale((3, 8, 8), levels=2, level=level, exit=exit))
+    split_prior = partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv)
+    layer = randomized(b.MultiScale((3, 8, 8), levels=2, level=level, split_prior=split_prior))
     x = event(layer)
     fused = gradients(layer, layer.__call__, x, None)
     with fusion.layer_by_layer():
@@ -111,7 +111,7 @@ def test_a_whole_glow():
 
 
 def test_what_starts_from_data_is_run_by_itself():
-    """The joined layers standardize as the separate ones do, with a network's norms after them."""
+    """The fused layers standardize as the separate ones do, with a network's norms after them."""
     torch.manual_seed(0)
     layers = {
         "actnorm": b.ActNorm,

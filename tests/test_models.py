@@ -19,6 +19,7 @@ def test_experiments_have_their_parameter_count(experiment):
     assert parameters(flow_of(f"experiment={experiment}", device="meta")) == COUNTS[experiment]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", options("model"))
 @pytest.mark.parametrize("dataset", IMAGES)
 def test_every_model_fits_every_image(model, dataset):
@@ -26,6 +27,7 @@ def test_every_model_fits_every_image(model, dataset):
     assert flow.bijection.out_shape == (flow.dimensions,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_IMAGES}))
 @pytest.mark.parametrize("dataset", VECTORS)
 def test_every_other_model_fits_every_vector(model, dataset):
@@ -48,7 +50,7 @@ def test_every_model_takes_every_univariate_map(model, univariate):
     if univariate == "affine_tanh" and model in ("maf", "iaf", "made", "nsf_autoregressive"):
         pytest.skip("it has weights of its own, which an autoregressive layer refuses")
     flow = flow_of(f"model={model}", f"univariate={univariate}", "model.hidden=8")
-    kind = configuration(f"univariate={univariate}").univariate._target_.rsplit(".", 1)[1]
+    kind = configuration(f"univariate={univariate}").parts["univariate"]["_target_"].rsplit(".", 1)[1]
     assert any(type(module).__name__ == kind for module in flow.bijection.modules())
 
 

@@ -14,7 +14,7 @@ from flowtrain.bijections import Chain, Continuous
 from flowtrain.bijections.ode import ADAPTIVE, FIXED, continuous_layers, exact_trace, states_only, unsolved_is_nan
 from flowtrain.flow import Flow
 from flowtrain.nets import ConvODENet, ODENet
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 
 DOUBLE = torch.float64
 exactly = partial(Continuous, rtol=1e-10, atol=1e-10)
@@ -131,8 +131,8 @@ def test_gaussian_noise_is_standard_normal():
 def test_noise_is_drawn_once_a_solve(monkeypatch):
     """And is the same for any number of processes."""
     drawn = []
-    uniform = globalbatch.uniform
-    monkeypatch.setattr(globalbatch, "uniform", lambda *args, **kwargs: drawn.append(args) or uniform(*args, **kwargs))
+    uniform = global_batch.uniform
+    monkeypatch.setattr(global_batch, "uniform", lambda *args, **kwargs: drawn.append(args) or uniform(*args, **kwargs))
     layer = layer_of().train()
     x = event(layer, 6)
     torch.manual_seed(4)
@@ -140,7 +140,7 @@ def test_noise_is_drawn_once_a_solve(monkeypatch):
     (z.sum() + log_det.sum()).backward()
     assert len(drawn) == 1 and layer.evaluations > 20
     torch.manual_seed(4)
-    with globalbatch.rows(4, 6):
+    with global_batch.rows(4, 6):
         torch.testing.assert_close(layer(x[4:])[1], log_det[4:], rtol=0, atol=1e-7)
 
 

@@ -1,4 +1,4 @@
-"""The same parameters in other people's code give the same numbers."""
+"""The same parameters give the same numbers in nflows and zuko."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ from flowtrain.errors import UsageError
 from flowtrain.plots import density as plane
 from flowtrain.plots import pairs as table
 from flowtrain.plots.colours import GREY, VIRIDIS, shade
-from flowtrain.plots.pairs import pairs
+from flowtrain.plots.pairs import plot_pairs
 
 FIRST, LAST = ([*bytes.fromhex(VIRIDIS.split()[i])] for i in (0, -1))
 
@@ -55,11 +55,11 @@ def test_colours_of_what_lies_outside():
 def test_the_data_and_their_true_density_look_alike():
     spread = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(2**18)  # less uneven than random points
     data = torch.special.ndtri(spread.double())
-    image = plane.density(normal, data)
+    image = plane.density_image(normal, data)
     assert image.shape == (3, 400, 806) and image.dtype == torch.uint8
     assert (image[:, :, 400:406] == 255).all()
     left, right = cells_of(image[:, :, :400], 25), cells_of(image[:, :, 406:], 25)
-    wrong = plane.density(lambda points: normal(points) - math.log(1.3), data)[:, :, 406:]
+    wrong = plane.density_image(lambda points: normal(points) - math.log(1.3), data)[:, :, 406:]
     assert (left - right).abs().max() < 4
     assert (left - cells_of(wrong, 25)).abs().max() > 40  # one that does not integrate to one is seen
 
@@ -68,7 +68,7 @@ def test_up_is_up_and_right_is_right():
     corner = (3.0, 1.0)
     data = torch.randn(20_000, 2) * 0.2 + torch.tensor(corner)
     data = torch.cat((data, torch.tensor([[0.0, 0.0], [4.0, 4.0]]).repeat(200, 1)))
-    view = plane.view_of(data)
+    view = plane.choose_view(data)
     for panel in (plane.data_panel(data, view), plane.model_panel(lambda p: normal(p, corner, 0.2), view)):
         row, column = divmod(cells_of(panel, 40)[1].argmax().item(), 40)  # the greenest
         x = view.low[0] + (column + 0.5) / 40 * (view.high[0] - view.low[0])
@@ -78,20 +78,20 @@ def test_up_is_up_and_right_is_right():
 
 def test_the_view():
     data = torch.randn(10_000, 2)
-    view = plane.view_of(torch.cat((data, torch.tensor([[1e6, -1e6], [math.nan, 0.0]]))))
+    view = plane.choose_view(torch.cat((data, torch.tensor([[1e6, -1e6], [math.nan, 0.0]]))))
     assert all(-6 < low < -2.5 and 2.5 < high < 6 for low, high in zip(view.low, view.high))
     assert view.top == pytest.approx(1 / (2 * math.pi), rel=0.25)
-    wide = plane.view_of(data * torch.tensor([2.0, 1.0]))  # units alike
+    wide = plane.choose_view(data * torch.tensor([2.0, 1.0]))  # units alike
     assert wide.high[0] - wide.low[0] == pytest.approx(wide.high[1] - wide.low[1])
-    unlike = plane.view_of(data * torch.tensor([1000.0, 1.0]))
+    unlike = plane.choose_view(data * torch.tensor([1000.0, 1.0]))
     assert unlike.high[0] - unlike.low[0] > 300 * (unlike.high[1] - unlike.low[1])
-    flat = plane.view_of(data * torch.tensor([1.0, 0.0]))
+    flat = plane.choose_view(data * torch.tensor([1.0, 0.0]))
     assert flat.low[1] < 0 < flat.high[1] and math.isfinite(flat.top)
 
 
 @pytest.mark.parametrize("n", [1, 30, 1000, 1_000_000])
 def test_the_colours_end_near_the_data_s_greatest_density(n):
-    view = plane.view_of(torch.randn(n, 2))
+    view = plane.choose_view(torch.randn(n, 2))
     assert view.top > 0 and math.isfinite(view.top)
     if n >= 1000:
         assert view.top == pytest.approx(1 / (2 * math.pi), rel=0.3)
@@ -136,14 +136,14 @@ def test_no_number_is_grey_and_no_density_is_dark():
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (torch.zeros(5, 3), r"shape \[5, 3\]: a density is drawn of points"),
-        (torch.zeros(5), "a density is drawn of points"),
+        (torch.zeros(5, 3), r"shape \[5, 3\]: a density plot needs points"),
+        (torch.zeros(5), "a density plot needs points"),
         (torch.full((5, 2), math.nan), "without a finite point"),
     ],
 )
 def test_what_is_no_density_is_refused(data, says):
     with pytest.raises(ValueError, match=says):
-        plane.density(normal, data)
+        plane.density_image(normal, data)
 
 
 # ---- the line ------------------------------------------------------------------------------------------------------
@@ -157,13 +157,13 @@ def rows_of(image, colour):
 
 def test_the_curve_of_the_true_density_follows_the_bars():
     data = torch.randn(200_000, 1)
-    image = plane.density(lambda x: normal(torch.cat((x, 0 * x), 1)) + 0.5 * math.log(2 * math.pi), data)
+    image = plane.density_image(lambda x: normal(torch.cat((x, 0 * x), 1)) + 0.5 * math.log(2 * math.pi), data)
     assert image.shape == (3, 400, 806) and image.dtype == torch.uint8
     bars, curve = rows_of(image, plane.PALE)[100:-100], rows_of(image, plane.STRONG)[100:-100]
     assert curve.min() < 60 and curve.max() > 250
     bars, curve = bars[bars < 400], curve[bars < 400]  # bars stand a pixel apart
     assert len(bars) > 400 and (bars - curve).abs().float().quantile(0.95) < 15
-    half = plane.density(lambda x: normal(torch.cat((x, 0 * x), 1)) + 0.5 * math.log(math.pi / 2), data)
+    half = plane.density_image(lambda x: normal(torch.cat((x, 0 * x), 1)) + 0.5 * math.log(math.pi / 2), data)
     assert rows_of(half, plane.STRONG)[403] - curve.min() > 100
 
 
@@ -171,7 +171,7 @@ def test_the_curve_has_a_gap_where_it_is_no_number():
     def log_prob(x):
         return torch.where(x[:, 0].abs() < 1, math.nan, -1.0)
 
-    curve = rows_of(plane.density(log_prob, torch.randn(1000, 1), side=200), plane.STRONG)
+    curve = rows_of(plane.density_image(log_prob, torch.randn(1000, 1), side=200), plane.STRONG)
     assert (curve[190:215] == 200).all() and (curve[1:60] < 200).all() and (curve[-60:-1] < 200).all()
 
 
@@ -228,7 +228,7 @@ def drawn(monkeypatch):
 def test_labels_do_not_overlap(drawn, columns):
     names = ["a_rather_long_name_of_a_column", *(f"column_{i}_of_a_table" for i in range(1, columns))]
     title = "outputs/table-nsf_autoregressive/2026-01-01_12-00-00, temperature 0.7"
-    assert pairs("x.png", rows(2500, columns), rows(500, columns, 1), names, title) == max(0, columns - 8)
+    assert plot_pairs("x.png", rows(2500, columns), rows(500, columns, 1), names, title) == max(0, columns - 8)
     (figure,) = drawn
     assert len(figure.axes) == min(columns, 8) ** 2
     figure.draw_without_rendering()
@@ -253,7 +253,7 @@ def test_data_are_below_and_samples_above(drawn):
     from matplotlib.colors import to_rgb
 
     x, y = rows(300, 3), rows(200, 3, 1)
-    pairs("x.png", x, y, "abc")
+    plot_pairs("x.png", x, y, "abc")
     (figure,) = drawn
     grid = np.array(figure.axes).reshape(3, 3)
     for row in range(3):
@@ -269,7 +269,7 @@ def test_data_are_below_and_samples_above(drawn):
 
 
 def test_without_data_the_upper_half_is_empty(drawn):
-    pairs("x.png", rows(300, 3))
+    plot_pairs("x.png", rows(300, 3))
     grid = np.array(drawn[0].axes).reshape(3, 3)
     for row in range(3):
         for column in range(3):
@@ -281,25 +281,25 @@ def test_without_data_the_upper_half_is_empty(drawn):
 def test_histograms_hold_the_shares_of_all_rows(drawn):
     data = np.random.default_rng(0).normal(size=(5000, 1))
     samples = np.concatenate((data, data + 1e3))  # half of them nowhere near
-    pairs("x.png", samples, data)
+    plot_pairs("x.png", samples, data)
     shares = [patch.get_data().values.sum() for patch in drawn[0].axes[0].patches[::2]]
     assert shares == pytest.approx([1, 0.5], abs=0.01)
 
 
 def test_whole_numbers_have_bins_of_their_own():
     few, many = np.array([0.0, 3.0, 1.0, 1.0]), np.round(np.random.default_rng(0).normal(size=5000) * 300)
-    axis = table.Axis.of("few", [few])
+    axis = table.Axis.from_columns("few", [few])
     assert axis.edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5] and axis.words == ["0", "1", "2", "3"]
-    axis = table.Axis.of("many", [many])
+    axis = table.Axis.from_columns("many", [many])
     width = np.diff(axis.edges)
     assert 12 <= len(width) <= 60 and (width == width[0]).all() and width[0] == round(width[0])
     assert (axis.edges % 1 == 0.5).all() and ((many > axis.edges[0]) & (many < axis.edges[-1])).mean() > 0.99
-    assert not table.Axis.of("samples are not whole", [few, few + 0.1]).discrete
+    assert not table.Axis.from_columns("samples are not whole", [few, few + 0.1]).discrete
 
 
 @pytest.mark.parametrize(("at", "width"), [(0, 1e-15), (0, 3e9), (1_700_000_000, 200), (-5e-4, 1e-8), (2000, 30)])
 def test_numbers_along_an_axis_differ(drawn, at, width):
-    pairs("x.png", at + width * np.random.default_rng(0).random((200, 2)))
+    plot_pairs("x.png", at + width * np.random.default_rng(0).random((200, 2)))
     (figure,) = drawn
     figure.draw_without_rendering()
     plot = figure.axes[2]
@@ -316,22 +316,22 @@ def test_strings_are_categories(drawn):
     kinds = np.array(["red", "blue", "a colour with a name"], object)
     x, y = rows(400, 2).astype(object), rows(300, 2, 1).astype(object)
     x[:, 1], y[:, 1] = kinds[np.arange(400) % 3], kinds[np.arange(300) % 2]
-    pairs("x.png", x, y, ["size", "colour"])
+    plot_pairs("x.png", x, y, ["size", "colour"])
     plot = drawn[0].axes[3]
     words = [label.get_text() for label in plot.get_xticklabels()]
     assert sorted(words) == ["a colour wi…", "blue", "red"]
     data, samples = (dict(zip(words, patch.get_data().values)) for patch in plot.patches[::2])
     assert data == pytest.approx({"red": 0.5, "blue": 0.5, "a colour wi…": 0})
     assert samples == pytest.approx(dict.fromkeys(words, 1 / 3), abs=0.01)
-    axis = table.Axis.of("many", [np.array([f"kind {i % 40 * (i % 3 == 0)}" for i in range(3000)])])
-    assert len(axis.words) == table.NAMED and axis.words[0] == "kind 0" and axis.words[-1] == "(others)"
+    axis = table.Axis.from_columns("many", [np.array([f"kind {i % 40 * (i % 3 == 0)}" for i in range(3000)])])
+    assert len(axis.words) == table.MOST_CATEGORIES and axis.words[0] == "kind 0" and axis.words[-1] == "(others)"
     assert np.histogram(axis.values[0], axis.edges)[0].sum() == 3000
 
 
 def test_columns_beyond_the_first_are_counted(drawn):
-    assert pairs("x.png", rows(100, 5), torch.tensor(rows(100, 5)), most=3) == 2
+    assert plot_pairs("x.png", rows(100, 5), torch.tensor(rows(100, 5)), most=3) == 2
     assert len(drawn[0].axes) == 9 and drawn[0]._supxlabel.get_text() == "the first 3 of 5 columns"
-    assert pairs("x.png", rows(100, 2)) == 0 and drawn[1]._supxlabel is None
+    assert plot_pairs("x.png", rows(100, 2)) == 0 and drawn[1]._supxlabel is None
 
 
 def test_the_file_is_whole_and_nothing_else_is_touched(tmp_path):
@@ -339,13 +339,14 @@ def test_the_file_is_whole_and_nothing_else_is_touched(tmp_path):
     from PIL import Image
 
     before = dict(matplotlib.rcParams)
-    pairs(tmp_path / "new" / "pairs.png", rows(50, 2), rows(50, 2))
+    plot_pairs(tmp_path / "new" / "pairs.png", rows(50, 2), rows(50, 2))
     assert dict(matplotlib.rcParams) == before
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.png"]
     image = np.asarray(Image.open(tmp_path / "new" / "pairs.png").convert("RGB"))
     assert min(image.shape[:2]) > 500 and len(np.unique(image.reshape(-1, 3), axis=0)) > 20
     code = (
-        f"import sys; from flowtrain.plots.pairs import pairs; pairs({str(tmp_path / 'a.svg')!r}, [[1.5], [3]]); "
+        f"import sys; from flowtrain.plots.pairs import plot_pairs; "
+        f"plot_pairs({str(tmp_path / 'a.svg')!r}, [[1.5], [3]]); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -355,7 +356,7 @@ def test_the_file_is_whole_and_nothing_else_is_touched(tmp_path):
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"pip install 'flowtrain\[plots\]'"):
-        pairs("x.png", rows(10, 2))
+        plot_pairs("x.png", rows(10, 2))
 
 
 @pytest.mark.parametrize(
@@ -371,4 +372,4 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
 def test_tables_that_cannot_be_drawn_are_refused(arguments, says):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match=says):
-        pairs("x.png", *arguments)
+        plot_pairs("x.png", *arguments)

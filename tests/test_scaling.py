@@ -1,4 +1,4 @@
-"""scripts/scaling: it measures at tiny sizes, writes its page, and fits and predicts what is known."""
+"""scripts/scaling measures tiny sizes, writes its page, and its fits and predictions give known values."""
 
 import json
 import shutil
@@ -28,6 +28,7 @@ def beside_the_scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     shutil.copy(ROOT / "docs" / "scaling.md", tmp_path)
     script = [sys.executable, str(ROOT / "scripts" / "scaling.py"), "--smoke", str(tmp_path)]
@@ -76,15 +77,15 @@ def test_overlap():
 
 
 def test_model_of_a_ring():
-    from scaling_parallel import BACKWARD, BUCKET, LINKS, SPEED, predicted, ring, tree
+    from scaling_parallel import BACKWARD, BUCKET, LINKS, SPEED, predict, ring, tree
 
-    assert ring(8e9, 2, 1e9, 0) == pytest.approx(8)  # two processes send and take half of it, twice
+    assert ring(8e9, 2, 1e9, 0) == pytest.approx(8)  # two processes send and receive half of it, twice
     assert ring(0, 5, 1e9, 1e-3) == pytest.approx(8e-3)
     preset = {"preset": "p", "batch": 64, "gradient_bytes": BUCKET, "flops": 1e12, "small": 0, "kernels": 0}
     assert tree(8, 1e-3) == pytest.approx(6e-3)
-    alone, *_ = predicted(preset)
+    alone, *_ = predict(preset)
     assert alone["gpus"] == 8 and alone["batch"] == 8 and alone["exposed"] == pytest.approx(alone["all_reduce"])
-    larger, *_ = predicted(preset | {"gradient_bytes": 2 * BUCKET})  # the rest is hidden behind backward
+    larger, *_ = predict(preset | {"gradient_bytes": 2 * BUCKET})  # the rest is hidden behind backward
     assert ring(BUCKET, 8, *LINKS[8]) < BACKWARD * larger["compute"] == pytest.approx(BACKWARD * 8e12 / SPEED)
     assert larger["exposed"] == pytest.approx(alone["exposed"]) and larger["all_reduce"] > alone["all_reduce"]
 
@@ -99,5 +100,5 @@ def reductions(_folder):
 
 
 def test_a_batch_norm_waits_for_four_reductions(tmp_path):
-    first = 2  # the data take no gradient: no moments of the first norm's are sent back
-    assert together(reductions, tmp_path) == [1 + 4 + 4 - first] * 2  # and one of the gradients
+    first = 2  # the data have no gradient, so the first norm sends no moments back
+    assert together(reductions, tmp_path) == [1 + 4 + 4 - first] * 2  # and one for the gradients

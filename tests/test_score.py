@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from composed import composed
+from composed import configuration
 from inprocess import flowtrain
-from omegaconf import OmegaConf
 from PIL import Image
 
 from flowtrain import load, train
-from flowtrain.commands import score
-from flowtrain.config.compose import settle
+from flowtrain.commands import ScoreConfig, score
+from flowtrain.config.validation import validate
 from flowtrain.data import Columns, Digits, inputs
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
@@ -41,8 +40,7 @@ DEFAULTS = {  # of conf/score.yaml
 def trained(folder, *words) -> Path:
     """A run in ``folder``."""
     (run_dir := folder / "run").mkdir()
-    cfg = OmegaConf.create(settle(composed(*words, "smoke=true", "trainer.tensorboard=false"), "train"))
-    train.main(cfg, str(run_dir))
+    train.main(configuration(*words, "smoke=true", "trainer.tensorboard=false"), str(run_dir))
     return run_dir
 
 
@@ -50,9 +48,9 @@ def scored(run_dir, folder, **keys) -> tuple[list[list[str]], dict]:
     """The rows of scores.csv, the heading first, and the summary. Paths are those in ``folder``."""
     file = run_dir / "checkpoints/best.pt"
     keys |= {key: str(folder / keys[key]) for key in ("input", "output") if keys.get(key)}
-    cfg = OmegaConf.create({**checkpoint.read_config(file), **DEFAULTS, "ckpt": str(file), **keys})
+    config = validate(ScoreConfig, {**checkpoint.read_config(file), **DEFAULTS, "ckpt": str(file), **keys})
     (out := folder / "score").mkdir(exist_ok=True)
-    summary = score.main(cfg, str(out))
+    summary = score.main(config, str(out))
     assert json.loads((out / "score.json").read_text()) == summary
     return [] if "output" in keys else list(csv.reader(open(out / "scores.csv", newline=""))), summary
 
@@ -140,7 +138,7 @@ def test_values_that_are_no_images(digits, capsys):
     wrong[2, 0, 0, 0] = 17
     np.save(folder / "wrong.npy", wrong)
     np.save(folder / "reals.npy", wrong / 17)
-    with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: values outside 0 … 16; on_bad=skip would leave it"):
+    with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: values outside 0 … 16; on_bad=skip leaves it out"):
         scored(run_dir, folder, input="wrong.npy")
     with pytest.raises(
         UsageError, match=r"float64 \[4, 1, 8, 8\]: this model takes integers of shape \[N, 1, 8, 8\] or"
@@ -239,7 +237,7 @@ def test_a_missing_value_stops_or_is_left_out(table):
         ({"input": "rows.csv", "output": "rows.csv"}, "is the input itself", 2),
         ({"input": "rows.csv", "output": "rows.txt"}, "must end in .csv or .parquet", 2),
         ({"input": "rows.csv", "output": "nowhere/rows.csv"}, "there is no folder", 2),
-        ({"input": "rows.csv", "label": 3}, "this model is of no labels", 2),
+        ({"input": "rows.csv", "label": 3}, "this model is not class-conditional", 2),
     ],
 )
 def test_refusals(table, keys, says, code):
@@ -258,8 +256,8 @@ def test_refusals_of_the_command_line(table):
     for word, says in (
         ("batch=1000", "batch=1000: must be"),
         ("model=nice", "is fixed by the checkpoint"),
-        ("max_steps=3", "score does not train"),
-        ("trainer.clip=2", "score does not train"),
+        ("max_steps=3", "this command does not train"),
+        ("trainer.clip=2", "this command does not train"),
     ):
         with pytest.raises(UsageError, match=says):
             flowtrain(folder, "score", "ckpt=run", "input=rows.csv", word)
@@ -278,10 +276,10 @@ def test_a_class_is_given_by_its_label(tmp_path):
 
 @pytest.mark.parametrize("block", [100, 256, 400])
 def test_groups_do_not_depend_on_how_a_file_is_read(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("flowtrain.tablefile.BLOCK", block)
+    monkeypatch.setattr("flowtrain.data.table_file.BLOCK", block)
     rows = np.random.default_rng(0).normal(size=(900, 3)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
-    source = inputs.TableRows(tmp_path / "rows.npy", inputs.plain_columns(3, None))
+    source = inputs.TableRows(tmp_path / "rows.npy", inputs.unnamed_columns(3, None))
     groups = list(source.groups())
     assert [group.first for group in groups] == [0, 256, 512, 768]
     assert torch.equal(torch.cat([group.x for group in groups]), torch.from_numpy(rows))

@@ -12,19 +12,20 @@ import pandas as pd
 import pytest
 import torch
 from composed import composed
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from test_data import one_line
 
 from flowtrain import bijections as b
 from flowtrain import data
-from flowtrain.cli.overrides import one_line as explained
-from flowtrain.config.compose import plain
-from flowtrain.data import frames, tablefile, tabular
+from flowtrain.cli.messages import usage_error
+from flowtrain.data import pickled_frames, table_file
 from flowtrain.data.columns import Column, Columns, moments
+from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TABLES = (data.Power, data.Gas, data.Hepmass, data.Miniboone, data.BSDS300)
@@ -158,7 +159,7 @@ def test_a_pickle_runs_nothing(tmp_path):
     one_line(lambda: data.Gas(path=str(file)).split("train"), str(file), "not only tables", error=FlowtrainError)
     assert not (tmp_path / "touched").exists()
     with pytest.raises(pickle.UnpicklingError):
-        frames.read(file)
+        pickled_frames.read(file)
 
 
 def write_collisions(folder, gz=""):
@@ -199,7 +200,7 @@ def test_hepmass(tmp_path, gz):
     keys = {"path": str(folder / f"1000_train.csv{gz}")} if gz else {"root": str(tmp_path)}
     equal(parts_of(data.Hepmass(**keys)), again)
     (folder / f"1000_test.csv{gz}").unlink()
-    one_line(lambda: data.Hepmass(**keys).split("val"), "side by side", "1000_test.csv")
+    one_line(lambda: data.Hepmass(**keys).split("val"), "in one folder", "1000_test.csv")
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -415,8 +416,8 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
     else:
         write(frame, path)
     if kind == "many_blocks":
-        monkeypatch.setattr(tablefile, "CSV_BLOCK", 2**11)
-        monkeypatch.setattr(tabular, "BLOCK", 37)
+        monkeypatch.setattr(table_file, "CSV_BLOCK", 2**11)
+        monkeypatch.setattr("flowtrain.data.table.BLOCK", 37)
     dataset = data.Table(path=str(path), context=["age", "colour"], val_size=50, test_size=0.2)
     parts = {name: dataset.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 350, "val": 50, "test": 100}
@@ -460,20 +461,20 @@ def test_another_file_is_read_by_what_a_checkpoint_knows(tmp_path, frame):
     other = frame[frame["colour"] != "blue"].iloc[::-1][list(frame)[::-1]].assign(more=1)
     keys = {"context": ["age", "colour"], "shape": [4], "context_shape": [4]}
     dataset = data.Table(path=write(other, tmp_path / "other.csv"), **keys)
-    dataset.use(columns)
+    dataset.use_columns(columns)
     split = dataset.split("test")
     order = np.random.default_rng(0).permutation(len(other))
     x, context = columns.encode(other.iloc[sorted(order[: len(other) // 10])])
     assert torch.equal(split.data, x) and torch.equal(split.context, context) and split.columns == columns
     other.loc[other.index[3], "colour"] = "pink"
     dataset = data.Table(path=write(other, tmp_path / "other.csv"), **keys)
-    dataset.use(columns)
-    one_line(lambda: dataset.split("test"), "column 'colour', row 4", "'pink' is none of blue, green, red")
+    dataset.use_columns(columns)
+    one_line(lambda: dataset.split("test"), "column 'colour', row 4", "'pink' is not one of blue, green, red")
 
 
 def test_columns_survive_a_checkpoint(tmp_path, frame):
     columns = data.Table(path=write(frame, tmp_path / "t.csv"), context=["age", "colour"]).split("train").columns
-    torch.save({"columns": columns.record()}, tmp_path / "c.pt")
+    torch.save({"columns": columns.to_record()}, tmp_path / "c.pt")
     record = torch.load(tmp_path / "c.pt", weights_only=True)["columns"]
     assert Columns.from_record(record) == columns
     one_line(lambda: Columns.from_record({"modelled": [{"nome": 1}]}), "damaged", error=FlowtrainError)
@@ -509,10 +510,10 @@ def test_categories_that_look_like_numbers_are_found_among_numbers():
         ({"children": None}, ("column 'children' is missing",)),
         ({"income": [1.0, np.nan]}, ("column 'income'", "row 12", "missing")),
         ({"income": [1.0, None]}, ("column 'income'", "row 12", "missing")),
-        ({"income": ["1.5", "many"]}, ("column 'income'", "row 12", "'many' is no number")),
-        ({"children": [1, 2.5]}, ("column 'children'", "row 12", "2.5 is no whole number")),
+        ({"income": ["1.5", "many"]}, ("column 'income'", "row 12", "'many' is not a number")),
+        ({"children": [1, 2.5]}, ("column 'children'", "row 12", "2.5 is not a whole number")),
         ({"married": [True, None]}, ("column 'married'", "row 12", "missing")),
-        ({"colour": ["red", "pink"]}, ("column 'colour'", "row 12", "'pink' is none of blue, green, red")),
+        ({"colour": ["red", "pink"]}, ("column 'colour'", "row 12", "'pink' is not one of blue, green, red")),
         ({"age": [1e300, 2]}, ("column 'age'", "row 11", "not finite")),
     ],
 )
@@ -535,7 +536,7 @@ def test_arrays(tmp_path):
     np.save(tmp_path / "b.npy", rows[0])
     one_line(lambda: data.Table(path=str(tmp_path / "b.npy")).split("test"), "(rows, columns)")
     np.save(tmp_path / "o.npy", np.array([[None]]))
-    one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "no .npy", error=FlowtrainError)
+    one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "not an .npy", error=FlowtrainError)
 
 
 def csv(text, rows=40):
@@ -549,7 +550,7 @@ def csv(text, rows=40):
         (csv("1,2\n,3\n"), {}, ("column 'a'", "row 2", "missing")),
         (csv("1,2\n1,NaN\n"), {}, ("column 'b'", "row 2", "missing")),
         (csv("inf,2\n"), {}, ("column 'a'", "row 1", "not finite")),
-        (csv("1,2\n1,-\n"), {}, ("column 'b'", "row 2", "'-' is no number")),
+        (csv("1,2\n1,-\n"), {}, ("column 'b'", "row 2", "'-' is not a number")),
         (csv("1,1e39\n"), {}, ("column 'b'", "too large for float32")),
         ("a,b\n" + "1,x\n2,\n" * 20, {}, ("column 'b'", "row 2", "missing")),
         ("a,b\n" + "1,2\n" * 40, {}, ("column 'a'", "constant")),
@@ -558,8 +559,6 @@ def csv(text, rows=40):
         (csv(""), {"columns": ["A"]}, ("no column 'A'", "there are a, b")),
         (csv(""), {"context": ["aa"]}, ("dataset.context", "no column 'aa'", "did you mean 'a'")),
         (csv(""), {"columns": "a"}, ("dataset.columns=a", "must be a list")),
-        (csv(""), {"shape": [3]}, ("dataset.shape=[3]", "2 columns")),
-        (csv(""), {"context": ["a"], "context_shape": [2]}, ("dataset.context_shape=[2]", "[1]")),
         (csv("", 2), {}, ("2 examples are too few",)),
         (csv("").replace("a,b", ",b"), {}, ("column 1 has no name", "dataset.columns")),
         (csv("").replace("a,b", "a,a"), {}, ("two columns 'a'",)),
@@ -584,9 +583,11 @@ def test_tables_that_cannot_be_modelled_are_refused(tmp_path, text, keys, parts)
 
 
 def test_text_far_down_a_column_of_numbers_is_refused_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(tablefile, "CSV_BLOCK", 2**10)
+    monkeypatch.setattr(table_file, "CSV_BLOCK", 2**10)
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5,?\n" + "2,3\n" * 300)
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'?' is no number")
+    one_line(
+        lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'?' is not a number"
+    )
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5\n")
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "Expected 2", error=FlowtrainError)
 
@@ -595,7 +596,6 @@ def test_files_that_are_no_tables(tmp_path):
     one_line(lambda: data.Table().split("train"), "dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "t.csv: no such file")
     one_line(lambda: data.Table(path=str(tmp_path / "t.xls")).split("train"), ".csv, .npy, .parquet")
-    one_line(lambda: data.Table(path="t.csv", bits=5), "dataset.bits=5", "only images")
     one_line(lambda: data.Power(context=["a"]), "dataset.context=['a']", "nothing to be conditional on")
     (tmp_path / "t.parquet").write_text("nothing")
     one_line(lambda: data.Table(path=str(tmp_path / "t.parquet")).split("train"), "cannot read", error=FlowtrainError)
@@ -648,7 +648,7 @@ def test_a_signalling_nan_is_refused_without_a_warning(tmp_path, bits, kind):
     np.save(tmp_path / "a.npy", rows)
     one_line(lambda: data.Table(path=str(tmp_path / "a.npy")).split("train"), "column 'c1', row 3")
     columns = Columns((Column("c0", "real"), Column("c1", "real")))
-    frame = next(tablefile.TableFile(tmp_path / "a.npy").blocks(["c0", "c1"]))
+    frame = next(table_file.TableFile(tmp_path / "a.npy").blocks(["c0", "c1"]))
     one_line(lambda: columns.encode(frame), "column 'c1', row 3")
 
 
@@ -676,7 +676,36 @@ def test_moments_are_taken_in_blocks(monkeypatch):
 
 
 def dataset_of(*overrides):
-    return plain(composed("dataset=table", *overrides))["dataset"]
+    return OmegaConf.to_container(composed("dataset=table", *overrides).dataset, resolve=True)
+
+
+def test_the_header_of_a_table_describes_it(tmp_path, frame, monkeypatch):
+    def spec(path, **keys):
+        return data.Table(path=str(path), **keys).spec
+
+    for file in ("t.csv", "t.parquet"):
+        path = write(frame, tmp_path / file)
+        assert spec(path) == DataSpec("table", (6,))
+        known = data.Table(path=path, context=["age", "colour", "married"])
+        assert known.spec == DataSpec("table", (3,), context=ColumnContext(("age", "colour", "married"), (6,)))
+        again = data.Table(path=str(tmp_path / "elsewhere"), context=["age"])
+        again.use_columns(known.split("train").columns)  # of a checkpoint: no file is asked
+        assert again.spec == known.spec
+        assert spec(path, columns=["income", "age"], context=["age"]).context_shape == (1,)
+    np.save(tmp_path / "a.npy", np.zeros((3, 9)))
+    assert spec(tmp_path / "a.npy", context=[1, "c3"]).context == ColumnContext(("c1", "c3"), (2,))
+    (tmp_path / "header.csv").write_text("a,b,c\n")  # more is not read
+    assert spec(tmp_path / "header.csv").shape == (3,)
+    one_line(lambda: data.Table().spec, "dataset=table needs dataset.path=FILE (csv, npy or parquet)")
+    one_line(lambda: spec("none.csv"), "none.csv: no such file")
+    one_line(lambda: spec(tmp_path / "t.csv", columns=["incom"]), "did you mean 'income'?")
+
+
+def test_a_table_that_is_no_longer_what_its_header_said(tmp_path, frame):
+    dataset = data.Table(path=write(frame, tmp_path / "t.csv"))
+    assert dataset.spec.shape == (6,)
+    write(frame.drop(columns="age"), tmp_path / "t.csv")
+    one_line(lambda: dataset.split("train"), "t.csv has changed since its header was read", error=FlowtrainError)
 
 
 def test_the_shape_of_a_table_is_known_when_a_configuration_is_composed(tmp_path, frame):
@@ -709,21 +738,23 @@ def test_a_table_that_cannot_be_is_refused_when_composed(tmp_path, frame, monkey
     write(frame, tmp_path / "t.csv")
     with pytest.raises(OmegaConfBaseException) as caught:
         dataset_of(*overrides)
-    refused = explained(caught.value)
+    refused = usage_error(caught.value)
     assert isinstance(refused, UsageError) and says in str(refused)
 
 
 def test_categories_are_counted_once(tmp_path, frame, monkeypatch):
     path = write(frame, tmp_path / "once.csv")
     calls = []
-    survey = tablefile.TableFile.survey
-    monkeypatch.setattr(tablefile.TableFile, "survey", lambda self, names: calls.append(names) or survey(self, names))
+    survey = table_file.TableFile.infer_columns
+    monkeypatch.setattr(
+        table_file.TableFile, "infer_columns", lambda self, names: calls.append(names) or survey(self, names)
+    )
     for _ in range(3):
-        assert tablefile.table_context_shape(path, ["colour", "age"]) == [4]
+        assert table_file.table_context_shape(path, ["colour", "age"]) == [4]
     assert calls == [("colour",)]
     frame["colour"] = "red"
     write(frame, Path(path))
-    assert tablefile.table_context_shape(path, ["colour", "age"]) == [2]  # another file by now
+    assert table_file.table_context_shape(path, ["colour", "age"]) == [2]  # another file by now
 
 
 # ------------------------------------------------------------------ its links
@@ -747,10 +778,10 @@ def fitted(cls, columns=MADE_UP):
 def test_columns_of_integers_and_categories_are_dequantized(dtype, monkeypatch):
     layer = fitted(b.DequantizeColumns).to(dtype)
     edge = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
-    far = tablefile.EXACT
+    far = table_file.EXACT
     x = torch.tensor([[0.3, -2, 0], [-1.7, 5, 2], [1e9, far - 1, 1], [0.1, -far, 2]])
     for u in (torch.zeros((), dtype=dtype), torch.full((), 0.5, dtype=dtype), edge):
-        monkeypatch.setattr(globalbatch, "uniform", lambda shape, u=u, **_: u.expand(shape))
+        monkeypatch.setattr(global_batch, "uniform", lambda shape, u=u, **_: u.expand(shape))
         y, log_det = layer(x)
         assert y.dtype == log_det.dtype == dtype and torch.equal(log_det, torch.zeros(4, dtype=dtype))
         assert torch.equal(y[:, 0], x[:, 0].to(dtype))
@@ -801,7 +832,7 @@ def test_the_density_is_that_of_the_units_of_the_file():
     x = torch.linspace(-3, 5, 50, dtype=torch.float64)[:, None]
     np.testing.assert_allclose(flow(x).numpy(), stats.norm(2.0, 0.5).logpdf(x[:, 0].numpy()), rtol=1e-12)
     centred = preprocessed(Columns(MADE_UP.modelled[1:2])).double()
-    with globalbatch.centred():
+    with global_batch.bin_centres():
         log_prob = centred(torch.tensor([[3.0]]))
     np.testing.assert_allclose(log_prob.numpy(), stats.norm(3.5, 2.0).logpdf(3.5), rtol=1e-12)
 
@@ -812,7 +843,7 @@ def test_probabilities_of_all_integers_sum_to_one(monkeypatch):
     torch.nn.init.constant_(flow.bijection.scale.theta, 0.3)
     at, weight = np.polynomial.legendre.leggauss(32)
     at, weight = torch.tensor((at + 1) / 2)[:, None], torch.tensor(weight / 2)
-    monkeypatch.setattr(globalbatch, "uniform", lambda shape, **_: at.expand(shape))
+    monkeypatch.setattr(global_batch, "uniform", lambda shape, **_: at.expand(shape))
     total = sum((flow(torch.full((32, 1), float(x))).exp() * weight).sum().item() for x in range(-40, 40))
     assert total == pytest.approx(1, abs=1e-9)
 

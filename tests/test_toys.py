@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from test_data import one_line
 
 from flowtrain import data
+from flowtrain.config.build import build
+from flowtrain.data.spec import DataSpec
 from flowtrain.errors import FlowtrainError
 
 TOYS = {
@@ -114,9 +117,10 @@ def test_what_a_toy_refuses():
     one_line(lambda: data.Moons(rows="many"), "dataset.rows=many", "whole number")
     one_line(lambda: data.Moons(path="here"), "dataset.path=here", "moons")
     one_line(lambda: data.Moons(shape=[3]), "dataset.shape=[3]", "[2]")
-    one_line(lambda: data.Moons(flip=True), "dataset.flip=True", "only images")
+    assert data.Moons().spec == DataSpec("moons", (2,))
+    one_line(lambda: build(OmegaConf.create({"_target_": "flowtrain.data.Moons", "flip": True})), "argument 'flip'")
     one_line(lambda: data.Moons(rows=20, val_size=10, test_size=10).split("val"), "20 examples")
-    assert data.Moons(flip=False, shift=0).augment is None
+    assert data.Moons().augment is None
 
 
 # ------------------------------------------------------------------ an image

@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from flowtrain.benchmarks.ours import OPTIMIZER
+from flowtrain import data, flows
+from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.session import Row, Session, row
-from flowtrain.config.build import build, build_flow
-from flowtrain.config.compose import compose
-from flowtrain.data import Loader
 
 WITH_DATA, FIXED = "with data", "one fixed batch"
 RESIDENT, FOLDER = 1.03, 1.10
-SMALL = ("model=glow", "model.levels=2", "model.steps=2", "model.hidden=64", *OPTIMIZER)
+WORKERS = 2  # that read the folder
 SLICE = 1.0  # seconds a round: long, so that what workers have ready when it begins does not count
 IMAGES, SIDE = 512, 48  # of the folder
 
 
 def rows(session: Session) -> Iterator[Row]:
-    flip = ("dataset.flip=true", "dataset.shift=2")
-    yield _row(session, "digits, on the device", ("dataset=digits", *SMALL), RESIDENT)
-    yield _row(session, "32×32 images, on the device, augmented", ("dataset=synthetic", *flip, *SMALL), RESIDENT)
+    digits = data.Digits()
+    yield _row(session, "digits, on the device", digits, partial(flows.logit, grey_levels=digits.levels), RESIDENT)
+    center = partial(flows.center, grey_levels=256)
+    images = data.Synthetic(flip=True, shift=2)
+    yield _row(session, "32×32 images, on the device, augmented", images, center, RESIDENT)
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder), 80 if session.smoke else IMAGES)
-        what = ("dataset=image_folder", f"dataset.path={folder}", "dataset.image_size=32", *SMALL)
-        yield _row(session, f"folder of {SIDE}×{SIDE} PNGs as 32×32 images, streamed", what, FOLDER)
+        images = data.ImageFolder(path=folder, image_size=32)
+        yield _row(session, f"folder of {SIDE}×{SIDE} PNGs as 32×32 images, streamed", images, center, FOLDER)
 
 
-def _row(session: Session, name: str, overrides: tuple[str, ...], target: float) -> Row:
-    sizes = ("batch_size=8", "model.steps=1", "model.hidden=8") if session.smoke else ("batch_size=64",)
-    cfg = compose("train", [*overrides, *sizes, f"seed={session.seed}"])
-    data = build(cfg.dataset, on_bad=cfg.on_bad)
-    loader = Loader(
-        data.split("train"), cfg.batch_size, cfg.seed, data.augment, session.device, workers=cfg.trainer.workers
-    )
+def _row(session: Session, name: str, dataset: data.Dataset, preprocess, target: float) -> Row:
+    batch, steps, hidden = (8, 1, 8) if session.smoke else (64, 2, 64)
+    loader = data.Loader(dataset.split("train"), batch, session.seed, dataset.augment, session.device, workers=WORKERS)
     batches = loader.batches()
     fixed = next(batches)
-    flow = build_flow(cfg, session.device)
+    torch.manual_seed(session.seed)
+    flow = flows.glow(dataset.shape, levels=2, steps=steps, hidden=hidden, preprocess=preprocess).to(session.device)
     flow.initialize(*fixed)
     flow.train()
-    optimizer = build(cfg.optimizer)(flow.parameters())
+    optimizer = ours.optimizer(flow.parameters())
 
     def step(x: torch.Tensor, context: torch.Tensor | None) -> None:
         optimizer.zero_grad(set_to_none=True)

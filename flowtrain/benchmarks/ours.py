@@ -1,4 +1,4 @@
-"""The flows that are measured, composed from conf/ as ``flowtrain train`` composes them, and their bare networks.
+"""The flows that are measured, and their bare networks.
 
 What a peer lacks or does in a way of its own is left out on all sides: preprocessing, norms between autoregressive
 layers, a spline for the half that is seen, Glow's learned priors and the actnorms inside its networks.
@@ -7,22 +7,22 @@ layers, a spline for the half that is seen, Glow's learned priors and the actnor
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections import Autoregressive, Coupling
-from flowtrain.config.build import build, build_flow
-from flowtrain.config.compose import compose
-from flowtrain.engine.audit import unsettle
+from flowtrain import flows
+from flowtrain.bijections import Autoregressive, Coupling, RationalQuadratic, Reverse
+from flowtrain.engine.audit import perturb
 from flowtrain.flow import Flow
 
-# that of all variants, fused as the trainer has it; hardly learning, so that weights stay put
-OPTIMIZER = ("optimizer=adam", "optimizer.lr=1e-6", "+optimizer.fused=true")
-VECTOR = ("dataset=miniboone", "model.flow.bijection.layers.preprocess=null", *OPTIMIZER)
-IMAGE = ("dataset=synthetic", "model=glow", "model.dropout=0", *OPTIMIZER)
 BINS = 8
+SPLINE = partial(RationalQuadratic, bins=BINS)
+
+# that of all variants; it hardly learns, so that weights stay put
+optimizer = partial(torch.optim.Adam, lr=1e-6, fused=True)
 
 
 class Encoded(nn.Module):
@@ -42,88 +42,41 @@ class Encoded(nn.Module):
         return self.flow.bijection.inverse(z)[0]
 
 
-def maf(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
-    """Autoregressive affine layers, each of a network of two hidden layers, the order turned after each."""
-    return (
-        "model=maf",
-        *VECTOR,
-        f"dataset.shape=[{dimensions}]",
-        f"model.steps={steps}",
-        f"model.hidden={hidden}",
-        "model.depth=2",
-        "model.step.layers.norm=null",
+def maf(dimensions: int, hidden: int, steps: int) -> Flow:
+    """Autoregressive affine layers, each with a network of two hidden layers, the order reversed after each."""
+    return flows.maf((dimensions,), steps=steps, hidden=hidden, norm=None)
+
+
+def nsf_autoregressive(dimensions: int, hidden: int, steps: int) -> Flow:
+    """Autoregressive splines with networks of two residual blocks, the order reversed before each and at the end."""
+    return flows.nsf_autoregressive((dimensions,), steps=steps, hidden=hidden, univariate=SPLINE, mixing=Reverse)
+
+
+def nsf_coupling(dimensions: int, hidden: int, steps: int) -> Flow:
+    """Couplings of splines on even and odd dimensions in turn, with networks of two residual blocks."""
+    return flows.nsf_coupling(
+        (dimensions,), pairs=steps // 2, hidden=hidden, univariate=SPLINE, unconditional=False, mixing=None
     )
 
 
-def nsf_autoregressive(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
-    """Autoregressive splines of networks of two residual blocks, the order turned before each and at the end."""
-    return (
-        "model=nsf_autoregressive",
-        "mixing=reverse",
-        *VECTOR,
-        f"dataset.shape=[{dimensions}]",
-        f"model.steps={steps}",
-        f"model.hidden={hidden}",
-        "model.blocks=2",
-        f"univariate.bins={BINS}",
-    )
-
-
-def nsf_coupling(dimensions: int, hidden: int, steps: int) -> tuple[str, ...]:
-    """Couplings of splines on even and odd dimensions in turn, of networks of two residual blocks."""
-    return (
-        "model=nsf_coupling",
-        *VECTOR,
-        f"dataset.shape=[{dimensions}]",
-        f"model.pairs={steps // 2}",
-        f"model.hidden={hidden}",
-        "model.blocks=2",
-        f"univariate.bins={BINS}",
-        "model.even.unconditional=null",
-        "model.odd.unconditional=null",
-        "model.pair.layers.mixing_even=null",
-        "model.pair.layers.mixing_odd=null",
-        "model.flow.bijection.layers.mixing=null",
-    )
-
-
-def glow(side: int, hidden: int, levels: int, steps: int) -> tuple[str, ...]:
+def glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
     """Actnorm, 1×1 convolution and affine coupling of plain convolutions, on real numbers."""
-    return (
-        *IMAGE,
-        f"dataset.image_size={side}",
-        f"model.levels={levels}",
-        f"model.steps={steps}",
-        f"model.hidden={hidden}",
-        "model.net.norm=null",
-        "model.exit=null",
-        "model.last.layers.top=null",
-        "model.flow.bijection.layers.preprocess=null",
-    )
+    sizes = {"levels": levels, "steps": steps, "hidden": hidden}
+    return flows.glow((3, side, side), **sizes, dropout=0.0, net_actnorm=False, learned_prior=False)
 
 
-def shipped_glow(side: int, hidden: int, levels: int, steps: int) -> tuple[str, ...]:
-    """Glow as conf/ has it: with dequantization, learned priors and actnorms inside its networks."""
-    return (
-        *IMAGE,
-        f"dataset.image_size={side}",
-        f"model.levels={levels}",
-        f"model.steps={steps}",
-        f"model.hidden={hidden}",
-    )
+def whole_glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
+    """Glow of 256 grey levels: with dequantization, learned priors and actnorms inside its networks."""
+    sizes = {"levels": levels, "steps": steps, "hidden": hidden}
+    return flows.glow((3, side, side), **sizes, dropout=0.0, preprocess=partial(flows.center, grey_levels=256))
 
 
-def started(overrides: tuple[str, ...], x: Tensor, seed: int) -> Flow:
-    """The flow of a configuration, its weights moved off their neutral start and its norms started from ``x``."""
-    flow = build_flow(compose("train", [*overrides, f"seed={seed}"]), x.device)
-    with torch.no_grad():
-        unsettle(flow, x)
+def started(make: Callable[[], Flow], x: Tensor, seed: int) -> Flow:
+    """The flow that ``make`` builds, its weights moved off their neutral start and its norms started from ``x``."""
+    torch.manual_seed(seed)
+    flow = make().to(x.device)
+    perturb(flow, x)
     return flow
-
-
-def optimizer() -> Callable[..., torch.optim.Optimizer]:
-    """What makes the optimizer of every variant from its parameters."""
-    return build(compose("train", list(OPTIMIZER)).optimizer)
 
 
 def networks(flow: Flow) -> list[nn.Module]:

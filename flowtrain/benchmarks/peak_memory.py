@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.session import BARE, OURS, Row, Session, row
 from flowtrain.benchmarks.training_steps import GLOW, IMAGES, SMOKE_GLOW, SMOKE_IMAGES, glow_peers, step
-from flowtrain.bijections.memory import MEMORIES
+from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.engine.peak import peak_bytes
 from flowtrain.flow import Flow
 
@@ -28,11 +29,11 @@ def rows(session: Session) -> Iterator[Row]:
 def _to_bare(session: Session) -> Iterator[Row]:
     sizes = SMOKE_GLOW if session.smoke else GLOW
     x = torch.randn(SMOKE_IMAGES if session.smoke else IMAGES, 3, sizes[0], sizes[0]).to(session.device)
-    flow = ours.started(ours.glow(*sizes), x, session.seed)
+    flow = ours.started(partial(ours.glow, *sizes), x, session.seed)
     modules = {OURS: flow, BARE: ours.bare_glow(*sizes), **glow_peers(session, sizes, x)}
     work = f"peak memory of a Glow training step, {sizes[0]}×{sizes[0]}"
     session.count(work, modules)
-    make = ours.optimizer()
+    make = ours.optimizer
     peaks = {name: _peak(step(module, make, x), session) for name, module in modules.items()}
     for name in peaks:
         if name != BARE:
@@ -42,17 +43,17 @@ def _to_bare(session: Session) -> Iterator[Row]:
 def _by_depth(session: Session) -> Iterator[Row]:
     side, hidden, shallow, deep, batch = (8, 8, 1, 4, 4) if session.smoke else (32, 128, SHALLOW, DEEP, BATCH)
     x = torch.randn(batch, 3, side, side).to(session.device)
-    make = ours.optimizer()
+    make = ours.optimizer
     flows, steps, peaks = {}, {}, {}
     for count in (shallow, deep):
-        plain = ours.started(ours.glow(side, hidden, 1, count), x, session.seed)
-        for memory in MEMORIES:
+        plain = ours.started(partial(ours.glow, side, hidden, 1, count), x, session.seed)
+        for memory in MEMORY_MODES:
             flow = copy.deepcopy(plain).train()
-            flow.keep(MEMORIES[memory]())
+            flow.set_backpropagation(MEMORY_MODES[memory]())
             flows[memory], steps[memory] = flow, step(flow, make, x)
             peaks[_named(memory, count)] = _peak(steps[memory], session)
     work = f"peak memory of {deep} Glow steps to {shallow}"
-    for memory in MEMORIES:
+    for memory in MEMORY_MODES:
         names = _named(memory, deep), _named(memory, shallow)
         yield _of(work, peaks, *names, TO_SHALLOW if memory in SAVING else None)
 

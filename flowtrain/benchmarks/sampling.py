@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def _autoregressive(session: Session, work: str, name: str, sizes, targets, pass
         batch = 8 if session.smoke else BATCH
         what = f"{name} sampling, {batch} of D = {full[0]}"
         x = torch.randn(batch, full[0]).to(session.device)
-        flow = ours.started(getattr(ours, work)(*full), x, session.seed)
+        flow = ours.started(partial(getattr(ours, work), *full), x, session.seed)
         peers = vector_peers(session, work, flow, full, x)
         drawn = peers if dimensions == smallest else {name: peer for name, peer in peers.items() if name == "nflows"}
         session.count(what, {OURS: flow, **drawn})
@@ -56,7 +57,7 @@ def _glow(session: Session) -> Iterator[Row]:
     sizes = (8, 8, 2, 1) if session.smoke else (32, 128, 3, 8)
     count = 4 if session.smoke else IMAGES
     x = torch.randint(0, 256, (count, 3, sizes[0], sizes[0]), dtype=torch.uint8).to(session.device)
-    flow = ours.started(ours.shipped_glow(*sizes), x, session.seed)
+    flow = ours.started(partial(ours.whole_glow, *sizes), x, session.seed)
     what = f"Glow sampling, {count} images of {sizes[0]}×{sizes[0]}"
     session.count(what, {OURS: flow})
     with torch.no_grad():

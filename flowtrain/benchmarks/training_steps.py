@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ VECTORS = [
 BATCH, SMOKE_BATCH = 512, 8
 GLOW, SMOKE_GLOW = (32, 128, 3, 8), (8, 8, 2, 1)  # side, hidden, levels, steps
 IMAGES, SMOKE_IMAGES = 16, 4
-WHOLE = "flowtrain, with what conf/ adds"  # dequantization, learned priors, actnorms inside the networks
+WHOLE = "flowtrain, the whole Glow"  # dequantization, learned priors, actnorms inside the networks
 GLOW_TARGETS = {OURS: 1.10, COMPILED: 0.95}
 
 
@@ -35,7 +36,7 @@ def rows(session: Session) -> Iterator[Row]:
 
 
 def _vector(session: Session, work: str, name: str, sizes, x: Tensor, targets) -> Iterator[Row]:
-    flow = ours.started(getattr(ours, work)(*sizes), x, session.seed)
+    flow = ours.started(partial(getattr(ours, work), *sizes), x, session.seed)
     bare = getattr(ours, f"bare_{work}")(*sizes)
     modules = {OURS: flow, BARE: bare, **vector_peers(session, work, flow, sizes, x)}
     yield from _steps(session, name, modules, x, targets)
@@ -60,10 +61,10 @@ def vector_peers(session: Session, work: str, flow: nn.Module, sizes, x: Tensor)
 def _glow(session: Session) -> Iterator[Row]:
     sizes = SMOKE_GLOW if session.smoke else GLOW
     x = torch.randn(SMOKE_IMAGES if session.smoke else IMAGES, 3, sizes[0], sizes[0]).to(session.device)
-    flow = ours.started(ours.glow(*sizes), x, session.seed)
+    flow = ours.started(partial(ours.glow, *sizes), x, session.seed)
     modules = {OURS: flow, BARE: ours.bare_glow(*sizes), **glow_peers(session, sizes, x)}
     images = torch.randint(0, 256, x.shape, dtype=torch.uint8).to(x.device)
-    whole = step(ours.started(ours.shipped_glow(*sizes), images, session.seed), ours.optimizer(), images)
+    whole = step(ours.started(partial(ours.whole_glow, *sizes), images, session.seed), ours.optimizer, images)
     name = f"Glow training step, {sizes[0]}×{sizes[0]}"
     yield from _steps(session, name, modules, x, GLOW_TARGETS, {WHOLE: whole})
 
@@ -72,7 +73,7 @@ def glow_peers(session: Session, sizes, x: Tensor) -> dict[str, nn.Module]:
     """The peers' Glows, started from ``x``; they and ours found exact first, on small images for their Jacobian."""
     small = (8, 8, 2, 2)  # side, hidden, levels, steps
     few = torch.randn(8, 3, 8, 8).to(x.device)
-    session.check_flow(f"glow, {OURS}", ours.Encoded(ours.started(ours.glow(*small), few, session.seed)), few)
+    session.check_flow(f"glow, {OURS}", ours.Encoded(ours.started(partial(ours.glow, *small), few, session.seed)), few)
     found = {}
     for peer, build_peer in session.peers_with("glow").items():
         judged = build_peer(*small).to(x.device)
@@ -86,7 +87,7 @@ def glow_peers(session: Session, sizes, x: Tensor) -> dict[str, nn.Module]:
 def _steps(session: Session, name: str, modules: dict[str, nn.Module], x: Tensor, targets, more=None) -> Iterator[Row]:
     """Rows of the training steps of ``modules``, and of ``more`` steps, to bare networks."""
     session.count(name, modules)
-    make = ours.optimizer()
+    make = ours.optimizer
     variants = {variant: step(module, make, x) for variant, module in modules.items()} | (more or {})
     if session.compiled and COMPILED in targets:
         variants[COMPILED] = _compiled(session, name, modules[OURS], make, x)

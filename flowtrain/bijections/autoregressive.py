@@ -1,28 +1,44 @@
-"""Autoregressive maps: each element is mapped with parameters that the elements before it set."""
+"""Autoregressive flows: each element is mapped with parameters computed from the elements before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flowtrain.bijections.bijection import Bijection, Inverse, full_precision, sum_event
+from flowtrain.bijections.bijection import Bijection, full_precision, sum_event, walk
 from flowtrain.bijections.univariate import Univariate
 
 
 class Autoregressive(Bijection):
-    """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector (Papamakarios et al. 2017, section 3.1).
+    """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector: MAF with an affine τ (Papamakarios et al. 2017, section 3.1).
 
-    ``net`` is built as ``net(shape=…, out=parameters per element, context_shape=…)``. It gives the parameters of all
-    elements at once, ``(B, D, out)``, and in steps: ``memory = begin(z, context)``, then ``step(x, memory)`` takes the
-    elements found last, (B, n), at first none, (B, 0), and gives the parameters of the next ones, (B, m, out), mostly
-    of one. The inverse goes through the elements once, each step at the cost of its own elements.
+    ``forward`` takes one pass of the network. ``inverse`` goes through the elements once, in steps that reuse the
+    network's activations in a cache, so that each step costs as much as its own elements.
 
-    ``order`` says which element comes first: "sequential", "reversed" or "random", drawn when the layer is built.
+    Args:
+        shape: of one event, (D,).
+        univariate: factory of τ, without weights of its own.
+        net: factory ``net(shape=…, out=parameters per element, context_shape=…)`` of the conditioner. Called as
+            ``net(x, context)`` it returns the parameters of all elements, (B, D, out), row i a function of the elements
+            before i. In steps: ``cache = net.init_cache(x, context)``, for a batch like x; then ``net.step(x, cache)``
+            takes the newest elements, (B, n), at first none, (B, 0), and returns the parameters of the next m ones,
+            (B, m, out).
+        order: of the elements: "sequential", "reversed", or "random", drawn by the constructor.
+        context_shape: of a context that the conditioner reads too, or None.
+
+    Raises:
+        ValueError: not a vector, an unknown ``order``, or a ``univariate`` with weights.
+
+    >>> from flowtrain import bijections as b, nets
+    >>> maf = b.Autoregressive((4,), b.ExpAffine, nets.MADE, order="reversed")
+    >>> maf.inverse(torch.randn(5, 4))[0].shape
+    torch.Size([5, 4])
     """
 
-    reversible = False
+    order: Tensor
+    back: Tensor
 
     def __init__(
         self,
@@ -45,56 +61,50 @@ class Autoregressive(Bijection):
         self.sequential = order == "sequential"
         if not self.sequential:
             (n,) = self.shape
-            drawn = torch.arange(n, device="cpu").flip(0) if order == "reversed" else torch.randperm(n, device="cpu")
-            self.register_buffer("order", drawn)  # the element that comes first, second, …
-            self.register_buffer("back", drawn.argsort())
+            elements = torch.arange(n, device="cpu").flip(0) if order == "reversed" else torch.randperm(n, device="cpu")
+            self.register_buffer("order", elements)  # the element that comes first, second, …
+            self.register_buffer("back", elements.argsort())
 
     def forward(self, x, context=None):
-        x = self._ordered(x)
+        x = self._sort(x)
         theta = self.net(x, context).to(x.dtype)
         with full_precision(x):
             z, log_derivative = self.univariate(x, theta)
-            return self._back(z), sum_event(log_derivative)
+            return self._unsort(z), sum_event(log_derivative)
 
     def inverse(self, z, context=None):
-        z = self._ordered(z)
-        memory = self.net.begin(z, context)
-        rows = z.T.contiguous()  # one for each element: columns of a matrix lie scattered in memory
-        found, elements, log_derivatives = 0, [z[:, :0]], []
-        while found < len(rows):
-            theta = self.net.step(elements[-1], memory).to(z.dtype)
-            start, found = found, found + theta.shape[1]
+        z = self._sort(z)
+        cache = self.net.init_cache(z, context)
+        rows = z.T.contiguous()  # one for each element: the columns of a matrix are scattered in memory
+        end, elements, log_derivatives = 0, [z[:, :0]], []
+        while end < len(rows):
+            theta = self.net.step(elements[-1], cache).to(z.dtype)
+            start, end = end, end + theta.shape[1]
             with full_precision(z):
-                element, log_derivative = self.univariate.inverse(rows[start:found].T, theta)
+                element, log_derivative = self.univariate.inverse(rows[start:end].T, theta)
             elements.append(element)
             log_derivatives.append(log_derivative)
-        return self._back(_side_by_side(elements)), _side_by_side(log_derivatives).sum(1)
+        return self._unsort(_concatenate(elements)), _concatenate(log_derivatives).sum(1)
 
-    def _ordered(self, x):
+    def _sort(self, x):
         return x if self.sequential else x.index_select(1, self.order)
 
-    def _back(self, z):
+    def _unsort(self, z):
         return z if self.sequential else z.index_select(1, self.back)
 
 
-def _side_by_side(columns: list[torch.Tensor]) -> torch.Tensor:
+def _concatenate(columns: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([column.T for column in columns]).T.contiguous()  # in rows first, as above
 
 
-def sequential_layers(module: nn.Module, inverted: bool = False) -> Iterator[Autoregressive]:
-    """The autoregressive layers in ``module`` whose ``forward`` goes through the elements one by one: those under an
-    odd number of ``Inverse``."""
-    if isinstance(module, Autoregressive):
-        if inverted:
-            yield module
-        return
-    for child in module.children():
-        yield from sequential_layers(child, inverted != isinstance(module, Inverse))
+def sequential_layers(bijection: Bijection) -> list[Autoregressive]:
+    """The autoregressive layers that ``bijection.forward`` runs backwards, so that it takes one element at a time."""
+    return [layer for layer, inverted in walk(bijection) if inverted and isinstance(layer, Autoregressive)]
 
 
-def cost_of_likelihood(module: nn.Module) -> str | None:
-    """What ``train`` says of a flow whose likelihood takes as many steps as elements, such as IAF; or None."""
-    if not (found := list(sequential_layers(module))):
+def cost_of_likelihood(bijection: Bijection) -> str | None:
+    """What ``train`` says of a flow whose likelihood takes as many steps as elements, such as IAF's; or None."""
+    if not (found := sequential_layers(bijection)):
         return None
     steps, layers = max(layer.shape[0] for layer in found), f"{len(found)} layer{'s' * (len(found) > 1)}"
     return (

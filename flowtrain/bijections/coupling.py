@@ -12,26 +12,33 @@ from flowtrain.bijections.univariate import Univariate, per_element
 
 
 class Partition(nn.Module):
-    """Splits an event into a conditioning part and a transformed part."""
+    """Splits an event into a conditioning part and a transformed part, of the shapes given by its two attributes."""
 
-    conditioning_shape: tuple
-    transformed_shape: tuple
+    conditioning_shape: tuple[int, ...]
+    transformed_shape: tuple[int, ...]
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> (conditioning part, transformed part)."""
+        """x (B, *shape) -> conditioning part (B, *conditioning_shape), transformed part (B, *transformed_shape)."""
         raise NotImplementedError
 
     def merge(self, conditioning: Tensor, transformed: Tensor) -> Tensor:
         """The inverse of :meth:`split`."""
         raise NotImplementedError
 
-    def count(self, log_derivative: Tensor) -> Tensor:
+    def log_det(self, log_derivative: Tensor) -> Tensor:
         """The log-determinant (B,) from the log-derivatives of the transformed part."""
         return sum_event(log_derivative)
 
 
 class Halves(Partition):
-    """Halves of the channels: the first conditions and the second is transformed; ``swap`` exchanges them."""
+    """Halves of the channels: the first conditions, the second is transformed; ``swap`` exchanges them.
+
+    Raises:
+        ValueError: fewer than 2 channels.
+
+    >>> [part.shape for part in Halves((4, 8, 8)).split(torch.randn(5, 4, 8, 8))]
+    [torch.Size([5, 2, 8, 8]), torch.Size([5, 2, 8, 8])]
+    """
 
     def __init__(self, shape, swap: bool = False):
         super().__init__()
@@ -51,7 +58,15 @@ class Halves(Partition):
 
 
 class Alternate(Partition):
-    """Transforms every second channel (of a vector: dimension), from number ``first`` on (NICE's partition)."""
+    """Every second channel, or dimension of a vector, is transformed, from number ``first`` on: NICE's partition (Dinh
+    et al. 2015, section 5.1).
+
+    Raises:
+        ValueError: fewer than 2 channels, or ``first`` not 0 or 1.
+
+    >>> Alternate((4,)).split(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
+    (tensor([[1., 3.]]), tensor([[0., 2.]]))
+    """
 
     def __init__(self, shape, first: int = 0):
         super().__init__()
@@ -76,11 +91,20 @@ class Alternate(Partition):
 
 
 class Checkerboard(Partition):
-    """Pixels of one colour of a checkerboard condition, those of the other are transformed (Dinh et al. 2017, 3.4).
+    """One colour of a checkerboard of pixels conditions, the other is transformed (Dinh et al. 2017, section 3.4).
 
-    The conditioner works on the whole image with the transformed pixels set to 0. ``colour`` 0 transforms the pixels
-    whose row and column sum to an odd number, so the top-left pixel conditions first, as in the reference code.
+    The conditioning part is the whole image with the transformed pixels set to 0. ``colour`` 0 transforms the pixels
+    whose row and column sum to an odd number, so that the top-left pixel conditions, as in the reference code.
+
+    Raises:
+        ValueError: not an image, or ``colour`` not 0 or 1.
+
+    >>> Checkerboard((1, 2, 2)).split(torch.ones(1, 1, 2, 2))[0]
+    tensor([[[[1., 0.],
+              [0., 1.]]]])
     """
+
+    transforms: Tensor
 
     def __init__(self, shape, colour: int = 0):
         super().__init__()
@@ -99,23 +123,33 @@ class Checkerboard(Partition):
     def merge(self, conditioning, transformed):
         return torch.where(self.transforms, transformed, conditioning)
 
-    def count(self, log_derivative):
+    def log_det(self, log_derivative):
         return sum_event(log_derivative.masked_fill(~self.transforms, 0))
 
 
 class Coupling(Bijection):
-    """Maps one part of an event with parameters that a network computes from the other (Dinh et al. 2015, 2017).
-
-    With x = (a, b) split by ``partition``, z = (a, τ(b; net(a))), where a is the conditioning part.
+    """z = (a, τ(b; net(a))) for x split into a conditioning part a and a transformed part b (Dinh et al. 2015, section
+    3.2; Dinh et al. 2017, eq. 4 and 5).
 
     Args:
+        shape: of one event.
         univariate: factory of τ, called with the transformed part's shape.
         net: factory ``net(shape=…, out=…, context_shape=…)`` of the conditioner: (B, *conditioning_shape) to
             (B, out, …).
-        partition: factory of the split.
-        unconditional: factory of a bijection that maps the conditioning part too, after the conditioner has read it
-            (Durkan et al. 2019, appendix B.1); None leaves it as it is.
+        partition: factory of the split, called with ``shape``.
+        unconditional: factory of a bijection that maps a too, after the conditioner has read it (Durkan et al. 2019,
+            appendix B.1); None leaves a as it is.
+        context_shape: of a context that the conditioner reads too, or None.
+
+    Raises:
+        ValueError: an ``unconditional`` where the parts overlap, as on a checkerboard, or what a factory refuses.
+
+    >>> from flowtrain import bijections as b, nets
+    >>> b.Coupling((4,), b.RationalQuadratic, nets.MLP)(torch.randn(5, 4))[0].shape
+    torch.Size([5, 4])
     """
+
+    reversible = True  # if ``unconditional`` is
 
     def __init__(
         self,
@@ -142,6 +176,7 @@ class Coupling(Bijection):
         self.unconditional = unconditional and unconditional(
             shape=self.partition.conditioning_shape, context_shape=context_shape
         )
+        self.reversible = type(self).reversible and (self.unconditional is None or self.unconditional.reversible)
 
     def forward(self, x, context=None):
         conditioning, transformed = self.partition.split(x)
@@ -159,23 +194,23 @@ class Coupling(Bijection):
         transformed, log_det = self._map(self.univariate.inverse, transformed, self._theta(conditioning, context))
         return self.partition.merge(conditioning, transformed), log_det + unconditional_log_det
 
-    def clues(self, x):
+    def exact_inputs(self, x):
         conditioning, transformed = self.partition.split(x)
         return (conditioning,) if self.univariate.smooth else (conditioning, transformed)
 
-    def retrace(self, z, context=None, mend=lambda clue: clue):
+    def recompute(self, z, context=None, restore=lambda part: part):
         """With one evaluation of the network."""
         with torch.no_grad():
             conditioning, transformed = self.partition.split(z)
             if self.unconditional is not None:
                 conditioning, _ = self.unconditional.inverse(conditioning, context)
-            leaf = self.partition.merge(mend(conditioning), torch.zeros_like(transformed))
+            leaf = self.partition.merge(restore(conditioning), torch.zeros_like(transformed))
         conditioning, unknown = self.partition.split(leaf.requires_grad_())
         theta = self._theta(conditioning, context)
         with torch.no_grad():
-            transformed = mend(self._map(self.univariate.inverse, transformed, theta)[0])
+            transformed = restore(self._map(self.univariate.inverse, transformed, theta)[0])
             x = self.partition.merge(conditioning, transformed)
-            known = self.partition.split(x)[1] - unknown  # the transformed part, found after the network has run
+            known = self.partition.split(x)[1] - unknown  # the transformed part, computed after the network has run
         transformed, log_det = self._map(self.univariate, unknown + known, theta)
         if self.unconditional is not None:
             conditioning, unconditional_log_det = self.unconditional(conditioning, context)
@@ -188,4 +223,4 @@ class Coupling(Bijection):
     def _map(self, univariate, transformed, theta):
         with full_precision(transformed):
             transformed, log_derivative = univariate(transformed, theta)
-            return transformed, self.partition.count(log_derivative)
+            return transformed, self.partition.log_det(log_derivative)

@@ -1,6 +1,6 @@
-"""Linear maps of the channels, the same at every pixel: invertible 1×1 convolutions, linear layers, permutations.
+"""Linear maps of the channels, the same at every pixel: invertible 1×1 convolutions and permutations.
 
-On a vector they act on its dimensions.
+On vectors they are linear layers: the dimensions are the channels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import constant_log_det, full_precision, zero_log_det
-from flowtrain.bijections.channels import ChannelAffine, inverse, mix_exactly, mixer
+from flowtrain.bijections.channels import ChannelAffine, inverse_matrix, mix_exactly, mixer
 
 
 def start_matrix(kind: str, n: int) -> Tensor:
@@ -25,24 +25,25 @@ def start_matrix(kind: str, n: int) -> Tensor:
     return q
 
 
-def whitening(x: Tensor) -> Tensor:
-    """The matrix that makes the channels of ``x`` uncorrelated, of variance 1, the most varying first; float64."""
+def whitening_matrix(x: Tensor) -> Tensor:
+    """The matrix that makes the channels of ``x`` (B, C, …) uncorrelated with variance 1, sorted by their variance
+    before; (C, C), float64."""
     rows = x.movedim(1, -1).flatten(0, -2).double()
     channels = x.shape[1]
     covariance = torch.cov(rows.T, correction=0).reshape(channels, channels)
-    # fewer rows than channels leave directions without variance: shrink towards equal variances, hardly with many rows
-    doubt = min(1.0, (channels / len(rows)) ** 2)
+    # with fewer rows than channels some directions have no variance: shrink towards equal ones, less with more rows
+    shrinkage = min(1.0, (channels / len(rows)) ** 2)
     even = covariance.diagonal().mean() * torch.eye(channels, dtype=covariance.dtype, device=x.device)
-    variance, axes = torch.linalg.eigh(covariance.lerp(even, doubt))
+    variance, axes = torch.linalg.eigh(covariance.lerp(even, shrinkage))
     variance, axes = variance.flip(0), axes.flip(1)
     return variance.clamp(min=1e-6 * variance[0]).rsqrt()[:, None] * axes.T
 
 
 class _Linear(ChannelAffine):
-    """z = Wx for every pixel. ``start`` says what W is at first: a random rotation, a permutation, the identity, or
-    ``whitening``, computed from data by :meth:`flowtrain.flow.Flow.initialize`."""
+    """z = Wx for every pixel; the log-determinant is pixels · log|det W|."""
 
-    joins = True
+    fusible = reversible = True
+    started: Tensor
 
     def __init__(self, shape, start: str = "rotation", context_shape=None):
         super().__init__(shape, context_shape)
@@ -50,18 +51,19 @@ class _Linear(ChannelAffine):
             raise ValueError(f"start='{start}' must be rotation, permutation, identity or whitening")
         self.register_buffer("started", torch.tensor(start != "whitening"))
         self.allocate()
-        if not next(self.parameters()).is_meta:  # a flow built to be looked at has no numbers
+        if not next(self.parameters()).is_meta:  # without numbers
             self.set_weight(start_matrix(start, self.channels))
 
     def allocate(self) -> None:
-        """Make the parameters."""
+        """Create the parameters."""
         raise NotImplementedError
 
     def set_weight(self, matrix: Tensor) -> None:
-        """Make W ``matrix``, float64."""
+        """Set W to ``matrix``, float64."""
         raise NotImplementedError
 
     def weight(self) -> Tensor:
+        """W (C, C)."""
         raise NotImplementedError
 
     def affine(self, like):
@@ -69,11 +71,12 @@ class _Linear(ChannelAffine):
 
     def weight_inverse(self) -> Tensor:
         """W⁻¹ in float64."""
-        return inverse(self.weight())
+        return inverse_matrix(self.weight())
 
     @torch.no_grad()
     def start(self, x: Tensor, inverse: bool = False) -> None:
-        matrix = whitening(x)
+        """Set W to whiten a batch, which is the input of ``forward``, or of ``inverse``."""
+        matrix = whitening_matrix(x)
         self.set_weight(torch.linalg.inv(matrix) if inverse else matrix)
         self.started.fill_(True)
 
@@ -87,7 +90,22 @@ class _Linear(ChannelAffine):
 
 
 class DenseLinear(_Linear):
-    """W itself is the parameter, its determinant from a float64 LU each time (Kingma & Dhariwal 2018, section 3.2)."""
+    """z = Wx for every pixel, W a parameter: Glow's 1×1 convolution (Kingma & Dhariwal 2018, eq. 9).
+
+    log|det W| comes from an LU decomposition in float64, each time.
+
+    Args:
+        shape: of one event, (C, …).
+        start: W at the start: a random "rotation", a "permutation", the "identity", or "whitening", computed from data
+            by :meth:`flowtrain.flow.Flow.initialize`.
+        context_shape: not used.
+
+    Raises:
+        ValueError: an unknown ``start``.
+
+    >>> DenseLinear((3, 8, 8))(torch.randn(5, 3, 8, 8))[0].shape
+    torch.Size([5, 3, 8, 8])
+    """
 
     def allocate(self):
         self.matrix = nn.Parameter(torch.empty(self.channels, self.channels))
@@ -104,12 +122,26 @@ class DenseLinear(_Linear):
 
 
 class LULinear(_Linear):
-    """W = P·L·U with P and the signs of U's diagonal fixed (Kingma & Dhariwal 2018, eq. 10).
+    """z = Wx for every pixel, W = P·L·U with P and the signs of U's diagonal fixed (Kingma & Dhariwal 2018, eq. 10).
 
-    One matrix holds the parameters, as many as W has: L below its diagonal, U above, log|diag U| on it.
+    One matrix (C, C) holds the parameters: L below its diagonal, U above it, log|diag U| on it, with sum log|det W|.
+
+    Args:
+        shape: of one event, (C, …).
+        start: W at the start: a random "rotation", a "permutation", the "identity", or "whitening", computed from data
+            by :meth:`flowtrain.flow.Flow.initialize`.
+        context_shape: not used.
+
+    Raises:
+        ValueError: an unknown ``start``.
+
+    >>> LULinear((3, 8, 8))(torch.randn(5, 3, 8, 8))[0].shape
+    torch.Size([5, 3, 8, 8])
     """
 
-    joins = True
+    fusible = reversible = True
+    sign: Tensor
+    order: Tensor
 
     def allocate(self):
         self.lu = nn.Parameter(torch.empty(self.channels, self.channels))
@@ -135,8 +167,8 @@ class LULinear(_Linear):
     def log_abs_det(self):
         return self.lu.diagonal().sum()
 
-    # a vector meets the factors one by one, which spares the product of two matrices and the inverse of one; an image,
-    # with its many pixels, meets their product
+    # a vector is multiplied by one factor after the other, which needs no product and no inverse of matrices; an image,
+    # with its many pixels, is multiplied by their product
 
     def forward(self, x, context=None):
         if x.dim() > 2:
@@ -159,9 +191,23 @@ class LULinear(_Linear):
 
 
 class Permutation(ChannelAffine):
-    """z's channel i is x's channel ``order[i]``."""
+    """Channel i of z is channel ``order[i]`` of x.
 
-    joins = True
+    Args:
+        shape: of one event, (C, …).
+        order: C integers.
+        context_shape: not used.
+
+    Raises:
+        ValueError: an ``order`` that does not name each channel once.
+
+    >>> Permutation((3,), [2, 0, 1])(torch.tensor([[1.0, 2.0, 3.0]]))[0]
+    tensor([[3., 1., 2.]])
+    """
+
+    fusible = reversible = True
+    order: Tensor
+    back: Tensor
 
     def __init__(self, shape, order, context_shape=None):
         super().__init__(shape, context_shape)
@@ -180,7 +226,7 @@ class Permutation(ChannelAffine):
     def affine(self, like):
         return torch.eye(self.channels, device=like.device, dtype=like.dtype)[self.order], None
 
-    def before(self, weight, bias):
+    def then(self, weight, bias):
         return weight.index_select(1, self.back), bias
 
     def log_abs_det(self):
@@ -188,24 +234,38 @@ class Permutation(ChannelAffine):
 
 
 class Reverse(Permutation):
-    """The channels in reverse order."""
+    """The channels in reverse order.
+
+    >>> Reverse((3,))(torch.tensor([[1.0, 2.0, 3.0]]))[0]
+    tensor([[3., 2., 1.]])
+    """
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, range(shape[0] - 1, -1, -1), context_shape)
 
 
 class Shuffle(Permutation):
-    """The channels in a random order, drawn when the layer is built and kept with its state."""
+    """The channels in a random order, which is drawn by the constructor and saved in the state.
+
+    >>> Shuffle((3, 8, 8))(torch.randn(5, 3, 8, 8))[0].shape
+    torch.Size([5, 3, 8, 8])
+    """
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, torch.randperm(shape[0], device="cpu"), context_shape)
 
 
 class DiagonalFirst(Permutation):
-    """The channels of a squeezed image by position: both diagonal ones, then both others.
+    """The channels of a squeezed image by position in the 2×2 block: both diagonal ones first, then the other two.
 
     After it, the half of the channels that a multi-scale flow keeps is one colour of a checkerboard of the image
     before the squeeze (Dinh et al. 2017, section 3.6, and its reference code).
+
+    Raises:
+        ValueError: a number of channels that is no multiple of 4.
+
+    >>> DiagonalFirst((12, 4, 4))(torch.randn(5, 12, 4, 4))[0].shape
+    torch.Size([5, 12, 4, 4])
     """
 
     def __init__(self, shape, context_shape=None):

@@ -1,4 +1,4 @@
-"""Distribution functions of mixtures as univariate maps, on the scale of their logit."""
+"""Cumulative distribution functions of mixtures as univariate maps, followed by the logit."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ class _Components(NamedTuple):
 
 
 class _Mixture(Univariate):
-    """y = logit F(x), F the distribution function of a mixture; the classes below say of what.
+    """y = logit F(x), with F the distribution function of a mixture; subclasses define its components.
 
     θ holds the components' logits, means and log-scales. log F and log(1 − F) are each a log-sum-exp, so that y stays
-    exact where F rounds to 0 or 1. With θ = 0 the means spread over [−1, 1] (equal components would have equal
-    gradients and stay equal for ever), their common scale such that F has the variance of the standard logistic
-    distribution, whose logit is the identity. Log-scales stay within ``bound`` of that one.
+    accurate where F rounds to 0 or 1. With θ = 0 the means spread over [−1, 1] (equal components would have equal
+    gradients and stay equal), and the common scale gives F the variance of the standard logistic distribution, whose
+    logit is the identity. Log-scales stay within ``bound`` of that one.
     """
 
+    smooth = True
     variance: float  # of a component of scale 1
-    bisections, newton_steps = 24, 8  # enough for float64, and for weights, means and scales that no data ask for
+    bisections, newton_steps = 24, 8  # enough for float64, and for extreme weights, means and scales
+    means: Tensor
 
     def __init__(self, shape, components: int, bound: float = 7.0):
         super().__init__(shape)
@@ -50,7 +52,7 @@ class _Mixture(Univariate):
         raise NotImplementedError
 
     def log_density(self, z: Tensor, below: Tensor, above: Tensor) -> Tensor:
-        """The logarithm of Z's density; ``below`` and ``above`` are its log tails."""
+        """log p(z); ``below`` and ``above`` are the log tails at z."""
         raise NotImplementedError
 
     def quantile(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,7 @@ class _Mixture(Univariate):
         components = self._components(theta)
         with torch.no_grad():
             root = self._root(y, components)
-        # one more Newton step, which moves nothing: its gradient is that of the implicit function
+        # one more Newton step of length 0: its gradient is that of the implicit function
         value, log_derivative = self._map(root, components)
         step = (y - value) * _inverse_slope(log_derivative.detach())
         x = root + (step - step.detach())
@@ -77,7 +79,7 @@ class _Mixture(Univariate):
 
     def _map(self, x: Tensor, components: _Components) -> tuple[Tensor, Tensor]:
         z, tails = self._tails(x, components)
-        below, above = self._mixed(tails, components)
+        below, above = self._mix(tails, components)
         density = (components.log_weight + self.log_density(z, *tails) - components.log_scale).logsumexp(-1)
         return below - above, density - below - above
 
@@ -86,14 +88,15 @@ class _Mixture(Univariate):
         return z, self.log_tails(z)
 
     @staticmethod
-    def _mixed(tails, components: _Components) -> list[Tensor]:
+    def _mix(tails, components: _Components) -> list[Tensor]:
+        """The log tails of the mixture from those of its components."""
         return [(components.log_weight + tail).logsumexp(-1) for tail in tails]
 
     def _root(self, y: Tensor, components: _Components) -> Tensor:
         """x by a fixed number of bisections, then of Newton steps that stay inside the bracket.
 
-        At the greatest of the components' own quantiles each of them has the probability sought or more, so their
-        mixture has, and at the least each has no more.
+        The bracket: at the greatest of the components' quantiles every component, and so the mixture, has at least the
+        wanted probability; at the least of them it has at most that.
         """
         scale = components.log_scale.exp()
         low, high = self.quantile(y)
@@ -101,7 +104,7 @@ class _Mixture(Univariate):
         high = (components.mean + scale * high[..., None]).amax(-1)
         for _ in range(self.bisections):
             x = (low + high) / 2
-            below, above = self._mixed(self._tails(x, components)[1], components)
+            below, above = self._mix(self._tails(x, components)[1], components)
             short = below - above < y
             low, high = torch.where(short, x, low), torch.where(short, high, x)
         x = (low + high) / 2
@@ -119,9 +122,20 @@ def _inverse_slope(log_derivative: Tensor) -> Tensor:
 
 
 class MixtureLogistic(_Mixture):
-    """exp(s)·logit F(x) + t, F that of a mixture of logistic distributions (Ho et al. 2019, section 3.2).
+    """y = exp(s)·logit F(x) + t, F a mixture of logistic distributions: Flow++'s map (Ho et al. 2019, section 3.2).
 
-    θ ends with s and t; s stays within ``bound``. With θ = 0 and 8 components |y − x| < 0.04 for |x| < 3.
+    With θ = 0 and 8 components |y − x| < 0.04 for |x| < 3.
+
+    Args:
+        shape: of the elements.
+        components: of the mixture; 3·components + 2 parameters per element.
+        bound: of |s|, and of how far log-scales move from their start.
+
+    Raises:
+        ValueError: ``components`` below 1, or ``bound`` not above 0.
+
+    >>> MixtureLogistic((2,))(torch.zeros(1, 2), torch.zeros(1, 2, 26))[0].shape
+    torch.Size([1, 2])
     """
 
     variance = math.pi**2 / 3
@@ -131,16 +145,16 @@ class MixtureLogistic(_Mixture):
         self.params = 3 * components + 2
 
     def forward(self, x, theta):
-        theta, s, t = self._parts(theta)
+        theta, s, t = self._split(theta)
         y, log_derivative = super().forward(x, theta)
         return y * s.exp() + t, log_derivative + s
 
     def inverse(self, y, theta):
-        theta, s, t = self._parts(theta)
+        theta, s, t = self._split(theta)
         x, log_derivative = super().inverse((y - t) * (-s).exp(), theta)
         return x, log_derivative - s
 
-    def _parts(self, theta):
+    def _split(self, theta):
         mixture, s, t = theta.split([3 * self.components, 1, 1], -1)
         return mixture, self.bound * torch.tanh(s[..., 0] / self.bound), t[..., 0]
 
@@ -155,11 +169,22 @@ class MixtureLogistic(_Mixture):
 
 
 class MixtureNormal(_Mixture):
-    """logit F(x), F that of a mixture of normal distributions.
+    """y = logit F(x), F a mixture of normal distributions.
 
-    With a standard logistic base, whose distribution function undoes the logit, log p(x) is the log-density of the
-    mixture: an autoregressive layer of it is MADE with mixture-of-Gaussians conditionals (Papamakarios et al. 2017,
-    section 4). With θ = 0 and 10 components |y − x| < 0.15 for |x| < 3.
+    With a standard logistic base distribution, whose distribution function is the inverse of the logit, log p(x) is the
+    log-density of the mixture. So an autoregressive layer of this map is MADE with mixture-of-Gaussians conditionals
+    (Papamakarios et al. 2017, section 4). With θ = 0 and 10 components |y − x| < 0.15 for |x| < 3.
+
+    Args:
+        shape: of the elements.
+        components: of the mixture; 3·components parameters per element.
+        bound: of how far log-scales move from their start.
+
+    Raises:
+        ValueError: ``components`` below 1, or ``bound`` not above 0.
+
+    >>> MixtureNormal((2,))(torch.zeros(1, 2), torch.zeros(1, 2, 30))[0].shape
+    torch.Size([1, 2])
     """
 
     variance = 1.0
@@ -168,7 +193,7 @@ class MixtureNormal(_Mixture):
         super().__init__(shape, components, bound)
 
     def log_tails(self, z):
-        # torch.special.log_ndtr has these values, but in float32 not this gradient: 8 % off at z = −1,000
+        # torch.special.log_ndtr has these values, but in float32 its gradient is 8 % off at z = −1,000
         negative = z < 0
         t = torch.where(negative, -z, z) / math.sqrt(2)
         tail = torch.special.erfc(t) / 2
@@ -181,8 +206,8 @@ class MixtureNormal(_Mixture):
         return -z * z / 2 - math.log(2 * math.pi) / 2
 
     def quantile(self, y):
-        # The hazard h of a normal tail lies between t and t + √(2/π), for h(t) − t decreases from √(2/π) to 0. So does
-        # t²/2 between L − t·√(2/π) and L, where L = −log P(Z > t) − log 2 is the integral of h.
+        # The hazard h of a normal tail lies between t and t + √(2/π), since h(t) − t decreases from √(2/π) to 0. So
+        # t²/2 lies between L − t·√(2/π) and L, where L = −log P(Z > t) − log 2 is the integral of h.
         hazard = math.sqrt(2 / math.pi)
         twice = 2 * (F.softplus(y.abs()) - math.log(2)).clamp(min=0)
         far = twice.sqrt()

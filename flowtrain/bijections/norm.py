@@ -9,24 +9,30 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
 from flowtrain.bijections.channels import ChannelAffine
-from flowtrain.runtime.globalbatch import RunningMoments
+from flowtrain.runtime.global_batch import RunningMoments
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """(C,) shaped to meet (B, C, …)."""
+    """v (C,) as a view that broadcasts with x (B, C, …)."""
     return v.view(-1, *[1] * (x.dim() - 2))
 
 
 class ActNorm(ChannelAffine):
     """z = (x + bias)·exp(log_scale) for each channel, started from data (Kingma & Dhariwal 2018, section 3.1).
 
-    ``start`` sets the parameters so that the output for one batch has mean 0 and variance 1 in each channel, in
-    whichever direction that batch passes. :meth:`flowtrain.flow.Flow.initialize` calls it; ``forward`` never asks
-    whether it has been.
+    :meth:`start` sets the parameters so that the output for one batch has mean 0 and variance 1 in each channel, in
+    the direction in which that batch passes. :meth:`flowtrain.flow.Flow.initialize` calls it. ``forward`` does not
+    test whether it was called. The log-determinant is pixels · Σ log_scale.
+
+    >>> layer = ActNorm((3, 8, 8))
+    >>> layer.start(5 + 2 * torch.randn(16, 3, 8, 8))
+    >>> layer(torch.randn(16, 3, 8, 8))[0].shape
+    torch.Size([16, 3, 8, 8])
     """
 
-    joins = True
+    fusible = reversible = True
     floor = 1e-4  # of the standard deviation: a channel may be constant
+    started: Tensor
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
@@ -36,6 +42,7 @@ class ActNorm(ChannelAffine):
 
     @torch.no_grad()
     def start(self, x: Tensor, inverse: bool = False) -> None:
+        """Set the parameters from a batch, which is the input of ``forward``, or of ``inverse``."""
         std, mean = torch.std_mean(x, [0, *range(2, x.dim())], correction=0)
         log_std = std.clamp(min=self.floor).log()
         # inverse: x·exp(−log_scale) − bias has mean 0 and variance 1
@@ -57,7 +64,7 @@ class ActNorm(ChannelAffine):
         scale = self.log_scale.exp()
         return torch.diag(scale), scale * self.bias
 
-    def before(self, weight, bias):
+    def then(self, weight, bias):
         weight = weight * self.log_scale.exp()
         own = weight.mv(self.bias)
         return weight, own if bias is None else bias + own
@@ -69,9 +76,21 @@ class ActNorm(ChannelAffine):
 class BatchNorm(Bijection):
     """z = (x − mean)/√(var + eps) for each channel (Dinh et al. 2017, section 3.7; Papamakarios et al. 2017).
 
-    The moments are the global batch's in training, with gradients through them, and remembered ones in evaluation;
-    the log-determinant is that of whichever were used. The inverse always uses the remembered ones. It has
-    no weights of its own: an ``Elementwise`` after it adds a learned scale and shift, where a paper has them.
+    The moments are the global batch's in training, with gradients through them, and running ones in evaluation. The
+    log-determinant is that of the moments used. The inverse always uses the running ones. There are no weights: an
+    ``Elementwise`` after this layer adds a learned scale and shift, where a paper has them.
+
+    Args:
+        shape: of one event.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running moments, in (0, 1].
+        context_shape: not used.
+
+    Raises:
+        ValueError: ``eps`` not above 0, or ``momentum`` outside (0, 1].
+
+    >>> BatchNorm((3, 8, 8))(torch.randn(16, 3, 8, 8))[0].shape
+    torch.Size([16, 3, 8, 8])
     """
 
     def __init__(self, shape, eps: float = 1e-4, momentum: float = 0.1, context_shape=None):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -12,56 +12,38 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.bijection import Bijection, at_least_float32, full_precision, size, sum_event, zero_log_det
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch, modes
 
 EXACT_LIMIT = 128  # dimensions up to which an evaluation should enter exact_trace: it costs a gradient for each of them
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")  # fehlberg2 misses its tolerance by a factor of 200
 FIXED = ("rk4", "heun3", "midpoint", "euler")
 
 _ROWS_AT_ONCE = 4096  # of an exact trace's gradients side by side, examples × dimensions: bounds its memory
-_exact = False
-_states_only = False
-_unsolved: list[str] | None = None
 
 
-@contextmanager
-def exact_trace():
-    """Within it, every :class:`Continuous` layer integrates the exact trace, whatever it is built with.
+def exact_trace() -> AbstractContextManager[None]:
+    """Within it, every :class:`Continuous` layer integrates the exact trace, whatever its ``trace``.
 
-    Gradients, where any are taken, go through the solver's steps: those of what was computed, to the last digit.
+    Gradients, if any, go through the solver's steps: they are exact for what was computed.
     """
-    global _exact
-    previous, _exact = _exact, True
-    try:
-        yield
-    finally:
-        _exact = previous
+    return modes.using(exact_trace=True)
+
+
+def states_only() -> AbstractContextManager[None]:
+    """Within it, no :class:`Continuous` layer integrates a trace: its log-determinant is NaN and costs nothing."""
+    return modes.using(states_only=True)
 
 
 @contextmanager
-def states_only():
-    """Within it, no :class:`Continuous` layer computes a trace: its log-determinant is NaN, at the cost of none."""
-    global _states_only
-    previous, _states_only = _states_only, True
-    try:
-        yield
-    finally:
-        _states_only = previous
+def unsolved_is_nan() -> Iterator[list[str]]:
+    """Within it, NaN replaces a solution or gradient that would raise FloatingPointError; yields a list of the reasons.
 
-
-@contextmanager
-def unsolved_is_nan():
-    """Within it, what would raise FloatingPointError is NaN, and so is its gradient; yields a list of the reasons.
-
-    An error in one process of several would leave the others waiting where their gradients meet: all must go on to find
-    together that the step is bad.
+    If one of several processes raised, the others would wait for its gradients. So all go on, and find together that
+    the step is bad.
     """
-    global _unsolved
-    previous, _unsolved = _unsolved, []
-    try:
-        yield _unsolved
-    finally:
-        _unsolved = previous
+    reasons: list[str] = []
+    with modes.using(unsolved=reasons):
+        yield reasons
 
 
 def continuous_layers(module: nn.Module) -> list[Continuous]:
@@ -70,7 +52,7 @@ def continuous_layers(module: nn.Module) -> list[Continuous]:
 
 
 def traced_exactly(module: nn.Module) -> bool:
-    """Whether a flow has ODEs, each of so few dimensions that it is to be evaluated within :func:`exact_trace`."""
+    """Whether a flow has ODEs, all of so few dimensions that it should be evaluated within :func:`exact_trace`."""
     layers = continuous_layers(module)
     return bool(layers) and all(size(layer.shape) <= EXACT_LIMIT for layer in layers)
 
@@ -83,34 +65,40 @@ class Continuous(Bijection):
     the cost of a gradient for each dimension. State and trace come from one evaluation of the net for each stage of the
     solver.
 
+    The net computes in float32 or float64, under autocast too: an adaptive solver would spend its steps on the
+    roundings of bfloat16.
+
     Args:
+        shape: of one event.
         net: factory ``net(shape=…, context_shape=…)`` of f, called as ``f(t, x, context)``.
-        time: T, or where it starts if ``learn_time``.
+        time: T, or its start value if ``learn_time``.
+        learn_time: T is a parameter.
         solver: of torchdiffeq: adaptive (dopri5, dopri8, bosh3, adaptive_heun) with tolerances ``rtol`` and ``atol``,
             or fixed (rk4, heun3, midpoint, euler) with ``steps`` equal steps. The tolerances bound the root mean square
-            over the batch in training, and that of each example in evaluation. An ``rtol`` below 8 roundings of the
-            state's precision is taken as that.
-        train_solver, train_tolerance: another solver, and another value of both tolerances, for training mode. What is
-            evaluated and sampled is still the ODE's own solution. (Training finds and uses the errors of few fixed
-            steps, unless a penalty keeps the ODE easy.)
+            over the batch in training, and over each example in evaluation. ``rtol`` is at least 8 roundings of the
+            state's precision.
+        train_solver, train_tolerance: another solver, and another value of both tolerances, for training mode.
+            Evaluation and sampling still solve the ODE itself. (Training exploits the errors of few fixed steps, unless
+            a penalty keeps the ODE easy.)
         adjoint: gradients by a second solve backwards in time, in constant memory (Chen et al. 2018), with the error
             control of Kidger et al. 2021; else through the solver's steps, faster and exact for what they computed.
-        trace: ``hutchinson`` or ``exact``.
-        noise: of ε: ``rademacher`` or ``gaussian``.
-        kinetic, jacobian: weights, in nats, of ∫|f|² dt and ∫|∂f/∂x|² dt, the latter estimated as |εᵀ∂f/∂x|² where the
-            trace is (Finlay et al. 2020). In training they enter the gradient of the log-determinant and leave its
-            value alone: a training loss reads as without them.
+        trace: "hutchinson" or "exact".
+        noise: distribution of ε: "rademacher" or "gaussian".
+        kinetic, jacobian: weights, in nats, of the penalties ∫|f|² dt and ∫|∂f/∂x|² dt, the latter estimated as
+            |εᵀ∂f/∂x|² where the trace is (Finlay et al. 2020, eq. 9 and 10). In training they change the gradient of
+            the log-determinant and not its value, so that a training loss can be compared with one without them.
         max_steps: of an adaptive solver, in each direction.
-
-    The net computes in float32 at least, under autocast too: an adaptive solver would spend its steps on following
-    bfloat16's roundings.
+        context_shape: of a context that the net reads too, or None.
 
     Raises:
-        FloatingPointError: in forward, inverse or their gradient, where an adaptive solver cannot go on. A fixed one
-            returns what is not finite.
-    """
+        ValueError: an argument outside its range.
+        FloatingPointError: in ``forward``, ``inverse`` or their gradient, where an adaptive solver cannot go on. A
+            fixed one returns numbers that are not finite.
 
-    reversible = False
+    >>> from flowtrain import bijections as b, nets
+    >>> b.Continuous((2,), nets.ODENet, solver="rk4")(torch.randn(5, 2))[0].shape
+    torch.Size([5, 2])
+    """
 
     def __init__(
         self,
@@ -143,23 +131,23 @@ class Continuous(Bijection):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be at least 0")
         train_solver = train_solver or solver
-        for name, value, options in (
+        for name, choice, options in (
             ("solver", solver, (*ADAPTIVE, *FIXED)),
             ("train_solver", train_solver, (*ADAPTIVE, *FIXED)),
             ("trace", trace, ("hutchinson", "exact")),
             ("noise", noise, ("rademacher", "gaussian")),
         ):
-            if value not in options:
-                raise ValueError(f"{name}='{value}' must be one of {', '.join(options)}")
+            if choice not in options:
+                raise ValueError(f"{name}='{choice}' must be one of {', '.join(options)}")
         self.time, self.solver, self.train_solver = time, solver, train_solver
         self.rtol, self.atol, self.train_tolerance = rtol, atol, train_tolerance
         self.steps, self.max_steps = steps, max_steps
         self.adjoint, self.trace, self.noise = adjoint, trace, noise
         self.kinetic, self.jacobian = kinetic, jacobian
-        # its square is T, which so stays positive
+        # its square is T, so that T stays positive
         self.sqrt_time = nn.Parameter(torch.tensor(math.sqrt(time))) if learn_time else None
         self.net = net(shape=self.shape, context_shape=context_shape)
-        self.evaluations = 0  # of the net by the last forward or inverse, by its gradient's own solve too
+        self.evaluations = 0  # of the net by the last forward or inverse, and by the second solve of its gradient
 
     def statistics(self) -> dict[str, int]:
         """What a trainer may log."""
@@ -181,46 +169,49 @@ class Continuous(Bijection):
 
     def _solve(self, x, context, start, end):
         """The state at ``end`` of one that is x at ``start``, in units of T, and the integral of the trace."""
-        if torch.compiler.is_compiling():  # how many steps there are depends on values: no graph
+        if torch.compiler.is_compiling():  # the number of steps depends on values: no graph
             return torch.compiler.disable(Continuous._solve)(self, x, context, start, end)
         self.evaluations = 0
         x = x.to(at_least_float32(x.dtype))
-        if not len(x):  # has no mean error to control
+        if not len(x):  # no mean error to control
             return x, zero_log_det(x)
-        if _unsolved is None or not torch.is_grad_enabled():
+        reasons = modes.current().unsolved
+        if reasons is None or not torch.is_grad_enabled():
             return self._integrate(x, context, start, end)
-        return _Attempt.apply(self, start, end, _unsolved, x, context, *self.parameters())
+        return _LenientSolve.apply(self, start, end, reasons, x, context, *self.parameters())
 
     def _integrate(self, x, context, start, end):
         from torchdiffeq import odeint, odeint_adjoint  # brings all of scipy
 
-        differentiable = torch.is_grad_enabled()
+        mode, differentiable = modes.current(), torch.is_grad_enabled()
         method = self.train_solver if self.training else self.solver
         rtol, atol = self.rtol, self.atol
         if self.training and self.train_tolerance:
             rtol = atol = self.train_tolerance
         penalized = self.training and differentiable and (self.kinetic > 0 or self.jacobian > 0)
-        field = _Velocity(self, context) if _states_only else _Rates(self, x, context, penalized)
+        field = _Velocity(self, context) if mode.states_only else _Rates(self, x, context, penalized)
         times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
         if method in FIXED:
-            forth = back = {"grid_constructor": self._grid}
+            options = adjoint_options = {"grid_constructor": self._grid}
         else:  # a step ends at the end: torchdiffeq would step over it and interpolate, at a lower order
-            forth, back = {"step_t": times[1:]}, {"step_t": times[:1]}
-            field.callback_step, field.callback_step_adjoint = _Watch(self), _Watch(self)
+            options, adjoint_options = {"step_t": times[1:]}, {"step_t": times[:1]}
+            field.callback_step, field.callback_step_adjoint = _StepLimit(self), _StepLimit(self)
         solve = odeint
-        if self.adjoint and differentiable and not _exact:
+        if self.adjoint and differentiable and not mode.exact_trace:
             sources = [*self.parameters(), *([] if context is None else [context])]
-            solve = partial(odeint_adjoint, adjoint_params=sources, adjoint_options=back | {"norm": "seminorm"})
+            solve = partial(
+                odeint_adjoint, adjoint_params=sources, adjoint_options=adjoint_options | {"norm": "seminorm"}
+            )
         z, *integrals = solve(
             field,
-            (x, *[zero_log_det(x)] * (0 if _states_only else 1 + penalized)),
+            (x, *[zero_log_det(x)] * (0 if mode.states_only else 1 + penalized)),
             times,
             rtol=max(rtol, 8 * torch.finfo(x.dtype).eps),
             atol=atol,
             method=method,
-            options=forth | {"norm": _mean_error if self.training else _greatest_error},
+            options=options | {"norm": _mean_error if self.training else _greatest_error},
         )
-        if _states_only:
+        if mode.states_only:
             return z[-1], zero_log_det(x) + math.nan
         with full_precision(x):
             log_det, *penalty = integrals
@@ -235,13 +226,17 @@ class Continuous(Bijection):
 
 
 class _Velocity:
-    """The right-hand side of one solve, of the state alone.
+    """The right-hand side of one solve, for the state alone.
 
-    Time runs from 0 to 1, and the velocity is T times the net's, so that T needs no gradient of its own.
+    Time runs from 0 to 1, and the velocity is T times the net's, so that T gets its gradient through the velocity.
     """
+
+    callback_step: _StepLimit
+    callback_step_adjoint: _StepLimit
 
     def __init__(self, layer: Continuous, context: Tensor | None):
         self.layer, self.context = layer, context
+        self.modes = modes.current()  # the solve of the gradient may run in another thread
 
     def __call__(self, time: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with full_precision(state[0]):
@@ -250,17 +245,18 @@ class _Velocity:
     def at(self, time: Tensor, x: Tensor) -> Tensor:
         self.layer.evaluations += 1
         end_time = self.layer.end_time
-        return end_time * self.layer.net(end_time * time, x, self.context)
+        with modes.enter(self.modes):
+            return end_time * self.layer.net(end_time * time, x, self.context)
 
 
 class _Rates(_Velocity):
-    """That of the state, of the log-determinant and, where penalized, of the penalty, from one velocity. The noise
-    stays the same in all of a solve."""
+    """The right-hand side for the state, the log-determinant and, where ``penalized``, the penalty, from one velocity.
+    The noise is the same during a solve."""
 
     def __init__(self, layer: Continuous, x: Tensor, context: Tensor | None, penalized: bool):
         super().__init__(layer, context)
         self.penalized = penalized
-        if _exact or layer.trace == "exact":
+        if modes.current().exact_trace or layer.trace == "exact":
             directions = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype)
             parts = directions.split(max(1, _ROWS_AT_ONCE // len(x)))
             self.probes = [part.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape) for part in parts]
@@ -290,17 +286,17 @@ class _Rates(_Velocity):
         return tuple(rates if differentiable else (rate.detach() for rate in rates))
 
 
-class _Attempt(torch.autograd.Function):
-    """A solve that gives NaN, and whose gradient is NaN, where it or its gradient's own solve comes to no end."""
+class _LenientSolve(torch.autograd.Function):
+    """A solve that returns NaN with NaN as its gradient, where it or the second solve of its gradient fails."""
 
     @staticmethod
     def forward(ctx, layer, start, end, reasons, x, context, *parameters):
         ctx.reasons, ctx.solved = reasons, None
-        given = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, context)]
-        ctx.sources = [*given, *parameters]
+        inputs = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, context)]
+        ctx.sources = [*inputs, *parameters]
         with torch.enable_grad():
             try:
-                ctx.solved = layer._integrate(*given, start, end)
+                ctx.solved = layer._integrate(*inputs, start, end)
             except FloatingPointError as error:
                 reasons.append(str(error))
                 return x + math.nan, zero_log_det(x) + math.nan
@@ -327,8 +323,8 @@ class _Attempt(torch.autograd.Function):
         )
 
 
-class _Watch:
-    """Ends an adaptive solve that will not end well; torchdiffeq calls it before each step."""
+class _StepLimit:
+    """Ends an adaptive solve that cannot succeed; torchdiffeq calls it before each step."""
 
     def __init__(self, layer: Continuous):
         self.layer, self.steps = layer, 0
@@ -338,9 +334,9 @@ class _Watch:
         if not all(part.isfinite().all() for part in state):
             reason = "a state that is not finite"
         elif not time + step > time:
-            reason = "a step of no length: its dynamics are too steep, or not finite"
+            reason = "step-size underflow: its dynamics are too steep, or not finite"
         elif self.steps > self.layer.max_steps:
-            reason = f"no end in max_steps={self.layer.max_steps} steps"
+            reason = f"its limit of max_steps={self.layer.max_steps} steps"
         else:
             return
         raise FloatingPointError(
@@ -350,12 +346,13 @@ class _Watch:
 
 
 def _mean_error(state: tuple[Tensor, ...]) -> Tensor:
-    """Of state and log-determinant, if any, the greater root mean square over the batch. A penalty needs no control."""
+    """The greater of the root mean squares, over the batch, of state and log-determinant, if any. A penalty needs no
+    error control."""
     return torch.stack([part.square().mean() for part in state[:2]]).max().sqrt()
 
 
 def _greatest_error(state: tuple[Tensor, ...]) -> Tensor:
-    """The greatest of any example's."""
+    """The greatest root mean square of any example."""
     return torch.stack([part.reshape(len(part), -1).square().mean(1).max() for part in state[:2]]).max().sqrt()
 
 
@@ -365,12 +362,12 @@ def _sum(v: Tensor, many: bool) -> Tensor:
 
 
 def _rademacher(x: Tensor) -> Tensor:
-    u = globalbatch.uniform(x.shape, device=x.device, dtype=x.dtype)
+    u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
     return torch.where(u < 0.5, -torch.ones_like(u), torch.ones_like(u))
 
 
 def _gaussian(x: Tensor) -> Tensor:
-    u, v = globalbatch.uniform((len(x), 2, *x.shape[1:]), device=x.device, dtype=x.dtype).unbind(1)
+    u, v = global_batch.uniform((len(x), 2, *x.shape[1:]), device=x.device, dtype=x.dtype).unbind(1)
     return (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * math.pi * v)
 
 

@@ -1,28 +1,35 @@
-"""From raw data to what a network likes: the first links of the chain, so that log_prob is that of the raw data."""
+"""From raw data to real numbers near 0: the first layers of a flow, so that log_prob is the density of the raw data."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import Bijection, size, sum_event, zero_log_det
-from flowtrain.runtime import globalbatch
+from flowtrain.runtime import global_batch
 
 
 class Dequantize(Bijection):
-    """Integers 0 … levels − 1 to (x + u)/levels in [0, 1), u uniform (Theis et al. 2016, section 3.1).
+    """Integers x in 0 … levels − 1 to (x + u)/levels in [0, 1), u uniform (Theis et al. 2016, section 3.1).
 
-    Its log-determinant is −D·log(levels), the density of u being 1: E[log p] bounds log P(x) from below. ``inverse``
-    rounds down to the integer whose bin holds the value, uint8 up to 256 levels and int64 above. What is none of these
-    integers becomes NaN, as in ``Logit``.
+    The log-determinant is −D·log(levels), since the density of u is 1. So E[log p] is a lower bound of log P(x).
+    ``inverse`` rounds down to the integer whose bin holds the value: uint8 up to 256 levels, int64 above. An input that
+    is not one of these integers becomes NaN.
 
     Raises:
-        FloatingPointError: in ``inverse``, of NaN, which no integer could tell.
+        ValueError: fewer than 2 ``levels``.
+        FloatingPointError: in ``inverse``, for NaN, which no integer can represent.
+
+    >>> layer = Dequantize((2,), levels=256)
+    >>> layer.inverse(layer(torch.tensor([[0, 255]]))[0])[0]
+    tensor([[  0, 255]], dtype=torch.uint8)
     """
 
     exact = False
+    anchor: Tensor
 
     def __init__(self, shape, levels: int, context_shape=None):
         super().__init__(shape, context_shape)
@@ -36,9 +43,9 @@ class Dequantize(Bijection):
 
     def forward(self, x, context=None):
         x = x.to(self.anchor.dtype)
-        u = globalbatch.uniform(x.shape, device=x.device, dtype=x.dtype)
-        # x + u rounds up to x + 1 now and then, and so may the division and the way back: stay two roundings inside
-        # the bin, or decoding returns another integer
+        u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
+        # x + u sometimes rounds up to x + 1, and the division and its inverse round too: stay two roundings inside the
+        # bin, or decoding returns another integer
         margin = 2 * torch.finfo(x.dtype).eps
         y = torch.clamp(x + u, x * (1 + margin), (x + 1) * (1 - margin)) / self.levels
         y = torch.where(x == x.floor().clamp(0, self.levels - 1), y, math.nan)
@@ -52,7 +59,13 @@ class Dequantize(Bijection):
 
 
 class Center(Bijection):
-    """[0, 1] to [−½, ½]."""
+    """z = x − ½: [0, 1] to [−½, ½].
+
+    >>> Center((2,))(torch.tensor([[0.0, 1.0]]))[0]
+    tensor([[-0.5000,  0.5000]])
+    """
+
+    reversible = True
 
     def forward(self, x, context=None):
         return x - 0.5, zero_log_det(x)
@@ -62,13 +75,19 @@ class Center(Bijection):
 
 
 class Logit(Bijection):
-    """logit(alpha + (1 − 2·alpha)·x): [0, 1] to the whole line (Dinh et al. 2017, section 4.1).
+    """z = logit(alpha + (1 − 2·alpha)·x): [0, 1] to the real line (Dinh et al. 2017, section 4.1).
 
-    With alpha = 0 the ends map to ±∞, where a dequantized value can lie: values are kept ``margin`` away from them.
-    What lies outside [0, 1] has no logit and becomes NaN: to clamp it would be to map many points to one.
+    With alpha = 0 the ends, which dequantized values can reach, map to ±∞: values are kept half a rounding away from
+    them. An input outside [0, 1] becomes NaN, since clamping would map many points to one.
+
+    Raises:
+        ValueError: ``alpha`` outside [0, ½).
+
+    >>> Logit((1,))(torch.tensor([[0.5]]))[0]
+    tensor([[0.]])
     """
 
-    reversible = False  # rounding may find an input just outside
+    reversible = False  # a recomputed input may lie just outside [0, 1]
 
     def __init__(self, shape, alpha: float = 0.05, context_shape=None):
         super().__init__(shape, context_shape)

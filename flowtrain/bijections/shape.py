@@ -8,6 +8,7 @@ from flowtrain.bijections.bijection import Bijection, size, zero_log_det
 
 
 def pixels_to_channels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 4C, H/2, W/2)."""
     # not F.pixel_unshuffle: it loses the channels of an empty batch
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
@@ -15,13 +16,26 @@ def pixels_to_channels(x: Tensor) -> Tensor:
 
 
 def channels_to_pixels(x: Tensor) -> Tensor:
+    """(B, 4C, H, W) -> (B, C, 2H, 2W)."""
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
     return x.reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 class Squeeze(Bijection):
-    """2×2 pixels become 4 channels: (C, H, W) -> (4C, H/2, W/2), channel 4c + 2·row + column (Dinh et al. 2017)."""
+    """2×2 pixels become 4 channels: (C, H, W) -> (4C, H/2, W/2) (Dinh et al. 2017, section 3.6).
+
+    Pixel (row, column) of each 2×2 block of channel c becomes channel 4c + 2·row + column.
+
+    Raises:
+        ValueError: not an image, or an odd side.
+
+    >>> import torch
+    >>> Squeeze((3, 8, 8))(torch.randn(5, 3, 8, 8))[0].shape
+    torch.Size([5, 12, 4, 4])
+    """
+
+    reversible = True
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
@@ -40,7 +54,17 @@ class Squeeze(Bijection):
 
 
 class Unsqueeze(Bijection):
-    """4 channels become 2×2 pixels: the inverse of :class:`Squeeze`."""
+    """4 channels become 2×2 pixels, (4C, H, W) -> (C, 2H, 2W): the inverse of :class:`Squeeze`.
+
+    Raises:
+        ValueError: a number of channels that is no multiple of 4.
+
+    >>> import torch
+    >>> Unsqueeze((12, 4, 4))(torch.randn(5, 12, 4, 4))[0].shape
+    torch.Size([5, 3, 8, 8])
+    """
+
+    reversible = True
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
@@ -57,7 +81,14 @@ class Unsqueeze(Bijection):
 
 
 class Flatten(Bijection):
-    """Any shape becomes a vector."""
+    """Any shape becomes a vector, (D,).
+
+    >>> import torch
+    >>> Flatten((3, 8, 8))(torch.randn(5, 3, 8, 8))[0].shape
+    torch.Size([5, 192])
+    """
+
+    reversible = True
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)

@@ -13,13 +13,22 @@ from flowtrain.bijections.univariate import Univariate
 
 
 class PiecewiseLinear(Univariate):
-    """The cumulative distribution of a histogram of ``bins`` equal bins on [0, 1], the identity outside.
+    """The cumulative distribution of a histogram of ``bins`` equal bins on [0, 1]; the identity outside.
 
-    θ holds the bins' logits (Müller et al. 2019, section 4.1). No bin is less likely than ``floor``, which bounds the
-    inverse. With as many bins as data have levels it gives each level a probability of its own.
+    θ holds the bins' logits (Müller et al. 2019, section 4.1). With as many bins as integer data have values it gives
+    each value its own probability.
+
+    Args:
+        shape: of the elements.
+        bins: number of bins, and of parameters per element.
+        floor: the smallest probability of a bin, which bounds the slope of the inverse.
+
+    Raises:
+        ValueError: ``bins`` below 2, or ``floor`` outside (0, 1/bins).
+
+    >>> PiecewiseLinear((3,))(torch.full((1, 3), 0.5), torch.zeros(1, 3, 8))[0]
+    tensor([[0.5000, 0.5000, 0.5000]])
     """
-
-    smooth = False
 
     def __init__(self, shape, bins: int = 8, floor: float = 1e-5):
         super().__init__(shape)
@@ -52,7 +61,7 @@ class PiecewiseLinear(Univariate):
 
     @staticmethod
     def _at(weight, index):
-        """The probability below bin ``index`` and its own."""
+        """The probability below bin ``index``, and that of the bin."""
         index = index[..., None]
         weight = weight.expand(*index.shape[:-1], -1)
         own = weight.gather(-1, index)[..., 0]
@@ -60,16 +69,26 @@ class PiecewiseLinear(Univariate):
 
 
 class RationalQuadratic(Univariate):
-    """A monotone rational-quadratic spline on [−bound, bound], the identity outside (Durkan et al. 2019, section 3.1).
+    """A monotone rational-quadratic spline on [−bound, bound]; the identity outside (Durkan et al. 2019, section 3.1).
 
-    θ holds the logits of ``bins`` widths, of as many heights, and a number for the slope at each inner knot; at both
-    ends the slope is 1. No width or height is below ``min_width`` or ``min_height`` of the whole interval and no slope
-    below ``min_derivative``. With θ = 0 it is the identity.
+    θ holds the logits of ``bins`` widths and of as many heights, and a number for the slope at each of the bins − 1
+    inner knots; at both ends the slope is 1. With θ = 0 it is the identity.
+
+    Args:
+        shape: of the elements.
+        bins: number of bins; 3·bins − 1 parameters per element.
+        bound: half the length of the interval.
+        min_width, min_height: smallest width and height of a bin, as a share of the interval.
+        min_derivative: smallest slope at a knot.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    >>> RationalQuadratic((3,))(torch.full((1, 3), 0.5), torch.zeros(1, 3, 23))[0]
+    tensor([[0.5000, 0.5000, 0.5000]])
     """
 
-    smooth = False
-
-    steepest = 1e4  # slope of a knot, far above what data ask for: unbounded, one odd θ overflows
+    max_derivative = 1e4  # far above what data ask for: unbounded, one odd θ overflows
 
     def __init__(
         self,
@@ -122,12 +141,12 @@ class RationalQuadratic(Univariate):
         sizes, slopes = theta.contiguous().split([2 * self.bins, self.bins - 1])
         shares = sizes.unflatten(0, (2, self.bins)).softmax(1)
         with torch.no_grad():
-            end, begun = -self.bound, [torch.ones_like(value)]
+            end, reached = -self.bound, [torch.ones_like(value)]
             for share in shares[axis, :-1]:
                 end = end + (self.share[axis] * share + self.least[axis])
-                begun.append((value >= end).to(value.dtype))
-            begun = torch.stack([*begun, torch.zeros_like(value)])
-            here, passed = begun[:-1] - begun[1:], begun[1:-1]
+                reached.append((value >= end).to(value.dtype))
+            starts = torch.stack([*reached, torch.zeros_like(value)])
+            here, passed = starts[:-1] - starts[1:], starts[1:-1]
             index = passed.sum(0)
         own, before = (shares * here).sum(1), (shares[:, :-1] * passed).sum(1)
         start, size = [], []
@@ -136,14 +155,14 @@ class RationalQuadratic(Univariate):
             size.append(share * inside + least)
         # before the first and after the last inner knot the sum is 0, whose slope is 1
         slope = torch.stack([(slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)])
-        slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.steepest)
+        slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.max_derivative)
         return _Bin(*start, *size, *slope)
 
 
 class _Bin(NamedTuple):
-    """A piece of the spline: where it starts, how wide and high it is, and its slope at both ends.
+    """A piece of the spline: its lower left corner, width, height, and slopes dy/dx at both ends.
 
-    The slopes are those of the whole map; t and the rise go from 0 to 1 across the bin.
+    t and the rise go from 0 to 1 across the bin.
     """
 
     left: Tensor
@@ -154,7 +173,7 @@ class _Bin(NamedTuple):
     slope1: Tensor
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The rise and the logarithm of the slope: Durkan et al. 2019, eq. 4 and 5, as sums of positive numbers."""
+        """The rise and the logarithm of dy/dx at t: Durkan et al. 2019, eq. 4 and 5, as sums of positive numbers."""
         mean, u = self.height / self.width, 1 - t
         first, second = mean * t + self.slope0 * u, mean * u + self.slope1 * t
         done = t * first
@@ -162,7 +181,7 @@ class _Bin(NamedTuple):
         return done / whole, ((mean / whole).square() * (u * first + t * second)).log()
 
     def position(self, rise: Tensor) -> Tensor:
-        """The t of a rise: the root of eq. 6–8, in a form where nothing cancels.
+        """The t of a rise: the root of eq. 6–8, in a form without cancellation.
 
         The discriminant b² − 4ac is (slope0·(1 − rise) − slope1·rise)² + 4·mean²·rise·(1 − rise) times height², which
         rounding cannot make negative, and t : (1 − t) is a ratio of positive numbers.

@@ -1,9 +1,6 @@
-"""Monotone maps of one number, whose parameters θ a conditioner supplies.
+"""Monotone maps of one number, with parameters θ that a conditioner supplies.
 
-``shape`` is that of the elements a map acts on. θ is ``(*elements, params)``, without the batch's axis where all
-examples share it; ``forward`` and ``inverse`` return the mapped elements and the log-derivative of the map just
-applied, both of x's shape. With θ = 0 each is (nearly) the identity. The review of Papamakarios et al. (2021,
-section 3.1) calls these maps transformers.
+The review of Papamakarios et al. (2021, section 3.1) calls these maps transformers.
 """
 
 from __future__ import annotations
@@ -11,30 +8,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# torch's log1p for AVX-512 (softplus, logsigmoid, expm1) loads a constant under a mask that is empty but for x = −0.
-# Until the page of memory that holds it has once been read, each such load is slow: twenty times for the function.
+# torch's log1p for AVX-512 (softplus, logsigmoid, expm1) loads a constant under a mask that is empty unless x = −0.
+# Until the constant's page of memory has been read, each such load is slow, and the function twenty times slower.
 torch.full((64,), -0.0, device="cpu").log1p()
 
 
 class Univariate(nn.Module):
+    """A monotone map y = τ(x; θ) of each element, (nearly) the identity with θ = 0.
+
+    Both directions take elements (B, *shape) and θ (B, *shape, params), or (*shape, params) if all examples share it.
+    They return the mapped elements and the logarithm of the derivative of the map just applied, both (B, *shape).
+
+    Attributes:
+        params: number of parameters per element.
+        smooth: True if the log-derivative has no kinks in x. By default reversible backpropagation keeps x exactly.
+
+    Args:
+        shape: of the elements of one event.
+    """
+
     params: int
-    smooth = True  # False where the log-derivative has kinks
+    smooth = False
 
     def __init__(self, shape):
         super().__init__()
         self.shape = tuple(shape)
 
     def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """y and log dy/dx."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """x and log dx/dy."""
         raise NotImplementedError
 
 
 class Additive(Univariate):
-    """y = x + t: volume-preserving, NICE's map (Dinh et al. 2015, eq. 9)."""
+    """y = x + t, which keeps volume: NICE's map (Dinh et al. 2015, eq. 9).
+
+    >>> Additive((2,))(torch.zeros(1, 2), torch.tensor([[[1.0], [2.0]]]))[0]
+    tensor([[1., 2.]])
+    """
 
     params = 1
+    smooth = True
 
     def forward(self, x, theta):
         return x + theta[..., 0], torch.zeros_like(x)
@@ -44,12 +61,16 @@ class Additive(Univariate):
 
 
 class Scale(Univariate):
-    """y = x·exp(s): with parameters of its own, NICE's diagonal scaling (Dinh et al. 2015, section 3.3).
+    """y = x·exp(s): as an :class:`Elementwise` layer, NICE's diagonal scaling (Dinh et al. 2015, section 3.3).
 
-    Its log-determinant is Σs with its sign, not ‖s‖₁. s is clamped at ±``bound``, beyond what any data ask for.
+    The log-determinant is Σs with its sign, not ‖s‖₁. s is clamped to ±``bound``, beyond what data ask for.
+
+    >>> Scale((2,))(torch.ones(1, 2), torch.zeros(1, 2, 1))
+    (tensor([[1., 1.]]), tensor([[0., 0.]]))
     """
 
     params = 1
+    smooth = True
     bound = 30.0
 
     def forward(self, x, theta):
@@ -62,29 +83,39 @@ class Scale(Univariate):
 
 
 class _Affine(Univariate):
-    """y = (x + t)·exp(s); the classes below differ in how s comes from what the conditioner says."""
+    """y = (x + t)·exp(s). θ holds t and a raw number; the subclasses differ in s as a function of that."""
 
     params = 2
+    smooth = True
 
     def scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """exp(s) and s."""
+        """exp(s) and s as functions of the second parameter."""
         raise NotImplementedError
 
     def forward(self, x, theta):
-        t, raw = apart(theta)
+        t, raw = split_parameters(theta)
         scale, s = self.scale(raw)
         return (x + t) * scale, s.expand_as(x)
 
     def inverse(self, y, theta):
-        t, raw = apart(theta)
+        t, raw = split_parameters(theta)
         scale, s = self.scale(raw)
         return y / scale - t, (-s).expand_as(y)
 
 
 class ExpAffine(_Affine):
-    """s is what the conditioner says: a Gaussian with conditioned mean and standard deviation.
+    """y = (x + t)·exp(s) with s a parameter: MAF's map, a Gaussian with conditional mean and standard deviation
+    (Papamakarios et al. 2017, eq. 3).
 
-    ``bound`` clamps s, far outside what data ask for: unbounded, one odd input overflows.
+    Args:
+        shape: of the elements.
+        bound: s is clamped to ±bound, far outside what data ask for: unbounded, one odd input overflows.
+
+    Raises:
+        ValueError: ``bound`` not above 0.
+
+    >>> ExpAffine((2,))(torch.ones(1, 2), torch.zeros(1, 2, 2))
+    (tensor([[1., 1.]]), tensor([[0., 0.]]))
     """
 
     def __init__(self, shape, bound: float = 10.0):
@@ -99,9 +130,18 @@ class ExpAffine(_Affine):
 
 
 class SigmoidAffine(_Affine):
-    """exp(s) = floor + (1 − floor)·sigmoid(raw + 2), Glow's scale (Kingma & Dhariwal 2018, reference code).
+    """y = (x + t)·exp(s) with exp(s) = floor + (1 − floor)·sigmoid(θ₂ + 2): Glow's scale (Kingma & Dhariwal 2018,
+    reference code).
 
-    ``floor`` bounds the inverse: without it the scale reaches 0 and samples explode.
+    Args:
+        shape: of the elements.
+        floor: the smallest scale. Without it the scale reaches 0 and samples explode.
+
+    Raises:
+        ValueError: ``floor`` outside (0, 1).
+
+    >>> SigmoidAffine((2,))(torch.ones(1, 2), torch.zeros(1, 2, 2))[0].shape
+    torch.Size([1, 2])
     """
 
     def __init__(self, shape, floor: float = 1e-3):
@@ -116,7 +156,13 @@ class SigmoidAffine(_Affine):
 
 
 class TanhAffine(_Affine):
-    """s = rescale·tanh(raw), ``rescale`` learned for each channel, 1 at the start (Dinh et al. 2017, section 4.1)."""
+    """y = (x + t)·exp(s) with s = rescale·tanh(θ₂): Real NVP's scale (Dinh et al. 2017, section 4.1).
+
+    ``rescale`` is learned for each channel and starts at 1.
+
+    >>> TanhAffine((2,))(torch.ones(1, 2), torch.zeros(1, 2, 2))[0].shape
+    torch.Size([1, 2])
+    """
 
     def __init__(self, shape):
         super().__init__(shape)
@@ -133,7 +179,6 @@ def per_element(h: Tensor, params: int) -> Tensor:
     return h.unflatten(1, (params, -1)).movedim(1, -1)
 
 
-def apart(theta: Tensor) -> list[Tensor]:
-    """Each of the parameters of θ by itself; in one piece in memory where a network wrote them so, and then their
-    gradients too."""
+def split_parameters(theta: Tensor) -> tuple[Tensor, ...]:
+    """θ (…, params) as ``params`` tensors (…); contiguous if a network made them so, and then their gradients too."""
     return theta.unbind(-1) if theta.stride(-1) == 1 else theta.movedim(-1, 1).unbind(1)

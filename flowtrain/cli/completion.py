@@ -1,4 +1,4 @@
-"""Tab completion: what Hydra's own does not know of, which is the command before the overrides and paths.
+"""Tab completion of the command and of paths; Hydra completes the rest.
 
 ``eval "$(flowtrain -sc install=bash)"`` (in zsh after ``autoload -U bashcompinit; bashcompinit``), or in fish
 ``flowtrain -sc install=fish | source``, makes the shell ask ``flowtrain -sc query=…`` about COMP_LINE.
@@ -9,33 +9,35 @@ from __future__ import annotations
 import os
 from glob import glob
 
-PATHS = ("ckpt=", "replay=", "resume=", "init=", "input=", "output=")
+from flowtrain.commands import CHECKPOINT_KEYS, COMMANDS
+
+PATHS = (*(f"{key}=" for key in CHECKPOINT_KEYS), "init=", "input=", "output=")
 FLAGS = ("--help", "--multirun", "--cfg", "--config-dir")
 
 
-def prepare(argv: list[str], commands) -> str | None:
-    """Answer the shell and return None, or leave in COMP_LINE what Hydra can answer and return the command."""
+def prepare(argv: list[str]) -> str | None:
+    """Answer the shell and return None; or leave in COMP_LINE what Hydra can answer, and return its root."""
     query = next((word.partition("=")[2] for word in argv if word.startswith("query=")), None)
     if query is None:  # install, uninstall
         return "train"
     line = os.environ.get("COMP_LINE", "")
     words = line.split() + [""] * line.endswith(" ")
-    if len(words) < 3 or words[1] not in commands:
-        return _answer(query, words[1:], [*commands, "--help", "--version"] if len(words) < 3 else [])
-    command, words = words[1], words[2:]
+    if len(words) < 3 or words[1] not in COMMANDS:
+        return _answer(query, words[1:], [*COMMANDS, "--help", "--version"] if len(words) < 3 else [])
+    command, words = COMMANDS[words[1]], words[2:]
     if words[-1].startswith("-"):
         return _answer(query, words, FLAGS)
     key = next((key for key in PATHS if words[-1].startswith(key)), None)
     if key:
         found = glob(words[-1][len(key) :] + "*")
         return _answer(query, words, [key + path + "/" * os.path.isdir(path) for path in sorted(found)])
-    from flowtrain.cli.checkpoint_words import restored
+    from flowtrain.cli.checkpoints import open_checkpoints
 
-    command, words[:-1] = restored(command, words[:-1], stub=True, running=False)
+    root, words[:-1] = open_checkpoints(command, words[:-1], placeholder=True)
     os.environ["COMP_LINE"] = " ".join(["flowtrain", *words])
-    return command
+    return root
 
 
 def _answer(shell: str, words: list[str], candidates) -> None:
-    fitting = [text for text in candidates if text.startswith(words[-1] if words else "")]
-    print(("\n" if shell == "fish" else " ").join(fitting))
+    matching = [text for text in candidates if text.startswith(words[-1] if words else "")]
+    print(("\n" if shell == "fish" else " ").join(matching))

@@ -1,4 +1,4 @@
-"""How a process ends: an error as one line and an exit code."""
+"""The end of a process: its error as one line, and its exit code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from flowtrain.errors import FlowtrainError, cause_of
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
+class WorkerError(FlowtrainError):
+    """The error of a worker process, with its exit code."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def leave(code: int) -> None:
-    """End a process of a group at once. After an error the other ranks are the launcher's to end; after none, gloo's
-    thread may still hold a tensor while the interpreter finalizes, and abort."""
+    """End a process of a group at once, without finalizing the interpreter: a thread of gloo that still holds a tensor
+    would then abort. After an error, the launcher ends the other ranks."""
     import logging
 
     logging.shutdown()
@@ -22,18 +30,18 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def explain(error: BaseException, run_dir: str | None = None) -> tuple[str, int]:
-    """An error as one line and an exit code. What nobody foresaw leaves its traceback in the run's log."""
+def describe_error(error: BaseException, run_dir: str | None = None) -> tuple[str, int]:
+    """An error as one line, and its exit code. An unexpected error leaves its traceback in the run's log."""
     import traceback
 
-    if FULL_ERROR and type(error).__name__ != "Failed":  # a Failed has been shown where it happened
+    if FULL_ERROR and not isinstance(error, WorkerError):  # the worker has printed its own
         traceback.print_exception(error)
     if found := cause_of(error, FlowtrainError):
         return " ".join(str(found).split()), found.exit_code
     text = " ".join(f"{type(error).__name__}: {error}".split())
     log = os.path.join(run_dir or "", "train.log")
     if run_dir and os.path.isfile(log):
-        with suppress(OSError):  # of a full disk
+        with suppress(OSError):  # a full disk
             with open(log, "a") as file:
                 traceback.print_exception(error, file=file)
             return f"{text} (traceback in {log})", 1

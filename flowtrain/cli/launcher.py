@@ -1,8 +1,8 @@
-"""A group of worker processes for one job, and what a worker does.
+"""A group of worker processes for one job.
 
-The parent composed the configuration; each worker gets the job through its stdin, which stays open while the parent
-lives. Workers are sessions of their own, so that a signal, whether sent to the parent or typed at a terminal, reaches
-them once: from the parent, which waits until they have saved.
+The parent composes the configuration. Each worker reads the job from its stdin, which stays open while the parent
+lives. Each worker has a session of its own, so a signal to the parent or from a terminal reaches it once: from the
+parent, which waits until the workers have saved.
 """
 
 from __future__ import annotations
@@ -19,33 +19,25 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from flowtrain.errors import FlowtrainError, Interrupted
+from flowtrain.cli.exit_codes import WorkerError
+from flowtrain.errors import Interrupted
 from flowtrain.runtime import distributed
 from flowtrain.runtime.signals import SAME, SIGNALS
 
-GRACE = 10  # seconds that the others have to end by themselves once a worker has failed,
-ENDING = 20  # that a job has which took too long,
-SAVING = 600  # that the first has, which may be writing, once another has ended by a signal
+GRACE = 10  # seconds that the other workers have to end by themselves once one has failed
+ENDING = 20  # seconds that a job has once job_timeout has passed
+SAVING = 600  # seconds that rank 0, which may be writing, has once a signal has ended another worker
 
-
-# the code of a worker that had no time to say why -> the signal: its first while it started, its second later
+# exit code of a worker that a signal ended before it could write why -> the signal: as it starts, the signal itself
 ENDED_BY = {-signum: signum for signum in SIGNALS} | {Interrupted(signum).exit_code: signum for signum in SIGNALS[:2]}
-
-
-class Failed(FlowtrainError):
-    """A worker's error, with its exit code."""
-
-    def __init__(self, text: str, exit_code: int):
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 def launch(job: dict, count: int, timeout: float | None) -> dict:
     """Run ``job`` (arguments of :func:`flowtrain.cli.worker.execute`) on ``count`` processes; rank 0's summary.
 
     Raises:
-        Interrupted: this process was asked to end, and so it asked them.
-        Failed: what one of them ended by, or that they took more than ``timeout`` seconds.
+        Interrupted: this process got a signal, and has passed it on.
+        WorkerError: a worker failed, or the job took more than ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="flowtrain-") as folder:
         payload = pickle.dumps({**job, "folder": folder})
@@ -55,7 +47,7 @@ def launch(job: dict, count: int, timeout: float | None) -> dict:
         def forward(signum, frame):
             received.append((signum, time.monotonic()))
             again = received[-1][1] - received[0][1] > SAME
-            _tell(group, signal.SIGKILL if again else signal.SIGTERM)
+            _send_signal(group, signal.SIGKILL if again else signal.SIGTERM)
 
         main_thread = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, forward) for number in SIGNALS} if main_thread else {}
@@ -68,16 +60,16 @@ def launch(job: dict, count: int, timeout: float | None) -> dict:
                     start_new_session=True,
                 )
                 group.append(worker)
-                with suppress(BrokenPipeError):  # it has died already
+                with suppress(BrokenPipeError):  # it has ended already
                     worker.stdin.write(payload)
                     worker.stdin.flush()
-                if received:  # perhaps before this one was known
-                    _tell(group, signal.SIGTERM)
+                if received:  # perhaps before this worker was in the group
+                    _send_signal(group, signal.SIGTERM)
                     break
             late, first = _wait(group, timeout)
         finally:
-            silent = [worker for worker in group if worker.poll() is None]
-            _tell(silent, signal.SIGKILL)
+            unresponsive = [worker for worker in group if worker.poll() is None]
+            _send_signal(unresponsive, signal.SIGKILL)
             for worker in group:
                 worker.wait()
             for number, handler in before.items():
@@ -85,12 +77,12 @@ def launch(job: dict, count: int, timeout: float | None) -> dict:
         if received:
             raise Interrupted(received[0][0])
         if late:
-            raise Failed(f"job_timeout={timeout:g}: still ran after {timeout:g} seconds, and was ended", 1)
-        return _outcome(group, first, silent, Path(folder))
+            raise WorkerError(f"job_timeout={timeout:g}: still ran after {timeout:g} seconds, and was ended", 1)
+        return _collect_summary(group, first, unresponsive, Path(folder))
 
 
-def _tell(group, signum: int) -> None:
-    """Workers get SIGTERM for every request: to SIGINT, Python answers with a traceback while it starts."""
+def _send_signal(group, signum: int) -> None:
+    """Workers get SIGTERM for every signal: after SIGINT, Python prints a traceback while it starts."""
     for worker in group:
         if worker.poll() is None:
             worker.send_signal(signum)
@@ -107,20 +99,20 @@ def _environment(rank: int, count: int, folder: str) -> dict:
 
 
 def _wait(group, timeout: float | None) -> tuple[bool, int | None]:
-    """Until every worker has ended, or those that are left have had their time since one failed or since ``timeout``
-    passed; whether that has, and which failed first. A signal that ended one of them before it could tell the others
-    is meant for all."""
-    begun, late, since, patience, first = time.monotonic(), False, None, GRACE, None
+    """Wait until every worker has ended, or until the time is up that the others have after one has failed or after
+    ``timeout``. Returns whether the job took too long, and the rank that failed first. A signal that ended one worker
+    is passed on to all."""
+    start, late, since, patience, first = time.monotonic(), False, None, GRACE, None
     while None in (codes := [worker.poll() for worker in group]):
         now = time.monotonic()
         failed = {code for code in codes if code}
-        if timeout and not late and not failed and now - begun > timeout:
+        if timeout and not late and not failed and now - start > timeout:
             late, since, patience = True, now, ENDING
-            _tell(group, signal.SIGTERM)
+            _send_signal(group, signal.SIGTERM)
         elif failed and not since:
             since, first = now, next(rank for rank, code in enumerate(codes) if code)
             if any(-code in SIGNALS for code in failed):
-                _tell(group, signal.SIGTERM)
+                _send_signal(group, signal.SIGTERM)
         saving = failed and failed <= {130, 143} and group[0].poll() is None
         if since and now - since > (SAVING if saving else patience):
             break
@@ -128,30 +120,31 @@ def _wait(group, timeout: float | None) -> tuple[bool, int | None]:
     return late, first
 
 
-def _outcome(group, first: int | None, silent, folder: Path) -> dict:
-    """Rank 0's summary, or the error that explains the others': flowtrain's own, then a death, then the first of the
-    others, then that one was ``silent``, which had to be killed; last, that one has lost another."""
+def _collect_summary(group, first: int | None, unresponsive, folder: Path) -> dict:
+    """Rank 0's summary. Raises WorkerError with the likeliest cause: an error of flowtrain's own, then a process that
+    ended without an error, then the first of the other errors, then an ``unresponsive`` worker, which was killed, and
+    last a peer failure."""
     if not any(worker.returncode for worker in group):
         return json.loads((folder / "0.json").read_text())
     errors = []
     for rank, worker in enumerate(group):
         file, place = folder / f"{rank}.json", f"(process {rank} of {len(group)})"
-        if worker in silent:
+        if worker in unresponsive:
             errors.append((3, rank, f"a worker no longer answered {place}", 1, None))
         elif worker.returncode and file.is_file():
             error = json.loads(file.read_text())
-            order = {"ours": 0, "lost": 4}.get(error["kind"], 2)
+            order = {"own": 0, "peer": 4}.get(error["kind"], 2)
             errors.append((order, file.stat().st_mtime, error["error"], error["exit_code"], error["signum"]))
         elif worker.returncode in ENDED_BY:
             interrupted = Interrupted(ENDED_BY[worker.returncode])
             errors.append((1, rank != first, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
         elif worker.returncode:
-            errors.append((1, rank != first, f"{_death(worker.returncode)} {place}", 1, None))
+            errors.append((1, rank != first, f"{_describe_exit(worker.returncode)} {place}", 1, None))
     *_, text, code, signum = min(errors, key=lambda error: error[:2])
-    raise Failed(text, code) from (Interrupted(signum) if signum else None)
+    raise WorkerError(text, code) from (Interrupted(signum) if signum else None)
 
 
-def _death(returncode: int) -> str:
+def _describe_exit(returncode: int) -> str:
     if returncode > 0:
         return f"a worker ended with code {returncode}"
     name = signal.Signals(-returncode).name

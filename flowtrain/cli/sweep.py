@@ -1,4 +1,4 @@
-"""``results.csv`` of a sweep: a row for each job as it ends, sorted and printed when all have ended."""
+"""``results.csv`` of a sweep: a row for each job as it ends, sorted and printed at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = ("job", "overrides", "status", "bits_per_dim", "log_likelihood", "step
 
 
 def append(sweep_dir: str, row: dict) -> None:
-    """Add a row: one write, so that jobs side by side do not mix theirs."""
+    """Add a row in one write, so that jobs that run side by side do not mix theirs."""
     path = Path(sweep_dir) / "results.csv"
     with open(path, "a", newline="") as file:
         if not file.tell():
@@ -20,7 +20,7 @@ def append(sweep_dir: str, row: dict) -> None:
         csv.writer(file).writerow([row.get(name, "") for name in COLUMNS])
 
 
-def _printed(rows: list[dict]) -> str:
+def _format(rows: list[dict]) -> str:
     names = [name for name in COLUMNS if any(row[name] for row in rows)]
     lines = [names] + [[_short(row[name]) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -35,7 +35,7 @@ def _short(cell: str) -> str:
 
 
 class Table(Callback):
-    """Hydra's callback: at the end of a sweep the table is printed; the exit code is 1 if a job has failed."""
+    """Hydra's callback: prints the table at the end of a sweep; the exit code is 1 if a job has failed."""
 
     def on_multirun_end(self, config, **kwargs) -> None:
         path = Path(config.hydra.sweep.dir) / "results.csv"
@@ -47,6 +47,6 @@ class Table(Callback):
             writer.writerows(rows)
         path.with_suffix(".tmp").replace(path)
         out = sys.stderr if config.get("json") else sys.stdout
-        print(f"{_printed(rows)}\n{path}", file=out)
+        print(f"{_format(rows)}\n{path}", file=out)
         if any(row["status"] == "failed" for row in rows):
             raise SystemExit(1)  # Hydra turns a callback's Exception into a warning

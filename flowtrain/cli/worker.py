@@ -1,4 +1,4 @@
-"""What runs a job: on each process of a group that :mod:`flowtrain.cli.launcher` starts, or on this one."""
+"""Runs a job, on each process of a group that :mod:`flowtrain.cli.launcher` starts or on this one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from omegaconf import OmegaConf
 
 from flowtrain.cli import exit_codes
 from flowtrain.commands import COMMANDS
+from flowtrain.config.schema import JobConfig
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.runtime import allocator, distributed
 from flowtrain.runtime.distributed import PeerFailure
 from flowtrain.runtime.signals import end_in_kernel
 
 
-def execute(command: str, values: dict, run_dir: str, logging_config: dict | None = None) -> dict:
-    """On every rank: join the others and call the command's ``main(cfg, run_dir)``."""
+def execute(command: str, config: JobConfig, run_dir: str, logging_config: dict | None = None) -> dict:
+    """On every rank: join the others and call the command's ``main(config, run_dir)``."""
     if not distributed.is_main():
         logging.basicConfig(level=logging.WARNING, format=f"[rank {distributed.rank()}] %(message)s", force=True)
     elif logging_config:
@@ -33,12 +34,12 @@ def execute(command: str, values: dict, run_dir: str, logging_config: dict | Non
     allocator.keep_freed_memory()
     with distributed.catch_peer_failures():
         distributed.init()
-        distributed.limit_waits(values["dist"]["timeout_s"])
-        return importlib.import_module(COMMANDS[command].module).main(OmegaConf.create(values), run_dir)
+        distributed.limit_waits(config.dist.timeout_s)
+        return importlib.import_module(COMMANDS[command].module).main(config, run_dir)
 
 
 def main() -> None:
-    """A worker: take the job from stdin, run it, leave its summary or its error in the group's folder."""
+    """Read a job from stdin, run it, and write its summary or its error into the group's folder."""
     end_in_kernel()
     job = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -48,8 +49,8 @@ def main() -> None:
         result = execute(**job) or {}
         distributed.close()
     except Exception as error:
-        text, code = exit_codes.explain(error, job["run_dir"])
-        kind = "lost" if isinstance(error, PeerFailure) else "ours" if isinstance(error, FlowtrainError) else "other"
+        text, code = exit_codes.describe_error(error, job["run_dir"])
+        kind = "peer" if isinstance(error, PeerFailure) else "own" if isinstance(error, FlowtrainError) else "other"
         signum = error.signum if isinstance(error, Interrupted) else None
         result = {"error": text, "exit_code": code, "kind": kind, "signum": signum}
     file.with_suffix(".tmp").write_text(json.dumps(result))
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _follow_parent() -> None:
-    """When the parent is gone, end as if asked to."""
+    """End as if by SIGTERM when the parent has ended, which closes stdin."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

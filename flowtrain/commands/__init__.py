@@ -1,23 +1,115 @@
-"""The commands, in one table. Each module's ``main(config, run_dir)`` runs one; it is imported when a job starts."""
+"""The commands: a table, and the keys that each reads. A command's module is imported when its job starts.
 
-from typing import NamedTuple
+A new command needs three things: a module with ``main(config, run_dir)``, a line in :data:`COMMANDS`, and
+``conf/NAME.yaml`` with its keys' defaults and help lines. Keys of its own need a dataclass here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flowtrain.config.schema import JobConfig, TrainConfig, number
 
 
-class Command(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(TrainConfig):
+    ckpt: str
+    split: Literal["train", "val", "test"]
+    draws: int = number(least=1)
+    examples: Literal["auto"] | int | None = number(least=2)
+    weights: Literal["auto", "ema", "raw"]
+    json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    temperature: float | list[float] = number(least=0)
+    label: int | list[int] | None = number(least=0)
+    context: Any
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(TrainConfig):
+    ckpt: str | None
+    replay: str | None
+    examples: int = number(least=1)
+    jacobian: int = number(least=1)
+    tolerance: float = number(above=0)
+    weights: Literal["auto", "ema", "raw"]
+    json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TrainConfig):
+    ckpt: str
+    input: str | None
+    output: str | None
+    draws: int = number(least=1)
+    batch: int = number(least=1, below=257)
+    label: int | None = number(least=0)
+    weights: Literal["auto", "ema", "raw"]
+    json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(JobConfig):
+    suite: Literal["train", "sample", "spline", "memory", "data", "start", "all"]
+    peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
+    threads: int = number(least=1)
+    compile: bool
+    rounds: int = number(least=1)
+    seconds: float = number(above=0)
+    seed: int = number(least=0)
+    plot: bool
+    json: bool
+    smoke: bool
+
+
+@dataclass(frozen=True)
+class Command:
     """Attributes:
-    module: where its ``main`` is.
+    module: where its ``main(config, run_dir)`` is.
     summary: one line for ``flowtrain --help``.
+    config: the class of the configuration that ``main`` receives.
+    root: the file in ``conf/`` that it composes on where no checkpoint is opened; None: it always opens one.
+    on_checkpoint: each key whose value is the path of a checkpoint, and the file in ``conf/`` that is composed on top
+        of the configuration in that checkpoint.
     """
 
     module: str
     summary: str
+    config: type[JobConfig]
+    root: str | None = None
+    on_checkpoint: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        return self.config is TrainConfig
+
+    def opens_checkpoint(self, root: str) -> bool:
+        """Whether the root configuration of that name is composed on top of a checkpoint's."""
+        return root in self.on_checkpoint.values()
 
 
 COMMANDS = {
-    "train": Command("flowtrain.train", "fit a flow to data"),
-    "eval": Command("flowtrain.commands.eval", "bits per dimension of a run"),
-    "sample": Command("flowtrain.commands.sample", "draws from a run"),
-    "check": Command("flowtrain.commands.check", "audit of a run's flow, or of a new one"),
-    "score": Command("flowtrain.commands.score", "a likelihood for each row or image"),
-    "bench": Command("flowtrain.commands.bench", "time and memory beside other libraries"),
+    "train": Command(
+        "flowtrain.train", "fit a flow to data", TrainConfig, root="train", on_checkpoint={"resume": "train_resume"}
+    ),
+    "eval": Command("flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}),
+    "sample": Command("flowtrain.commands.sample", "samples of a run", SampleConfig, on_checkpoint={"ckpt": "sample"}),
+    "check": Command(
+        "flowtrain.commands.check",
+        "audit of a run's flow, or of a new one",
+        CheckConfig,
+        root="check_model",
+        on_checkpoint={"ckpt": "check", "replay": "check_replay"},
+    ),
+    "score": Command(
+        "flowtrain.commands.score", "a likelihood for each row or image", ScoreConfig, on_checkpoint={"ckpt": "score"}
+    ),
+    "bench": Command("flowtrain.commands.bench", "time and memory beside other libraries", BenchConfig, root="bench"),
 }
+CHECKPOINT_KEYS = {key for command in COMMANDS.values() for key in command.on_checkpoint}

@@ -11,48 +11,52 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtrain.commands.draws import drawn
-from flowtrain.config.build import build, build_flow
-from flowtrain.data.images import one_hot
-from flowtrain.engine.audit import Check, audit, unsettle
+from flowtrain.commands import CheckConfig
+from flowtrain.commands.draws import draw_samples
+from flowtrain.commands.restored import restore
+from flowtrain.config.build import build_dataset, build_flow, build_objective, model_name
+from flowtrain.data.images import label_context
+from flowtrain.data.spec import DataSpec, LabelContext
+from flowtrain.engine.audit import Check, audit, perturb
 from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, files
-from flowtrain.runtime.checkpoint import load_weights
 
-STARTING, NUMBERS = 64, 2**18  # a new flow starts from so many examples, of so many numbers together
+START, NUMBERS = 64, 2**18  # most examples that initialize a new flow, and most numbers in them
 
 
-def main(cfg, run_dir: str) -> dict:
-    """Audit the flow of ``cfg.ckpt``, or a new one where that is null; print a table (or JSON) and write check.json.
+def main(config: CheckConfig, run_dir: str) -> dict:
+    """Audit the flow of ``config.ckpt``, or a new one where that is None; print a table (or JSON) and write check.json.
 
     Raises:
         FlowtrainError: a check has failed.
     """
     if not distributed.is_main():
         return {}
-    begun = time.monotonic()
-    flow = build_flow(cfg, distributed.device())
-    if cfg.get("replay"):
-        return replay(cfg, flow, run_dir)
-    count = sum(parameter.numel() for parameter in flow.parameters())
-    if cfg.ckpt:
-        what = f"{load_weights(flow, checkpoint.read(cfg.ckpt), cfg.weights)} weights of {cfg.ckpt}"
-        context = _context(cfg, flow, cfg.examples)
+    start = time.monotonic()
+    if config.replay:
+        return replay(config, run_dir)
+    if config.ckpt:
+        restored = restore(config, config.ckpt, config.weights)
+        flow, spec = restored.flow, restored.dataset.spec
+        what = f"{restored.weights} weights of {config.ckpt}"
+        context = _context(spec, flow, config.examples)
         try:
-            x = _drawn(flow, cfg, context)
-        except FlowtrainError:  # not finite; the audit will tell where that comes from
-            x = _made_up(flow, cfg, cfg.examples)
+            x = draw_samples(flow, config.examples, config.seed, context).to(next(flow.parameters()).device)
+        except FlowtrainError:  # not finite; the audit finds out where
+            x = _made_up(spec, flow, config.examples)
     else:
-        what = f"a new {cfg.model.name} for {cfg.dataset.name}"
-        examples = max(cfg.examples, min(STARTING, NUMBERS // flow.dimensions))
-        x, context = _made_up(flow, cfg, examples), _context(cfg, flow, examples)
-        unsettle(flow, x, context)
-        x, context = x[: cfg.examples], None if context is None else context[: cfg.examples]
+        spec = build_dataset(config).spec
+        flow = build_flow(config, spec, distributed.device())
+        what = f"a new {model_name(config)} for {spec.name}"
+        examples = max(config.examples, min(START, NUMBERS // flow.dimensions))
+        x, context = _made_up(spec, flow, examples), _context(spec, flow, examples)
+        perturb(flow, x, context)
+        x, context = x[: config.examples], None if context is None else context[: config.examples]
     try:
-        checks = list(audit(flow, x, context, cfg.dataset.levels, cfg.jacobian, cfg.tolerance, cfg.seed))
+        checks = list(audit(flow, x, context, spec.levels, config.jacobian, config.tolerance, config.seed))
     except FloatingPointError as error:
         raise FlowtrainError(f"the flow cannot be run: {error}") from error
     failed = [check for check in checks if not check.passed]
@@ -61,35 +65,34 @@ def main(cfg, run_dir: str) -> dict:
         "checks": [_plain(check) for check in checks],
         "flow": what,
         "dimensions": flow.dimensions,
-        "parameters": count,
-        "examples": cfg.examples,
-        "seed": cfg.seed,
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "examples": config.examples,
+        "seed": config.seed,
         "device": str(x.device),
-        "seconds": round(time.monotonic() - begun, 1),
+        "seconds": round(time.monotonic() - start, 1),
     }
     files.write_json(Path(run_dir) / "check.json", report)
-    print(json.dumps(report, indent=2) if cfg.json else table(checks, report), flush=True)
+    print(json.dumps(report, indent=2) if config.json else table(checks, report), flush=True)
     if failed:
         raise FlowtrainError(f"{len(failed)} of {len(checks)} checks failed, first: {_failure(failed[0])}")
     return report
 
 
-def replay(cfg, flow: Flow, run_dir: str) -> dict:
-    """Take the step at which a run went wrong once more, in ``flow``; print what is found and write check.json.
+def replay(config: CheckConfig, run_dir: str) -> dict:
+    """Repeat the step at which a run diverged; print what is found and write check.json.
 
     Raises:
-        FlowtrainError: it goes wrong again, or the file is no record of a step.
+        FlowtrainError: the step goes wrong again, or the file is not a divergence record.
     """
-    objective = build(cfg.objective, allow=cfg.allow)
-    state = checkpoint.read(cfg.replay)
-    load_weights(flow, state, "raw")
-    autocast = autocast_dtype(cfg.precision, distributed.device())
+    restored, state = restore(config, config.replay, "raw"), checkpoint.read(config.replay)
+    objective = build_objective(config, restored.dataset.spec)
+    autocast = autocast_dtype(config.precision, distributed.device())
     try:
         record = Record.from_state_dict(state.get("divergence"))
-        found = record.replay(flow, objective, autocast)
-    except Exception as error:  # whatever a stranger's numbers make a flow raise
+        found = record.replay(restored.flow, objective, autocast)
+    except Exception as error:  # whatever a flow raises for a stranger's numbers
         reason = " ".join(str(error).split())[:200]
-        raise FlowtrainError(f"{cfg.replay}: no record of a step that went wrong ({reason})") from error
+        raise FlowtrainError(f"{config.replay}: no record of a step that went wrong ({reason})") from error
     same = found == record.found
     report = {
         "passed": found is None,
@@ -101,37 +104,32 @@ def replay(cfg, flow: Flow, run_dir: str) -> dict:
     }
     files.write_json(Path(run_dir) / "check.json", report)
     line = f"step {record.step} once more, {'as' if same else 'unlike what'} was recorded: {record.describe(found)}"
-    print(json.dumps(report, indent=2) if cfg.json else line, flush=True)
+    print(json.dumps(report, indent=2) if config.json else line, flush=True)
     if found:
         raise FlowtrainError(f"step {record.step} goes wrong again: {record.describe(found)}")
     return report
 
 
-def _made_up(flow: Flow, cfg, n: int) -> Tensor:
-    """Integers of all levels alike, or normal numbers."""
-    device, levels = next(flow.parameters()).device, cfg.dataset.levels
+def _made_up(spec: DataSpec, flow: Flow, n: int) -> Tensor:
+    """n uniform integers of the data's levels, or normal numbers, (n, *shape)."""
+    device, levels = next(flow.parameters()).device, spec.levels
     if not levels:
         return torch.randn(n, *flow.shape).to(device)
     return torch.randint(0, levels, (n, *flow.shape), dtype=torch.uint8 if levels <= 256 else torch.int64).to(device)
 
 
-def _context(cfg, flow: Flow, n: int) -> Tensor | None:
-    """Labels in turn, or normal numbers, as a table's standardized columns are."""
-    shape, device = flow.bijection.context_shape, next(flow.parameters()).device
-    if shape is None:
+def _context(spec: DataSpec, flow: Flow, n: int) -> Tensor | None:
+    """All labels in turn, or normal numbers, like a table's standardized columns; None of an unconditional flow."""
+    device = next(flow.parameters()).device
+    if spec.context is None:
         return None
-    if cfg.dataset.context == "label":
-        return one_hot(torch.arange(n) % shape[0], shape[0]).to(device)
-    return torch.randn(n, *shape).to(device)
-
-
-def _drawn(flow: Flow, cfg, context: Tensor | None) -> Tensor:
-    flow.eval()
-    return drawn(flow, cfg.examples, cfg.seed, context).to(next(flow.parameters()).device)
+    if isinstance(spec.context, LabelContext):
+        return label_context(torch.arange(n) % spec.context.classes, spec.context.classes).to(device)
+    return torch.randn(n, *spec.context.shape).to(device)
 
 
 def _plain(check: Check) -> dict:
-    """For JSON, which has no word for what is not a number."""
+    """A check for JSON, which has no NaN."""
     return {**asdict(check), "value": check.value if math.isfinite(check.value) else None, "passed": check.passed}
 
 

@@ -1,38 +1,39 @@
-"""What a person gives a conditional flow to sample from: a class, or values of a table's context columns."""
+"""The context that a user samples a conditional flow with: a class, or values of a table's context columns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from flowtrain.commands import SampleConfig
 from flowtrain.data import Columns
-from flowtrain.data.images import one_hot
+from flowtrain.data.images import label_context
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 
-def contexts(cfg, flow: Flow, columns: Columns | None) -> Tensor | None:
-    """The context of ``cfg.n`` samples, (n, *context_shape) on the flow's device; None for an unconditional flow.
+def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
+    """The context of ``config.n`` samples, (n, *context_shape) on the flow's device; None for an unconditional flow.
 
-    ``cfg.label`` is a class, or several that take turns; null stands for all of them. ``cfg.context`` maps each
-    context column of a table to a value. Raises UsageError for what does not fit the flow.
+    ``config.label`` is a class, or a list that takes turns; None: all classes in turn. ``config.context`` maps each
+    context column of a table to a value. Raises UsageError where they do not fit the flow.
     """
     shape = flow.bijection.context_shape
-    if cfg.label is not None and (shape is None or columns):
-        raise UsageError(f"label={cfg.label}: this model is of no labels; leave label=null")
-    if cfg.context is not None and not (shape and columns):
-        raise UsageError(f"context={cfg.context}: this model has no context columns; leave context=null")
+    if config.label is not None and (shape is None or columns):
+        raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
+    if config.context is not None and not (shape and columns):
+        raise UsageError(f"context={config.context}: this model has no context columns; leave context=null")
     if shape is None:
         return None
     device = next(flow.parameters()).device
     if columns:
-        return _of_columns(cfg.context or {}, columns).expand(cfg.n, *shape).to(device)
+        return _of_columns(config.context or {}, columns).expand(config.n, *shape).to(device)
     (classes,) = shape
-    labels = cfg.label if cfg.label is not None else range(classes)
+    labels = config.label if config.label is not None else range(classes)
     labels = torch.tensor([labels] if isinstance(labels, int) else list(labels))
     if not len(labels) or labels.max() >= classes:
-        raise UsageError(f"label={cfg.label}: the classes are 0 to {classes - 1}")
-    return one_hot(labels[torch.arange(cfg.n) % len(labels)], classes).to(device)
+        raise UsageError(f"label={config.label}: the classes are 0 to {classes - 1}")
+    return label_context(labels[torch.arange(config.n) % len(labels)], classes).to(device)
 
 
 def _of_columns(given: dict, columns: Columns) -> Tensor:

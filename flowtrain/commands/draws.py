@@ -9,14 +9,16 @@ from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 
 
-def drawn(flow: Flow, n: int, seed: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
-    """n examples, on the CPU; a seed's noise is the same at every temperature and on every device."""
+def draw_samples(
+    flow: Flow, n: int, seed: int, context: torch.Tensor | None = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """Draw n examples, (n, *shape) on the CPU. A seed gives the same noise at every temperature and on every device."""
     generator = torch.Generator().manual_seed(seed)
     return decode(flow, flow.latents(n, temperature, generator, context), context)
 
 
 def decode(flow: Flow, latents: torch.Tensor, context: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:
-    """The data of latents, on the CPU, a batch at a time. FlowtrainError where some are not finite."""
+    """Decode latents a batch at a time, to the CPU. Raises FlowtrainError where samples are not finite."""
     contexts = [None] * len(latents) if context is None else context.split(batch)
     was_training = flow.training
     flow.eval()

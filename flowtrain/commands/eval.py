@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import continuous_layers, traced_exactly
-from flowtrain.commands.data import columns_of, has_bits, open_as
+from flowtrain.commands import EvalConfig
 from flowtrain.commands.evaluation import evaluate_split, split_batches
-from flowtrain.config.build import build_flow
+from flowtrain.commands.restored import restore
+from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.flow import Flow
-from flowtrain.runtime import checkpoint, distributed, environment, files
-from flowtrain.runtime.checkpoint import load_weights
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime import distributed, environment, files
+from flowtrain.runtime.seeds import seed_from
 
-EXAMPLES = 1000  # by default with an exact trace, which costs D times a stochastic one
+EXAMPLES = 1000  # with an exact trace, which costs D times a stochastic one
 
 
-def main(cfg, run_dir: str) -> dict:
-    """Evaluate ``cfg.ckpt``, print a table (or JSON), write eval.json and environment.json into ``run_dir``;
-    returns what the first holds."""
-    flow = build_flow(cfg, distributed.device())
-    state = checkpoint.read(cfg.ckpt)
-    weights = load_weights(flow, state, cfg.weights)
-    columns = columns_of(state)
-    split = open_as(columns, cfg).split(cfg.split)
+def main(config: EvalConfig, run_dir: str) -> dict:
+    """Evaluate ``config.ckpt``, print a table (or JSON), and write eval.json and environment.json into ``run_dir``.
+
+    Returns the content of eval.json.
+    """
+    restored = restore(config, config.ckpt, config.weights)
+    flow = restored.flow
+    split = restored.dataset.split(config.split)
     has_ode = bool(continuous_layers(flow))
     exact = traced_exactly(flow)
-    examples = cfg.examples
+    examples = config.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None
-    result = evaluate_split(flow, split, cfg, examples, cfg.draws, exact)
+    result = evaluate_split(flow, split, config, examples, config.draws, exact)
     report = {}
-    if has_bits(cfg, columns):
+    if restored.has_bits:
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
         if result.bits_per_dim_iw is not None and (exact or not has_ode):
             report["bits_per_dim_iw"] = result.bits_per_dim_iw
@@ -48,39 +49,52 @@ def main(cfg, run_dir: str) -> dict:
         "examples": result.examples,
         "draws": result.draws,
         **({"trace": "exact" if exact else "Hutchinson's, one noise a draw"} if has_ode else {}),
-        "split": cfg.split,
+        "split": config.split,
         "data": split.description,
-        "weights": weights,
-        "checkpoint": str(cfg.ckpt),
+        "weights": restored.weights,
+        "checkpoint": config.ckpt,
     }
-    if cfg.get("published"):
-        logit = _in_logit_space(flow, split, cfg, examples, result) if cfg.published.space == "logit" else None
+    if config.published:
+        logit = None
+        if config.published.space == "logit":
+            logit = _logit_log_likelihood(flow, split, config, examples, result)
         report["published"] = compare(
-            cfg.published, result, flow.dimensions, cfg.split, cfg.dataset.levels, split.description, logit
+            config.published,
+            result,
+            flow.dimensions,
+            config.split,
+            restored.dataset.spec.levels,
+            split.description,
+            logit,
         )
     if distributed.is_main():
         files.write_json(Path(run_dir) / "eval.json", report)
         environment.record(run_dir, distributed.device())
-        print(json.dumps(report, indent=2) if cfg.json else table(report))
+        print(json.dumps(report, indent=2) if config.json else table(report))
     return report
 
 
-def _in_logit_space(flow: Flow, split: Split, cfg, examples: int | None, result: Evaluation) -> float | None:
-    """The log-likelihood of logits, as MAF's images have it: ours less what preprocessing adds; or None."""
+def _logit_log_likelihood(
+    flow: Flow, split: Split, config: EvalConfig, examples: int | None, result: Evaluation
+) -> float | None:
+    """The log-likelihood in logit space, as MAF reports it for images: ours minus the log-determinant of preprocessing.
+
+    None where the flow has no logit.
+    """
     preprocess = getattr(flow.bijection, "preprocess", None)
     if preprocess is None or not any(isinstance(layer, Logit) for layer in preprocess.modules()):
         return None
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for index, x, context in split_batches(split, cfg, next(flow.parameters()).device, examples):
-            torch.manual_seed(mix(cfg.seed, int(index[0]), 0))
+        for index, x, context in split_batches(split, config, next(flow.parameters()).device, examples):
+            torch.manual_seed(seed_from(config.seed, int(index[0]), 0))
             added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()
     return result.log_likelihood - total / count
 
 
 def compare(
-    published,
+    published: PublishedConfig,
     result: Evaluation,
     dimensions: int,
     split: str,
@@ -94,11 +108,11 @@ def compare(
     """
     ours, why = None, None
     if published.split != split:
-        why = f"it is of the {published.split} split"
+        why = f"it is for the {published.split} split"
     elif published.data not in description:
-        why = f"it is of other data ({published.data})"
+        why = f"it is for other data ({published.data})"
     elif published.levels != levels:
-        why = f"it is of {published.levels or 'no'} levels, not {levels}"
+        why = f"it is for {published.levels or 'no'} levels, not {levels}"
     elif published.unit == "bits_per_dim" and published.space == "integers":
         ours = result.bits_per_dim
     elif published.unit == "nats" and published.space == ("integers" if levels else "standardized"):
@@ -109,7 +123,7 @@ def compare(
         ours = logit
     else:
         why = f"it is in {published.unit} in {published.space} space"
-    return {**published, "ours": ours, "not_comparable": why}
+    return {**asdict(published), "ours": ours, "not_comparable": why}
 
 
 def table(report: dict) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from flowtrain.bijections.ode import exact_trace
-from flowtrain.data import ordered
+from flowtrain.config.schema import TrainConfig
+from flowtrain.data import evaluation_batches
 from flowtrain.data.split import Split
 from flowtrain.engine.evaluate import Evaluation, evaluate
 from flowtrain.errors import FlowtrainError
@@ -16,22 +17,22 @@ EVALUATION_BATCH = 256  # fixed: dequantization noise in evaluation is a functio
 
 
 def evaluate_split(
-    flow: Flow, split: Split, cfg, examples: int | None = None, draws: int = 1, exact: bool = False
+    flow: Flow, split: Split, config: TrainConfig, examples: int | None = None, draws: int = 1, exact: bool = False
 ) -> Evaluation:
     """Evaluate ``flow`` on ``examples`` of a split (None: all); ``exact``: with the exact trace of its ODEs.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
     """
-    batches = split_batches(split, cfg, next(flow.parameters()).device, examples)
+    batches = split_batches(split, config, next(flow.parameters()).device, examples)
     try:
         with exact_trace() if exact else nullcontext():
-            return evaluate(flow, batches, len(split), draws, cfg.seed)
+            return evaluate(flow, batches, len(split), draws, config.seed)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 
 
-def split_batches(split: Split, cfg, device, examples: int | None = None):
+def split_batches(split: Split, config: TrainConfig, device, examples: int | None = None):
     """This process's batches of a split for evaluation: (indices, examples, context)."""
     rank, world = distributed.rank(), distributed.world()
-    return ordered(split, EVALUATION_BATCH, device, rank, world, examples, cfg.trainer.workers)
+    return evaluation_batches(split, EVALUATION_BATCH, device, rank, world, examples, config.trainer.workers)

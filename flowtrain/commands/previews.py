@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from flowtrain.commands.data import is_image
-from flowtrain.commands.draws import drawn
+from flowtrain.commands.draws import draw_samples
+from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Split
+from flowtrain.data.spec import DataSpec
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.flow import Flow
-from flowtrain.plots.density import density
-from flowtrain.plots.grid import grid
+from flowtrain.plots.density import density_image
+from flowtrain.plots.grid import image_grid
 
 POINTS = 20_000  # data points beside a density or samples
 CELLS = 200  # of the density's grid, per side
@@ -27,17 +28,17 @@ class Preview:
     A conditional flow gets the contexts of validation examples.
     """
 
-    def __init__(self, val: Split, cfg):
-        self.levels, self.is_image = cfg.dataset.levels, is_image(cfg)
+    def __init__(self, val: Split, spec: DataSpec, config: TrainConfig):
+        self.levels, self.is_image = spec.levels, spec.is_image
         if self.is_image:
-            self.count, self.seed = cfg.trainer.sample_n, cfg.seed
+            self.count, self.seed = config.trainer.sample_n, config.seed
             _, self.context = val.take(torch.arange(self.count) % len(val))
         else:
             self.points, self.context = val.take(torch.arange(min(POINTS, len(val))))
 
     def __call__(self, flow: Flow) -> Tensor | None:
         if self.is_image:
-            return grid(drawn(flow, self.count, self.seed, self.context), self.levels)
+            return image_grid(draw_samples(flow, self.count, self.seed, self.context), self.levels)
         if flow.dimensions > 2:
             return None
         return density_of(flow, self.points, self.context)
@@ -60,6 +61,6 @@ def density_of(flow: Flow, points: Tensor, context: Tensor | None = None) -> Ten
     was_training = flow.training
     flow.eval()
     with exact_arithmetic():
-        image = density(log_prob, points, cells=CELLS)
+        image = density_image(log_prob, points, cells=CELLS)
     flow.train(was_training)
     return image

@@ -10,78 +10,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.commands import SampleConfig
 from flowtrain.commands.contexts import contexts
-from flowtrain.commands.data import columns_of, is_image, open_as
-from flowtrain.commands.draws import drawn
+from flowtrain.commands.draws import draw_samples
 from flowtrain.commands.previews import POINTS, density_of
-from flowtrain.config.build import build_flow
+from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
 from flowtrain.errors import UsageError
-from flowtrain.flow import Flow
-from flowtrain.plots.grid import grid, save_png
-from flowtrain.plots.pairs import pairs
-from flowtrain.runtime import checkpoint, distributed
-from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.plots.grid import image_grid, save_png
+from flowtrain.plots.pairs import plot_pairs
+from flowtrain.runtime import distributed
 
 log = logging.getLogger("flowtrain")
 
 
-def main(cfg, run_dir: str) -> dict:
-    """Draw ``cfg.n`` samples at each temperature and write them into ``run_dir``; returns the files' paths.
+def main(config: SampleConfig, run_dir: str) -> dict:
+    """Draw ``config.n`` samples at each temperature and write them into ``run_dir``; returns the files' paths.
 
     Images become samples.png. Rows become samples.csv, in the columns and units of the data's file, and with
-    ``cfg.plot`` pairs.png, of two columns density.png too. All become samples.npy.
+    ``config.plot`` pairs.png, and for two columns density.png too. All become samples.npy.
     """
-    flow = build_flow(cfg, distributed.device())
-    state = checkpoint.read(cfg.ckpt)
-    load_weights(flow, state, cfg.weights)
-    columns = columns_of(state)
-    rows = not isinstance(cfg.temperature, float)
-    temperatures = list(cfg.temperature) if rows else [cfg.temperature]
+    restored = restore(config, config.ckpt, config.weights)
+    flow, columns, spec = restored.flow, restored.columns, restored.dataset.spec
+    rows = not isinstance(config.temperature, float)
+    temperatures = list(config.temperature) if rows else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
-    context = contexts(cfg, flow, columns)
+    context = contexts(config, flow, columns)
     if not distributed.is_main():
         return {}
-    samples = torch.cat([drawn(flow, cfg.n, cfg.seed, context, t) for t in temperatures])
+    samples = torch.cat([draw_samples(flow, config.n, config.seed, context, t) for t in temperatures])
     folder = Path(run_dir)
     paths = {"npy": folder / "samples.npy"}
     np.save(paths["npy"], samples.numpy())
-    if is_image(cfg):
+    if spec.is_image:
         paths["png"] = folder / "samples.png"
-        save_png(grid(samples, cfg.dataset.levels, cfg.n if rows else None), paths["png"])
+        save_png(image_grid(samples, spec.levels, config.n if rows else None), paths["png"])
     else:
-        paths |= _write_rows(flow, samples, columns or Columns.of(samples.numpy()), cfg, folder)
+        paths |= _write_rows(restored, samples, folder, config.plot)
     for path in paths.values():
         print(path)
     return {name: str(path) for name, path in paths.items()}
 
 
-def _write_rows(flow: Flow, samples: Tensor, columns: Columns, cfg, folder: Path) -> dict[str, Path]:
+def _write_rows(restored: Restored, samples: Tensor, folder: Path, plot: bool) -> dict[str, Path]:
     paths = {"csv": folder / "samples.csv"}
+    columns = restored.columns or Columns.from_rows(samples.numpy())
     table = columns.decode(samples)
     with paths["csv"].open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(table)
         writer.writerows(zip(*(values.tolist() for values in table.values())))
-    if not cfg.plot:
+    if not plot:
         return paths
-    points, context = _data(columns, cfg, next(flow.parameters()).device)
+    points, context = _train_rows(restored)
     data = None if points is None else _matrix(columns.decode(points))
     paths["pairs"] = folder / "pairs.png"
-    pairs(paths["pairs"], _matrix(table), data, columns.names, f"{cfg.dataset.name}: data and samples")
-    if points is not None and flow.dimensions <= 2:
+    plot_pairs(paths["pairs"], _matrix(table), data, columns.names, f"{restored.dataset.spec.name}: data and samples")
+    if points is not None and restored.flow.dimensions <= 2:
         paths["density"] = folder / "density.png"
-        save_png(density_of(flow, points, context), paths["density"])
+        save_png(density_of(restored.flow, points, context), paths["density"])
     return paths
 
 
-def _data(columns: Columns, cfg, device) -> tuple[Tensor | None, Tensor | None]:
-    """Rows of the train split and their context, where the data are at hand."""
+def _train_rows(restored: Restored) -> tuple[Tensor | None, Tensor | None]:
+    """Rows of the train split and their context; None where the data are not there."""
     try:
-        split = open_as(columns, cfg).split("train").to(device)
+        split = restored.dataset.split("train").to(next(restored.flow.parameters()).device)
     except UsageError as error:
-        log.info("the plot is of the samples alone: %s", error)
+        log.info("the plot shows the samples alone: %s", error)
         return None, None
     return split.take(torch.arange(min(POINTS, len(split))))
 

@@ -1,4 +1,4 @@
-"""``flowtrain score``: the log-likelihood of each row or image that a person has."""
+"""``flowtrain score``: the log-likelihood of each row or image of a user's own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.ode import exact_trace, traced_exactly
-from flowtrain.commands.data import columns_of, has_bits, is_image
-from flowtrain.config.build import build, build_flow
+from flowtrain.commands import ScoreConfig
+from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
 from flowtrain.data.image_files import SUFFIXES
-from flowtrain.data.images import one_hot
+from flowtrain.data.images import label_context
 from flowtrain.data.inputs import (
     ARCHIVES,
     ARRAY,
@@ -28,43 +28,40 @@ from flowtrain.data.inputs import (
     ImageFiles,
     Input,
     TableRows,
-    existing,
-    plain_columns,
+    input_path,
+    unnamed_columns,
 )
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.runtime import checkpoint, distributed, files, globalbatch
-from flowtrain.runtime.checkpoint import load_weights
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime import distributed, files, global_batch
+from flowtrain.runtime.seeds import seed_from
 
-ROW_GROUP = 2**16  # rows of a parquet file that are written at once
+ROW_GROUP = 2**16  # rows that are written to a parquet file at once
 
 
-def main(cfg, run_dir: str) -> dict:
-    """Score ``cfg.input`` into ``cfg.output`` and print a summary, also written as score.json into ``run_dir``.
+def main(config: ScoreConfig, run_dir: str) -> dict:
+    """Score ``config.input`` into ``config.output`` and print a summary, also written as score.json into ``run_dir``.
 
     Raises:
-        UsageError: an input that the model cannot take, before any of it is scored.
-        FlowtrainError: an example that cannot be read or has no finite likelihood, unless ``cfg.on_bad`` is skip.
+        UsageError: the input does not fit the model; nothing has been scored.
+        FlowtrainError: an example cannot be read or has no finite likelihood, and ``config.on_bad`` is not skip.
     """
-    output = _output(cfg, run_dir)
-    flow = build_flow(cfg, distributed.device()).eval()
-    state = checkpoint.read(cfg.ckpt)
-    weights = load_weights(flow, state, cfg.weights)
-    columns = columns_of(state)
-    label = _label(cfg, flow, columns)
-    source = _source(cfg, flow, columns)
+    output = _output_path(config, run_dir)
+    restored = restore(config, config.ckpt, config.weights)
+    flow = restored.flow.eval()
+    label = _label(config, flow, restored.columns)
+    source = _source(config, restored)
     figures = ["log_likelihood"]
-    if has_bits(cfg, columns):
+    if restored.has_bits:
         figures.append("bits_per_dim")
     tally = Tally()
     groups = source.groups(distributed.rank(), distributed.world())
-    with _written(output, [source.label, *figures]) if distributed.is_main() else nullcontext() as write:
+    with _open_output(output, [source.label, *figures]) if distributed.is_main() else nullcontext() as write:
         while True:
             group = next(groups, None)
-            scored = None if group is None else _scored(cfg, flow, source, group, label)
-            turns = [turn for turn in distributed.all_gather_object(scored) if turn is not None]
+            scores = None if group is None else _score_group(config, flow, source, group, label)
+            turns = [turn for turn in distributed.all_gather_object(scores) if turn is not None]
             if not turns:
                 break
             for names, log_probs, problems in turns if write else ():
@@ -78,68 +75,73 @@ def main(cfg, run_dir: str) -> dict:
         **({"first_skipped": tally.first_skipped} if tally.skipped else {}),
         **{name: _number(mean) for name, mean in zip(figures, _figures(tally.mean, len(figures), flow))},
         "log_likelihood_stderr": _number(tally.stderr),
-        "draws": cfg.draws,
-        "input": str(cfg.input),
+        "draws": config.draws,
+        "input": config.input,
         "output": str(output),
-        "weights": weights,
-        "checkpoint": str(cfg.ckpt),
+        "weights": restored.weights,
+        "checkpoint": config.ckpt,
     }
     files.write_json(Path(run_dir) / "score.json", report)
-    print(json.dumps(report, indent=2) if cfg.json else table(report), flush=True)
+    print(json.dumps(report, indent=2) if config.json else table(report), flush=True)
     return report
 
 
-# ---- what is scored ------------------------------------------------------------------------------------------------
+# ---- input ---------------------------------------------------------------------------------------------------------
 
 
-def _source(cfg, flow: Flow, columns: Columns | None) -> Input:
-    """What reads ``cfg.input``, which must be of the model's kind. Raises UsageError."""
-    if not cfg.input:
+def _source(config: ScoreConfig, restored: Restored) -> Input:
+    """The reader of ``config.input``. Raises UsageError where that is not the model's kind of data."""
+    if not config.input:
         raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
-    path, image = existing(cfg.input), is_image(cfg)
+    path, data = input_path(config.input), restored.dataset
+    shape, levels = data.spec.shape, data.spec.levels
     suffix = "" if path.is_dir() else path.suffix.lower()
-    if not image:
+    if not data.spec.is_image:
         if suffix not in TABLES:
-            raise UsageError(f"input={cfg.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
-        return TableRows(path, columns or plain_columns(flow.dimensions, cfg.dataset.levels), cfg.on_bad)
-    levels = cfg.dataset.levels
+            raise UsageError(f"input={config.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
+        return TableRows(path, restored.columns or unnamed_columns(restored.flow.dimensions, levels), config.on_bad)
     if suffix == ARRAY:
-        return ImageArray(path, flow.shape, levels, cfg.on_bad)
+        return ImageArray(path, shape, levels, config.on_bad)
     if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
-        raise UsageError(f"input={cfg.input}: this model takes a folder, .zip or .tar of images, an image or an npy")
+        raise UsageError(f"input={config.input}: this model takes a folder, .zip or .tar of images, an image or an npy")
     if levels & (levels - 1) or levels > 256:
-        raise UsageError(f"input={cfg.input}: this model's data have {levels} levels: give an npy of 0 … {levels - 1}")
-    data = build(cfg.dataset, allow=cfg.allow)
+        raise UsageError(
+            f"input={config.input}: this model's data have {levels} levels: give an npy of 0 … {levels - 1}"
+        )
     return ImageFiles(
         path,
-        flow.shape,
+        shape,
         8 - int(math.log2(levels)),
-        cfg.on_bad,
+        config.on_bad,
         getattr(data, "box", None),
         getattr(data, "exact", False),
-        cfg.trainer.workers,
+        config.trainer.workers,
     )
 
 
-def _label(cfg, flow: Flow, columns: Columns | None) -> Tensor | None:
-    """The context that all examples share, (1, classes), or None where there is none or the file has it."""
+def _label(config: ScoreConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
+    """The context of all examples, (1, classes), or None where there is none or the file has it."""
     shape = flow.bijection.context_shape
     if shape is None or columns:
-        if cfg.label is not None:
-            raise UsageError(f"label={cfg.label}: this model is of no labels; leave label=null")
+        if config.label is not None:
+            raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
         return None
-    if cfg.label is None or cfg.label >= shape[0]:
-        raise UsageError(f"label={'null' if cfg.label is None else cfg.label}: give the class, 0 to {shape[0] - 1}")
-    return one_hot(torch.tensor([cfg.label]), shape[0])
+    if config.label is None or config.label >= shape[0]:
+        raise UsageError(
+            f"label={'null' if config.label is None else config.label}: give the class, 0 to {shape[0] - 1}"
+        )
+    return label_context(torch.tensor([config.label]), shape[0])
 
 
-def _scored(cfg, flow: Flow, source: Input, group: Group, label: Tensor | None) -> tuple[list, list, list]:
-    """(names, log-likelihoods, a line for each that has none, but not a number in its place)."""
+def _score_group(
+    config: ScoreConfig, flow: Flow, source: Input, group: Group, label: Tensor | None
+) -> tuple[list, list, list]:
+    """(names, log-likelihoods, NaN where there is none, a line for each of those)."""
     context = group.context if label is None else label.expand(len(group.x), -1)
     try:
-        values = log_likelihoods(flow, group.x, context, group.first, cfg.draws, cfg.batch, cfg.seed)
+        values = log_likelihoods(flow, group.x, context, group.first, config.draws, config.batch, config.seed)
     except FloatingPointError as error:
-        raise FlowtrainError(f"{cfg.input}: from {source.label} {group.names[0]} on: {error}") from error
+        raise FlowtrainError(f"{config.input}: from {source.label} {group.names[0]} on: {error}") from error
     values[list(group.bad)] = math.nan
     problems = dict(group.bad)
     for place in (~values.isfinite()).nonzero().flatten().tolist():
@@ -147,7 +149,7 @@ def _scored(cfg, flow: Flow, source: Input, group: Group, label: Tensor | None) 
             name = group.names[place]
             name = f"row {name} (the first is 1)" if source.label == "row" else name
             problems[place] = f"{name}: its log-likelihood is {values[place]:g}"
-            source.refuse(f"{cfg.input}: {problems[place]}")
+            source.refuse(f"{config.input}: {problems[place]}")
             values[place] = math.nan
     return group.names, values.tolist(), [problems[place] for place in sorted(problems)]
 
@@ -156,10 +158,10 @@ def _scored(cfg, flow: Flow, source: Input, group: Group, label: Tensor | None) 
 def log_likelihoods(
     flow: Flow, x: Tensor, context: Tensor | None, first: int = 0, draws: int = 1, batch: int = 256, seed: int = 0
 ) -> Tensor:
-    """Of each of a group of examples in nats, float64 (B,) on the CPU, averaged over ``draws`` of the noise.
+    """Log-likelihoods of a group of examples in nats, float64 (B,) on the CPU, averaged over ``draws`` of the noise.
 
     The noise is that of :func:`flowtrain.engine.evaluate.evaluate`: a function of (seed, ``first``, draw) for the
-    group, the same however many of it are worked on at once. ODEs of few dimensions have their exact trace.
+    group, whatever ``batch`` is. ODEs of few dimensions have their exact trace.
     """
     device = next(flow.parameters()).device
     total = torch.zeros(len(x), dtype=torch.float64)
@@ -169,8 +171,8 @@ def log_likelihoods(
                 part = slice(start, start + batch)
                 given = x[part].to(device), None if context is None else context[part].to(device)
                 for draw in range(draws):
-                    torch.manual_seed(mix(seed, first, draw))
-                    with globalbatch.rows(start, len(x)):
+                    torch.manual_seed(seed_from(seed, first, draw))
+                    with global_batch.rows(start, len(x)):
                         total[part] += flow(*given).double().cpu() / draws
     return total
 
@@ -181,13 +183,13 @@ def _figures(log_prob: float, count: int, flow: Flow) -> list[float | None]:
 
 
 def _number(value: float) -> float | None:
-    """None for what is not a number, which no file should hold."""
+    """None for NaN, which no file should hold."""
     return None if math.isnan(value) else value
 
 
 @dataclass
 class Tally:
-    """How many have a likelihood, the running mean of those and their squared deviations (Welford's), and the rest."""
+    """Counts, and the running mean and squared deviations (Welford) of the log-likelihoods."""
 
     scored: int = 0
     mean: float = math.nan
@@ -210,23 +212,23 @@ class Tally:
         return math.sqrt(self.squares / (self.scored - 1) / self.scored) if self.scored > 1 else math.nan
 
 
-# ---- what is written -----------------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
-def _output(cfg, run_dir: str) -> Path:
-    path = Path(os.path.expanduser(cfg.output)) if cfg.output else Path(run_dir) / "scores.csv"
+def _output_path(config: ScoreConfig, run_dir: str) -> Path:
+    path = Path(os.path.expanduser(config.output)) if config.output else Path(run_dir) / "scores.csv"
     if path.suffix.lower() not in (".csv", ".parquet"):
-        raise UsageError(f"output={cfg.output}: must end in .csv or .parquet")
+        raise UsageError(f"output={config.output}: must end in .csv or .parquet")
     if not path.parent.is_dir():
-        raise UsageError(f"output={cfg.output}: there is no folder {path.parent}")
-    if cfg.input and path.exists() and path.samefile(existing(cfg.input)):
-        raise UsageError(f"output={cfg.output}: is the input itself")
+        raise UsageError(f"output={config.output}: there is no folder {path.parent}")
+    if config.input and path.exists() and path.samefile(input_path(config.input)):
+        raise UsageError(f"output={config.output}: is the input itself")
     return path
 
 
 @contextmanager
-def _written(path: Path, heads: list[str]):
-    """Gives a function that takes rows. The file is there only when all have been written."""
+def _open_output(path: Path, heads: list[str]):
+    """A function that writes rows. The file appears at ``path`` only when all have been written."""
     temporary = files.temporary(path)
     try:
         with (_parquet if path.suffix.lower() == ".parquet" else _csv)(temporary, heads) as write:

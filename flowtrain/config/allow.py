@@ -1,4 +1,4 @@
-"""Which classes a configuration may name: an exact list, since a checkpoint's configuration is a stranger's text.
+"""The classes that a configuration may name: an exact list, since a checkpoint may come from a stranger.
 
 A prefix would be no boundary: ``torch.optim.adam.torch.hub.os.mkdir`` starts with ``torch.optim``.
 """
@@ -15,6 +15,7 @@ from functools import cache
 from flowtrain.errors import UsageError
 
 MODULES = (
+    "flowtrain.flows",
     "flowtrain.bijections",
     "flowtrain.nets",
     "flowtrain.distributions",
@@ -27,7 +28,7 @@ MODULES = (
 
 
 @cache
-def allowed() -> frozenset[str]:
+def allow_list() -> frozenset[str]:
     """Every public class or function of flowtrain's parts, and the optimizers of torch.optim."""
     import torch.optim
 
@@ -39,8 +40,8 @@ def allowed() -> frozenset[str]:
 
 
 def check_targets(config, allow=(), where: str = "") -> None:
-    """Refuse a plain ``config`` with a ``_target_`` that is not allowed."""
-    names = allowed().union(*(_defined_by(module) for module in allow))
+    """Raise UsageError for a ``_target_`` in a plain ``config`` that is not allowed; ``where``: its dotted key."""
+    names = allow_list().union(*(_own_names(module) for module in allow))
     for key, target in _targets(config, where):
         if not isinstance(target, str) or target not in names:
             near = difflib.get_close_matches(str(target), names, 1)
@@ -70,8 +71,8 @@ def _public(module) -> list[str]:
     ]
 
 
-def _defined_by(name: str) -> set[str]:
-    """What a user's module itself defines: not what it imports."""
+def _own_names(name: str) -> set[str]:
+    """The names that a user's module itself defines, not those that it imports."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as with python -m
     try:

@@ -1,14 +1,16 @@
-"""Where ``conf/`` is, how its YAML becomes plain values, and how plain values become objects."""
+"""Where ``conf/`` is, and how its YAML becomes the configuration that a command receives."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.config import runs
-from flowtrain.config.schema import ROOTS, known_keys, settled
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import key_names, to_dict, validate
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import status
 
@@ -23,36 +25,27 @@ def conf_dir() -> Path:
 
 
 def is_part(key: str) -> bool:
-    """Whether a root key is a part that model files choose and refer to, such as ``univariate``: it has a group."""
-    return key not in ("experiment", "launcher", "hydra", *known_keys("train")) and (conf_dir() / key).is_dir()
+    """Whether a root key is a part that models or data sets choose, such as ``univariate``: it has a config group."""
+    return key not in ("experiment", "launcher", "hydra", *key_names(TrainConfig)) and (conf_dir() / key).is_dir()
 
 
-def plain(cfg) -> dict:
-    """The resolved configuration as dicts, lists and scalars, to embed in a checkpoint."""
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+def typed(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):
+    """The ``schema`` instance that a command receives for the tree that Hydra composed.
 
-
-def compose(command: str, overrides: list[str]) -> DictConfig:
-    """What ``flowtrain command overrides`` is given, for callers that are inside another command."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path
-    from hydra.types import RunMode
-
-    loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
-    return OmegaConf.create(settle(loader.load_configuration(command, overrides, RunMode.RUN), command))
-
-
-def settle(cfg: DictConfig, command: str, restored: bool = False) -> dict:
-    """What a command is given: the composed tree without Hydra's node, resolved and with its types checked.
-
-    ``smoke=true`` is applied, except to what a checkpoint ``restored``, where it has been already.
+    ``smoke=true`` is applied, except on top of a ``restored`` checkpoint, which has been shrunk already.
     """
     cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     if cfg.get("smoke") is True and not restored:
-        shrink(cfg)
-    return settled(ROOTS[command], plain(cfg), complete=not restored)
+        _shrink(cfg)
+    return validate(schema, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    """What ``flowtrain train OVERRIDES`` receives, for callers outside the command line."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return typed(compose("train", overrides=list(overrides)))
 
 
 _run_dirs: dict[str, str] = {}
@@ -62,20 +55,20 @@ def run_dir(path: str, resume, *, _root_) -> str:
     """A training run's directory: the one to continue, else a new one at ``path``; the same one at each reading."""
     if path not in _run_dirs:
         if resume is True:
-            found = runs.same_as(settle(_root_, "train"))
+            found = runs.find_run(to_dict(typed(_root_)))
         else:
             found = runs.run_of(Path(resume)) if resume else None
         _run_dirs[path] = str(found) if found else runs.claim(path)
-        if not found and runs.claiming:
-            status.begun(_run_dirs[path])
+        if not found and not runs.dry_run:
+            status.record_start(_run_dirs[path])
     return _run_dirs[path]
 
 
-def shrink(cfg: DictConfig) -> None:
-    """``smoke=true``: cut what ``conf/smoke.yaml`` names, where the configuration has it, down to its size."""
+def _shrink(cfg: DictConfig) -> None:
+    """``smoke=true``: reduce each key that ``conf/smoke.yaml`` names, where the configuration has it, to its size."""
     for key, size in OmegaConf.load(conf_dir() / "smoke.yaml").items():
         value = OmegaConf.select(cfg, key, default="absent")
-        if value != "absent":  # null is no bound
+        if value != "absent":  # null: unlimited
             OmegaConf.update(cfg, key, size if value is None else min(value, size))
 
 
@@ -114,16 +107,16 @@ def side(shape) -> int:
 
 def table_shape(path, columns, context) -> list[int]:
     """[D] of a table's file, from its header. UsageError without one, or for a column that it lacks."""
-    from flowtrain.data import tablefile  # brings numpy
+    from flowtrain.data import table_file  # brings numpy
 
-    return tablefile.table_shape(path, columns, context)
+    return table_file.table_shape(path, columns, context)
 
 
 def table_context_shape(path, context) -> list[int] | None:
     """[C] of a table's context columns, or None."""
-    from flowtrain.data import tablefile
+    from flowtrain.data import table_file
 
-    return tablefile.table_context_shape(path, context)
+    return table_file.table_context_shape(path, context)
 
 
 OmegaConf.register_new_resolver("table_shape", table_shape, replace=True)
@@ -132,7 +125,7 @@ OmegaConf.register_new_resolver("side", side, replace=True)
 OmegaConf.register_new_resolver("one_hot", one_hot, replace=True)
 OmegaConf.register_new_resolver("levels", levels, replace=True)
 OmegaConf.register_new_resolver("halvings", halvings, replace=True)
-OmegaConf.register_new_resolver("beside", runs.beside, replace=True)
+OmegaConf.register_new_resolver("output_path", runs.output_path, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 # cached: a composed configuration has one directory, however often that is read
 OmegaConf.register_new_resolver("claim", runs.claim, replace=True, use_cache=True)

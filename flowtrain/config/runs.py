@@ -13,6 +13,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from flowtrain.config.schema import TrainConfig
 from flowtrain.errors import FlowtrainError, UsageError
 
 log = logging.getLogger("flowtrain")
@@ -20,16 +21,16 @@ log = logging.getLogger("flowtrain")
 OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
-# may differ between a run and its continuation
+# keys that may differ between a run and its continuation
 FREE = ("resume", "devices", "dist", "job_timeout", "max_steps", "max_minutes")
 
-claiming = True  # false while a configuration is only looked at
+dry_run = False  # True: make no directories, the configuration is only shown
 
 
 def claim(path: str) -> str:
     """Make the directory ``path``, or ``path_2``, ``path_3`` … where it exists; its absolute path."""
     n = 1
-    while claiming:
+    while not dry_run:
         new = Path(path if n == 1 else f"{path}_{n}").absolute()
         try:
             new.mkdir(parents=True)
@@ -41,16 +42,16 @@ def claim(path: str) -> str:
 
 
 def run_of(file: Path) -> Path | None:
-    """The run directory of a checkpoint, or of the record of a step that went wrong; None for a lone file."""
+    """The run directory of a checkpoint or of a divergence record; None for a lone file."""
     return file.parent.parent if file.parent.name in ("checkpoints", "divergence") else None
 
 
-def beside(file: str, command: str) -> str:
-    """Where a command puts what it makes of a checkpoint: into the checkpoint's run, else under outputs/."""
+def output_path(file: str, command: str) -> str:
+    """Where a command writes its results on a checkpoint: into the checkpoint's run, else under outputs/."""
     return str((run_of(Path(file)) or OUTPUTS) / command)
 
 
-def started(run: Path) -> tuple[float, int]:
+def start_time(run: Path) -> tuple[float, int]:
     """A key that sorts runs by when they started: the time in the name, else that of Hydra's record."""
     name = re.fullmatch(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?", run.name)
     if name:
@@ -61,7 +62,7 @@ def started(run: Path) -> tuple[float, int]:
 
 def newest_first() -> list[Path]:
     """Every run under ``outputs/`` that has checkpoints."""
-    return sorted((folder.parent for folder in OUTPUTS.rglob("checkpoints")), key=started, reverse=True)
+    return sorted((folder.parent for folder in OUTPUTS.rglob("checkpoints")), key=start_time, reverse=True)
 
 
 def checkpoint_in(path: str, key: str, names=BEST) -> Path:
@@ -78,22 +79,22 @@ def checkpoint_in(path: str, key: str, names=BEST) -> Path:
         for file in (given / "checkpoints" / name, given / name):
             if file.is_file():
                 return file.resolve()
-    raise UsageError(f"{key}={path}: no run directory, for it has no checkpoints/{names[0]} or {names[1]}")
+    raise UsageError(f"{key}={path}: not a run directory: it has no checkpoints/{names[0]} or {names[1]}")
 
 
-def recorded(path: str) -> Path:
-    """The record of a step that went wrong. Raises UsageError."""
+def divergence_record(path: str) -> Path:
+    """The record of a step that diverged. Raises UsageError."""
     given = Path(path).expanduser()
     if not given.is_file():
         raise UsageError(f"replay={path}: no such file; a run that diverged names it in its last line")
     return given.resolve()
 
 
-def last_started() -> Path:
-    """The best checkpoint of the run under ``outputs/`` that started last and has a whole one."""
+def newest_checkpoint() -> Path:
+    """The best checkpoint of the run under ``outputs/`` that started last and has an intact one."""
     for run in newest_first():
         folder = run / "checkpoints"
-        file, problems = _first_whole(folder, [name for name in BEST if (folder / name).exists()])
+        file, problems = _first_intact(folder, [name for name in BEST if (folder / name).exists()])
         if problems:
             log.warning("%s", "; ".join(problems))
         if file:
@@ -101,22 +102,22 @@ def last_started() -> Path:
     raise UsageError("there is no run with a checkpoint under outputs/ here: give ckpt=PATH, or train one first")
 
 
-def to_continue(folder: Path) -> Path | None:
-    """The last whole one of a run's checkpoints, after a warning where that is not the newest."""
-    file, problems = _first_whole(folder, LAST)
+def newest_intact(folder: Path) -> Path | None:
+    """The newest intact checkpoint of a run, after a warning where a newer one is damaged."""
+    file, problems = _first_intact(folder, LAST)
     if file and problems:
         log.warning("%s; continuing from %s", "; ".join(problems), file.name)
     return file
 
 
-def given_to_continue(path: str) -> Path:
-    """The checkpoint that ``resume=path`` means: that file, or a run's last whole one. Raises UsageError."""
+def checkpoint_to_resume(path: str) -> Path:
+    """The checkpoint that ``resume=path`` means: that file, or a run's newest intact one. Raises UsageError."""
     file = checkpoint_in(path, "resume", LAST)
-    return file if Path(path).expanduser().is_file() else to_continue(file.parent) or file
+    return file if Path(path).expanduser().is_file() else newest_intact(file.parent) or file
 
 
-def _first_whole(folder: Path, names) -> tuple[Path | None, list[str]]:
-    """The first of ``names`` in ``folder`` that is whole, or None; and what is wrong with those before it."""
+def _first_intact(folder: Path, names) -> tuple[Path | None, list[str]]:
+    """The first of ``names`` in ``folder`` that is intact, or None; and what is wrong with those before it."""
     from flowtrain.runtime import checkpoint
 
     problems = []
@@ -130,15 +131,15 @@ def _first_whole(folder: Path, names) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def same_as(config: dict) -> Path | None:
-    """The newest run under ``outputs/`` of this (settled) configuration, but for the keys in FREE."""
+def find_run(config: dict) -> Path | None:
+    """The newest run under ``outputs/`` with this configuration; the keys in FREE may differ."""
     from flowtrain.runtime import checkpoint
 
     def fixed(config):
         return {key: value for key, value in config.items() if key not in FREE}
 
     for run in newest_first():
-        file, problems = _first_whole(run / "checkpoints", LAST)
+        file, problems = _first_intact(run / "checkpoints", LAST)
         if file is None and any((run / "checkpoints").glob("*.pt")):
             log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
         try:
@@ -149,8 +150,8 @@ def same_as(config: dict) -> Path | None:
     return None
 
 
-def finished(run: Path, config: dict, file: Path) -> dict | None:
-    """The summary of a run that has finished, unless ``config`` grants it more steps or minutes than it had."""
+def final_summary(run: Path, config: TrainConfig, file: Path) -> dict | None:
+    """The summary of a run that has finished; None where ``config`` allows it more steps or minutes than it had."""
     from flowtrain.runtime import checkpoint
 
     path = run / "summary.json"
@@ -165,6 +166,6 @@ def finished(run: Path, config: dict, file: Path) -> dict | None:
     def more(now, then):
         return then is not None and (now is None or now > then)
 
-    limits = [(config.get(key), had.get(key)) for key in ("max_steps", "max_minutes")]
-    limits += [(config["trainer"].get(key), had["trainer"].get(key)) for key in ("max_epochs", "patience")]
+    limits = [(getattr(config, key), had[key]) for key in ("max_steps", "max_minutes")]
+    limits += [(getattr(config.trainer, key), had["trainer"][key]) for key in ("max_epochs", "patience")]
     return None if any(more(now, then) for now, then in limits) else summary

@@ -1,17 +1,17 @@
-"""Data: sets of images and of vectors, their splits, and loaders. They know nothing of flows."""
+"""Datasets of images and vectors, their splits and their loaders. Nothing here knows of flows."""
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.columns import Columns
 from flowtrain.data.digits import Digits
-from flowtrain.data.folders import CelebA, CelebAHQ, ImageFolder
 from flowtrain.data.image_density import ImageDensity
+from flowtrain.data.image_folders import CelebA, CelebAHQ, ImageFolder
 from flowtrain.data.imagenet import DownsampledImageNet
-from flowtrain.data.loader import Loader, ordered
+from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.maf_tables import BSDS300, Gas, Hepmass, Miniboone, Power
 from flowtrain.data.patches import Patches
 from flowtrain.data.split import ArraySplit, Split
 from flowtrain.data.synthetic import Synthetic
-from flowtrain.data.tabular import Table
+from flowtrain.data.table import Table
 from flowtrain.data.torchvision_sets import CIFAR10, KMNIST, MNIST, SVHN, FashionMNIST
 from flowtrain.data.toys import Checkerboard, EightGaussians, Moons, Pinwheel, Rings, Spirals
 
@@ -46,5 +46,5 @@ __all__ = [
     "Split",
     "Synthetic",
     "Table",
-    "ordered",
+    "evaluation_batches",
 ]

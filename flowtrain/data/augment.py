@@ -1,4 +1,4 @@
-"""Augmentation of training images: a batch at a time, on the device that holds them."""
+"""Augmentation of training images, a batch at a time, on the device of the batch."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,22 @@ from torch import Tensor
 from flowtrain.data.order import shard
 from flowtrain.runtime.seeds import generator
 
-_STREAM = 1  # tells augmentation's random numbers from those of the order, which mix (seed, epoch)
+_STREAM = 1  # seeds are (seed, step, _STREAM); the order of the data uses (seed, epoch)
 
 
 class Augment:
-    """Mirrors each image with probability ½ (``flip``) and moves it by up to ``shift`` pixels each way.
+    """Mirror each image with probability ½ (``flip``) and shift it by up to ``shift`` pixels each way, replicating
+    its border.
 
-    A moved image's border is replicated. What happens to an image depends on the seed, the step and its place in
-    the global batch alone: the numbers are drawn for the global batch and sliced.
+    What happens to an image depends only on the seed, the step and its position in the global batch: every process
+    draws the random numbers of the global batch and uses its slice of them.
     """
 
     def __init__(self, flip: bool = False, shift: int = 0):
         self.flip, self.shift = flip, shift
 
     def __call__(self, x: Tensor, seed: int, step: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Images (b, C, H, W), this rank's slice of the global batch of b · world, to the same shape."""
+        """Augment this rank's slice (b, C, H, W) of a global batch of b · world images; the shape stays."""
         total, (height, width) = len(x) * world, x.shape[-2:]
         mine = shard(total, rank, world)
         numbers = generator(seed, step, _STREAM)
@@ -31,5 +32,5 @@ class Augment:
         column = (torch.arange(width, device=x.device) + right).clamp(0, width - 1)
         if self.flip:
             column = torch.where(mirrored == 1, width - 1 - column, column)
-        source = (row[:, :, None] * width + column[:, None, :]).view(len(x), 1, -1)  # of each pixel, one gather for all
+        source = (row[:, :, None] * width + column[:, None, :]).view(len(x), 1, -1)  # flat index of each pixel
         return x.flatten(2).gather(2, source.expand(-1, x.shape[1], -1)).view_as(x)

@@ -1,8 +1,9 @@
-"""What every set of data has in common: the keys of its YAML file that all share, checked, and three splits."""
+"""The base class of all datasets: the keys that their YAML files share, checked, and three splits."""
 
 import os
 from pathlib import Path
 
+from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import Split
 from flowtrain.errors import UsageError
 
@@ -11,22 +12,29 @@ COUNT_OR_FRACTION = "a number of examples, or a fraction below 1"
 
 
 class Dataset:
-    """Building one touches no file; :meth:`split` does.
+    """Data with a description and three splits. The constructor opens no file; :meth:`split` does.
 
     Args:
-        name: what messages call it.
-        root: the folder of all data, where downloads go too.
-        path: this set's own folder or file, where it has one.
-        download: whether missing files may be fetched.
-        val_size, test_size: count or fraction cut off with a fixed seed; None where a set has such a split itself.
-        split_seed: the seed of that cut.
+        name: its name in messages.
+        root: the folder of all data, into which downloads go.
+        path: the folder or file of this dataset, if it is not under ``root``.
+        download: whether missing files may be downloaded.
+        val_size, test_size: number or fraction of the examples that form this split; None if the files have one.
+        split_seed: seed of the random permutation that chooses them.
         on_bad: "stop" or "skip" at an unreadable image.
 
-    Raises UsageError, naming the key, for what does not fit.
+    Attributes:
+        spec: the description, known before the data are loaded. No file is opened for it, except by a user's table,
+            which reads the header of its file: UsageError or FlowtrainError where that cannot be done.
+
+    Raises:
+        UsageError: a key has a wrong value; it is named.
     """
 
+    spec: DataSpec
+
     native_name: str
-    own_splits: tuple[str, ...] = ()  # besides train, those that the files themselves distinguish
+    own_splits: tuple[str, ...] = ()  # splits besides train that the files already have
     uses_path = True
     default_val: float | int | None = 0.1
     default_test: float | int | None = None
@@ -44,8 +52,8 @@ class Dataset:
         split_seed: int = 0,
         on_bad: str = "stop",
     ):
-        self._check("download", download, bool, "true or false")
-        self._check("split_seed", split_seed, int, "a whole number of at least 0")
+        self._check_type("download", download, bool, "true or false")
+        self._check_type("split_seed", split_seed, int, "a whole number of at least 0")
         if split_seed is None or split_seed < 0:
             self._refuse("split_seed", split_seed, "must be a whole number of at least 0")
         self.name = name or self.native_name
@@ -56,34 +64,36 @@ class Dataset:
         self.test_size = self.default_test if test_size is None else test_size
 
         if path is not None and not self.uses_path:
-            self._refuse("path", path, f"{self.name} takes none; its files, if any, are under dataset.root")
+            self._refuse("path", path, f"{self.name} has none; its files, if any, are under dataset.root")
         if on_bad not in ("stop", "skip"):
             raise UsageError(f"on_bad={on_bad}: must be stop or skip")
         for part, size in (("val", self.val_size), ("test", self.test_size)):
-            self._check(f"{part}_size", size, (int, float), COUNT_OR_FRACTION)
+            self._check_type(f"{part}_size", size, (int, float), COUNT_OR_FRACTION)
             if part in self.own_splits and size is not None:
                 self._refuse(f"{part}_size", size, f"{self.name} has its own {part} split; leave it null")
             if part not in self.own_splits and not (0 < size < 1 or (size >= 1 and size == int(size))):
                 self._refuse(f"{part}_size", size, f"must be {COUNT_OR_FRACTION}")
 
     def split(self, name: str) -> Split:
-        """Opens "train", "val" or "test"; every process must ask, since the first one downloads for all.
+        """Open "train", "val" or "test". Every process must call this, since the first one downloads for all.
 
-        UsageError where files are missing, FlowtrainError where they cannot be read.
+        Raises:
+            UsageError: files are missing.
+            FlowtrainError: files cannot be read.
         """
         if name not in SPLITS:
             raise UsageError(f"split={name}: must be one of {', '.join(SPLITS)}")
         return self._open(name)
 
-    def use(self, columns) -> None:
-        """Take what a checkpoint knows of a table's columns in place of what the file itself would say. To be called
-        before :meth:`split`; only a user's table minds."""
+    def use_columns(self, columns) -> None:
+        """Encode rows by the columns of a checkpoint (a :class:`Columns`) instead of those found in the file. Call it
+        before :meth:`split`. Only a user's table uses it."""
 
     def _open(self, name: str) -> Split:
         raise NotImplementedError
 
-    def _check(self, key, value, kind, words) -> None:
-        """The command line makes anything of anything."""
+    def _check_type(self, key, value, kind, words) -> None:
+        """Refuse a value that is not None and not of type ``kind``; ``words`` describe what it must be."""
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             self._refuse(key, value, f"must be {words}")
 

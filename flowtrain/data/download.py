@@ -1,4 +1,4 @@
-"""Fetching missing files: by one process for all, complete or not at all."""
+"""Downloads of missing files: by one process for all, complete or not at all."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Runs ``action`` in process 0 while the others wait; what it raises is raised in all of them."""
+    """Run ``action`` in process 0 while the others wait. An exception there is raised in every process."""
     if not (dist.is_available() and dist.is_initialized()):
         return action()
     outcome = [None]
@@ -29,10 +29,10 @@ def on_first_rank(action: Callable[[], None]) -> None:
 
 
 def fetch(root: Path, files: Iterable[str], download: Callable[[str], None]) -> None:
-    """``download(folder)`` fills a temporary folder beside the others; then each of ``files`` moves to ``root``.
+    """Download ``files`` into ``root``: ``download(folder)`` fills a temporary folder in it, then the files move.
 
-    A file is thus there as a whole or not at all, and an archive unpacks below that folder only (PEP 706's "data").
-    Raises what ``download`` raises.
+    So a file is complete or absent. Archives can unpack only below the temporary folder (PEP 706, filter "data").
+    Raises whatever ``download`` raises.
     """
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def fetch(root: Path, files: Iterable[str], download: Callable[[str], None]) -> 
     patience, unpacking = socket.getdefaulttimeout(), tarfile.TarFile.extraction_filter
     try:
         tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-        socket.setdefaulttimeout(30)  # seconds without an answer; urllib itself would wait for ever
-        with contextlib.redirect_stdout(sys.stderr):  # stdout may be wanted for JSON alone
+        socket.setdefaulttimeout(30)  # seconds without an answer; urllib has no limit of its own
+        with contextlib.redirect_stdout(sys.stderr):  # stdout may carry JSON
             download(temporary)
         for file in files:
             (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -52,4 +52,4 @@ def fetch(root: Path, files: Iterable[str], download: Callable[[str], None]) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
             with contextlib.suppress(OSError):
-                root.rmdir()  # only if nothing has come
+                root.rmdir()  # only if it is empty

@@ -1,4 +1,4 @@
-"""Image files: where they are (a folder, a .zip, a .tar), how one is decoded, and a split of them."""
+"""Image files: listing them in a folder, a .zip or a .tar, decoding one, and a split of them."""
 
 import hashlib
 import io
@@ -23,20 +23,20 @@ from flowtrain.errors import FlowtrainError, UsageError
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-MAX_PIXELS = 64_000_000  # a larger image counts as unreadable: decoding it would take gigabytes
-_TRIES = 100  # images tried in place of an unreadable one
+MAX_PIXELS = 64_000_000  # a larger image is unreadable: decoding it would take gigabytes
+_TRIES = 100  # images to try in place of an unreadable one
 
 
-class Moment:
-    """When a run listed its images."""
+class ListingTime:
+    """The time at which a run listed its images."""
 
-    SLACK = 2.0  # seconds by which a file server's clock may be wrong
+    SLACK = 2.0  # seconds of error allowed in a file server's clock
 
     def __init__(self):
         self.seconds = time.time()
 
-    def same(self, file: BinaryIO) -> BinaryIO:
-        """``file``; ValueError where it has been written to since. A time that is yet to come says nothing."""
+    def check_unchanged(self, file: BinaryIO) -> BinaryIO:
+        """Return ``file``, or raise ValueError if it was written since. A time in the future is ignored."""
         written = os.fstat(file.fileno()).st_mtime
         if self.seconds + self.SLACK < written < time.time() + self.SLACK:
             file.close()
@@ -45,47 +45,47 @@ class Moment:
 
 
 class Folder:
-    """The images under a folder, by their paths within it, sorted."""
+    """The images under a folder, named by their relative paths, sorted."""
 
     def __init__(self, path: Path):
-        self.path, self.since, names, seen = path, Moment(), [], set()
+        self.path, self.listed_at, names, visited = path, ListingTime(), [], set()
         try:
             for here, folders, files in os.walk(path, followlinks=True, onerror=_raise):
                 identity = os.stat(here).st_dev, os.stat(here).st_ino
-                if identity in seen:  # a link to a folder above it
+                if identity in visited:  # a link to a parent folder
                     folders.clear()
                     continue
-                seen.add(identity)
+                visited.add(identity)
                 names += [Path(here, file).relative_to(path).as_posix() for file in files if _is_image(file)]
         except OSError as error:
             raise FlowtrainError(f"cannot list {error.filename or path}: {error.strerror}") from error
         self.names = sorted(names)
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.path / name)
 
     def open(self, name: str) -> BinaryIO:
-        return self.since.same(open(self.path / name, "rb"))
+        return self.listed_at.check_unchanged(open(self.path / name, "rb"))
 
 
 class Zip:
-    """The images in a .zip, read where they lie."""
+    """The images in a .zip, read without unpacking it."""
 
     def __init__(self, path: Path):
-        self.path, self.since, self._archive, self._pid = path, Moment(), None, None
+        self.path, self.listed_at, self._archive, self._pid = path, ListingTime(), None, None
         try:
             with zipfile.ZipFile(path) as archive:
                 self.names = sorted(name for name in archive.namelist() if _is_image(name))
-        except Exception as error:  # whatever a damaged archive makes zipfile raise
+        except Exception as error:  # zipfile raises many kinds for a damaged archive
             raise FlowtrainError(f"cannot read {path}: {error}") from error
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.path}:{name}"
 
     def open(self, name: str) -> BinaryIO:
-        if self._pid != os.getpid():  # a worker that shared its parent's file would share its position too
+        if self._pid != os.getpid():  # a worker must not share its parent's file position
             self._archive, self._pid = zipfile.ZipFile(self.path), os.getpid()
-        self.since.same(self._archive.fp)
+        self.listed_at.check_unchanged(self._archive.fp)
         return self._archive.open(name)
 
     def __getstate__(self):
@@ -93,33 +93,38 @@ class Zip:
 
 
 class Tar:
-    """The images in a plain .tar, read where they lie (a compressed one has no place to jump to)."""
+    """The images in an uncompressed .tar, read without unpacking it; a compressed one allows no random access."""
 
     def __init__(self, path: Path):
-        self.path, self.since = path, Moment()
+        self.path, self.listed_at = path, ListingTime()
         try:
             with tarfile.open(path, "r:") as archive:
                 members = [member for member in archive if member.isfile() and _is_image(member.name)]
-        except Exception as error:  # whatever a damaged archive makes tarfile raise
+        except Exception as error:  # tarfile raises many kinds for a damaged archive
             raise FlowtrainError(f"cannot read {path} as an uncompressed .tar: {error}") from error
         self._places = {member.name: (member.offset_data, member.size) for member in members}
         self.names = sorted(self._places)
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.path}:{name}"
 
     def open(self, name: str) -> BinaryIO:
         offset, size = self._places[name]
         with open(self.path, "rb") as file:
-            self.since.same(file).seek(offset)
+            self.listed_at.check_unchanged(file).seek(offset)
             return io.BytesIO(file.read(size))
 
 
-Source = Folder | Zip | Tar
+ImageSource = Folder | Zip | Tar
 
 
-def source(path: Path) -> Source:
-    """The images at ``path``: a folder, a .zip or a .tar. UsageError for anything else."""
+def find_images(path: Path) -> ImageSource:
+    """List the images in a folder, a .zip or a .tar.
+
+    Raises:
+        UsageError: ``path`` is something else.
+        FlowtrainError: it cannot be read.
+    """
     if path.is_dir():
         return Folder(path)
     if path.suffix.lower() == ".zip":
@@ -129,13 +134,19 @@ def source(path: Path) -> Source:
     raise UsageError(f"{path} is neither a folder nor a .zip or .tar of images")
 
 
-def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
-    """A whole image, upright, in PIL's ``mode``; ``exact`` is the only size allowed. Raises an Exception of some
-    kind for whatever is wrong with the file."""
-    with warnings.catch_warnings(action="ignore"):  # of what is refused next
+def load_image(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> Image.Image:
+    """Decode an image, rotated as its EXIF data say and converted to PIL's ``mode``.
+
+    Args:
+        exact: the only (width, height) allowed; None allows any.
+
+    Raises:
+        Exception: of many kinds, if the file is damaged, incomplete, too large or of another size.
+    """
+    with warnings.catch_warnings(action="ignore"):  # a large image warns, and is refused below
         image = Image.open(file)
     with image:
-        if image.format == "GIF" and not _is_whole_gif(file):  # PIL makes do with the beginning
+        if image.format == "GIF" and not _is_whole_gif(file):  # PIL accepts the beginning of one
             raise ValueError("its end is missing")
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -148,7 +159,7 @@ def opened(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) -> I
 
 
 def _is_whole_gif(file: BinaryIO) -> bool:
-    """Whether a GIF ends as it should. Where ``file`` stands stays the same."""
+    """Whether a GIF has its final byte. The position in ``file`` stays."""
     place = file.tell()
     file.seek(0)
     whole = file.read().rstrip(b"\0").endswith(b";")
@@ -163,12 +174,17 @@ def decode(
     box: tuple[int, int, int, int] | None = None,
     exact: bool = False,
 ) -> np.ndarray:
-    """An image as uint8 (channels, size, size): grey for one channel, RGB for three.
+    """Decode an image as uint8 (channels, size, size): grey for one channel, RGB for three.
 
-    The largest centred square, or ``box`` (left, top, right, bottom), is cut out and resized (bicubic, antialiased).
-    ``exact`` allows no resizing. Raises what :func:`opened` does.
+    Args:
+        box: the crop (left, top, right, bottom); None is the largest centred square. It is resized (bicubic,
+            antialiased).
+        exact: refuse an image of another size instead of resizing it.
+
+    Raises:
+        Exception: as :func:`load_image`.
     """
-    image = opened(file, "L" if channels == 1 else "RGB", (size, size) if exact else None)
+    image = load_image(file, "L" if channels == 1 else "RGB", (size, size) if exact else None)
     if box is None:
         width, height = image.size
         side = min(width, height)
@@ -176,21 +192,21 @@ def decode(
         box = (left, top, left + side, top + side)
     if box[2] > image.width or box[3] > image.height:
         raise ValueError(f"{image.width}x{image.height} pixels are too few for the crop {box}")
-    image = image.crop(box)  # first, so that nothing outside it has a share in its border
+    image = image.crop(box)  # before resizing, or pixels outside would blend into the border
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
 class ImageFileSplit(Split):
-    """Images decoded from their files whenever they are asked for.
+    """Images that are decoded from their files each time they are read.
 
     Args:
-        source, names: where the images are and which ones they are.
+        source, names: the place of the images, and their names in it.
         shape: (channels, size, size) of one example.
-        shift: bits dropped from each of the 8, on the right.
-        on_bad: "stop" raises FlowtrainError at an unreadable image; "skip" puts the next readable one in its
-            place, counts it in ``bad`` and warns once.
+        shift: how many of the 8 bits to drop, the least significant ones.
+        on_bad: "stop" raises FlowtrainError at an unreadable image; "skip" reads the next readable one instead,
+            records the problem in ``bad`` and warns once.
         box, exact: see :func:`decode`.
     """
 
@@ -198,7 +214,7 @@ class ImageFileSplit(Split):
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         names: Sequence[str],
         shape: tuple[int, int, int],
         shift: int = 0,
@@ -216,11 +232,11 @@ class ImageFileSplit(Split):
         return len(self.names)
 
     def digest(self) -> str:
-        """Of the images' names."""
+        """SHA-256 of the images' names."""
         return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def place(self, number: int) -> str:
-        return f"the image {self.source.where(self.names[number])} (index {number})"
+    def describe(self, number: int) -> str:
+        return f"the image {self.source.location(self.names[number])} (index {number})"
 
     def to(self, device) -> "ImageFileSplit":
         self.device = torch.device(device)
@@ -234,9 +250,15 @@ class ImageFileSplit(Split):
         return images.to(self.device), None
 
     def read(self, index: list[int], replace: bool) -> tuple[list[int], Tensor, dict[int, str]]:
-        """(index, images, problems): what was read, on the CPU, and why the rest could not be.
+        """Read images by number.
 
-        An unreadable image is replaced by the next readable one, or left out of ``index`` and the images.
+        Args:
+            replace: read the next readable image instead of an unreadable one, if ``on_bad`` is "skip"; otherwise
+                leave it out.
+
+        Returns:
+            The numbers read, (B,), the images, uint8 (B, *shape) on the CPU, and a mapping from the number of each
+            unreadable image to the reason.
         """
         images, kept, problems = [], [], {}
         for number in index:
@@ -247,7 +269,7 @@ class ImageFileSplit(Split):
                     images.append(self._decode(other))
                     kept.append(number)
                     break
-                except Exception as error:  # whatever a damaged file makes PIL raise
+                except Exception as error:  # PIL raises many kinds for a damaged file
                     problems[other] = " ".join(f"{type(error).__name__}: {error}".split())
         if not images:
             return [], torch.empty((0, *self.shape), dtype=torch.uint8), problems
@@ -259,13 +281,13 @@ class ImageFileSplit(Split):
             return decode(file, size, channels, self.box, self.exact)
 
     def report(self, problems: dict[int, str]) -> None:
-        """Stops at the first of ``problems``, or notes them and warns of the first ever."""
+        """Raise FlowtrainError for the first of ``problems``, or with on_bad=skip record them and warn once."""
         for number, why in problems.items():
-            line = f"cannot read {self.place(number)}: {why}"
+            line = f"cannot read {self.describe(number)}: {why}"
             if self.on_bad == "stop":
-                raise FlowtrainError(f"{line}; on_bad=skip would do without it")
+                raise FlowtrainError(f"{line}; on_bad=skip leaves it out")
             if not self.bad:
-                log.warning("%s; on_bad=skip: doing without it and others like it", line)
+                log.warning("%s; on_bad=skip: it and others like it are left out", line)
             self.bad[number] = why
 
 

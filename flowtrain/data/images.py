@@ -1,4 +1,4 @@
-"""What every set of images has in common: the keys of its YAML file, checked."""
+"""The base classes of image datasets: the keys that their YAML files share, checked."""
 
 import numpy as np
 import torch
@@ -6,30 +6,29 @@ from torch import Tensor
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.dataset import Dataset
-from flowtrain.data.split import ArraySplit, cut
+from flowtrain.data.spec import DataSpec, LabelContext
+from flowtrain.data.split import ArraySplit, split_indices
 
 
 class Images(Dataset):
-    """Images as integers in 0 … levels − 1.
-
-    Every dataset takes the same keys, so that one can stand for another. Beside those of :class:`Dataset`:
+    """Images of integers 0 … levels − 1. Arguments besides those of :class:`Dataset`:
 
     Args:
-        image_size, channels: side in pixels, 1 (grey) or 3 (RGB).
-        shape: (channels, image_size, image_size); left out, those two decide.
-        bits: keep this many of the 8, floor(x / 2^(8 − bits)); None keeps all.
-        levels: the number of integer values that follows from ``bits``; only checked here.
-        context: "label" for examples that come with their class, one-hot, or None.
-        halvings, context_shape: what models ask about these data; not used here.
-        flip, shift: augmentation of the train split (see Augment).
-
-    Raises UsageError, naming the key, for what does not fit.
+        image_size: side in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        shape: (channels, image_size, image_size), only checked here; None leaves it to the other two.
+        bits: how many of the 8 bits to keep, floor(x / 2^(8 − bits)); None keeps all.
+        levels: the number of integer values that follows from ``bits``, only checked here.
+        context: "label": each example comes with its class as a one-hot vector; None: without.
+        halvings, context_shape: ignored; :attr:`spec` has them.
+        flip, shift: augmentation of the train split, see :class:`Augment`.
     """
 
-    native_size: int | None = None  # None: any
+    native_size: int | None = None  # of the files; None: any
     native_channels: int | None = None
     native_levels = 256
-    classes: int | None = None  # of the labels, where there are any
+    classes: int | None = None  # number of labels; None: no labels
+    smallest_side = 4  # of an image after the last halving
     own_splits = ("test",)
     default_size, default_channels = 64, 3
 
@@ -49,29 +48,34 @@ class Images(Dataset):
         **common,
     ):
         super().__init__(**common)
-        self._check("flip", flip, bool, "true or false")
-        self._check("image_size", image_size, int, "a number of pixels")
-        self._check("channels", channels, int, "1 or 3")
-        self._check("bits", bits, int, "a number from 1 to 8")
-        self._check("shift", shift, int, "a number of pixels")
-        self.halvings, self.context_shape = halvings, context_shape
-        self.labelled = context is not None
-        self.shape = self._shape(image_size, channels, shape)
-        self.levels, self._drop = self._levels(bits, levels)
+        self._check_type("flip", flip, bool, "true or false")
+        self._check_type("image_size", image_size, int, "a number of pixels")
+        self._check_type("channels", channels, int, "1 or 3")
+        self._check_type("bits", bits, int, "a number from 1 to 8")
+        self._check_type("shift", shift, int, "a number of pixels")
+        shape = self._choose_shape(image_size, channels, shape)
+        levels, self._dropped_bits = self._choose_levels(bits, levels)
         self.flip, self.shift = flip, shift
-        if self.labelled and (context != "label" or not self.classes):
+        if context is not None and (context != "label" or not self.classes):
             self._refuse("context", context, "must be label, or null" if self.classes else f"{self.name} has no labels")
-        if (flip or shift) and len(self.shape) != 3:
-            self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(self.shape)}")
-        if shift < 0 or shift >= min(self.shape[-2:]):
-            self._refuse("shift", shift, f"must be between 0 and {min(self.shape[-2:]) - 1} pixels")
+        if (flip or shift) and len(shape) != 3:
+            self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
+        if shift < 0 or shift >= min(shape[-2:]):
+            self._refuse("shift", shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
+        self.spec = DataSpec(
+            self.name,
+            shape,
+            levels,
+            halvings=_halvings(shape[1], self.smallest_side) if len(shape) == 3 else 1,
+            context=None if context is None else LabelContext(self.classes),
+        )
 
     @property
     def augment(self) -> Augment | None:
-        """For the train split's Loader."""
+        """The augmentation of the train split, or None."""
         return Augment(self.flip, self.shift) if self.flip or self.shift else None
 
-    def _shape(self, image_size, channels, shape) -> tuple[int, ...]:
+    def _choose_shape(self, image_size, channels, shape) -> tuple[int, ...]:
         size = image_size or self.native_size or self.default_size
         channels = channels or self.native_channels or self.default_channels
         if size < 1 or self.native_size not in (None, size):
@@ -84,10 +88,10 @@ class Images(Dataset):
             self._refuse("shape", list(shape), f"image_size and channels make it {list(expected)}")
         return expected
 
-    def _levels(self, bits, levels) -> tuple[int, int]:
-        """(levels, bits to drop)"""
+    def _choose_levels(self, bits, levels) -> tuple[int, int]:
+        """The number of grey levels, and how many of the 8 bits to drop."""
         if bits is not None and self.native_levels != 256:
-            self._refuse("bits", bits, f"{self.name} has {self.native_levels} levels; only 256 can be reduced")
+            self._refuse("bits", bits, f"{self.name} has {self.native_levels} levels; only 256 levels can be reduced")
         if bits is not None and not 1 <= bits <= 8:
             self._refuse("bits", bits, "must be between 1 and 8")
         expected = self.native_levels if bits is None else 2**bits
@@ -97,26 +101,34 @@ class Images(Dataset):
 
 
 class ArrayImages(Images):
-    """Images that fit into memory: the files' own train split, and test split where they have one."""
+    """Images that fit into memory."""
 
     uses_path = False
 
     def _load(self, part: str) -> tuple[Tensor, Tensor | None, str]:
-        """The images of "train" or "test" as the files have them, uint8 (N, C, H, W), their labels, int64 (N,), where
-        they have any, and where they came from."""
+        """Load "train" or "test" as the files have them: the images, uint8 (N, C, H, W), their labels, int64 (N,), or
+        None without labels, and the origin of the data for the description."""
         raise NotImplementedError
 
     def _open(self, name: str) -> ArraySplit:
         own = name in self.own_splits
         data, labels, origin = self._load(name if own else "train")
-        context = one_hot(labels, self.classes) if self.labelled else None
+        context = label_context(labels, self.classes) if self.spec.context else None
         if not own:
-            chosen = cut(len(data), self.val_size, self.test_size or 0, self.split_seed)[name]
+            chosen = split_indices(len(data), self.val_size, self.test_size or 0, self.split_seed)[name]
             chosen = torch.from_numpy(np.ascontiguousarray(chosen))
             data, context = data[chosen], None if context is None else context[chosen]
-        return ArraySplit(data >> self._drop, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
+        return ArraySplit(data >> self._dropped_bits, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
 
 
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Labels (N,) as the context of a conditional flow, float32 (N, classes)."""
+def _halvings(side: int, smallest: int) -> int:
+    """How often a side can be halved and stay a whole number of at least ``smallest``."""
+    count = 0
+    while side % 2 == 0 and side // 2 >= smallest:
+        side, count = side // 2, count + 1
+    return count
+
+
+def label_context(labels: Tensor, classes: int) -> Tensor:
+    """Labels, int64 (N,), as the context of a conditional flow: one-hot, float32 (N, classes)."""
     return torch.nn.functional.one_hot(labels, classes).float()

@@ -1,6 +1,6 @@
-"""What a person wants judged: images or rows of a table, read in order, a group at a time.
+"""Inputs of ``flowtrain score``: images, or rows of a table, read in order, one group at a time.
 
-Groups are of ``GROUP`` examples whatever is worked on at once, and are dealt out to the processes whole.
+A group has ``GROUP`` examples, whatever the batch size, and belongs to one process.
 """
 
 import difflib
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.columns import Columns
-from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, source
-from flowtrain.data.loader import ordered
-from flowtrain.data.tablefile import KINDS, Array, Block, Column, TableFile
+from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
+from flowtrain.data.loader import evaluation_batches
+from flowtrain.data.table_file import READERS, Array, Block, Column, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256
-TABLES, ARRAY, ARCHIVES = tuple(KINDS), ".npy", (".zip", ".tar")
+TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar")
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Group:
     """Up to ``GROUP`` examples.
 
     Attributes:
-        first: the number of the first one, from 0.
-        names: what each is called: an image's file, or the number of a row, from 1.
-        x, context: of all of them, zeros where one is in ``bad``.
-        bad: place in the group -> a line that says which one could not be read, and why.
+        first: the number of the first example, from 0.
+        names: of the examples: the file of an image, or the number of a row, from 1.
+        x, context: (B, *shape) and (B, *context_shape) or None; zeros for an example in ``bad``.
+        bad: a mapping from the position in the group of each unreadable example to a line that names it and says why.
     """
 
     first: int
@@ -46,7 +46,7 @@ class Input:
     """Examples at a path.
 
     Attributes:
-        label: the heading of their names: "file" or "row".
+        label: the column heading of the examples' names: "file" or "row".
         on_bad: "stop" raises FlowtrainError at an example that cannot be read, "skip" puts it into ``Group.bad``.
     """
 
@@ -54,21 +54,21 @@ class Input:
     on_bad = "stop"
 
     def groups(self, rank: int = 0, world: int = 1) -> Iterator[Group]:
-        """Those whose turn it is: number rank, rank + world, …."""
+        """The groups of this process: numbers rank, rank + world, …."""
         raise NotImplementedError
 
     def refuse(self, what: str) -> None:
-        """Stop at what is wrong with an example, unless such are to be skipped."""
+        """Raise FlowtrainError for an example that has the fault ``what``, unless ``on_bad`` is "skip"."""
         if self.on_bad == "stop":
-            raise FlowtrainError(f"{what}; on_bad=skip would leave it out")
+            raise FlowtrainError(f"{what}; on_bad=skip leaves it out")
 
 
 class ImageFiles(Input):
-    """A folder, a .zip or a .tar of images, or one image, as an image set reads its own.
+    """A folder, .zip or .tar of images, or one image, decoded as an image dataset decodes its own.
 
     Args:
         shape, shift, box, exact: see :class:`flowtrain.data.image_files.ImageFileSplit`.
-        workers: processes that decode.
+        workers: number of processes that decode.
     """
 
     label = "file"
@@ -76,20 +76,20 @@ class ImageFiles(Input):
     def __init__(
         self, path: Path, shape, shift: int = 0, on_bad: str = "stop", box=None, exact: bool = False, workers: int = 0
     ):
-        images = source(path) if path.is_dir() or path.suffix.lower() in ARCHIVES else _One(path)
+        images = find_images(path) if path.is_dir() or path.suffix.lower() in ARCHIVES else _SingleImage(path)
         if not images.names:
             raise UsageError(f"{path} holds no images ({' '.join(SUFFIXES)})")
         self.split = ImageFileSplit(images, images.names, shape, shift, on_bad, box, exact)
         self.on_bad, self.workers = on_bad, workers
 
     def groups(self, rank=0, world=1):
-        read = ordered(self.split, GROUP, rank=rank, world=world, workers=self.workers)
+        read = evaluation_batches(self.split, GROUP, rank=rank, world=world, workers=self.workers)
         found = next(read, None)
         for first in range(rank * GROUP, len(self.split), world * GROUP):
             names = self.split.names[first : first + GROUP]
             x = torch.zeros((len(names), *self.split.shape), dtype=torch.uint8)
             bad = set(range(len(names)))
-            if found is not None and found[0][0] // GROUP == first // GROUP:  # else none of them could be read
+            if found is not None and found[0][0] // GROUP == first // GROUP:  # otherwise none of the group is readable
                 for place, image in zip((found[0] - first).tolist(), found[1]):
                     x[place] = image
                     bad.remove(place)
@@ -97,13 +97,13 @@ class ImageFiles(Input):
             yield Group(first, names, x, None, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
 
 
-class _One:
-    """An image, as a source of images."""
+class _SingleImage:
+    """One image file as an image source."""
 
     def __init__(self, path: Path):
         self.path, self.names = path, [path.name]
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.path)
 
     def open(self, name: str) -> BinaryIO:
@@ -111,7 +111,7 @@ class _One:
 
 
 class ImageArray(Input):
-    """Images as integers 0 … levels − 1 in an .npy, (N, *shape), or (N, height, width) where they are grey."""
+    """Integers 0 … levels − 1 in an .npy array, (N, *shape), or (N, height, width) for grey images."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], levels: int, on_bad: str = "stop"):
         self.path, self.shape, self.levels, self.on_bad = path, tuple(shape), levels, on_bad
@@ -138,33 +138,34 @@ class ImageArray(Input):
 
 
 class TableRows(Input):
-    """The rows of a table, by the names of ``columns``; of an array, which has no names, by position.
+    """The rows of a table, whose columns are found by the names of ``columns``.
 
-    Position serves too where ``columns`` have only made-up names (x0, x1, …).
+    Columns of an array have no names and are taken by position. So are those of any table if ``columns`` have only
+    the default names x0, x1, ….
     """
 
     def __init__(self, path: Path, columns: Columns, on_bad: str = "stop"):
         self.path, self.columns, self.on_bad = path, columns, on_bad
         self.file = TableFile(path)
-        wanted, there = [*columns.names, *columns.context_names], self.file.names
-        self.names = {name: name for name in wanted}  # the model's -> the file's
-        made_up = wanted == [f"x{i}" for i in range(len(wanted))]
-        if not {*wanted} <= {*there} and (made_up or path.suffix.lower() == ARRAY):
-            if len(there) != len(wanted):
-                raise UsageError(f"{path} has {len(there)} columns; this model takes {len(wanted)}")
-            self.names = dict(zip(wanted, there))
+        wanted, available = [*columns.names, *columns.context_names], self.file.names
+        self.names = {name: name for name in wanted}  # name in the model -> name in the file
+        are_default = wanted == [f"x{i}" for i in range(len(wanted))]
+        if not {*wanted} <= {*available} and (are_default or path.suffix.lower() == ARRAY):
+            if len(available) != len(wanted):
+                raise UsageError(f"{path} has {len(available)} columns; this model takes {len(wanted)}")
+            self.names = dict(zip(wanted, available))
         for name in self.names.values():
-            if name not in there:
-                near = difflib.get_close_matches(name, there, 1)
-                listed = ", ".join(there[:12]) + (", …" if len(there) > 12 else "")
+            if name not in available:
+                near = difflib.get_close_matches(name, available, 1)
+                listed = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
                 hint = f"did you mean '{near[0]}'?" if near else f"there are {listed}"
                 raise UsageError(f"{path} has no column '{name}'; {hint}")
-            if there.count(name) > 1:
+            if available.count(name) > 1:
                 raise UsageError(f"{path} has two columns '{name}'")
 
     def groups(self, rank=0, world=1):
         first, found = 0, None
-        for found, block in enumerate(_regrouped(self.file.blocks(list(self.names.values())))):
+        for found, block in enumerate(_regroup(self.file.blocks(list(self.names.values())))):
             rows = len(next(iter(block.values())))
             if found % world == rank:
                 yield self._group(first, {name: block[theirs] for name, theirs in self.names.items()}, rows)
@@ -197,14 +198,14 @@ class TableRows(Input):
         return Group(first, names, x, context, bad)
 
 
-def plain_columns(dims: int, levels: int | None) -> Columns:
-    """Of rows of which nothing is known but their number, D; integers where they have ``levels``."""
+def unnamed_columns(dims: int, levels: int | None) -> Columns:
+    """Columns named x0, x1, … for rows of D numbers: integers if they have ``levels``, otherwise real."""
     kind = "integer" if levels else "real"
     return Columns(tuple(Column(f"x{i}", kind) for i in range(dims)))
 
 
-def existing(path: str) -> Path:
-    """UsageError where there is nothing at ``path``."""
+def input_path(path: str) -> Path:
+    """``input=path`` with ~ expanded. Raises UsageError if there is nothing."""
     found = Path(os.path.expanduser(path))
     if not found.exists():
         siblings = [item.name for item in found.parent.iterdir()] if found.parent.is_dir() else []
@@ -214,8 +215,8 @@ def existing(path: str) -> Path:
     return found
 
 
-def _regrouped(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Blocks of any length as ones of ``GROUP`` rows, and one of what is left."""
+def _regroup(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Turn blocks of any length into blocks of ``GROUP`` rows and a last shorter one."""
     rest: Mapping[str, np.ndarray] = {}
     for block in blocks:
         block = {name: np.concatenate([rest[name], values]) if rest else values for name, values in block.items()}

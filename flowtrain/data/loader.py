@@ -1,4 +1,4 @@
-"""Batches: in a resumable order for training, each example once for evaluation."""
+"""Batches: in a resumable random order for training, each example once for evaluation."""
 
 import logging
 import signal
@@ -21,15 +21,18 @@ log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Global batches of training data, of which this process gets its slice.
+    """Training batches: the slice of each global batch that belongs to this process.
 
-    The order is a pure function of (seed, epoch), augmentation one of (seed, step): the same for any number of
-    processes and workers, and from any step on. What is left of an epoch after its last whole batch is dropped.
+    The order is a function of (seed, epoch) and augmentation a function of (seed, step), for any number of processes
+    and workers and from any first step. Examples after the last full batch of an epoch are dropped.
 
     Args:
-        batch_size: examples in a global batch; UsageError if that is more than there are, or not shared evenly.
+        batch_size: examples in a global batch.
         augment: called as ``augment(x, seed=, step=, rank=, world=)``, or None.
-        workers: processes that decode images, for a split that streams.
+        workers: number of processes that decode images, for a split that streams.
+
+    Raises:
+        UsageError: ``batch_size`` is larger than the split, or not a multiple of ``world``.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Loader:
         self.steps_per_epoch = len(split) // batch_size
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """This process's slice of the batches of steps start_step, start_step + 1, …, without an end: examples
+        """Yield this process's slices of the batches of steps start_step, start_step + 1, … for ever: examples
         (b, *shape) and their context (b, *context_shape) or None."""
         batches = _take(self.split, self._indices(start_step), self.workers, replace=True)
         for step, (_, x, context) in enumerate(batches, start_step):
@@ -71,16 +74,16 @@ class Loader:
         for step in count(start_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = permutation(self.seed, epoch, len(self.split)).to(self.split.home, non_blocking=True)
+                order = permutation(self.seed, epoch, len(self.split)).to(self.split.index_device, non_blocking=True)
             start = step % self.steps_per_epoch * self.batch_size
             yield order[start + mine.start : start + mine.stop]
 
     def examples(self, step: int) -> list[int]:
-        """The numbers of the examples in this process's slice of the batch of ``step``."""
+        """The numbers of the examples in this process's slice of the batch at ``step``."""
         return next(self._indices(step)).tolist()
 
     def state_dict(self) -> dict[str, int | str]:
-        """What the order of the data depends on, and the data, to be kept with a step number."""
+        """What identifies the data and their order; a checkpoint stores it with the step number."""
         return {"examples": len(self.split), "batch_size": self.batch_size, "seed": self.seed, "data": self.digest}
 
     @cached_property
@@ -88,7 +91,7 @@ class Loader:
         return self.split.digest()
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """FlowtrainError where a step number saved with ``state`` would mean other data here."""
+        """Raise FlowtrainError if the data or their order are not those of ``state``."""
         words = {"examples": "the train split's number of examples", "data": "the SHA-256 of the train split"}
         for key, now in self.state_dict().items():
             if (was := state.get(key)) != now:
@@ -96,7 +99,7 @@ class Loader:
                 raise FlowtrainError(f"cannot resume: {what} was {was} and is now {now}; init=CKPT starts anew")
 
 
-def ordered(
+def evaluation_batches(
     split: Split,
     batch_size: int,
     device="cpu",
@@ -105,12 +108,16 @@ def ordered(
     examples: int | None = None,
     workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yields (indices (b,) on the CPU, examples (b, *shape), context (b, *context_shape) or None): every example
+    """Yield (indices (b,) on the CPU, examples (b, *shape), context (b, *context_shape) or None): every example
     exactly once over all processes.
 
-    The batches are those of a single process, dealt out whole: what a batch's noise is need not depend on how many
-    processes there are, but some may get one batch fewer. ``examples`` takes that many, evenly spaced, since a folder
-    is often sorted by class. With ``on_bad=skip`` an unreadable image is left out, not replaced.
+    The processes share out the batches of a single process, so that noise can be a function of the batch, whatever
+    the number of processes; some may get one batch fewer.
+
+    Args:
+        examples: read only this many, evenly spaced, since a folder is often sorted by class; None reads all.
+        workers: number of processes that decode images, for a split that streams. With ``on_bad=skip`` an unreadable
+            image is left out, not replaced.
     """
     length = len(split)
     number = length if examples is None else min(examples, length)
@@ -124,70 +131,70 @@ def ordered(
 def _take(
     split: Split, indices: Iterable[Tensor], workers: int, replace: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yields (index, examples, context) for each index, decoded by worker processes where the split streams."""
+    """Yield (index, examples, context) for each index; worker processes decode them if the split streams."""
     if not split.streams:
         for index in indices:
             yield index, *split.take(index)
         return
-    left, failed = map(Tensor.tolist, indices), None  # a tensor would travel with all of its epoch's order
+    left, failed = map(Tensor.tolist, indices), None  # lists: a slice of a tensor is pickled with all of its storage
     while True:
         waiting: deque[list[int]] = deque()
-        batches = _read(split, replace, _noted(left, waiting), workers)
+        batches = _worker_batches(split, replace, _record_waiting(left, waiting), workers)
         try:
             for index, x, problems in batches:
                 waiting.popleft()
                 split.report(problems)
                 yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
             return
-        except WorkerEnded as error:
-            line = f"{error} while {split.place(waiting[0][0])} and what follows were read"
+        except WorkerFailure as error:
+            line = f"{error} while it read {split.describe(waiting[0][0])} and those after it"
             if split.on_bad == "stop" or waiting[0] == failed:
-                raise FlowtrainError(f"{line}; trainer.workers=0 does without") from error
-            log.warning("%s; on_bad=skip: others read it again", line)
+                raise FlowtrainError(f"{line}; trainer.workers=0 reads without workers") from error
+            log.warning("%s; on_bad=skip: new workers read them again", line)
             failed, left = waiting[0], chain([*waiting], left)
 
 
-class WorkerEnded(Exception):
-    """A process that reads images is gone."""
+class WorkerFailure(Exception):
+    """A worker process has ended."""
 
 
-def _noted(indices: Iterable[list[int]], waiting: deque) -> Iterator[list[int]]:
+def _record_waiting(indices: Iterable[list[int]], waiting: deque) -> Iterator[list[int]]:
     for index in indices:
         waiting.append(index)
         yield index
 
 
-def _read(split: Split, replace: bool, indices: Iterator[list[int]], workers: int) -> Iterator:
-    """What :class:`_Reader` makes of each index, in order. WorkerEnded where that cannot go on."""
+def _worker_batches(split: Split, replace: bool, indices: Iterator[list[int]], workers: int) -> Iterator:
+    """Yield what :class:`_Reader` returns for each index, in order. Raises WorkerFailure."""
     loader = DataLoader(
         _Reader(split, replace),
         sampler=indices,
-        batch_size=None,  # an item of the sampler is a whole batch
-        collate_fn=_as_it_is,
+        batch_size=None,  # the sampler yields whole batches
+        collate_fn=_identity,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
         pin_memory=split.device.type == "cuda",
-        generator=torch.Generator(),  # or opening it would draw from the generator that makes the noise
+        generator=torch.Generator(),  # otherwise it draws from the generator of the training noise
     )
-    with _undisturbed():
+    with _keep_sigchld_handler():
         batches = iter(loader)
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, EOFError, OSError) as error:  # the last two where it ends while it hands a batch over
+        except (RuntimeError, EOFError, OSError) as error:  # the last two: it ended while it sent a batch
             if workers == 0:
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise WorkerEnded(f"a data worker ended early ({reason})") from error
+            raise WorkerFailure(f"a data worker ended early ({reason})") from error
         yield batch
 
 
 @contextmanager
-def _undisturbed():
-    """Take back the handler that torch installs within it: a worker's end is found where its batch is due, at most 5 s
-    later, and not in the middle of a step."""
+def _keep_sigchld_handler():
+    """Remove the SIGCHLD handler that torch installs inside this block. Without it, the end of a worker is found when
+    its batch is due, at most 5 s later, and not in the middle of a step."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -195,7 +202,8 @@ def _undisturbed():
 
 
 class _Reader:
-    """What a worker holds: reads a batch, and returns what went wrong as text, since exceptions travel badly."""
+    """The dataset of the workers: it reads whole batches and returns problems as text, since not every exception can
+    be pickled."""
 
     def __init__(self, split: Split, replace: bool):
         self.split, self.replace = split, replace
@@ -204,13 +212,13 @@ class _Reader:
         return self.split.read(index, self.replace)
 
 
-def _as_it_is(batch):
+def _identity(batch):
     return batch
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C and a scheduler's warning reach every process of the job; the main one decides what they mean."""
+    """Leave Ctrl-C and a scheduler's SIGUSR1, which reach every process of a job, to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # torchrun and SLURM send every process SIGTERM too; a second one is from the main process, which has no more use
+    # torchrun and SLURM send SIGTERM to every process; a second one comes from the main process, to end its workers
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,4 +1,4 @@
-"""The order of the data: a pure function of (seed, epoch), so that any step of a run can be found again."""
+"""The order of the data: a function of (seed, epoch) only, so that a run can resume at any step."""
 
 import torch
 from torch import Tensor
@@ -12,5 +12,5 @@ def permutation(seed: int, epoch: int, length: int) -> Tensor:
 
 
 def shard(length: int, rank: int, world: int) -> slice:
-    """The contiguous part of a global batch of ``length`` that process ``rank`` of ``world`` works on."""
+    """The contiguous slice of a global batch of ``length`` that belongs to process ``rank`` of ``world``."""
     return slice(rank * length // world, (rank + 1) * length // world)

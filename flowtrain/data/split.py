@@ -1,4 +1,4 @@
-"""A split: examples to take by number. This one is held in memory; images.py has the one that reads files."""
+"""Splits: examples that are read by number, here from memory; image_files.py has the split that streams."""
 
 import hashlib
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from flowtrain.errors import UsageError
 
-DIGESTED = 2**26  # bytes
+DIGEST_BYTES = 2**26  # most bytes of data in a digest
 
 
 class Split:
     """Examples numbered from 0.
 
     Attributes:
-        description: what it is and where it came from, one line for the run's log.
+        description: one line for the log: what it is and where it came from.
         shape: the shape of one example.
-        streams: whether examples are decoded on demand (then a loader uses worker processes).
-        home: the device where ``take`` wants its index: giving it there costs no wait.
-        columns: of a table, what its columns are (a Columns record), else None.
-        bad: number of example -> why it could not be read, for those met so far.
+        streams: whether examples are decoded when they are read; a loader then uses worker processes.
+        index_device: where ``take`` needs its index; an index on that device costs no copy.
+        columns: the :class:`Columns` of a table's train split, otherwise None.
+        bad: a mapping from the number of each example found unreadable so far to the reason.
     """
 
     streams = False
@@ -28,19 +28,19 @@ class Split:
 
     def __init__(self, shape: tuple[int, ...], description: str):
         self.shape, self.description = tuple(shape), description
-        self.home = torch.device("cpu")
+        self.index_device = torch.device("cpu")
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def digest(self) -> str:
-        """A SHA-256 that other examples, or another order, would change: of what is cheap to look at."""
+        """A SHA-256 that changes with the examples and their order, of what is cheap to read."""
         raise NotImplementedError
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Examples ``index`` (B,), uint8 or float32 (B, *shape), and their context, float32 (B, *context_shape) or
-        None, on the device of the last ``to``."""
+        """The examples with numbers ``index`` (B,), uint8 or float32 (B, *shape), and their context, float32
+        (B, *context_shape) or None, on the device of the last ``to``."""
         raise NotImplementedError
 
     def to(self, device) -> "Split":
@@ -48,26 +48,27 @@ class Split:
 
 
 class ArraySplit(Split):
-    """Examples held as one tensor (N, *shape), on the device where they fit there, else in the host's memory."""
+    """Examples in one tensor (N, *shape), on the device if they fill at most half of its free memory, otherwise on the
+    host."""
 
     def __init__(self, data: Tensor, description: str = "array", context: Tensor | None = None, columns=None):
         super().__init__(data.shape[1:], description)
         self.data, self.context, self.columns = data, context, columns
-        self.device = self.home = data.device
+        self.device = self.index_device = data.device
 
     def __len__(self) -> int:
         return len(self.data)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        index = index.to(self.home)
+        index = index.to(self.index_device)
         return tuple(
             None if rows is None else rows.index_select(0, index).to(self.device, non_blocking=True)
             for rows in (self.data, self.context)
         )
 
     def digest(self) -> str:
-        """Of all numbers, or of evenly spaced examples where they are more than 64 MiB."""
-        step = max(1, -(-self.data.nbytes // DIGESTED))
+        """SHA-256 of the examples and their context; of evenly spaced examples if they are more than 64 MiB."""
+        step = max(1, -(-self.data.nbytes // DIGEST_BYTES))
         parts = [part[::step].cpu().contiguous().numpy() for part in (self.data, self.context) if part is not None]
         digest = hashlib.sha256()
         for part in parts:
@@ -80,16 +81,20 @@ class ArraySplit(Split):
         if self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 2:
             self.data = self.data.to(self.device)
             self.context = None if self.context is None else self.context.to(self.device)
-            self.home = self.data.device
+            self.index_device = self.data.device
         return self
 
 
-def cut(length: int, val: float | int, test: float | int, seed: int) -> dict[str, np.ndarray]:
-    """The numbers of the examples in "train", "val" and "test".
+def split_indices(length: int, val: float | int, test: float | int, seed: int) -> dict[str, np.ndarray]:
+    """Split ``length`` examples at random: a mapping from "train", "val" and "test" to their numbers.
 
-    ``val`` and ``test`` are counts, or fractions of ``length`` (rounded down, but at least one); 0 is none at all.
-    A permutation by numpy's ``default_rng(seed)`` gives its first part to test, the next to val, the rest to train.
-    UsageError where nothing is left for train.
+    The first part of a permutation by numpy's ``default_rng(seed)`` is test, the next is val, the rest is train.
+
+    Args:
+        val, test: counts, or fractions of ``length``, rounded down but at least one example; 0 is an empty split.
+
+    Raises:
+        UsageError: nothing is left for train.
     """
     tests, vals = (max(1, int(length * part)) if 0 < part < 1 else int(part) for part in (test, val))
     if tests + vals >= length:

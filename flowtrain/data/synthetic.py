@@ -1,4 +1,4 @@
-"""Made-up integers of any shape: for smoke tests and for speed, without data."""
+"""Synthetic images of any shape, for smoke tests and benchmarks without data."""
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ _BYTES = 2**26
 
 
 class Synthetic(ArrayImages):
-    """A diagonal ramp under a brightness of each example's own, with a little noise: easily learnt.
+    """A diagonal ramp with a random brightness for each example and a little noise: easy to learn.
 
-    ``dataset.shape`` decides, whatever ``image_size`` and ``channels`` say. There are 4,096 examples, fewer (but at
-    least 512) where they would fill more than 64 MiB.
+    ``shape`` may have any number of sides; None leaves it to ``image_size`` and ``channels``. There are 4,096 examples,
+    fewer (but at least 512) if they would fill more than 64 MiB.
     """
 
     native_name = "synthetic"
@@ -22,20 +22,22 @@ class Synthetic(ArrayImages):
     default_size = 32
     default_val = default_test = 0.1
 
-    def _shape(self, image_size, channels, shape) -> tuple[int, ...]:
+    def _choose_shape(self, image_size, channels, shape) -> tuple[int, ...]:
         if shape is None:
-            return super()._shape(image_size, channels, shape)
+            return super()._choose_shape(image_size, channels, shape)
         if not shape or min(shape) < 1:
             self._refuse("shape", list(shape), "must be one or more sides of at least 1")
         return tuple(shape)
 
     def _load(self, part: str) -> tuple[Tensor, None, str]:
-        dims = int(np.prod(self.shape))
+        dims = int(np.prod(self.spec.shape))
         number = min(max(_BYTES // dims, _EXAMPLES[0]), _EXAMPLES[-1])
-        ramp = sum(np.meshgrid(*(np.linspace(-1, 1, side) for side in self.shape), indexing="ij")) / len(self.shape)
+        ramp = sum(np.meshgrid(*(np.linspace(-1, 1, side) for side in self.spec.shape), indexing="ij")) / len(
+            self.spec.shape
+        )
         draw = np.random.default_rng(self.split_seed)
-        data = np.empty((number, *self.shape), dtype=np.uint8)
+        data = np.empty((number, *self.spec.shape), dtype=np.uint8)
         for example in data:
-            brightness, noise = draw.normal(0, 32), draw.integers(-12, 13, self.shape)
+            brightness, noise = draw.normal(0, 32), draw.integers(-12, 13, self.spec.shape)
             example[...] = np.clip(128 + 48 * ramp + brightness + noise, 0, 255)
-        return torch.from_numpy(data), None, f"made up from dataset.split_seed={self.split_seed}"
+        return torch.from_numpy(data), None, f"generated from dataset.split_seed={self.split_seed}"

@@ -1,24 +1,24 @@
-"""What sets of vectors have in common: rows of real numbers, of a table or of points in the plane."""
+"""The base class of datasets of vectors: rows of a table, or points in the plane."""
 
 import numpy as np
 import torch
 
 from flowtrain.data.columns import Columns
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import ArraySplit
 
 
 class Vectors(Dataset):
-    """Rows of ``shape`` [D], float32. Beside those of :class:`Dataset` it takes the keys of images, all unset.
+    """Rows (D,), float32. Arguments besides those of :class:`Dataset`:
 
     Args:
-        shape: [D]; left out, what the set is by nature.
-        context: what a conditional flow is given; only a user's table has any.
-        halvings, context_shape: what models ask about these data; not used here.
-        image_size, channels, bits, levels, flip, shift: of images.
+        shape: [D], only checked here.
+        context: columns to be conditional on, see :class:`Table`; None for all other datasets.
+        halvings, levels, context_shape: ignored; :attr:`spec` has them.
     """
 
-    dims: int | None = None  # D; None: the data decide
+    dims: int | None = None  # D; None: the file decides
     names: tuple[str, ...] | None = None  # of the columns; None: x0, x1, …
     default_test = 0.1
 
@@ -29,37 +29,30 @@ class Vectors(Dataset):
         context=None,
         context_shape=None,
         halvings=None,
-        image_size=None,
-        channels=None,
-        bits=None,
         levels=None,
-        flip=False,
-        shift=0,
         **common,
     ):
         super().__init__(**common)
-        images = {"image_size": image_size, "channels": channels, "bits": bits, "levels": levels}
-        for key, value in (images | {"flip": flip or None, "shift": shift or None}).items():
-            if value is not None:
-                self._refuse(key, value, f"only images have it, not {self.name}")
         if self.dims and tuple(shape or [self.dims]) != (self.dims,):
             self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
-        self.shape = (self.dims,) if self.dims else None if shape is None else tuple(shape)
-        self.levels, self.halvings, self.context_shape = None, halvings, context_shape
-        self._condition(context)
+        self._check_context(context)
 
-    def _condition(self, context) -> None:
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec(self.name, (self.dims,))
+
+    def _check_context(self, context) -> None:
         if context is not None:
             self._refuse("context", context, f"{self.name} has nothing to be conditional on")
 
-    def _count(self, key: str, value, least: int = 1) -> int:
-        """A key of a set's own that must be a number of rows."""
-        self._check(key, value, int, f"a whole number of at least {least}")
+    def _check_count(self, key: str, value, least: int = 1) -> int:
+        """The value of a key that is a number of rows. Raises UsageError."""
+        self._check_type(key, value, int, f"a whole number of at least {least}")
         if value is None or value < least:
             self._refuse(key, value, f"must be a whole number of at least {least}")
         return value
 
-    def _rows(self, name: str, rows: np.ndarray, how: str) -> ArraySplit:
-        """A split of ``rows`` (N, D); the train split knows its moments."""
-        columns = Columns.of(rows, self.names) if name == "train" else None
+    def _make_split(self, name: str, rows: np.ndarray, how: str) -> ArraySplit:
+        """A split of ``rows`` (N, D). The train split has ``columns`` with their moments."""
+        columns = Columns.from_rows(rows, self.names) if name == "train" else None
         return ArraySplit(torch.from_numpy(rows), f"{self.name} {name}: {len(rows):,} rows {how}", columns=columns)

@@ -1,7 +1,7 @@
-"""Is a flow what it says it is? Round trips, log-determinants against Jacobians, total mass, large numbers.
+"""Check a flow numerically: round trips, log-determinants against Jacobians, total mass, large numbers.
 
-Everything is measured on the flow's exact links: a surjection, such as dequantization, has no Jacobian. Chains are
-opened, and the exact links before and after a surjection are audited as one *run* each.
+Only exact layers are measured: a surjection, such as dequantization, has no Jacobian. Chains are opened, and the exact
+layers before and after a surjection are audited as one *segment* each.
 """
 
 from __future__ import annotations
@@ -15,29 +15,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import Bijection, Chain, Inverse, MultiScale
-from flowtrain.bijections.bijection import size
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.bijection import is_sequence, size
 from flowtrain.bijections.ode import continuous_layers, exact_trace, states_only, traced_exactly
 from flowtrain.engine.evaluate import exact_arithmetic
-from flowtrain.engine.jacobian import Piece, affordable, bound, disagreement
+from flowtrain.engine.jacobian import Piece, log_det_errors, max_dimensions, shrink
 from flowtrain.flow import Flow
-from flowtrain.runtime import fusion, globalbatch
+from flowtrain.runtime import fusion, global_batch
 
-CONTAINERS = (Chain, Inverse, MultiScale)  # their work is that of the layers in them
 SOLVER = 100  # tolerances of a layer with an ODE are at least so many times its solver's
-FINER = (
-    100  # float64 shows whether an ODE is right, with a solver so much finer; float32 whether its own is fine enough
-)
-LARGE = 1e4  # the scale of latents and real data that must still map to finite numbers
+FINER = 100  # in float64 the solver's tolerances are so much smaller: is the ODE right? in float32: is its solver?
+LARGE = 1e4  # the scale of latents and real data that must map to finite numbers
 _JACOBIANS = 2**17  # entries of one layer's Jacobians over all examples, unless one example's are more
-_OF_ODES = 4  # Jacobians of what has an ODE in it
-_SAMPLES, _OUTSIDE = 5_000, 5e-4  # a density's box holds all but this share of samples on each side
+_OF_ODES = 4  # Jacobians of a layer with an ODE in it
+_SAMPLES, _OUTSIDE = 5_000, 5e-4  # samples; the share of them beyond each side of a density's box
 _EXACT_INTEGERS = 2**22  # up to here float32 tells an integer from its neighbours' bins
 
 
 @dataclass(frozen=True)
 class Check:
-    """The worst ``value`` that was found, the ``tolerance`` that it must not exceed, and the ``layer`` to blame."""
+    """The worst ``value``, the ``tolerance`` that it must not exceed, and the ``layer`` responsible."""
 
     name: str
     value: float
@@ -60,12 +57,12 @@ def audit(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Iterator[Check]:
-    """Audit ``flow`` in evaluation mode on examples ``x`` (B, *shape) such as data are.
+    """Audit ``flow`` in evaluation mode on examples ``x`` (B, *shape), which should be data.
 
     Args:
         levels: of integer data 0 … levels − 1; None for real numbers.
-        limit: the most dimensions of a Jacobian: what has more is audited in pieces, each on the smallest event that
-            it takes.
+        limit: the most dimensions of a Jacobian. A segment with more is audited in pieces, each on the smallest event
+            that it accepts.
         scale: multiplies every tolerance but those of counts.
 
     Raises:
@@ -80,159 +77,166 @@ def audit(
     traced = exact_trace if traced_exactly(double) else nullcontext
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), exact_arithmetic():
         torch.manual_seed(seed)
-        yield from _ready(double)
+        yield from _check_state(double)
         with traced():
-            passage = _pass(double, x, context)
-            yield from _both_ways(double, passage, x, context, "float64", scale)
-            yield from _both_ways(single, _pass(single, x, context), x, context, "float32", scale)
-        yield from _log_dets(passage, limit, scale)
-        if size(double.bijection.out_shape) <= 2 and passage.ends_exactly:
-            yield _mass(double, passage.runs[-1], 5e-3 * scale)
-        yield from _large(double, x, context, levels)
+            trace = _trace(double, x, context)
+            yield from _check_round_trips(double, trace, x, context, "float64", scale)
+            yield from _check_round_trips(single, _trace(single, x, context), x, context, "float32", scale)
+        yield from _check_log_dets(trace, limit, scale)
+        if size(double.bijection.out_shape) <= 2 and trace.ends_exactly:
+            yield _check_mass(double, trace.segments[-1], 5e-3 * scale)
+        yield from _check_large(double, x, context, levels)
 
 
-def _ready(flow: Flow) -> Iterator[Check]:
+def _check_state(flow: Flow) -> Iterator[Check]:
     idle = [name for name, buffer in flow.named_buffers() if name.endswith("started") and not buffer.all()]
     yield Check("layers still to be started from data", len(idle), 0, _owner(idle))
-    spoilt = [name for name, tensor in flow.state_dict().items() if not _is_sound(tensor)]
-    yield Check("weights that are not finite", len(spoilt), 0, _owner(spoilt))
+    invalid = [name for name, tensor in flow.state_dict().items() if not _is_valid(tensor)]
+    yield Check("weights that are not finite", len(invalid), 0, _owner(invalid))
 
 
-def _is_sound(tensor: Tensor) -> bool:
-    """Finite, or a bound at infinity, which only buffers hold."""
-    return not tensor.isnan().any() and (tensor.isfinite().all() or tensor.isinf().all()).item()
+def _is_valid(tensor: Tensor) -> bool:
+    """Finite, or all infinite, as the bounds that some buffers hold are."""
+    return bool(not tensor.isnan().any() and (tensor.isfinite().all() or tensor.isinf().all()))
 
 
 def _owner(weights: list[str]) -> str | None:
-    """The layer of the first of some weights."""
+    """The layer that holds the first of some weights."""
     return weights[0].removeprefix("bijection.").rpartition(".")[0] if weights else None
 
 
-# ---- what passes through the layers --------------------------------------------------------------------------------
+# ---- layers' inputs and outputs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Call:
-    """A layer's part in a pass through a flow."""
+    """A layer's call in a pass through a flow."""
 
     name: str
     layer: Bijection
-    backwards: bool  # whether it was its inverse that was called
-    given: Tensor
-    made: Tensor
+    inverse: bool  # of its inverse
+    input: Tensor
+    output: Tensor
     log_det: Tensor
     context: Tensor | None
 
     @property
     def piece(self) -> Piece:
-        return Piece(self.name, self.layer, self.made if self.backwards else self.given, self.context)
+        return Piece(self.name, self.layer, self.output if self.inverse else self.input, self.context)
 
 
 @contextmanager
-def watching(bijection: Bijection) -> Iterator[list[Call]]:
+def record_calls(bijection: Bijection) -> Iterator[list[Call]]:
     """Within it the list fills with the first call of each bijection inside ``bijection``, innermost first."""
     calls: list[Call] = []
     layers = {name: layer for name, layer in bijection.named_modules() if isinstance(layer, Bijection)}
-    silent = set(layers)
+    missing = set(layers)
 
-    def watched(name: str, layer: Bijection, direction: str) -> Callable:
+    def record(name: str, layer: Bijection, direction: str) -> Callable:
         method = getattr(layer, direction)
 
-        def call(given, context=None):
-            made, log_det = method(given, context)
-            if name in silent:
-                silent.remove(name)
-                calls.append(Call(name, layer, direction == "inverse", given, made, log_det, context))
-            return made, log_det
+        def call(x, context=None):
+            output, log_det = method(x, context)
+            if name in missing:
+                missing.remove(name)
+                calls.append(Call(name, layer, direction == "inverse", x, output, log_det, context))
+            return output, log_det
 
         return call
 
     for name, layer in layers.items():
-        vars(layer).update({direction: watched(name, layer, direction) for direction in ("forward", "inverse")})
+        vars(layer).update({direction: record(name, layer, direction) for direction in ("forward", "inverse")})
     try:
-        with fusion.layer_by_layer():  # what is joined with others is not called
+        with fusion.layer_by_layer():  # a fused layer is not called
             yield calls
     finally:
         for layer in layers.values():
             del vars(layer)["forward"], vars(layer)["inverse"]
 
 
-class Run(nn.Module):
-    """Exact links in a row, as one bijection of events of ``shape``."""
+class Segment(nn.Module):
+    """Exact layers in turn, as one bijection of events of ``shape``."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.links = [], nn.ModuleList()
+        self.names: list[str] = []
+        self.layers = nn.ModuleList()
 
     @property
     def shape(self):
-        return self.links[0].shape
+        return self.layers[0].shape
 
-    def append(self, name: str, link: Bijection) -> None:
+    def append(self, name: str, layer: Bijection) -> None:
         self.names.append(name)
-        self.links.append(link)
+        self.layers.append(layer)
 
     def forward(self, x, context=None):
         total = 0.0
-        for link in self.links:
-            x, log_det = link(x, context)
+        for layer in self.layers:
+            x, log_det = layer(x, context)
             total = total + log_det
         return x, total
 
     def inverse(self, z, context=None):
         total = 0.0
-        for link in reversed(self.links):
-            z, log_det = link.inverse(z, context)
+        for layer in reversed(self.layers):
+            z, log_det = layer.inverse(z, context)
             total = total + log_det
         return z, total
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A flow's runs and layers, with what each is given when examples pass from data to latent."""
+class Trace:
+    """A flow's segments and layers, with the inputs of each when examples pass from data to latent.
 
-    runs: list[Piece]
+    Attributes:
+        ends_exactly: the last segment reaches to the latent.
+    """
+
+    segments: list[Piece]
     calls: list[Call]
     ends_exactly: bool
 
     @property
     def layers(self) -> list[Piece]:
-        return [call.piece for call in self.calls if call.layer.exact and not isinstance(call.layer, CONTAINERS)]
+        """The exact layers that do work of their own."""
+        return [call.piece for call in self.calls if call.layer.exact and not call.layer.container]
 
 
-def _pass(flow: Flow, x: Tensor, context: Tensor | None) -> Passage:
-    x, context = _as_weights(flow, x), _as_weights(flow, context)
-    runs, run = [], None
-    with watching(flow.bijection) as calls:
-        for name, link in _links(flow.bijection):
-            if link.exact and run is None:
-                run = Run()
-                runs.append(Piece("", run, x, context))
-            if link.exact:
-                run.append(name, link)
+def _trace(flow: Flow, x: Tensor, context: Tensor | None) -> Trace:
+    x, context = _to_weights(flow, x), _to_weights(flow, context)
+    segments: list[Piece] = []
+    segment = None
+    with record_calls(flow.bijection) as calls:
+        for name, layer in _flatten(flow.bijection):
+            if not layer.exact:
+                segment = None
             else:
-                run = None
-            x, _ = link(x, context)
-    return Passage(runs, calls, run is not None)
+                if segment is None:
+                    segment = Segment()
+                    segments.append(Piece("", segment, x, context))
+                segment.append(name, layer)
+            x, _ = layer(x, context)
+    return Trace(segments, calls, segment is not None)
 
 
-def _links(bijection: Bijection, name: str = "") -> Iterator[tuple[str, Bijection]]:
-    """The links of a chain and of the chains in it."""
-    if not isinstance(bijection, Chain):
+def _flatten(bijection: Bijection, name: str = "") -> Iterator[tuple[str, Bijection]]:
+    """The layers of a chain and of the chains in it, with their dotted names."""
+    if not is_sequence(bijection):
         yield name, bijection
         return
-    for child, link in bijection.named_children():
-        yield from _links(link, f"{name}.{child}" if name else child)
+    for child, layer in bijection.layers().items():
+        yield from _flatten(layer, f"{name}.{child}" if name else child)
 
 
-def _as_weights(flow: Flow, x: Tensor | None) -> Tensor | None:
+def _to_weights(flow: Flow, x: Tensor | None) -> Tensor | None:
     """x in the precision of the flow's weights; integers as they are."""
     like = next((tensor for tensor in flow.state_dict().values() if tensor.is_floating_point()), None)
     return x if x is None or like is None or not x.is_floating_point() else x.to(like.dtype)
 
 
 def _allowed(strict: float, layer: nn.Module, scale: float) -> float:
-    """A tolerance, wider for what is as exact as its solver."""
+    """A tolerance, wider for a layer with an ODE, which is as accurate as its solver."""
     solver = max((max(ode.rtol, ode.atol) for ode in continuous_layers(layer)), default=0.0)
     return scale * max(strict, SOLVER * solver)
 
@@ -242,11 +246,11 @@ def _allowed(strict: float, layer: nn.Module, scale: float) -> float:
 _ROUND_TRIPS = {"float64": (1e-9, 1e-6, 1e-7), "float32": (1e-4, 1e-2, 1e-4)}  # median, greatest; sum of log-dets
 
 
-def _both_ways(flow: Flow, passage: Passage, x, context, kind: str, scale: float) -> Iterator[Check]:
-    errors = [_there_and_back(run) for run in passage.runs]
+def _check_round_trips(flow: Flow, trace: Trace, x, context, kind: str, scale: float) -> Iterator[Check]:
+    errors = [_round_trip(segment) for segment in trace.segments]
     trips = torch.cat([trip.flatten() for trip, _ in errors])
     totals = torch.cat([total for _, total in errors])
-    of_layers = {layer.name: _there_and_back(layer) for layer in passage.layers}
+    of_layers = {layer.name: _round_trip(layer) for layer in trace.layers}
     worst_trip = _worst({name: trip for name, (trip, _) in of_layers.items()})
     worst_total = _worst({name: total for name, (_, total) in of_layers.items()})
     median, greatest, sums = (_allowed(strict, flow, scale) for strict in _ROUND_TRIPS[kind])
@@ -257,9 +261,9 @@ def _both_ways(flow: Flow, passage: Passage, x, context, kind: str, scale: float
     yield Check(f"log-dets cancel in {kind}", totals.max().item(), sums, worst_total, "nats/dim")
 
 
-def _there_and_back(piece: Piece) -> tuple[Tensor, Tensor]:
-    """|x̂ − x|/(1 + |x|) of every number, and |log-det there + log-det back| per dimension of every example."""
-    with globalbatch.centred():  # an ODE's stochastic trace has the same noise both ways
+def _round_trip(piece: Piece) -> tuple[Tensor, Tensor]:
+    """|x̂ − x|/(1 + |x|) of every number, and |log-det + log-det of the inverse| per dimension of every example."""
+    with global_batch.bin_centres():  # an ODE's stochastic trace has the same noise in both directions
         z, log_det = piece.layer.forward(piece.x, piece.context)
         back, back_log_det = piece.layer.inverse(z, piece.context)
     trip = (back - piece.x).abs() / (1 + piece.x.abs())
@@ -267,70 +271,70 @@ def _there_and_back(piece: Piece) -> tuple[Tensor, Tensor]:
 
 
 def _worst(found: dict[str, Tensor]) -> str | None:
-    """The name with the greatest number, where that is not zero; what is not a number is greater than all."""
+    """The name with the greatest number, if that is not zero; NaN counts as infinity."""
     greatest = {name: values.max().nan_to_num(math.inf).item() for name, values in found.items()}
-    name = max(greatest, key=greatest.get, default=None)
+    name = max(greatest, key=lambda name: greatest[name], default=None)
     return name if name and greatest[name] > 0 else None
 
 
 def _changed(flow: Flow, x: Tensor, context: Tensor | None) -> int:
-    """How many of the data's integers another integer comes back for."""
-    x, context = _as_weights(flow, x), _as_weights(flow, context)
+    """The number of integers in the data that come back as another integer."""
+    x, context = _to_weights(flow, x), _to_weights(flow, context)
     try:
-        with globalbatch.centred(), states_only():
+        with global_batch.bin_centres(), states_only():
             back, _ = flow.bijection.inverse(flow.bijection(x, context)[0], context)
     except FloatingPointError:
         return x.numel()
     if not x.is_floating_point():
         return int((back != x).sum())
-    whole = (x == x.round()) & (x.abs() < _EXACT_INTEGERS)  # of a table's columns some are real
+    whole = (x == x.round()) & (x.abs() < _EXACT_INTEGERS)  # a table may have columns of real numbers
     return int((whole & ~((back - x).abs() < 0.5)).sum())
 
 
 # ---- log-determinants ----------------------------------------------------------------------------------------------
 
 
-def _log_dets(passage: Passage, limit: int, scale: float) -> Iterator[Check]:
-    """Of every layer alone, and of the runs in as few pieces as ``limit`` allows."""
-    calls = {call.name: call.piece for call in passage.calls}
-    runs = []
-    for run in passage.runs:
-        if run.dimensions <= bound(run.layer, limit):
-            runs.append(run)
+def _check_log_dets(trace: Trace, limit: int, scale: float) -> Iterator[Check]:
+    """Of every layer alone, and of the segments in as few pieces as ``limit`` allows."""
+    calls = {call.name: call.piece for call in trace.calls}
+    pieces = []
+    for segment in trace.segments:
+        if segment.dimensions <= max_dimensions(segment.layer, limit):
+            pieces.append(segment)
         else:
-            runs += [piece for name in run.layer.names for piece in _pieces(calls[name], calls, limit)]
-    layers = {layer.name: affordable(layer, limit) for layer in passage.layers}
-    beyond = [name for name, piece in layers.items() if piece is None]
-    note = f"nats/dim; without {', '.join(beyond)}: too many dimensions" if beyond else "nats/dim"
-    of_layers = [(piece, disagreement(_fewer(piece))) for piece in layers.values() if piece]
-    of_runs = [(piece, disagreement(_fewer(piece))) for piece in runs]
-    for way, direction in enumerate(("forward", "inverse")):
-        value, tolerance, worst = _furthest(of_layers, way, scale)
+            pieces += [piece for name in segment.layer.names for piece in _split(calls[name], calls, limit)]
+    layers = {layer.name: shrink(layer, limit) for layer in trace.layers}
+    missing = [name for name, piece in layers.items() if piece is None]
+    note = f"nats/dim; without {', '.join(missing)}: too many dimensions" if missing else "nats/dim"
+    of_layers = [(piece, log_det_errors(_fewer(piece))) for piece in layers.values() if piece]
+    of_pieces = [(piece, log_det_errors(_fewer(piece))) for piece in pieces]
+    for index, direction in enumerate(("forward", "inverse")):
+        value, tolerance, worst = _greatest(of_layers, index, scale)
         yield Check(f"log-det of each layer, {direction}", value, tolerance, worst, note)
-        value, tolerance, name = _furthest(of_runs, way, scale)
+        value, tolerance, name = _greatest(of_pieces, index, scale)
         yield Check(f"log-det of the flow, {direction}", value, tolerance, name or worst, "nats/dim")
 
 
-def _furthest(found: list[tuple[Piece, tuple[Tensor, Tensor]]], way: int, scale: float) -> tuple:
-    """The error that is the greatest for its tolerance, that tolerance, and whose it is."""
+def _greatest(found: list[tuple[Piece, tuple[Tensor, Tensor]]], index: int, scale: float) -> tuple:
+    """The error that is greatest relative to its tolerance, that tolerance, and the piece's name."""
     rows = [
-        (errors[way].nan_to_num(math.inf).max().item(), _allowed(1e-7, piece.layer, scale), piece.name)
+        (errors[index].nan_to_num(math.inf).max().item(), _allowed(1e-7, piece.layer, scale), piece.name)
         for piece, errors in found
     ]
     return max(rows, key=lambda row: row[0] / row[1], default=(math.nan, scale, None))
 
 
-def _pieces(piece: Piece, calls: dict[str, Piece], limit: int) -> list[Piece]:
-    """``piece`` on an affordable event, else the pieces of what it is made of."""
-    if small := affordable(piece, limit):
+def _split(piece: Piece, calls: dict[str, Piece], limit: int) -> list[Piece]:
+    """``piece`` on a small event, or the same for each layer inside it."""
+    if small := shrink(piece, limit):
         return [small]
     inner = [name for name in calls if name.startswith(f"{piece.name}.")]
     outermost = [name for name in inner if not any(name.startswith(f"{other}.") for other in inner)]
-    return [small for name in outermost for small in _pieces(calls[name], calls, limit)]
+    return [small for name in outermost for small in _split(calls[name], calls, limit)]
 
 
 def _fewer(piece: Piece) -> Piece:
-    """With as many examples as there is time for Jacobians."""
+    """The piece with as many examples as there is time for Jacobians."""
     n = max(1, _JACOBIANS // piece.dimensions**2)
     return piece.first(min(n, _OF_ODES) if continuous_layers(piece.layer) else n)
 
@@ -338,19 +342,19 @@ def _fewer(piece: Piece) -> Piece:
 # ---- the density as a whole ----------------------------------------------------------------------------------------
 
 
-def _mass(flow: Flow, run: Piece, tolerance: float) -> Check:
+def _check_mass(flow: Flow, segment: Piece, tolerance: float) -> Check:
     """The integral of the density over a box against the share of samples in it."""
-    context = None if run.context is None else run.context[:1]
+    context = None if segment.context is None else segment.context[:1]
 
     def contexts(n: int) -> Tensor | None:
         return None if context is None else context.expand(n, *context.shape[1:])
 
     def density(x: Tensor) -> Tensor:
-        z, log_det = run.layer.forward(x.view(-1, *run.layer.shape), contexts(len(x)))
+        z, log_det = segment.layer.forward(x.view(-1, *segment.layer.shape), contexts(len(x)))
         return (flow.base.log_prob(z, contexts(len(x))) + log_det).exp()
 
-    z = flow.base.sample(_SAMPLES, context=contexts(_SAMPLES)).to(run.x)
-    samples = run.layer.inverse(z, contexts(len(z)))[0].flatten(1)
+    z = flow.base.sample(_SAMPLES, context=contexts(_SAMPLES)).to(segment.x)
+    samples = segment.layer.inverse(z, contexts(len(z)))[0].flatten(1)
     low, high = samples.quantile(torch.tensor([_OUTSIDE, 1 - _OUTSIDE]).to(samples), 0)
     share = ((samples >= low) & (samples <= high)).all(1).double().mean().item()
     with exact_trace():
@@ -360,7 +364,8 @@ def _mass(flow: Flow, run: Piece, tolerance: float) -> Check:
 
 
 def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> tuple[float, str]:
-    """∫ function over a box of one or two dimensions by the midpoint rule, on finer grids until it hardly changes."""
+    """∫ function over a box of one or two dimensions by the midpoint rule, on finer grids until it changes by less than
+    ``enough``; and the grid."""
     sides = (512, 2048, 8192, 32768) if len(low) == 1 else (64, 128, 256, 512, 1024)
     before = math.inf
     for side in sides:
@@ -377,49 +382,49 @@ def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> t
 # ---- large numbers -------------------------------------------------------------------------------------------------
 
 
-def _large(flow: Flow, x: Tensor, context: Tensor | None, levels: int | None) -> Iterator[Check]:
-    """Samples, large latents, large real data and the extremes of integer data give finite numbers, or an error."""
-    context = _as_weights(flow, context)
+def _check_large(flow: Flow, x: Tensor, context: Tensor | None, levels: int | None) -> Iterator[Check]:
+    """Samples, large latents, large real data and extreme integers must map to finite numbers, or raise an error."""
+    context = _to_weights(flow, context)
     if levels is None:
-        extremes = _as_weights(flow, LARGE * torch.randn(x.shape, device=x.device))
+        extremes = _to_weights(flow, LARGE * torch.randn(x.shape, device=x.device))
     else:
         extremes = torch.randint(0, 2, x.shape, device=x.device) * (levels - 1)
         extremes[0], extremes[-1] = 0, levels - 1
-    latents = _as_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
+    latents = _to_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
     for name, method, start in (
         ("numbers not finite in samples", flow.bijection.inverse, latents),
         ("numbers not finite from extreme data", flow.bijection.forward, extremes),
         (f"numbers not finite from latents of {LARGE:g}", flow.bijection.inverse, LARGE * latents),
     ):
         note = ""
-        with watching(flow.bijection) as calls:
+        with record_calls(flow.bijection) as calls:
             try:
                 method(start, context)
-            except FloatingPointError as error:  # said aloud, not lost
+            except FloatingPointError as error:  # an error is as good as a finite number
                 note = f"refused: {error}"
-        lost = [call for call in calls if _lost(call)]
-        count = sum(_lost(call) for call in lost if not isinstance(call.layer, CONTAINERS))
-        yield Check(name, count, 0, lost[0].name if lost else None, note)
+        invalid = [call for call in calls if _count_not_finite(call)]
+        count = sum(_count_not_finite(call) for call in invalid if not call.layer.container)
+        yield Check(name, count, 0, invalid[0].name if invalid else None, note)
 
 
-def _lost(call: Call) -> int:
-    return sum(int((~numbers.isfinite()).sum()) for numbers in (call.made, call.log_det))
+def _count_not_finite(call: Call) -> int:
+    return sum(int((~numbers.isfinite()).sum()) for numbers in (call.output, call.log_det))
 
 
-# ---- a flow to audit before it has been trained --------------------------------------------------------------------
+# ---- an untrained flow ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def unsettle(flow: Flow, x: Tensor, context: Tensor | None = None, noise: float = 0.1) -> None:
-    """Take a new flow away from its neutral start, and start from ``x`` what starts from data.
+def perturb(flow: Flow, x: Tensor, context: Tensor | None = None, noise: float = 0.1) -> None:
+    """Add noise to a new flow's weights, and start the modules that start from data from ``x``.
 
-    Every weight gets normal noise of standard deviation ``noise``, those of matrices and filters over the square root
-    of what each output sums: many layers begin as the identity, whose log-determinant 0 no error could spoil.
+    Many layers start as the identity, whose log-determinant 0 would hide errors. The noise is normal, with standard
+    deviation ``noise``, in matrices and filters divided by the square root of the number of inputs of an output.
     """
     for parameter in flow.parameters():
-        summed = parameter[0].numel() if parameter.dim() > 1 else 1
-        parameter.add_(noise / math.sqrt(summed) * torch.randn_like(parameter))
+        inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+        parameter.add_(noise / math.sqrt(inputs) * torch.randn_like(parameter))
     flow.initialize(x, context)
-    if globalbatch.has_moments(flow):
-        with globalbatch.reestimating(flow):
+    if global_batch.has_moments(flow):
+        with global_batch.reestimate(flow):
             flow(x, context)

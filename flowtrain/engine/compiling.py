@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from flowtrain.bijections import Autoregressive, Chain, Coupling, Inverse
+from flowtrain.bijections import Autoregressive, Bijection, Chain, Coupling
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.engine.budget import Budget
@@ -109,22 +109,22 @@ def compile_flow(flow: Flow) -> Compilation:
     return compilation
 
 
-def regions(module: nn.Module) -> Iterator[nn.Module]:
+def regions(bijection: Bijection) -> Iterator[Bijection]:
     """The modules that are compiled as one: each layer that a Chain repeats; elsewhere each coupling or autoregressive
     layer.
 
     Never a layer that solves an ODE, whose steps depend on values, nor one that computes its elements one by one.
     """
-    if isinstance(module, Inverse):  # the module within is not called
+    if bijection.inverts_layers:  # their forward is not called
         return
-    whole = not continuous_layers(module) and not any(sequential_layers(module))
-    if whole and isinstance(module, Coupling | Autoregressive):
-        yield module
-    elif whole and isinstance(module, Chain) and _repeats(module):
-        yield from module
+    whole = not continuous_layers(bijection) and not sequential_layers(bijection)
+    if whole and isinstance(bijection, Coupling | Autoregressive):
+        yield bijection
+    elif whole and isinstance(bijection, Chain) and _repeats(bijection):
+        yield from bijection
     else:
-        for child in module.children():
-            yield from regions(child)
+        for layer in bijection.layers().values():
+            yield from regions(layer)
 
 
 def _repeats(chain: Chain) -> bool:
@@ -147,7 +147,7 @@ def signature(module: nn.Module) -> tuple:
     plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
     return (
         type(module),
-        *((name, repr(value)) for name, value in plain.items() if name != "made"),
+        *((name, repr(value)) for name, value in plain.items() if name != "init_arguments"),
         *((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors),
         *((name, signature(child)) for name, child in module.named_children()),
     )

@@ -13,10 +13,10 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import Bijection, Chain, MultiScale
-from flowtrain.bijections.memory import Checkpoint
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.backpropagation import ActivationCheckpointing
 from flowtrain.flow import Flow
-from flowtrain.runtime import fusion, globalbatch
+from flowtrain.runtime import global_batch, modes
 
 _FORWARD, _BACKWARD, _PARAMETERS, _NORM = range(4)
 _END = 2**31  # after every layer
@@ -42,13 +42,14 @@ class Finding:
 def examine(flow: Flow, step: Callable[[], Tensor]) -> Finding | None:
     """The first finding in a training ``step`` of ``flow``, forward and backward, which returns its loss; its gradient
     must not be clipped. None where all is finite. Every process takes part."""
-    memory = flow.memory
-    flow.keep(Checkpoint())  # which calls every layer, and needs no more memory than the step itself
+    backpropagation = flow.backpropagation
+    # every layer is called, and less memory taken than was free for the step itself
+    flow.set_backpropagation(ActivationCheckpointing())
     try:
-        with fusion.layer_by_layer(), globalbatch.repeater()(), _watching(flow) as (found, places):
+        with modes.using(layer_by_layer=True, repeating=True), _watching(flow) as (found, places):
             loss = step()
     finally:
-        flow.keep(memory)
+        flow.set_backpropagation(backpropagation)
     if not loss.isfinite():
         found.append(Finding((_FORWARD, _END + 1), "loss", "the loss"))
     found += _in_parameters(flow, places)
@@ -83,7 +84,7 @@ def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
             found.append(Finding(order, layer, what, tuple(rows)))
 
     def look_back(place: int, layer: str, what: str, tensor: Tensor) -> None:
-        row = globalbatch.first_row()
+        row = global_batch.first_row()
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: look((_BACKWARD, -place), layer, what, row, gradient))
 
@@ -92,7 +93,7 @@ def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
         calls = count()
         for name, given in zip(("data", "context"), inputs):
             if given is not None and given.is_floating_point():
-                look((_FORWARD, -1), name, f"the {name}", globalbatch.first_row(), given)
+                look((_FORWARD, -1), name, f"the {name}", global_batch.first_row(), given)
 
     def enter(name: str, _layer, inputs):
         given, *rest = inputs
@@ -104,13 +105,13 @@ def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
 
     def leave(name: str, _layer, _inputs, outputs):
         for what, made in zip(("output", "log-determinant"), outputs):
-            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", globalbatch.first_row(), made)
+            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", global_batch.first_row(), made)
 
     def end(_bijection, _inputs, outputs):
         look_back(_END, "base", "the gradient of the base", outputs[0])
 
     def finish(_flow, _inputs, log_prob):
-        look((_FORWARD, _END), "base", "the log-likelihood, of the base", globalbatch.first_row(), log_prob)
+        look((_FORWARD, _END), "base", "the log-likelihood, of the base", global_batch.first_row(), log_prob)
         look_back(_END + 1, "loss", "the gradient of the loss", log_prob)
 
     handles = [flow.register_forward_pre_hook(begin), flow.register_forward_hook(finish)]
@@ -128,9 +129,9 @@ def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
 
 
 def _layers(flow: Flow) -> Iterator[tuple[str, Bijection]]:
-    """Those that do the work: not what only holds others."""
+    """Those that do the work. A container does not, unless it runs its layers' inverses, which have no hooks."""
     for name, layer in flow.bijection.named_modules():
-        if isinstance(layer, Bijection) and not isinstance(layer, Chain | MultiScale):
+        if isinstance(layer, Bijection) and (layer.inverts_layers or not layer.container):
             yield name or "bijection", layer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime.interrupts import interruptible_batches
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime.seeds import seed_from
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def evaluate(
             index = index.to(device)
             best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=device)
             for draw in range(draws):
-                torch.manual_seed(mix(seed, first, draw))
+                torch.manual_seed(seed_from(seed, first, draw))
                 log_prob = flow(x, context).double()
                 mean[index] += log_prob / draws
                 best = torch.logaddexp(best, log_prob)

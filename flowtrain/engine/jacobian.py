@@ -1,4 +1,4 @@
-"""Log-determinants from Jacobians that autograd builds, and layers made small enough for that."""
+"""Log-determinants from Jacobians by autograd, and copies of layers that are small enough for that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,17 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.bijection import size
 from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
 
-_AT_ONCE = 2**16  # numbers in a batch of copies, for a layer of up to
-_WEIGHTS = 2**20  # so many weights: a larger one keeps more for its gradients
-_SIDES = (4, 8, 16, 32, 64, 2, 1)  # of smaller images, by preference: on 1×1 pixel a wrong count of pixels is right
+_AT_ONCE = 2**16  # numbers in a batch of copies, for a layer of up to _WEIGHTS weights
+_WEIGHTS = 2**20  # a larger layer keeps more activations
+_SIDES = (4, 8, 16, 32, 64, 2, 1)  # of smaller images, by preference: with one pixel a wrong number of pixels hides
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A bijection, or a module that has its shape and its two methods, with events and contexts to try it on."""
+    """A bijection, or a module with its shape and its two methods, with events and contexts for it."""
 
     name: str
-    layer: nn.Module
+    layer: Any  # a Bijection, or a module like one
     x: Tensor
     context: Tensor | None
 
@@ -33,15 +34,15 @@ class Piece:
         return size(self.layer.shape)
 
     def first(self, n: int) -> Piece:
-        """With ``n`` of its events."""
+        """The piece with its first ``n`` events."""
         return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
 
 
 def log_abs_det(function: Callable, x: Tensor, context: Tensor | None = None, at_once: int = _AT_ONCE) -> Tensor:
     """log|det ∂y/∂x| of ``y, _ = function(x, context)`` for each example, (B,), by autograd and LU.
 
-    The Jacobian's rows are built in chunks: copies of one example, of ``at_once`` numbers together, make a batch, and
-    each is asked for the gradient of another output. A singular Jacobian gives −inf.
+    The Jacobian's rows are computed in chunks: a batch holds copies of one example, ``at_once`` numbers together, and
+    each copy gives the gradient of another output. A singular Jacobian gives −inf.
     """
     contexts = [None] * len(x) if context is None else context
     return torch.stack([_log_abs_det(function, *pair, at_once) for pair in zip(x, contexts)])
@@ -56,18 +57,18 @@ def _log_abs_det(function: Callable, x: Tensor, context: Tensor | None, at_once:
     rows = []
     for first in range(0, dims, copies):
         here = min(copies, dims - first)
-        chosen = torch.zeros_like(y)
-        chosen[range(here), range(first, first + here)] = 1
-        (gradient,) = torch.autograd.grad(y, at, chosen, retain_graph=first + here < dims)
+        one_hot = torch.zeros_like(y)
+        one_hot[range(here), range(first, first + here)] = 1
+        (gradient,) = torch.autograd.grad(y, at, one_hot, retain_graph=first + here < dims)
         rows.append(gradient.flatten(1)[:here])
     return torch.linalg.slogdet(torch.cat(rows))[1]
 
 
-def disagreement(piece: Piece) -> tuple[Tensor, Tensor]:
-    """How far the log-determinants of ``forward`` and of ``inverse`` are from the Jacobian's, in nats per dimension.
+def log_det_errors(piece: Piece) -> tuple[Tensor, Tensor]:
+    """|log-det − that of the Jacobian| of ``forward`` and of ``inverse``, each (B,), in nats per dimension.
 
-    One Jacobian serves both, that of the direction which is cheaper to differentiate: where the round trip is right,
-    the other one's is its inverse. An ODE's trace is exact, and its Jacobian that of the solver's steps.
+    One Jacobian serves both directions, that of the cheaper one: if the round trip is right, the other Jacobian is its
+    inverse. An ODE's trace is exact, and its Jacobian that of the solver's steps.
     """
     layer, x, context, dims = piece.layer, piece.x, piece.context, piece.dimensions
     with exact_trace():
@@ -83,46 +84,46 @@ def disagreement(piece: Piece) -> tuple[Tensor, Tensor]:
 
 
 def _seconds(function: Callable, x: Tensor, context: Tensor | None) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     function(x[:1], None if context is None else context[:1])[0].sum().item()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def affordable(piece: Piece, limit: int) -> Piece | None:
-    """``piece`` itself, or its layer with the same weights on the corner of its events that is cheapest to audit.
+def shrink(piece: Piece, limit: int) -> Piece | None:
+    """``piece``, or a copy of its layer with the same weights on the corner of its events that is cheapest to audit.
 
-    A layer of images is made again, as it was made, for sides of 4 pixels where it takes those. None where the layer
-    takes only events of more than ``limit`` dimensions, or where an ODE's exact trace is beyond reason.
+    The copy of a layer of images comes from the same constructor with sides of 4 pixels, or others where it does not
+    accept those. None if the layer accepts no events of at most ``limit`` dimensions, or an ODE has too many.
     """
     layer, shape = piece.layer, piece.layer.shape
-    limit = bound(layer, limit)
+    limit = max_dimensions(layer, limit)
     if isinstance(layer, Bijection) and len(shape) == 3:
-        for side in (2, *_SIDES) if continuous_layers(layer) else _SIDES:  # an ODE is dear
-            if side < max(shape[1:]) and shape[0] * side**2 <= limit and (small := _made_again(layer, side)):
+        for side in (2, *_SIDES) if continuous_layers(layer) else _SIDES:  # an ODE is expensive
+            if side < max(shape[1:]) and shape[0] * side**2 <= limit and (small := _rebuild(layer, side)):
                 context = piece.context
-                if context is not None and _follows(small):
+                if context is not None and _has_context_map(small):
                     context = context[..., :side, :side]
                 return Piece(piece.name, small, piece.x[..., :side, :side], context)
     return piece if piece.dimensions <= limit else None
 
 
-def bound(layer: nn.Module, limit: int) -> int:
-    """The most dimensions of a Jacobian of ``layer``."""
+def max_dimensions(layer: nn.Module, limit: int) -> int:
+    """The most dimensions of a Jacobian of ``layer``: ``limit``, or fewer for an ODE."""
     return min(limit, EXACT_LIMIT) if continuous_layers(layer) else limit
 
 
-def _made_again(layer: Bijection, side: int) -> Bijection | None:
-    """The layer for square events of ``side`` pixels, in float64; None where its weights depend on the sides."""
-    args, kwargs = layer.made
-    given = inspect.signature(type(layer)).bind(*args, **kwargs)
-    given.arguments["shape"] = (layer.shape[0], side, side)
-    if _follows(layer):
-        given.arguments["context_shape"] = (layer.context_shape[0], side, side)
+def _rebuild(layer: Bijection, side: int) -> Bijection | None:
+    """A copy of the layer for square events of ``side`` pixels, in float64; None if its weights depend on the sides."""
+    args, kwargs = layer.init_arguments
+    bound = inspect.signature(type(layer)).bind(*args, **kwargs)
+    bound.arguments["shape"] = (layer.shape[0], side, side)
+    if _has_context_map(layer):
+        bound.arguments["context_shape"] = (layer.context_shape[0], side, side)
     like = next(iter(layer.state_dict().values()), torch.zeros(()))
     try:
-        small = type(layer)(*given.args, **given.kwargs).double().to(like.device).eval()
+        small = type(layer)(*bound.args, **bound.kwargs).double().to(like.device).eval()
         small.load_state_dict(layer.state_dict())
-    except (ValueError, RuntimeError):  # sides that cannot be halved; weights of another shape
+    except (ValueError, RuntimeError):  # sides that cannot be halved, or weights of another shape
         return None
     for new, old in zip(continuous_layers(small), continuous_layers(layer)):
         for name in ("rtol", "atol", "max_steps", "steps", "adjoint"):
@@ -130,6 +131,6 @@ def _made_again(layer: Bijection, side: int) -> Bijection | None:
     return small.requires_grad_(False)
 
 
-def _follows(layer: Bijection) -> bool:
-    """Whether the layer's context is a map of its own sides."""
+def _has_context_map(layer: Bijection) -> bool:
+    """Whether the layer's context is an image of the same sides."""
     return layer.context_shape is not None and tuple(layer.context_shape[1:]) == tuple(layer.shape[1:])

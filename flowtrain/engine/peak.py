@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at once."""
+"""Peak memory of a function."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most bytes of tensors that lived at once while ``work`` ran, beyond those that lived before it.
+    """The greatest number of bytes of tensors alive at once during ``work()``, beyond those alive before.
 
-    On a GPU as its allocator counts them; on the CPU every tensor that an operation returns, each storage once, so that
-    the count is the same on every machine. What a kernel allocates for itself is not seen there.
+    On a GPU the allocator counts. On the CPU every tensor that an operation returns counts, each storage once, so that
+    the result is the same on every machine. Memory that a kernel allocates internally does not count there.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -28,7 +28,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the bytes of what was allocated within it and still lives."""
+    """Counts the bytes of tensors that were allocated within it and are alive."""
 
     def __init__(self):
         super().__init__()
@@ -37,9 +37,9 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        inputs = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and _key(tensor) not in given:  # neither a view nor in place
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in inputs:  # neither a view nor in place
                 self._count(tensor.untyped_storage())
         return out
 

@@ -27,7 +27,7 @@ class Checkpoints:
         """Write last.pt, and keep the one before as previous.pt."""
         if distributed.is_main():
             checkpoint.save_last({**self.description, **state}, self.directory)
-            status.saved(self.run_dir, state["step"])
+            status.record_checkpoint(self.run_dir, state["step"])
 
     def save_best(self, state: dict) -> None:
         if distributed.is_main():

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from flowtrain.bijections.ode import continuous_layers, unsolved_is_nan
 from flowtrain.engine.objectives import Objective
 from flowtrain.flow import Flow
-from flowtrain.runtime import globalbatch
-from flowtrain.runtime.seeds import mix
+from flowtrain.runtime import global_batch
+from flowtrain.runtime.seeds import seed_from
 
 
 class TrainingPass:
@@ -61,9 +61,9 @@ class TrainingPass:
         row, total = rank * len(x), 0.0
         with unsolved_is_nan() as reasons:
             for i, (part, context) in enumerate(zip(parts, contexts)):
-                torch.manual_seed(mix(self.seed, step))  # nothing to restore but the step
+                torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
                 with nullcontext() if i == len(parts) - 1 else self._without_synchronization():
-                    with globalbatch.rows(row, world * len(x)), self._lower_precision(x.device.type):
+                    with global_batch.rows(row, world * len(x)), self._lower_precision(x.device.type):
                         loss = self.loss(part, context).sum() / len(x)
                     loss.backward()
                 total, row = total + loss.detach(), row + len(part)

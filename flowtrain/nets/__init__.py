@@ -1,7 +1,8 @@
-"""Conditioners: networks that make the parameters of univariate maps. Everything in ``__all__`` can be named in YAML.
+"""Conditioners: networks that compute the parameters of univariate maps. All names in ``__all__`` can be used in YAML.
 
-A conditioner is built as ``net(shape=…, out=…, context_shape=…)`` and maps (B, *shape) to (B, out, …), an image
-keeping its size; that of an autoregressive map gives (B, D, out).
+A conditioner is constructed as ``net(shape=…, out=…, context_shape=…)`` and called as ``net(x, context)``. It maps
+(B, *shape) to (B, out) for vectors, (B, out, H, W) for images, and (B, D, out) for autoregressive maps. Its last layer
+is 0 at the start, so that a new flow starts as the identity or near it.
 """
 
 from flowtrain.nets.attention import CausalTransformer

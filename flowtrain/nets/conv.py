@@ -9,22 +9,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowtrain.nets.mlp import at_least_one, context_to, nearly_zero, zeroed
+from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 from flowtrain.runtime import fusion
 
 
 class ZeroConv(nn.Module):
-    """A 3×3 convolution, zero at the start, each output times a learned exp(3·log_scale) (Glow's reference code).
+    """A 3×3 convolution, zero at the start, times exp(3·log_scale) for each output channel (Kingma & Dhariwal 2018,
+    reference code): (B, C, H, W) -> (B, out, H, W).
 
     The factor 3 lets the scale learn faster than the weights.
+
+    Raises:
+        ValueError: ``shape`` is not an image's, or there is a context.
+
+    >>> ZeroConv((3, 8, 8), out=4)(torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 4, 8, 8])
     """
 
     def __init__(self, shape, out: int, context_shape=None):
         super().__init__()
         if context_shape is not None:
             raise ValueError("a ZeroConv takes no context")
-        self.conv = zeroed(nn.Conv2d(channels_of(shape), out, 3, padding=1))
+        self.conv = zero_init(nn.Conv2d(channels_of(shape), out, 3, padding=1))
         self.log_scale = nn.Parameter(torch.zeros(out, 1, 1))
 
     def forward(self, x, context=None):
@@ -32,10 +39,22 @@ class ZeroConv(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Glow's conditioner: 3×3, 1×1 and a zero 3×3 convolution, rectified between (Kingma & Dhariwal 2018, section 4).
+    """Glow's conditioner: a 3×3, a 1×1 and a :class:`ZeroConv` 3×3 convolution, with rectifiers between (Kingma &
+    Dhariwal 2018, section 4): (B, C, H, W) -> (B, out, H, W).
 
-    ``norm`` follows each of the first two in place of their biases (Glow: ``ActNorm``), or is None. A context vector
-    is added after the first.
+    Args:
+        shape: (C, H, W).
+        out: channels of the output.
+        hidden: channels between.
+        norm: factory of the normalization after each of the first two convolutions, in place of their biases; or None.
+        dropout: probability, after each rectifier.
+        context_shape: of a vector, of which a linear map is added after the first convolution; or None.
+
+    Raises:
+        ValueError: ``shape`` is not an image's, or ``hidden`` below 1.
+
+    >>> ConvNet((3, 8, 8), out=4, hidden=16)(torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 4, 8, 8])
     """
 
     def __init__(
@@ -48,10 +67,10 @@ class ConvNet(nn.Module):
         context_shape=None,
     ):
         super().__init__()
-        at_least_one(hidden=hidden)
+        check_at_least_one(hidden=hidden)
         self.first = nn.Conv2d(channels_of(shape), hidden, 3, padding=1, bias=norm is None)
         self.norm_first = norm(hidden) if norm else nn.Identity()
-        self.context = context_to(hidden, context_shape)
+        self.context = context_layer(hidden, context_shape)
         self.second = nn.Conv2d(hidden, hidden, 1, bias=norm is None)
         self.norm_second = norm(hidden) if norm else nn.Identity()
         self.dropout = Dropout(dropout)
@@ -62,20 +81,36 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # on a CPU several times faster, and what tensor cores want
 
     def forward(self, x, context=None):
-        h = normalized(self.first, self.norm_first, x.contiguous(memory_format=torch.channels_last))
+        h = conv_and_norm(self.first, self.norm_first, x.contiguous(memory_format=torch.channels_last))
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
-        h = normalized(self.second, self.norm_second, self.dropout(F.relu_(h)))
+        h = conv_and_norm(self.second, self.norm_second, self.dropout(F.relu_(h)))
         return self.last(self.dropout(F.relu_(h)))
 
 
 class ResidualConvNet(nn.Module):
-    """Real NVP's conditioner (Dinh et al. 2017, sections 3.7 and 4.1, and its reference code).
+    """Real NVP's conditioner (Dinh et al. 2017, sections 3.7 and 4.1, and its reference code): (B, C, H, W) ->
+    (B, out, H, W).
 
-    The input, normalized, enters with both signs; ``blocks`` pre-activated residual blocks of two 3×3 convolutions
-    follow, each block adding its output, through a 1×1 convolution, to a sum that the last layer reads. All
-    convolutions have weight norm. The last one starts at zero, where the paper's does not. ``hidden`` is the width at
-    sides of ``full_side``, doubled each time the sides halve.
+    x and −x, normalized, go through a 3×3 convolution and pre-activated residual blocks of two 3×3 convolutions. The
+    last layer reads the sum of all blocks' outputs, each through a 1×1 convolution. All convolutions have weight
+    normalization. The last one starts at zero, which the paper's does not.
+
+    Args:
+        shape: (C, H, W).
+        out: channels of the output.
+        hidden: channels at a width of ``full_side``, doubled each time the width halves.
+        full_side: a width in pixels; by default W.
+        blocks: number of residual blocks.
+        norm: factory of the normalization before each rectifier; or None.
+        dropout: probability, inside each block.
+        context_shape: of a vector, of which a linear map is added after the first convolution; or None.
+
+    Raises:
+        ValueError: ``shape`` is not an image's, or a size is below 1.
+
+    >>> ResidualConvNet((3, 8, 8), out=4, hidden=16, blocks=2)(torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 4, 8, 8])
     """
 
     def __init__(
@@ -90,13 +125,13 @@ class ResidualConvNet(nn.Module):
         context_shape=None,
     ):
         super().__init__()
-        at_least_one(hidden=hidden, blocks=blocks)
+        check_at_least_one(hidden=hidden, blocks=blocks)
         norm = norm or nn.Identity
         channels = channels_of(shape)
         hidden = hidden * (full_side or shape[-1]) // shape[-1]
         self.norm_in = norm(channels)
         self.first = weight_norm(nn.Conv2d(2 * channels, hidden, 3, padding=1))
-        self.context = context_to(hidden, context_shape)
+        self.context = context_layer(hidden, context_shape)
         self.skip_first = weight_norm(nn.Conv2d(hidden, hidden, 1))
         self.blocks = nn.ModuleList(_Residual(hidden, norm, dropout) for _ in range(blocks))
         self.skips = nn.ModuleList(weight_norm(nn.Conv2d(hidden, hidden, 1)) for _ in range(blocks))
@@ -133,11 +168,25 @@ class _Residual(nn.Module):
 
 
 class PreactivatedConvNet(nn.Module):
-    """Neural spline flows' conditioner of images (Durkan et al. 2019, reference code).
+    """Neural spline flows' conditioner for images (Durkan et al. 2019, reference code): (B, C, H, W) -> (B, out, H, W).
 
-    A 1×1 convolution, ``blocks`` pre-activated residual blocks of two 3×3 convolutions, and a 1×1 convolution that
-    starts at zero, where theirs does not. ``norm`` stands before each rectifier. A context vector is added after the
-    first convolution.
+    A 1×1 convolution, pre-activated residual blocks of two 3×3 convolutions, and a 1×1 convolution that starts at zero,
+    which theirs does not.
+
+    Args:
+        shape: (C, H, W).
+        out: channels of the output.
+        hidden: channels between.
+        blocks: number of residual blocks.
+        norm: factory of the normalization before each rectifier; or None.
+        dropout: probability, inside each block.
+        context_shape: of a vector, of which a linear map is added after the first convolution; or None.
+
+    Raises:
+        ValueError: ``shape`` is not an image's, or a size is below 1.
+
+    >>> PreactivatedConvNet((3, 8, 8), out=4, hidden=16)(torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 4, 8, 8])
     """
 
     def __init__(
@@ -151,11 +200,11 @@ class PreactivatedConvNet(nn.Module):
         context_shape=None,
     ):
         super().__init__()
-        at_least_one(hidden=hidden, blocks=blocks)
+        check_at_least_one(hidden=hidden, blocks=blocks)
         self.first = nn.Conv2d(channels_of(shape), hidden, 1)
-        self.context = context_to(hidden, context_shape)
+        self.context = context_layer(hidden, context_shape)
         self.blocks = nn.ModuleList(_Preactivated(hidden, norm or nn.Identity, dropout) for _ in range(blocks))
-        self.last = zeroed(nn.Conv2d(hidden, out, 1))
+        self.last = zero_init(nn.Conv2d(hidden, out, 1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):
@@ -172,7 +221,7 @@ class _Preactivated(nn.Module):
         super().__init__()
         self.norm_first, self.norm_second = norm(hidden), norm(hidden)
         self.first = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.second = nearly_zero(nn.Conv2d(hidden, hidden, 3, padding=1))
+        self.second = small_init(nn.Conv2d(hidden, hidden, 3, padding=1))
         self.dropout = Dropout(dropout)
 
     def forward(self, x):
@@ -180,15 +229,16 @@ class _Preactivated(nn.Module):
         return x + self.second(self.dropout(F.relu(self.norm_second(h))))
 
 
-def normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(conv(x))``, with an actnorm folded into the convolution's few weights: its many outputs are made once."""
-    if not isinstance(norm, ActNorm) or fusion.separate(conv, norm):
+def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``, with an actnorm folded into the convolution's few weights: one pass over its many outputs."""
+    if not isinstance(norm, ActNorm) or not fusion.may_fuse(conv, norm):
         return norm(conv(x))
     scale, bias = norm.log_scale.exp(), norm.bias if conv.bias is None else norm.bias + conv.bias
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias * scale)
 
 
 def channels_of(shape) -> int:
+    """C of (C, H, W). ValueError for another shape."""
     if len(shape) != 3:
         raise ValueError(f"a convolutional network takes images (channels, height, width), not {list(shape)}")
     return shape[0]

@@ -1,11 +1,12 @@
 """The dynamics of continuous-time flows: networks f(t, x) with the shape of x.
 
-They are smooth, as an adaptive solver wants them, and their last layer is zero at the start, so that a new flow is the
+They are smooth, which an adaptive solver needs, and their last layer is zero at the start, so that a new flow is the
 identity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -13,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import at_least_one, context_to, zeroed
+from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
 
 
 class Concat(nn.Module):
-    """W·[t, x] + b, the time a further input: a linear layer."""
+    """W·[t, x] + b: a linear layer with the time as another input."""
 
     def __init__(self, n: int, out: int):
         super().__init__()
@@ -28,7 +29,7 @@ class Concat(nn.Module):
 
 
 class ConcatConv(nn.Module):
-    """The same for images: a 3×3 convolution with the time as a further channel."""
+    """A 3×3 convolution with the time as another channel."""
 
     def __init__(self, n: int, out: int):
         super().__init__()
@@ -45,7 +46,7 @@ class Squash(nn.Module):
         super().__init__()
         self.gate, self.gate_bias, self.shift = (nn.Parameter(torch.empty(channels)) for _ in range(3))
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1, 1)  # as a linear layer of one input starts
+            nn.init.uniform_(parameter, -1, 1)  # as in a linear layer with one input
 
     def forward(self, t, h):
         gate = torch.sigmoid(torch.addcmul(self.gate_bias, self.gate, t))
@@ -54,7 +55,7 @@ class Squash(nn.Module):
 
 
 class ConcatSquash(nn.Module):
-    """(W·x + b)·σ(g·t + c) + d·t: a linear layer."""
+    """(W·x + b)·σ(g·t + c) + d·t: a linear layer and :class:`Squash`."""
 
     def __init__(self, n: int, out: int):
         super().__init__()
@@ -65,7 +66,7 @@ class ConcatSquash(nn.Module):
 
 
 class ConcatSquashConv(nn.Module):
-    """The same for images: a 3×3 convolution."""
+    """A 3×3 convolution and :class:`Squash`."""
 
     def __init__(self, n: int, out: int):
         super().__init__()
@@ -76,22 +77,22 @@ class ConcatSquashConv(nn.Module):
 
 
 class Dynamics(nn.Module):
-    """``depth`` hidden layers of ``hidden`` channels between layers that know the time.
+    """``depth`` hidden layers of ``hidden`` channels, between layers with the time as an input.
 
-    ``activation`` is ``tanh`` or ``softplus``. A context vector is added, linearly, to the first hidden layer.
+    A linear map of the context vector, if there is one, is added to the first hidden layer.
     """
 
-    layers_by_name: dict[str, type[nn.Module]]
+    layers_by_name: dict[str, Callable[[int, int], nn.Module]]
 
     def __init__(self, channels: int, hidden: int, depth: int, layer: str, activation: str, context_shape):
         super().__init__()
-        at_least_one(hidden=hidden, depth=depth)
-        kind = chosen("layer", layer, self.layers_by_name)
-        self.activation = chosen("activation", activation, {"tanh": torch.tanh, "softplus": F.softplus})
+        check_at_least_one(hidden=hidden, depth=depth)
+        kind = choose("layer", layer, self.layers_by_name)
+        self.activation = choose("activation", activation, {"tanh": torch.tanh, "softplus": F.softplus})
         widths = [channels, *[hidden] * depth, channels]
         self.layers = nn.ModuleList(kind(n, out) for n, out in pairwise(widths))
-        self.context = context_to(hidden, context_shape)
-        zeroed(self.layers[-1])
+        self.context = context_layer(hidden, context_shape)
+        zero_init(self.layers[-1])
 
     def forward(self, t, x, context=None):
         """dx/dt at time ``t``, a scalar: (B, *shape)."""
@@ -105,9 +106,21 @@ class Dynamics(nn.Module):
 
 
 class ODENet(Dynamics):
-    """Fully connected dynamics of vectors, (B, D) -> (B, D) (Grathwohl et al. 2019, reference code).
+    """Fully connected dynamics of vectors: f(t, x) of x (B, D) is (B, D) (Grathwohl et al. 2019, reference code).
 
-    ``layer`` is ``concatsquash`` (FFJORD's tables) or ``concat``.
+    Args:
+        shape: (D,).
+        hidden: units of each hidden layer.
+        depth: number of hidden layers.
+        layer: "concatsquash", as in FFJORD's experiments on tables, or "concat".
+        activation: "tanh" or "softplus".
+        context_shape: of a vector, of which a linear map is added to the first hidden layer; or None.
+
+    Raises:
+        ValueError: ``shape`` is not a vector's, a size below 1, or an unknown name.
+
+    >>> ODENet((2,))(torch.tensor(0.5), torch.randn(5, 2)).shape
+    torch.Size([5, 2])
     """
 
     layers_by_name = {"concat": Concat, "concatsquash": ConcatSquash}
@@ -127,9 +140,22 @@ class ODENet(Dynamics):
 
 
 class ConvODENet(Dynamics):
-    """Convolutional dynamics of images, (B, C, H, W) -> (B, C, H, W) (Grathwohl et al. 2019, reference code).
+    """Convolutional dynamics of images: f(t, x) of x (B, C, H, W) is (B, C, H, W) (Grathwohl et al. 2019, reference
+    code).
 
-    ``layer`` is ``concat`` (FFJORD's images) or ``concatsquash``; every convolution is 3×3.
+    Args:
+        shape: (C, H, W).
+        hidden: channels of each hidden layer.
+        depth: number of hidden layers.
+        layer: "concat", as in FFJORD's experiments on images, or "concatsquash"; each with a 3×3 convolution.
+        activation: "softplus" or "tanh".
+        context_shape: of a vector, of which a linear map is added to the first hidden layer; or None.
+
+    Raises:
+        ValueError: ``shape`` is not an image's, a size below 1, or an unknown name.
+
+    >>> ConvODENet((3, 8, 8))(torch.tensor(0.5), torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 3, 8, 8])
     """
 
     layers_by_name = {"concat": ConcatConv, "concatsquash": ConcatSquashConv}
@@ -147,11 +173,12 @@ class ConvODENet(Dynamics):
 
 
 def with_time(t, x):
-    """(B, C, …) -> (B, 1 + C, …), the time first."""
+    """(B, C, …) -> (B, 1 + C, …): the time as the first channel."""
     return torch.cat((t.to(x.dtype).expand_as(x[:, :1]), x), 1)
 
 
-def chosen(argument: str, name: str, options: dict):
+def choose(argument: str, name: str, options: dict):
+    """``options[name]``. ValueError with the name of the argument if there is none."""
     if name not in options:
         raise ValueError(f"{argument}='{name}' must be {' or '.join(options)}")
     return options[name]

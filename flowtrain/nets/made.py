@@ -1,10 +1,10 @@
 """Masked networks, the conditioners of autoregressive maps (Germain et al. 2015, section 4).
 
-Every unit has a degree, the number of first elements that it may depend on: element i (from 0) has degree i + 1, row i
-of the output degree i, and a unit sees those of the layer before whose degree is no greater than its own. Units are
-sorted by degree. So a mask is block-triangular, and the network can also be run in steps: once the elements before i
-are known, the units of degree i are all that row i still lacks, and a whole inverse computes each unit once. Rows
-between two degrees that hidden units have need the same units, and are found in one step.
+Every unit has a degree: the number of first elements that it may depend on. Element i (from 0) has degree i + 1, and
+row i of the output degree i. A unit sees the units of the layer before whose degree is not greater than its own. Units
+are sorted by degree, so that a mask is block-triangular, and the network can also be run in steps: once the elements
+before i are known, row i lacks only the units of degree i. So an inverse computes each unit once. Rows between two
+degrees of hidden units need the same units and are computed in one step.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.mlp import at_least_one, context_to, nearly_zero, zeroed
+from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import Dropout
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class _Staircase(torch.autograd.Function):
-    """x·Wᵀ + b where a block of rows of W is zero from a column on, both given by ``rows`` (sizes) and ``columns``.
+    """x·Wᵀ + b, where each block of rows of W is zero from some column on: blocks of sizes ``rows``, zero from
+    ``columns`` on.
 
-    As a function of its own, since autograd would pad the gradient of each block to a whole matrix.
+    Autograd would pad the gradient of each block to a whole matrix; this function does not.
     """
 
     generate_vmap_rule = True
@@ -55,8 +56,8 @@ class _Staircase(torch.autograd.Function):
         return torch.cat([*of_x, unseen], 1) if needed else None, of_weight, grad.sum(0), None, None
 
 
-class _StaircaseBothWays(_Staircase):
-    """With derivatives in the forward direction too, of which torch.compile knows nothing."""
+class _StaircaseWithForwardMode(_Staircase):
+    """With forward-mode derivatives too, which torch.compile does not support."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -75,27 +76,28 @@ class _StaircaseBothWays(_Staircase):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose outputs see the inputs of no greater degree, both given in ascending order.
+    """A linear layer whose outputs see the inputs whose degree is not greater than their own. Degrees ascend.
 
-    The mask is a staircase: outputs are taken in a few blocks, each of which leaves out the inputs that none of its
-    outputs sees.
+    The mask is a staircase. The product is computed in a few blocks of outputs, each without the inputs that none of
+    its outputs sees.
     """
 
-    parts, narrow = 4, 64  # a block less wide costs more than it saves
+    blocks, narrow = 4, 64  # a narrower block costs more than it saves
+    mask: Tensor
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
         self.register_buffer("mask", torch.ones(outputs, inputs), persistent=False)
 
     def connect(self, before: Tensor, after: Tensor, steps: Tensor) -> None:
-        """Set the mask from the degrees of the inputs and of the outputs, and how many outputs are new in each step;
-        ``steps`` holds the degrees at which all but the first begin."""
+        """Set the mask from the degrees of the inputs and of the outputs, and the number of outputs of each step.
+        ``steps`` holds the degree at which each step but the first begins."""
         self.mask.copy_(before <= after[:, None])
         self.sizes = torch.bincount(torch.bucketize(after, steps, right=True), minlength=len(steps) + 1).tolist()
-        parts = max(1, min(self.parts, min(self.mask.shape) // self.narrow))
-        blocks = after.split(_aligned(len(after) / parts))
+        count = max(1, min(self.blocks, min(self.mask.shape) // self.narrow))
+        blocks = after.split(_align(len(after) / count))
         self.rows = [len(block) for block in blocks]
-        self.columns = [min(_aligned(int((before <= block[-1]).sum())), len(before)) for block in blocks]
+        self.columns = [min(_align(int((before <= block[-1]).sum())), len(before)) for block in blocks]
 
     def forward(self, x):
         weight, bias = self.weight * self.mask, self.bias
@@ -104,16 +106,16 @@ class MaskedLinear(nn.Linear):
             return F.linear(x, weight, bias)
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x, weight, bias = (part.to(torch.get_autocast_dtype(device)) for part in (x, weight, bias))
-        function = _Staircase if torch.compiler.is_compiling() else _StaircaseBothWays
+        function = _Staircase if torch.compiler.is_compiling() else _StaircaseWithForwardMode
         return function.apply(x, weight, bias, self.rows, self.columns)
 
 
-class _InSteps:
-    """A masked layer run in steps: given its new inputs of each step in turn, (B, n), its new outputs, (B, m).
+class _StepwiseLinear:
+    """A masked layer run in steps: a call takes the new inputs of a step, (B, n), and returns its new outputs, (B, m).
 
-    Steps are taken in chunks. The inputs before a chunk reach all of its outputs in one product, so that a step is left
-    with the few inputs inside its chunk. Inputs lie in rows, (n, B): those so far are one block of memory. Where
-    gradients are asked for, none of it is written over.
+    Steps are grouped in chunks. One product applies the inputs before a chunk to all of its outputs, so that a step
+    only adds the few inputs inside its chunk. Inputs are stored in rows, (n, B), so that those so far are one block of
+    memory. Where gradients are needed, rows are not overwritten.
     """
 
     width = 64  # inputs inside a chunk
@@ -125,7 +127,7 @@ class _InSteps:
         self.rows = layer.weight.new_empty(0 if self.grows else layer.in_features, batch)
         self.chunk = max(1, self.width * len(layer.sizes) // layer.in_features)
         if torch.is_autocast_enabled(self.rows.device.type):
-            self.chunk = 1  # a sum in lower precision is rounded once, as in the pass that this is to undo
+            self.chunk = 1  # a sum in lower precision is rounded once, as in the forward pass
         self.step = self.outputs = self.before = self.inputs = 0
 
     def __call__(self, x):
@@ -136,21 +138,23 @@ class _InSteps:
         else:
             self.rows[start : self.inputs] = x.T
         if step % self.chunk == 0:
-            self._begin(self.layer.sizes[step : step + self.chunk])
-            return self.begun[0].T
+            self._start_chunk(self.layer.sizes[step : step + self.chunk])
+            return self.partial[0].T
         inside = slice(self.before, self.inputs)
-        return torch.addmm(self.begun[step % self.chunk], self.weights[step][:, inside], self.rows[inside]).T
+        return torch.addmm(self.partial[step % self.chunk], self.weights[step][:, inside], self.rows[inside]).T
 
-    def _begin(self, sizes):
-        """What the inputs so far contribute to the outputs of a chunk."""
+    def _start_chunk(self, sizes):
+        """Compute what the inputs so far contribute to the outputs of a chunk."""
         outputs = slice(self.outputs, self.outputs + sum(sizes))
         weight, bias = self.layer.weight[outputs, : self.inputs], self.layer.bias[outputs, None]
-        self.begun = torch.addmm(bias, weight, self.rows[: self.inputs]).split(sizes)
+        self.partial = torch.addmm(bias, weight, self.rows[: self.inputs]).split(sizes)
         self.outputs, self.before = outputs.stop, self.inputs
 
 
 class _Masked(nn.Module):
-    """What both networks share: ``depth`` hidden layers of units of the same degrees, run at once or in steps."""
+    """``depth`` masked hidden layers of units of the same degrees, run at once or in steps."""
+
+    degrees: Tensor
 
     def __init__(self, shape, out, hidden, depth, degrees, activation, dropout, context_shape):
         super().__init__()
@@ -158,15 +162,15 @@ class _Masked(nn.Module):
             raise ValueError(f"a masked network takes vectors, not {list(shape)}; flatten first")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation='{activation}' must be {' or '.join(ACTIVATIONS)}")
-        at_least_one(hidden=hidden)
+        check_at_least_one(hidden=hidden)
         (self.dimensions,), self.out = shape, out
-        # units of degree 0 see the context alone; without one they would be constants, wanted only where D = 1
+        # units of degree 0 see the context alone; without one they are constants, which only D = 1 needs
         least = 0 if context_shape is not None or self.dimensions == 1 else 1
         self.register_buffer("degrees", degrees_of(hidden, least, self.dimensions - 1, degrees), degrees == "random")
         widths = [self.dimensions, *[hidden] * depth, self.dimensions * out]
         self.linears = nn.ModuleList(MaskedLinear(*pair) for pair in zip(widths, widths[1:]))
-        zeroed(self.linears[-1])
-        self.context = context_to(hidden, context_shape)
+        zero_init(self.linears[-1])
+        self.context = context_layer(hidden, context_shape)
         self.activation, self.dropout = ACTIVATIONS[activation], Dropout(dropout)
         self._connect()
         self.register_load_state_dict_post_hook(lambda module, _: module._connect())
@@ -184,28 +188,44 @@ class _Masked(nn.Module):
         context = None if self.context is None else self.context(context)
         return self._network(x, self.linears, context).unflatten(1, (self.dimensions, self.out))
 
-    def begin(self, x: Tensor, context: Tensor | None = None):
-        """The memory of a pass over the elements of a batch like ``x``."""
-        linears = [_InSteps(linear, len(x)) for linear in self.linears]
+    def init_cache(self, x: Tensor, context: Tensor | None = None):
+        """An empty activation cache for a pass over the elements of a batch like x (B, D)."""
+        linears = [_StepwiseLinear(linear, len(x)) for linear in self.linears]
         if self.context is None:
             return linears, repeat(None)
         return linears, iter(self.context(context).split(self.linears[0].sizes, 1))
 
-    def step(self, x: Tensor, memory) -> Tensor:
-        """The newest elements, (B, n), or none yet, (B, 0) -> (B, m, out), the rows of the next m ones."""
-        linears, contexts = memory
+    def step(self, x: Tensor, cache) -> Tensor:
+        """The rows of the next m elements, (B, m, out), given the newest ones, (B, n), or none, (B, 0); extends
+        ``cache``."""
+        linears, contexts = cache
         return self._network(x, linears, next(contexts)).unflatten(1, (-1, self.out))
 
     def _network(self, h, linears, context):
-        """The network's body; each of ``linears`` maps all units of its layer or the new ones of a step."""
+        """The network; each of ``linears`` computes all units of its layer, or the new ones of a step."""
         raise NotImplementedError
 
 
 class MADE(_Masked):
-    """(B, D) -> (B, D, out): ``depth`` masked hidden layers of ``hidden`` units, the last layer zero at the start.
+    """(B, D) -> (B, D, out), row i a function of the elements before i: a fully connected masked network (Germain et
+    al. 2015).
 
-    ``degrees`` are spread evenly ("sequential") or drawn once ("random"). With a context, which is added linearly to
-    the first hidden layer, they start at 0, so that the parameters of the first element depend on it too.
+    Args:
+        shape: (D,).
+        out: parameters per element.
+        hidden: units of each hidden layer.
+        depth: number of hidden layers.
+        degrees: of hidden units: spread evenly ("sequential") or drawn by the constructor ("random"). With a context
+            they start at 0, so that the parameters of the first element depend on it too.
+        activation: "relu" or "tanh".
+        dropout: probability, after each hidden layer.
+        context_shape: of a vector, of which a linear map is added to the first hidden layer; or None.
+
+    Raises:
+        ValueError: ``shape`` is not a vector's, a size below 1, or an unknown name.
+
+    >>> MADE((6,), out=2)(torch.randn(5, 6)).shape
+    torch.Size([5, 6, 2])
     """
 
     def __init__(
@@ -219,19 +239,24 @@ class MADE(_Masked):
         dropout: float = 0.0,
         context_shape=None,
     ):
-        at_least_one(depth=depth)
+        check_at_least_one(depth=depth)
         super().__init__(shape, out, hidden, depth, degrees, activation, dropout, context_shape)
 
     def _network(self, h, linears, context):
         first, *others = linears
-        h = _plus(first(h), context)
+        h = _add(first(h), context)
         for linear in others:
             h = linear(self.dropout(self.activation(h)))
         return h
 
 
 class ResidualMADE(_Masked):
-    """A MADE of ``blocks`` pre-activated residual blocks of two masked layers (Durkan et al. 2019, appendix B.1)."""
+    """(B, D) -> (B, D, out): ``blocks`` pre-activated residual blocks of two masked layers (Durkan et al. 2019,
+    appendix B.1). The other arguments are those of :class:`MADE`.
+
+    >>> ResidualMADE((6,), out=2)(torch.randn(5, 6)).shape
+    torch.Size([5, 6, 2])
+    """
 
     def __init__(
         self,
@@ -244,30 +269,30 @@ class ResidualMADE(_Masked):
         dropout: float = 0.0,
         context_shape=None,
     ):
-        at_least_one(blocks=blocks)
+        check_at_least_one(blocks=blocks)
         super().__init__(shape, out, hidden, 1 + 2 * blocks, degrees, activation, dropout, context_shape)
         for linear in self.linears[2:-1:2]:
-            nearly_zero(linear)
+            small_init(linear)
 
     def _network(self, h, linears, context):
         first, *inner, last = linears
-        h = _plus(first(h), context)
+        h = _add(first(h), context)
         for one, other in zip(inner[::2], inner[1::2]):
             h = h + other(self.dropout(self.activation(one(self.activation(h)))))
         return last(h)
 
 
-def _aligned(units: float) -> int:
-    """So many units or a few more, a multiple of the numbers in a vector register: products are fast along those."""
+def _align(units: float) -> int:
+    """``units`` rounded up to a multiple of the numbers in a vector register, along which products are fast."""
     return 16 * math.ceil(units / 16)
 
 
-def _plus(h: Tensor, context: Tensor | None) -> Tensor:
+def _add(h: Tensor, context: Tensor | None) -> Tensor:
     return h if context is None else h + context
 
 
 def degrees_of(units: int, least: int, most: int, how: str) -> Tensor:
-    """Degrees from ``least`` to ``most`` for so many units, ascending: spread evenly, both ends included, or drawn."""
+    """Degrees from ``least`` to ``most`` of ``units`` units, ascending: spread evenly ("sequential") or "random"."""
     count = most - least + 1
     if how == "sequential" and units < count:
         return torch.linspace(least, most, units, device="cpu").round().long()

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 from torch.nn import functional as F
 
 from flowtrain.nets.norm import Dropout
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class MLP(nn.Module):
-    """(B, n) -> (B, out): ``depth`` hidden layers of ``hidden`` rectified units, the last layer zero at the start.
+    """(B, n) -> (B, out): ``depth`` hidden layers of ``hidden`` rectified units.
 
-    A context vector is added, linearly, to the first hidden layer.
+    A linear map of the context vector, if there is one, is added to the first hidden layer.
+
+    Raises:
+        ValueError: ``shape`` is not a vector's, a size is below 1, or ``dropout`` is outside [0, 1).
+
+    >>> import torch
+    >>> MLP((3,), out=4)(torch.randn(5, 3)).shape
+    torch.Size([5, 4])
     """
 
     def __init__(self, shape, out: int, hidden: int = 256, depth: int = 2, dropout: float = 0.0, context_shape=None):
         super().__init__()
         if len(shape) != 1:
             raise ValueError(f"an MLP takes vectors, not {list(shape)}; flatten first")
-        at_least_one(hidden=hidden, depth=depth)
+        check_at_least_one(hidden=hidden, depth=depth)
         self.first = nn.Linear(shape[0], hidden)
-        self.context = context_to(hidden, context_shape)
+        self.context = context_layer(hidden, context_shape)
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
         self.dropout = Dropout(dropout)
-        self.last = zeroed(nn.Linear(hidden, out))
+        self.last = zero_init(nn.Linear(hidden, out))
 
     def forward(self, x, context=None):
         h = self.first(x)
@@ -35,23 +46,30 @@ class MLP(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """(B, n) -> (B, out): ``blocks`` pre-activated residual blocks of two layers of ``hidden`` rectified units, the
-    last layer zero at the start (Durkan et al. 2019, appendix B.1).
+    """(B, n) -> (B, out): ``blocks`` pre-activated residual blocks of two layers of ``hidden`` rectified units (Durkan
+    et al. 2019, appendix B.1).
 
-    A context vector is added, linearly, to the first hidden layer.
+    A linear map of the context vector, if there is one, is added to the first hidden layer.
+
+    Raises:
+        ValueError: ``shape`` is not a vector's, a size is below 1, or ``dropout`` is outside [0, 1).
+
+    >>> import torch
+    >>> ResidualMLP((3,), out=4, context_shape=(2,))(torch.randn(5, 3), torch.randn(5, 2)).shape
+    torch.Size([5, 4])
     """
 
     def __init__(self, shape, out: int, hidden: int = 64, blocks: int = 2, dropout: float = 0.0, context_shape=None):
         super().__init__()
         if len(shape) != 1:
             raise ValueError(f"a ResidualMLP takes vectors, not {list(shape)}; flatten first")
-        at_least_one(hidden=hidden, blocks=blocks)
+        check_at_least_one(hidden=hidden, blocks=blocks)
         self.first = nn.Linear(shape[0], hidden)
-        self.context = context_to(hidden, context_shape)
+        self.context = context_layer(hidden, context_shape)
         self.ones = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(blocks))
-        self.others = nn.ModuleList(nearly_zero(nn.Linear(hidden, hidden)) for _ in range(blocks))
+        self.others = nn.ModuleList(small_init(nn.Linear(hidden, hidden)) for _ in range(blocks))
         self.dropout = Dropout(dropout)
-        self.last = zeroed(nn.Linear(hidden, out))
+        self.last = zero_init(nn.Linear(hidden, out))
 
     def forward(self, x, context=None):
         h = self.first(x)
@@ -62,15 +80,15 @@ class ResidualMLP(nn.Module):
         return self.last(h)
 
 
-def at_least_one(**sizes: int) -> None:
-    """Refuse a size below 1 by its name."""
+def check_at_least_one(**sizes: int) -> None:
+    """ValueError with the name of a size below 1."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
 
 
-def context_to(channels: int, context_shape) -> nn.Linear | None:
-    """The layer through which a context vector enters a network, or None where there is no context."""
+def context_layer(channels: int, context_shape) -> nn.Linear | None:
+    """A linear map of the context vector to ``channels``, or None if there is no context."""
     if context_shape is None:
         return None
     if len(context_shape) != 1:
@@ -78,15 +96,15 @@ def context_to(channels: int, context_shape) -> nn.Linear | None:
     return nn.Linear(context_shape[0], channels, bias=False)
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
-    """``layer`` with its parameters at zero, so that a new flow starts as the identity."""
+def zero_init(layer: Module) -> Module:
+    """``layer`` with all parameters 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
-def nearly_zero(layer: nn.Module) -> nn.Module:
-    """``layer`` with small parameters, for the second layer of a residual block: the block starts as the identity."""
+def small_init(layer: Module) -> Module:
+    """``layer`` with small parameters: a residual block with such a second layer starts near the identity."""
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -1e-3, 1e-3)
     return layer

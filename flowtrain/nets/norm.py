@@ -1,21 +1,28 @@
-"""Normalization and dropout inside networks. Nothing of it enters a log-determinant."""
+"""Normalization and dropout inside networks. They do not enter the log-determinant."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.runtime.globalbatch import RunningMoments, uniform
+from flowtrain.runtime.global_batch import RunningMoments, uniform
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """v (C,) in x's dtype as a view that broadcasts with x (B, C, …)."""
     return v.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
 
 class ActNorm(nn.Module):
-    """(x + bias)·exp(log_scale), started from data to mean 0 and variance 1 (Glow's convolutions have it)."""
+    """(x + bias)·exp(log_scale) for each channel, started from data to mean 0 and variance 1 (Kingma & Dhariwal 2018,
+    reference code). See :meth:`flowtrain.flow.Flow.initialize`.
+
+    >>> ActNorm(4)(torch.randn(5, 4, 8, 8)).shape
+    torch.Size([5, 4, 8, 8])
+    """
 
     floor = 1e-4  # of the standard deviation: a channel may be constant
+    started: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -25,6 +32,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
+        """Set the parameters from a batch (B, C, …)."""
         std, mean = torch.std_mean(x, [0, *range(2, x.dim())], correction=0)
         self.log_scale.copy_(-std.clamp(min=self.floor).log())
         self.bias.copy_(-mean)
@@ -35,7 +43,14 @@ class ActNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization over the global batch, with learned scale and shift; also without a GPU."""
+    """Batch normalization over the global batch, with learned scale and shift (Ioffe & Szegedy 2015), on any device.
+
+    Raises:
+        ValueError: ``eps`` not above 0, or ``momentum`` outside (0, 1].
+
+    >>> BatchNorm(4)(torch.randn(5, 4, 8, 8)).shape
+    torch.Size([5, 4, 8, 8])
+    """
 
     def __init__(self, channels: int, eps: float = 1e-4, momentum: float = 0.1):
         super().__init__()
@@ -53,7 +68,14 @@ class BatchNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is drawn for the global batch, the same for any number of processes."""
+    """Dropout with probability ``p``. The mask is drawn for the global batch: the same for any number of processes.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1).
+
+    >>> Dropout(0.5).eval()(torch.ones(2))
+    tensor([1., 1.])
+    """
 
     def __init__(self, p: float):
         super().__init__()

@@ -1,1 +1,1 @@
-"""Images of what a flow has learned."""
+"""Plots of data and of what a flow has learned."""

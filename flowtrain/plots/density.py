@@ -1,7 +1,7 @@
-"""Densities over the plane and the line as images: the data's beside a model's.
+"""Images of densities over the plane and the line: data beside a model.
 
-A density comes as a function ``log_prob`` of points (n, D), float32 on the CPU, to log-densities (n,) in nats; what
-needs another device moves them there itself.
+A density is a function ``log_prob`` from points (n, D), float32 on the CPU, to log-densities (n,) in nats. A model on
+another device must move the points there itself.
 """
 
 from __future__ import annotations
@@ -19,84 +19,86 @@ LogProb = Callable[[Tensor], Tensor]
 
 GAP = 6  # pixels between two panels
 WHITE, INK, PALE, STRONG = (255, 255, 255), (40, 40, 40), (170, 200, 215), (180, 30, 90)
-LEAST_SIDE = 40  # cells of a histogram of the plane
+LEAST_SIDE = 40  # fewest cells per side of a histogram of the plane
 
 
 @dataclass(frozen=True)
 class View:
-    """What an image shows of the plane: the box from ``low`` to ``high``, densities of ``top`` in the last colour."""
+    """What an image shows: the box from ``low`` to ``high``, and densities up to ``top``, which has the last
+    colour."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
     top: float
 
 
-def density(log_prob: LogProb, data: Tensor, side: int = 400, cells: int | None = None) -> Tensor:
-    """The data's density and the model's in one image, (3, side, 2 side + 6) uint8.
+def density_image(log_prob: LogProb, data: Tensor, side: int = 400, cells: int | None = None) -> Tensor:
+    """The density of the data and of the model in one image, (3, side, 2 side + 6) uint8.
 
-    Of the plane: left a histogram of the data, right the model, of the same box and in the same colours, which the
-    data alone decide, so that images of one run can be compared. Of the line: the histogram in bars and the model's
-    density over it. Grey, or a gap of the line, is where the model's density is no number.
+    In the plane: a histogram of the data on the left, the model on the right. The data alone decide the box and the
+    colours, so that images of one run can be compared. On the line: a histogram of the data in bars and the density of
+    the model as a curve. Grey, or a gap in the curve, is where the model's density is NaN.
 
     Args:
-        data: (N, 1) or (N, 2); not finite points are left out.
-        side: pixels of a panel.
-        cells: evaluate the model on a grid of so many cells a side, a divisor of ``side``; None is one a pixel.
+        data: points (N, 1) or (N, 2); those that are not finite are left out.
+        side: pixels per side of a panel.
+        cells: evaluate the model on a grid of cells × cells; must divide ``side``. None: one cell per pixel.
 
     Raises:
-        ValueError: data of more columns, without a finite point; ``cells`` that do not divide ``side``.
+        ValueError: data of another shape or without a finite point, or ``cells`` does not divide ``side``.
     """
-    data = _finite(data)
+    data = _finite_points(data)
     if data.shape[1] == 1:
-        return _line(log_prob, data[:, 0], side)
-    view = view_of(data)
+        return _line_plot(log_prob, data[:, 0], side)
+    view = choose_view(data)
     panels = [data_panel(data, view, side), model_panel(log_prob, view, side, cells)]
     gap = torch.full((3, side, GAP), 255, dtype=torch.uint8)
     return torch.cat((panels[0], gap, panels[1]), 2)
 
 
-def view_of(data: Tensor) -> View:
-    """The view that shows points (N, 2): nearly all of them with a margin, the axes' units alike where that leaves
-    neither thin; ``top`` is about what the surroundings of 98 in 100 points do not exceed."""
-    data = _finite(data)
+def choose_view(data: Tensor) -> View:
+    """The view of points (N, 2): nearly all of them and a margin, with equal units on both axes unless one would be
+    thin. ``top`` is about the density that 98 % of the points do not exceed."""
+    data = _finite_points(data)
     low, high = _box(data)
     half, middle = (high - low) / 2, (high + low) / 2
     if half.max() < 4 * half.min():
         half = half.max().expand(2)
     low, high = middle - half, middle + half
-    counts, area = _histogram(data, low, high, _bins(len(data), 400))
+    counts, area = _histogram(data, low, high, _count_bins(len(data), 400))
     of_points = counts.flatten().sort().values
     reached = of_points.cumsum(0) >= 0.98 * of_points.sum()
     count = of_points[reached][0]
-    top = max(count - count.sqrt(), count / 2) / (len(data) * area)  # the fullest cells are so partly by chance
+    top = max(count - count.sqrt(), count / 2) / (len(data) * area)  # less the noise of a count
     return View(tuple(low.tolist()), tuple(high.tolist()), top.item())
 
 
 def data_panel(data: Tensor, view: View, side: int = 400) -> Tensor:
-    """A histogram of points (N, 2), (3, side, side) uint8; its cells are larger where points are few."""
-    data = _finite(data)
+    """A histogram of points (N, 2) as an image (3, side, side), uint8; fewer points give larger cells."""
+    data = _finite_points(data)
     low, high = torch.tensor(view.low, dtype=data.dtype), torch.tensor(view.high, dtype=data.dtype)
-    bins = _bins(len(data), side)
+    bins = _count_bins(len(data), side)
     counts, area = _histogram(data, low, high, bins)
-    return _enlarged(shade(_upright(counts / (len(data) * area * view.top))), side)
+    return _enlarge(shade(_to_rows_and_columns(counts / (len(data) * area * view.top))), side)
 
 
 def model_panel(log_prob: LogProb, view: View, side: int = 400, cells: int | None = None, batch: int = 2**14) -> Tensor:
-    """A density of the plane, (3, side, side) uint8, at the middle of each of ``cells`` × ``cells`` cells."""
+    """A density over the plane as an image (3, side, side), uint8, evaluated at the centres of cells × cells cells,
+    ``batch`` points at a time. Raises ValueError if ``cells`` does not divide ``side``."""
     cells = cells or side
     if side % cells:
         raise ValueError(f"cells={cells} must divide side={side}")
     middles = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
     x, y = (a + (b - a) * middles for a, b in zip(view.low, view.high))
-    values = _evaluated(log_prob, torch.cartesian_prod(x, y), batch).view(cells, cells)
-    return _enlarged(shade(_upright(values / view.top)), side)
+    values = _evaluate(log_prob, torch.cartesian_prod(x, y), batch).view(cells, cells)
+    return _enlarge(shade(_to_rows_and_columns(values / view.top)), side)
 
 
 def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], columns: Sequence[str]) -> Tensor:
-    """Panels of one size, (3, side, side) uint8, as one labelled image (3, H, W); a None leaves its place empty.
+    """Arrange panels of one size, (3, side, side) uint8, in one labelled image (3, H, W); None leaves a place empty.
 
     Raises:
-        ValueError: not one panel for each of ``rows`` and ``columns``.
+        ValueError: the panels are not one for each pair of ``rows`` and ``columns``.
     """
     from PIL import Image, ImageDraw
 
@@ -116,20 +118,20 @@ def sheet(panels: Sequence[Sequence[Tensor | None]], rows: Sequence[str], column
             if panel is not None:
                 at = left + i * (side + GAP), top + j * (side + GAP)
                 image.paste(Image.fromarray(panel.permute(1, 2, 0).contiguous().numpy()), at)
-    return _tensor(image)
+    return _to_tensor(image)
 
 
-def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
-    """Bars of the data and the curve of the model."""
+def _line_plot(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
+    """The data as bars and the model as a curve, (3, side, 2 side + 6) uint8."""
     from PIL import Image, ImageDraw
 
-    fine = 3  # drawn larger, then made smaller: smooth edges
+    fine = 3  # draw three times as large, then reduce: smooth edges
     width, height, base = (2 * side + GAP) * fine, side * fine, round(0.92 * side) * fine
     (low,), (high,) = (edge.tolist() for edge in _box(data[:, None]))
     bins = max(20, min(120, round(2 * len(data) ** (1 / 3))))
     counts = torch.histc(data, bins, low, high) * bins / ((high - low) * len(data))
     x = low + (high - low) * (torch.arange(width // fine, dtype=torch.float64) + 0.5) * fine / width
-    curve = _evaluated(log_prob, x[:, None], 2**14)
+    curve = _evaluate(log_prob, x[:, None], 2**14)
     top = 1.1 * max(counts.max().item(), min(curve.nan_to_num(0, 0).max().item(), 2 * counts.max().item()))
 
     image = Image.new("RGB", (width, height), WHITE)
@@ -148,13 +150,13 @@ def _line(log_prob: LogProb, data: Tensor, side: int) -> Tensor:
         if math.isfinite(y0) and math.isfinite(y1):
             points = [((x + 0.5) * fine, max(base * (1 - y / top), -height)) for x, y in ((x0, y0), (x1, y1))]
             draw.line(points, STRONG, 2 * fine)
-    return _tensor(image.resize((width // fine, side), Image.Resampling.BOX))
+    return _to_tensor(image.resize((width // fine, side), Image.Resampling.BOX))
 
 
-def _finite(data: Tensor) -> Tensor:
+def _finite_points(data: Tensor) -> Tensor:
     data = data.detach().cpu().double()
     if data.dim() != 2 or data.shape[1] not in (1, 2):
-        raise ValueError(f"data of shape {list(data.shape)}: a density is drawn of points (N, 1) or (N, 2)")
+        raise ValueError(f"data of shape {list(data.shape)}: a density plot needs points (N, 1) or (N, 2)")
     data = data[data.isfinite().all(1)]
     if not len(data):
         raise ValueError("data without a finite point")
@@ -162,45 +164,45 @@ def _finite(data: Tensor) -> Tensor:
 
 
 def _box(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Between quantiles, so that a far point does not shrink all others, and a margin to see what lies around."""
-    few = data[:: max(1, len(data) // 200_000)]
-    low, high = few.quantile(0.002, 0), few.quantile(0.998, 0)
+    """The box between two quantiles, so that a far point does not shrink all others, with a margin around it."""
+    some = data[:: max(1, len(data) // 200_000)]
+    low, high = some.quantile(0.002, 0), some.quantile(0.998, 0)
     margin = 0.15 * (high - low)
-    margin[margin == 0] = 0.5  # all the same
+    margin[margin == 0] = 0.5  # all values are equal
     return low - margin, high + margin
 
 
-def _bins(n: int, side: int) -> int:
-    """How many cells a side: the most that divide ``side`` and leave several points to an occupied one."""
+def _count_bins(n: int, side: int) -> int:
+    """The number of cells per side: the largest divisor of ``side`` that leaves a few points in a typical cell."""
     wanted = max(LEAST_SIDE, math.sqrt(n / 2))
     return max(bins for bins in range(1, side + 1) if side % bins == 0 and bins <= wanted)
 
 
 def _histogram(data: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, float]:
-    """Counts (bins, bins) over x and y, and the area of a cell."""
+    """Counts (bins, bins) by x and y, and the area of a cell."""
     at = ((data - low) / (high - low) * bins).floor().long()
     x, y = at[((at >= 0) & (at < bins)).all(1)].unbind(1)
     counts = torch.bincount(x * bins + y, minlength=bins * bins).view(bins, bins)
     return counts.double(), ((high - low) / bins).prod().item()
 
 
-def _evaluated(log_prob: LogProb, points: Tensor, batch: int) -> Tensor:
+def _evaluate(log_prob: LogProb, points: Tensor, batch: int) -> Tensor:
     with torch.no_grad():
         return torch.cat([log_prob(part).cpu().double() for part in points.float().split(batch)]).exp()
 
 
-def _upright(values: Tensor) -> Tensor:
-    """(x, y), y upwards, to (row, column), rows downwards."""
+def _to_rows_and_columns(values: Tensor) -> Tensor:
+    """Values by (x, y) with y upwards as values by (row, column) with rows downwards."""
     return values.T.flip(0)
 
 
-def _enlarged(image: Tensor, side: int) -> Tensor:
+def _enlarge(image: Tensor, side: int) -> Tensor:
     times = side // image.shape[-1]
     return image.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between the two, away from the edges."""
+    """About five round numbers between ``low`` and ``high``, not close to either."""
     step = 10 ** math.floor(math.log10((high - low) / 5))
     step = next(m * step for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 8)
     inside = 0.03 * (high - low)
@@ -214,7 +216,7 @@ def _font(size: int):
     return ImageFont.load_default(size)
 
 
-def _tensor(image) -> Tensor:
+def _to_tensor(image) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -12,10 +12,10 @@ from torch import Tensor
 from flowtrain.runtime import files
 
 
-def grid(images: Tensor, levels: int, columns: int | None = None, side: int = 512) -> Tensor:
-    """Integer images (n, C, H, W) of ``levels`` levels as one (3, height, width) uint8 image.
+def image_grid(images: Tensor, levels: int, columns: int | None = None, side: int = 512) -> Tensor:
+    """Arrange integer images (n, C, H, W) of ``levels`` grey levels in one image (3, height, width), uint8.
 
-    Small ones are enlarged by whole pixels until the grid is about ``side`` wide.
+    Small images are enlarged by a whole factor until the grid is about ``side`` pixels wide.
     """
     from torchvision.utils import make_grid
 
@@ -27,7 +27,7 @@ def grid(images: Tensor, levels: int, columns: int | None = None, side: int = 51
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Write a (3, H, W) uint8 image; a half-written file never stands under ``path``. Raises Unwritable."""
+    """Write an image (3, H, W), uint8; ``path`` never holds a partial file. Raises Unwritable."""
     from PIL import Image
 
     data = BytesIO()

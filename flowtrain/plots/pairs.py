@@ -1,4 +1,4 @@
-"""Pairs of a table's columns: its data against a model's samples."""
+"""Plots of all pairs of a table's columns: data against samples of a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import files
 
 DATA, SAMPLES = "#33638d", "#d1495b"
-FEW = 20  # different whole numbers that get a bin each
-NAMED = 12  # categories; if there are more, the rarest share the last place
-SMALL = 9  # font size
-ROWS = 50_000  # of each table; more would change nothing that can be seen
-POINTS = 2_000  # rows of which each is a dot
+FEW = 20  # whole numbers in a range smaller than this get one bin each
+MOST_CATEGORIES = 12  # of more categories, the rarest share the last place
+FONT_SIZE = 9
+ROWS = 50_000  # most rows of a table to plot; more make no visible difference
+POINTS = 2_000  # most rows to plot as dots
 
 
-def pairs(
+def plot_pairs(
     path: Path,
     samples,
     data=None,
@@ -30,23 +30,24 @@ def pairs(
     title: str | None = None,
     most: int = 8,
 ) -> int:
-    """Draw every pair of columns into the file ``path``, PNG, SVG or PDF by its ending.
+    """Plot every pair of columns into the file ``path``: PNG, SVG or PDF by its suffix.
 
-    On the diagonal the histograms of a column lie over each other; below it are the data, above it the samples, as
-    dots where rows are few, else the darker the more rows. What is shown of an axis is what nearly all data need.
+    The diagonal holds the histograms of each column, the data are below it and the samples above it: as dots if there
+    are few rows, otherwise as a histogram. Each axis covers nearly all data.
 
     Args:
-        samples, data: tables (n, D) of numbers, or of strings where a column is of categories. ``data`` may be None:
-            then the samples are below and nothing is above.
+        samples, data: tables (n, D) of numbers, or of strings for categories. Without ``data`` the samples are below
+            the diagonal and nothing is above it.
         columns: the D names.
-        most: how many columns are shown, the first ones.
+        title: text above the plots, or None.
+        most: plot only this many columns, the first ones.
 
     Returns:
-        How many columns were left out; the image says so too.
+        The number of columns that were left out; the plot says it too.
 
     Raises:
         UsageError: matplotlib is not installed.
-        ValueError: a table is empty, or they do not match.
+        ValueError: a table is empty, or the numbers of columns differ.
     """
     try:
         from matplotlib.figure import Figure
@@ -54,14 +55,16 @@ def pairs(
         raise UsageError("a pair plot needs matplotlib: pip install 'flowtrain[plots]'") from error
 
     path = Path(path)
-    tables = {"samples": _table(samples)} if data is None else {"data": _table(data), "samples": _table(samples)}
+    tables = (
+        {"samples": _to_table(samples)} if data is None else {"data": _to_table(data), "samples": _to_table(samples)}
+    )
     width = tables["samples"].shape[1]
     names = [f"column {i + 1}" for i in range(width)] if columns is None else [str(name) for name in columns]
     for name, table in tables.items():
         if table.shape[1] != len(names):
             raise ValueError(f"{name} of {table.shape[1]} columns, names of {len(names)}")
     shown = min(width, most)
-    axes = [Axis.of(name, [table[:, i] for table in tables.values()]) for i, name in enumerate(names[:shown])]
+    axes = [Axis.from_columns(name, [table[:, i] for table in tables.values()]) for i, name in enumerate(names[:shown])]
     colours = {"data": DATA, "samples": SAMPLES}
 
     cell = {1: 4.0, 2: 2.7, 3: 2.4, 4: 2.1, 5: 1.9, 6: 1.75, 7: 1.6}.get(shown, 1.5)
@@ -71,30 +74,32 @@ def pairs(
         for column, across in enumerate(axes):
             plot = grid[row, column]
             if row == column:
-                _histograms(plot, across, colours)
+                _draw_histograms(plot, across, colours)
             elif column < row:
-                _cloud(plot, across, down, 0, colours[next(iter(tables))])
+                _draw_points(plot, across, down, 0, colours[next(iter(tables))])
             elif data is not None:
-                _cloud(plot, across, down, 1, SAMPLES)
+                _draw_points(plot, across, down, 1, SAMPLES)
             else:
                 plot.set_axis_off()
                 continue
-            _scale(plot, across, down, left=column == 0, bottom=row == shown - 1, diagonal=row == column)
+            _format_axes(plot, across, down, left=column == 0, bottom=row == shown - 1, diagonal=row == column)
             if row == shown - 1:
-                plot.set_xlabel(_short(across.name, round(11 * cell)), fontsize=SMALL)
+                plot.set_xlabel(_shorten(across.name, round(11 * cell)), fontsize=FONT_SIZE)
             if column == 0 and shown > 1:
-                plot.set_ylabel(_short(down.name, round(11 * cell)), fontsize=SMALL)
+                plot.set_ylabel(_shorten(down.name, round(11 * cell)), fontsize=FONT_SIZE)
     figure.align_labels()
-    _head(figure, title, {name: colours[name] for name in tables})
+    _add_title_and_legend(figure, title, {name: colours[name] for name in tables})
     if shown < width:
-        figure.supxlabel(f"the first {shown} of {width} columns", x=1, ha="right", fontsize=SMALL - 1, color="dimgrey")
+        figure.supxlabel(
+            f"the first {shown} of {width} columns", x=1, ha="right", fontsize=FONT_SIZE - 1, color="dimgrey"
+        )
     _save(figure, path)
     return width - shown
 
 
 @dataclass
 class Axis:
-    """A column of each table as numbers, and how it is shown."""
+    """One column: its values in each table as numbers, and the look of its axis."""
 
     name: str
     values: list[np.ndarray]
@@ -104,54 +109,54 @@ class Axis:
     words: list[str] = field(default_factory=list)  # at the ticks
 
     @classmethod
-    def of(cls, name: str, columns: list[np.ndarray]) -> Axis:
+    def from_columns(cls, name: str, columns: list[np.ndarray]) -> Axis:
         try:
             values = [np.asarray(column, float) for column in columns]
         except (TypeError, ValueError):
-            return cls._of_categories(name, columns)
+            return cls._from_categories(name, columns)
         finite = [column[np.isfinite(column)] for column in values]
         if any(not len(column) for column in finite):
             raise ValueError(f"column {name} holds no finite number")
-        first = finite[0]  # the data where there are any
+        first = finite[0]  # the data, or the samples without data
         if all((column == np.round(column)).all() for column in finite):
             low, high = first.min(), first.max()
             if high - low < FEW:
                 edges = np.arange(low - 0.5, high + 1)
                 ticks = None if high - low >= 6 else list(np.arange(low, high + 1))
-                return cls(name, values, edges, True, ticks, [_number(tick) for tick in ticks or []])
+                return cls(name, values, edges, True, ticks, [_format_number(tick) for tick in ticks or []])
         low, high = np.quantile(first, [0.002, 0.998])
         margin = 0.06 * (high - low) or 0.5
         low, high = max(low - margin, first.min() - margin / 2), min(high + margin, first.max() + margin / 2)
         bins = int(np.clip(2 * len(first) ** (1 / 3), 12, 50))
         if all((column == np.round(column)).all() for column in finite):
-            step = math.ceil((high - low) / bins)  # each bin holds as many whole numbers as any other
+            step = math.ceil((high - low) / bins)  # the same number of whole numbers in each bin
             edges = np.arange(math.floor(low) - 0.5, high + step, step)
         else:
             edges = np.linspace(low, high, bins + 1)
         return cls(name, values, edges)
 
     @classmethod
-    def _of_categories(cls, name: str, columns: list[np.ndarray]) -> Axis:
+    def _from_categories(cls, name: str, columns: list[np.ndarray]) -> Axis:
         texts = [column.astype(str) for column in columns]
         kinds, counts = np.unique(np.concatenate(texts), return_counts=True)
         kinds = kinds[np.argsort(-counts, kind="stable")]
-        place = {kind: min(i, NAMED - 1) for i, kind in enumerate(kinds)}
+        place = {kind: min(i, MOST_CATEGORIES - 1) for i, kind in enumerate(kinds)}
         values = [np.array([place[kind] for kind in text], float) for text in texts]
-        words = [_short(kind, 12) for kind in kinds[:NAMED]]
-        if len(kinds) > NAMED:
+        words = [_shorten(kind, 12) for kind in kinds[:MOST_CATEGORIES]]
+        if len(kinds) > MOST_CATEGORIES:
             words[-1] = "(others)"
         return cls(name, values, np.arange(len(words) + 1) - 0.5, True, list(range(len(words))), words)
 
 
-def _table(rows) -> np.ndarray:
+def _to_table(rows) -> np.ndarray:
     table = np.asarray(rows)
     if table.ndim != 2 or not table.size:
-        raise ValueError(f"a table of shape {list(table.shape)} has no rows to draw")
+        raise ValueError(f"a table of shape {list(table.shape)} has no rows to plot")
     return table[:: max(1, len(table) // ROWS)]
 
 
-def _histograms(plot, axis: Axis, colours: dict[str, str]) -> None:
-    """Shares of all rows, those outside of what is shown among them."""
+def _draw_histograms(plot, axis: Axis, colours: dict[str, str]) -> None:
+    """Histograms as shares of all rows, including those outside the axis."""
     order = list(colours) if len(axis.values) == 2 else ["samples"]
     for name, values in zip(order, axis.values):
         share = np.histogram(values, axis.edges)[0] / len(values)
@@ -161,8 +166,8 @@ def _histograms(plot, axis: Axis, colours: dict[str, str]) -> None:
     plot.set_ylim(bottom=0)
 
 
-def _cloud(plot, across: Axis, down: Axis, which: int, colour: str) -> None:
-    """The rows of one table over two columns."""
+def _draw_points(plot, across: Axis, down: Axis, which: int, colour: str) -> None:
+    """Plot two columns of one table: of ``which`` table, 0 or 1."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     x, y = across.values[which], down.values[which]
@@ -178,11 +183,11 @@ def _cloud(plot, across: Axis, down: Axis, which: int, colour: str) -> None:
     plot.set_ylim(down.edges[0], down.edges[-1])
 
 
-def _scale(plot, across: Axis, down: Axis, left: bool, bottom: bool, diagonal: bool) -> None:
-    """Numbers only along the left and the lower edge."""
+def _format_axes(plot, across: Axis, down: Axis, left: bool, bottom: bool, diagonal: bool) -> None:
+    """Show tick labels only along the left and the lower edge."""
     for side in ("top", "right"):
         plot.spines[side].set_visible(False)
-    plot.tick_params(labelsize=SMALL - 2, length=2.5, pad=2)
+    plot.tick_params(labelsize=FONT_SIZE - 2, length=2.5, pad=2)
     _ticks(plot.xaxis, across, shown=bottom)
     if diagonal:
         plot.set_yticks([])
@@ -196,10 +201,10 @@ def _ticks(axis, column: Axis, shown: bool) -> None:
 
     if column.ticks is None:
         span = column.edges[-1] - column.edges[0]
-        digits = max(6, 3 + math.ceil(math.log10(abs(column.edges).max() / span)))  # so that neighbours differ
+        digits = max(6, 3 + math.ceil(math.log10(abs(column.edges).max() / span)))  # enough for labels to differ
         locator = MaxNLocator(4 if digits == 6 else 2, steps=[1, 2, 5, 10], integer=column.discrete)
         axis.set_major_locator(locator)
-        rounded = FuncFormatter(lambda value, _: _number(value if abs(value) > 1e-9 * span else 0, digits))
+        rounded = FuncFormatter(lambda value, _: _format_number(value if abs(value) > 1e-9 * span else 0, digits))
         axis.set_major_formatter(rounded)
     else:
         axis.set_ticks(column.ticks, column.words)
@@ -208,27 +213,27 @@ def _ticks(axis, column: Axis, shown: bool) -> None:
     axis.set_tick_params(labelbottom=shown, labelleft=shown)
 
 
-def _head(figure, title: str | None, colours: dict[str, str]) -> None:
+def _add_title_and_legend(figure, title: str | None, colours: dict[str, str]) -> None:
     from matplotlib.patches import Patch
 
     if title:
-        room = 10 * (figure.get_figwidth() - 2)  # letters beside the legend
-        figure.suptitle("\n".join(wrap(title, round(room))), x=0.01, ha="left", fontsize=SMALL + 2)
+        room = 10 * (figure.get_figwidth() - 2)  # characters that fit beside the legend
+        figure.suptitle("\n".join(wrap(title, round(room))), x=0.01, ha="left", fontsize=FONT_SIZE + 2)
     patches = [Patch(color=colour, alpha=0.6, label=name) for name, colour in colours.items()]
-    figure.legend(handles=patches, loc="outside upper right", ncols=2, fontsize=SMALL, frameon=False)
+    figure.legend(handles=patches, loc="outside upper right", ncols=2, fontsize=FONT_SIZE, frameon=False)
 
 
 def _save(figure, path: Path) -> None:
-    """A half-written file never stands under ``path``."""
+    """Write the figure; ``path`` never holds a partial file."""
     data = BytesIO()
     figure.savefig(data, format=path.suffix[1:] or "png")
     files.write(path, data.getvalue())
 
 
-def _number(value: float, digits: int = 6) -> str:
-    """1500000 -> 1.5e6."""
+def _format_number(value: float, digits: int = 6) -> str:
+    """A short text of a number: 1500000 becomes 1.5e6."""
     return f"{value:.{digits}g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
-def _short(text: str, most: int) -> str:
+def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"

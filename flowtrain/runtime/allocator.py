@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a training step frees: the next step asks for the same again."""
+"""Makes the C library's allocator keep the memory that a training step frees: the next step allocates the same."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import ctypes
 import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
-_LARGEST = 2**30, 2**25  # the second where the library allows no more
+_LARGEST = 2**30, 2**25  # the second, where the library does not allow the first
 
 
 def keep_freed_memory() -> bool:
-    """Serve large blocks from the heap, and give none of it back while the process lives; whether that was possible.
+    """Serve large blocks from the heap and return none to the system while the process lives; whether it is possible.
 
-    By default each block above 32 MB is mapped, filled with zeros page by page, and unmapped again. Of glibc alone, and
-    only where no environment variable such as MALLOC_TRIM_THRESHOLD_ says what is wanted. What a GPU holds is not of
-    this kind.
+    By default each block above 32 MB is mapped, filled with zeros page by page, and unmapped again. For glibc only, and
+    only where no environment variable such as MALLOC_TRIM_THRESHOLD_ is set. GPU memory is not affected.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version") or any(name.startswith("MALLOC_") for name in os.environ):

@@ -51,7 +51,7 @@ def save(state: dict, path: Path, kept: Path | None = None) -> None:
             os.replace(spare, kept)
         _sync_directory(path.parent)
     except OSError as error:
-        raise files.unwritable(path, archive.size, error) from error
+        raise files.write_error(path, archive.size, error) from error
     finally:
         archive.close()
         for left in filter(None, (new, spare)):

@@ -1,4 +1,4 @@
-"""This process among its equals. Who starts them (our own launcher, torchrun, srun) says so in the environment."""
+"""The processes of a job. Environment variables of our launcher, torchrun or srun say which this one is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from glob import glob
 
 from flowtrain.errors import FlowtrainError, UsageError
 
-PATIENCE = timedelta(hours=1)  # until a job begins; a process that died is the launcher's to notice
+PATIENCE = timedelta(hours=1)  # until a job starts; the launcher notices a process that has died
 
 
 def _adopt_slurm() -> None:
-    """``srun flowtrain …`` names ranks in its own way; give them torchrun's names."""
+    """Translate srun's environment variables to torchrun's."""
     env = os.environ
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return
@@ -49,7 +49,7 @@ def is_main() -> bool:
 
 
 def gpus() -> int:
-    """Visible GPUs; answers without PyTorch where there is no driver."""
+    """The number of visible GPUs. Imports no PyTorch where there is no driver."""
     if sys.platform == "linux" and not (glob("/dev/nvidia[0-9]*") or glob("/dev/dxg") or glob("/dev/kfd")):
         return 0
     import torch
@@ -102,7 +102,7 @@ def init() -> None:
 
         torch.cuda.set_device(where)
         backend = "cpu:gloo,cuda:nccl"
-    _heeding_signals(_join, backend)
+    _run_in_thread(_join, backend)
 
 
 def _join(backend: str) -> None:
@@ -111,18 +111,18 @@ def _join(backend: str) -> None:
     place = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
     meeting = dist.rendezvous(f"file://{place}" if place else "env://", rank(), world(), timeout=PATIENCE)
     store, _, _ = next(meeting)
-    # torchrun keeps its store when it starts processes anew, and in it the addresses of those that died
+    # torchrun keeps its store when it restarts processes, with the addresses of the ones that died
     attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=attempt, rank=rank(), world_size=world(), timeout=PATIENCE)
 
 
-def _heeding_signals(work, *args, **kwargs) -> None:
-    """Do what waits in C++ in a thread of its own, so that the main one can answer signals meanwhile."""
+def _run_in_thread(work, *args) -> None:
+    """Run work that waits in C++ in a thread, so that the main thread handles signals meanwhile."""
     done = Future()
 
     def run():
         try:
-            done.set_result(work(*args, **kwargs))
+            done.set_result(work(*args))
         except BaseException as error:
             done.set_exception(error)
 
@@ -131,7 +131,7 @@ def _heeding_signals(work, *args, **kwargs) -> None:
 
 
 def limit_waits(seconds: float) -> None:
-    """From now on, a process that waits longer for another fails: that one has stopped, or hangs."""
+    """Let a process fail that waits longer than this for another, which has stopped or hangs."""
     if world() > 1:
         from torch.distributed import distributed_c10d
 
@@ -146,13 +146,13 @@ class PeerFailure(FlowtrainError):
 
 @contextmanager
 def catch_peer_failures():
-    """Raise PeerFailure for what gloo and NCCL say when another process does not do its part."""
+    """Raise PeerFailure for the errors of gloo and NCCL when another process has failed."""
     try:
         yield
     except RuntimeError as error:
         gloo = world() > 1 and re.search(r"gloo/|Connection (closed|reset) by peer|Timed out waiting", str(error))
         if gloo or type(error).__name__ == "DistBackendError":
-            text = f"rank {rank()} has lost another process: it has ended, or did not answer for dist.timeout_s seconds"
+            text = f"rank {rank()}: a peer failed: it has ended, or did not answer for dist.timeout_s seconds"
             raise PeerFailure(text) from error
         raise
 

@@ -1,4 +1,4 @@
-"""What a figure was made with: versions, device, commit and command, as environment.json beside it."""
+"""environment.json beside a result: versions, device, commit and command."""
 
 from __future__ import annotations
 
@@ -41,11 +41,14 @@ def record(directory: str, device: torch.device) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code lies in, if it is one, marked where the code differs from it."""
-    found = subprocess.run(
-        ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The commit of this checkout, with "-dirty" where the code differs; None without a checkout or without git."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
     return found.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Files that stand whole or not at all, and one line of what a disk lacks that does not take them."""
+"""Files that are written whole or not at all, and errors that say what the disk lacks."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ from pathlib import Path
 from flowtrain.errors import FlowtrainError
 
 
-class Unwritable(FlowtrainError):
-    """A disk that is full, may only be read, or gives this user no more."""
+class WriteError(FlowtrainError):
+    """A disk is full, read-only, or over this user's quota."""
 
 
 @contextmanager
-def writing(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Raise Unwritable for the OSError of what is written within it to ``path``, of ``needed`` bytes."""
+def convert_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Raise WriteError for an OSError inside, which writes ``needed`` bytes to ``path``."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, needed, error) from error
+        raise write_error(path, needed, error) from error
 
 
-def unwritable(path: Path, needed: int | None, error: OSError) -> Unwritable:
+def write_error(path: Path, needed: int | None, error: OSError) -> WriteError:
+    """``error``, which the file system raised for ``path``, with the space needed and the space free."""
     place = Path(path).absolute().parent
     while not place.is_dir():
         place = place.parent
     room = f"{shutil.disk_usage(place).free:,} free"
     if error.errno == errno.EFBIG:
-        room += f", of which a file may have {resource.getrlimit(resource.RLIMIT_FSIZE)[0]:,}"
+        room += f", at most {resource.getrlimit(resource.RLIMIT_FSIZE)[0]:,} a file"
     wanted = "" if needed is None else f"{needed:,} bytes needed, "
-    return Unwritable(f"{path}: cannot be written ({error.strerror}): {wanted}{room}")
+    return WriteError(f"{path}: cannot be written ({error.strerror}): {wanted}{room}")
 
 
 def temporary(path: Path) -> Path:
-    """Where what will be ``path`` is written: beside it, under a name that no other process takes."""
+    """The temporary file for ``path``: beside it, under a name that no other process uses."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file in one move: whatever stood at ``path`` stays until all of ``data`` is there. Raises Unwritable."""
+    """Write a file atomically: the old ``path`` stays until all of ``data`` is on disk. Raises WriteError."""
     new = temporary(path)
-    with writing(path, len(data)):
+    with convert_errors(path, len(data)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new.write_bytes(data)
@@ -56,14 +57,14 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """``value`` as text, in one move. Raises Unwritable."""
+    """Write ``value`` as JSON, atomically. Raises WriteError."""
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def append(file, data: bytes) -> None:
-    """Add ``data`` to an unbuffered binary file, or nothing. Raises Unwritable."""
+    """Append all of ``data`` to an unbuffered binary file, or nothing. Raises WriteError."""
     size = os.fstat(file.fileno()).st_size
-    with writing(Path(file.name), len(data)):
+    with convert_errors(Path(file.name), len(data)):
         left = memoryview(data)
         try:
             while left:
@@ -75,12 +76,12 @@ def append(file, data: bytes) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a temporary file, if it is there; on a disk that lets nothing be removed, the next run will."""
+    """Remove a temporary file, if it exists; on a read-only disk, the next run removes it."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
 
-def sweep(directory: Path) -> None:
-    """Remove the temporary files that processes killed while they wrote left in ``directory``."""
+def remove_temporary(directory: Path) -> None:
+    """Remove the temporary files in ``directory`` of processes that were killed while they wrote."""
     for path in Path(directory).glob(".*.tmp"):
         discard(path)

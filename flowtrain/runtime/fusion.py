@@ -1,30 +1,25 @@
 """Whether neighbouring layers may be computed as one.
 
-An affine map of the channels costs less inside the weights of the layer before or after it than by itself. What starts
-from data has to see its own input, so :meth:`flowtrain.flow.Flow.initialize` runs every layer by itself.
+An affine map of the channels costs less inside the weights of the layer before or after it than by itself. A layer that
+starts from data needs its own input, so :meth:`flowtrain.flow.Flow.initialize` runs every layer by itself.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from torch import nn
 
+from flowtrain.runtime import modes
+
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-_separate = False
 
 
-@contextmanager
-def layer_by_layer():
+def layer_by_layer() -> AbstractContextManager[None]:
     """Within it, every layer is called by itself."""
-    global _separate
-    previous, _separate = _separate, True
-    try:
-        yield
-    finally:
-        _separate = previous
+    return modes.using(layer_by_layer=True)
 
 
-def separate(*modules: nn.Module) -> bool:
-    """Whether ``modules`` are called by themselves: everything is, or one of them has a hook, such as weight_norm's."""
-    return _separate or any(getattr(module, hooks) for module in modules for hooks in _HOOKS)
+def may_fuse(*modules: nn.Module) -> bool:
+    """False if layers are called one by one, or if one of ``modules`` has a hook, such as weight_norm's."""
+    return not (modes.current().layer_by_layer or any(getattr(module, hooks) for module in modules for hooks in _HOOKS))

@@ -1,12 +1,13 @@
-"""One seed out of several numbers."""
+"""Seeds of random numbers."""
 
 import torch
 
 _WORD = 2**64 - 1
 
 
-def mix(*numbers: int) -> int:
-    """One well-mixed seed in [0, 2⁶³) from several integers (splitmix64 over each); fit for ``manual_seed``."""
+def seed_from(*numbers: int) -> int:
+    """One seed in [0, 2⁶³), for ``manual_seed``, from several integers: splitmix64 (Steele, Lea and Flood 2014) over
+    each in turn."""
     state = 0
     for number in numbers:
         state = ((state ^ (number & _WORD)) + 0x9E3779B97F4A7C15) & _WORD
@@ -17,5 +18,5 @@ def mix(*numbers: int) -> int:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded by :func:`mix`: the same numbers whatever device the data live on."""
-    return torch.Generator().manual_seed(mix(*numbers))
+    """A CPU generator seeded by :func:`seed_from`: the same numbers for every device of the data."""
+    return torch.Generator().manual_seed(seed_from(*numbers))

@@ -1,4 +1,4 @@
-"""The signals that end a command in order: 130 for SIGINT, 143 for SIGTERM and SIGUSR1."""
+"""The signals that ask a command to end: exit code 130 for SIGINT, 143 for SIGTERM and SIGUSR1."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ import sys
 from flowtrain.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SAME = 1.0  # seconds: a terminal's Ctrl-C reaches a launcher and its workers, and the launcher passes it on
+SAME = 1.0  # seconds in which two signals count as one: the launcher passes on a Ctrl-C that workers also get
 
 
 def end_at_once() -> None:
-    """Until the trainer installs handlers that save first, a signal ends the process with its code, untraced."""
+    """Let a signal end the process with its exit code and no traceback, until the trainer installs its handlers."""
 
     def end(signum, frame):
         interrupted = Interrupted(signum)
@@ -23,7 +23,7 @@ def end_at_once() -> None:
 
 
 def end_with_torchrun() -> None:
-    """Get SIGTERM when the parent ends, as torchrun does by a signal that it does not pass on, such as SIGUSR1."""
+    """Get SIGTERM when the parent ends: torchrun ends by signals that it does not pass on, such as SIGUSR1."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         import ctypes
 
@@ -31,7 +31,7 @@ def end_with_torchrun() -> None:
 
 
 def end_in_kernel() -> None:
-    """In a process that waits for others in C++, where Python's handlers do not run, and has nothing to put in order:
-    until the trainer installs its own, die of the signal itself."""
+    """Let the signal itself kill the process, until the trainer installs its handlers: for a process that waits in C++,
+    where Python's handlers do not run, and has nothing to save."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""nflows' transforms as layers of a flowtrain chain, so that both train in the same loop, on the same batches:
+"""nflows' transforms as flowtrain layers, to train both libraries in the same loop on the same batches:
 
 flowtrain train --config-dir scripts/peers model=nflows_maf allow=[scripts.peers.of_nflows] …
 """
@@ -58,7 +58,7 @@ class NSF(_Transform):
     ):
         super().__init__(shape, context_shape)
         (features,) = self.shape
-        with torch.device("cpu"):  # nflows selects by values, which the meta device has none of
+        with torch.device("cpu"):  # nflows selects by values; tensors on the meta device have none
             layers = []
             for step in range(steps):
                 layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]

@@ -14,6 +14,8 @@ import torch
 
 from flowtrain.cli import main, worker
 from flowtrain.config import runs
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import validate
 from flowtrain.data import Loader
 from flowtrain.engine.loggers import JsonLines
 from flowtrain.engine.trainer import Trainer
@@ -103,7 +105,7 @@ def _refuse(*_) -> None:
 def _save_for_ever() -> None:
     """A run that only saves, from where it stopped; each state tells its number in every part."""
     folder = Path.cwd()
-    files.sweep(folder)
+    files.remove_temporary(folder)
     step = 0
     if (folder / "last.pt").exists():
         step = checkpoint.read(folder / "last.pt")["step"]
@@ -155,9 +157,9 @@ def _composed(file: str) -> None:
     alone takes a second."""
     folder = Path("outputs/moons/run").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    found = runs.to_continue(folder / "checkpoints")
+    found = runs.newest_intact(folder / "checkpoints")
     values = {**json.loads(Path(file).read_text()), "resume": str(found) if found else None}
-    worker.execute("train", values, str(folder))
+    worker.execute("train", validate(TrainConfig, values), str(folder))
 
 
 def prepare(environment) -> None:

@@ -128,7 +128,7 @@ def runs_in(cwd: Path) -> list[Path]:
 
 
 class ForkedWorker:
-    """What flowtrain.workers needs of Popen."""
+    """What flowtrain.cli.launcher needs of Popen."""
 
     ends: list = []  # of the workers' pipes, for this process to write into
 
@@ -275,8 +275,9 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401
     from PIL import Image
 
-    from flowtrain.cli import launcher
-    from flowtrain.config import allow  # noqa: F401
+    from flowtrain import flows, train  # noqa: F401
+    from flowtrain.cli import launcher, sweep, worker  # noqa: F401
+    from flowtrain.commands import eval, sample  # noqa: F401
     from flowtrain.engine import schedules  # noqa: F401
 
     Image.init()

@@ -202,7 +202,7 @@ def nodes(touch: Path) -> dict[str, dict]:
         "shutil.copytree": {"_target_": "shutil.copytree", "src": str(Path(__file__).parent), "dst": path},
         "attribute walk": {"_target_": "torch.optim.adam.torch.hub.os.mkdir", "path": path},
         "walk of our own": {
-            "_target_": "flowtrain.data.folders.Path.mkdir",
+            "_target_": "flowtrain.data.image_folders.Path.mkdir",
             "self": {"_target_": "pathlib.Path", "_args_": [path]},
         },
         "pathlib.Path.touch": {
@@ -290,14 +290,14 @@ def _itself():
 def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
     path, config = str(touch), state["config"]
     mkdir = {"_target_": "os.mkdir", "path": path}
-    changes = {f"target {name}": ("model.flow.base", node) for name, node in _targets(touch).items()} | {
+    changes = {f"target {name}": ("base", node) for name, node in _targets(touch).items()} | {
         f"target in {place}": (place, mkdir)
-        for place in ("model", "model.flow", "dataset", "optimizer", "scheduler", "trainer", "published", "model.knob")
+        for place in ("model", "univariate", "dataset", "optimizer", "scheduler", "trainer", "published", "model.knob")
     }
     changes |= {
         "target in a list of lists": ("model.knob", [[1, [mkdir]]]),
         "target deep within": ("model.knob", {"a": {"b": {"c": [{"d": mkdir}]}}}),
-        "a flow that is none": ("model.flow", {"_target_": "flowtrain.nets.ZeroConv", "shape": [1, 1, 1], "out": 1}),
+        "a flow that is none": ("model", {"_target_": "flowtrain.nets.ZeroConv", "out": 1}),
         "a data set that is none": ("dataset", {**config["dataset"], "_target_": "flowtrain.data.Columns"}),
         "hydra callbacks": ("hydra", {"callbacks": {"x": mkdir}}),
         "hydra logging": (
@@ -344,13 +344,13 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "out of range in the trainer": ("trainer.workers", 10**9),
         "a mapping for a number": ("trainer.clip", {"a": 1}),
         "an allowed module": ("allow", ["os"]),
-        "enormous layers": ("model.flow.bijection.layers.levels.level.layers.steps.layers.coupling.net.hidden", 10**9),
-        "endless layers": ("model.flow.bijection.layers.levels.level.layers.steps.repeat", 10**9),
-        "an enormous shape": ("model.flow.shape", [1, 10**6, 10**6]),
-        "a negative shape": ("model.flow.shape", [1, -8, 8]),
-        "a shape of text": ("model.flow.shape", "8x8"),
-        "a shape without numbers": ("model.flow.shape", []),
-        "endless numbers": ("model.flow.shape", [1, 2**70, 8]),
+        "enormous layers": ("model.hidden", 10**9),
+        "endless layers": ("model.steps", 10**9),
+        "an enormous shape": ("dataset.shape", [1, 10**6, 10**6]),
+        "a negative shape": ("dataset.shape", [1, -8, 8]),
+        "a shape of text": ("dataset.shape", "8x8"),
+        "a shape without numbers": ("dataset.shape", []),
+        "endless numbers": ("dataset.shape", [1, 2**70, 8]),
         "a data set of another shape": ("dataset.shape", [1, 10**9, 10**9]),
     }
     for name, (key, value) in changes.items():

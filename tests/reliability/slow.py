@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra.core.utils
 
 from flowtrain import train
-from flowtrain.cli import jobs, overrides, worker
+from flowtrain.cli import checks, jobs, worker
 from flowtrain.commands import evaluation, previews
 from flowtrain.data import Loader
 from flowtrain.data.vectors import Vectors
@@ -84,7 +84,7 @@ def following_the_step(self, *args, original=Trainer.gradient):
 def patch() -> None:
     Trainer.at, Trainer.gradient = 0, following_the_step
     places = {
-        "check": lambda: before(overrides, "check"),
+        "check": lambda: before(checks, "check"),
         "job": lambda: before(jobs, "_run"),
         "import": lambda: before(worker, "execute"),
         "open": lambda: before(Vectors, "split"),

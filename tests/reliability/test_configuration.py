@@ -20,8 +20,9 @@ from composed import VECTORS, composed, options
 from inprocess import flowtrain
 from omegaconf import OmegaConf
 
-from flowtrain.cli import exit_codes, main
-from flowtrain.config import schema
+from flowtrain.cli import exit_codes
+from flowtrain.commands import COMMANDS
+from flowtrain.config.schema import TrainConfig, TrainerConfig
 from flowtrain.data.dataset import Dataset
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def run(tmp_path_factory):
 def lines(run):
     """Command -> its first words, and the configuration that it composes."""
     words = {command: [command, f"ckpt={run}"] for command in OF_A_CHECKPOINT}
-    words |= {command: [command] for command in main.COMMANDS if command not in words}
+    words |= {command: [command] for command in COMMANDS if command not in words}
     words["train resume"] = ["train", f"resume={run}"]
     words["check model"] = ["check", "model=nice"]
     found = {}
@@ -200,7 +201,7 @@ def untouched(tmp_path, monkeypatch):
         try:
             return flowtrain(tmp_path, *words), ""
         except Exception as error:
-            text, code = exit_codes.explain(error)
+            text, code = exit_codes.describe_error(error)
             return code, text
 
     return run
@@ -259,10 +260,10 @@ def outside(schema, prefix: str = "") -> list[str]:
 def test_values_out_of_range(run, untouched, tmp_path, count, promise):
     draw = random.Random(3)
     cases = [["train", *line] for line in violations(tenth(lines_of_train(), count, draw))]
-    cases += [["train", word] for word in outside(schema.Train) + outside(schema.Trainer, "trainer.")]
-    for command in main.COMMANDS:
+    cases += [["train", word] for word in outside(TrainConfig) + outside(TrainerConfig, "trainer.")]
+    for command in COMMANDS:
         line = [command, f"ckpt={run}"] if command in OF_A_CHECKPOINT else [command]
-        cases += [[*line, word] for word in outside(schema.ROOTS[command]) if word not in outside(schema.Train)]
+        cases += [[*line, word] for word in outside(COMMANDS[command].config) if word not in outside(TrainConfig)]
     assert len(cases) >= 100
     chosen = draw.sample(cases, count(100))
     wrong = {}
@@ -284,7 +285,7 @@ def test_some_in_processes_of_their_own(lines, tmp_path, count, promise):
     config = lines["train"][1]
     keys = draw.sample(sorted(key for key, _ in leaves(config)), count(20))
     typos = [(["train", f"{typo(key, names(config), draw)}=1"], "did you mean") for key in keys]
-    ranges = [["train", word] for word in outside(schema.Train) + outside(schema.Trainer, "trainer.")]
+    ranges = [["train", word] for word in outside(TrainConfig) + outside(TrainerConfig, "trainer.")]
     ranges += [["train", *line] for line in violations([["model=nsf_coupling"], ["model=realnvp", "norm=batchnorm"]])]
     ranges = [(words, "") for words in draw.sample(ranges, count(20))]
     wrong = {}

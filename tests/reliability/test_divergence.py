@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from composed import composed
+from composed import configuration, on_checkpoint
 from inprocess import flowtrain
-from omegaconf import OmegaConf
 from ranks import together
 from test_engine import BATCH, same, small_flow
 from test_parallel import Slices, trainer
@@ -18,7 +17,8 @@ from flowtrain import train
 from flowtrain.cli import exit_codes
 from flowtrain.commands import check
 from flowtrain.config.build import build
-from flowtrain.config.compose import settle
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import validate
 from flowtrain.engine.objectives import BitsPerDim
 from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
@@ -42,10 +42,9 @@ LAST = "[preprocess,flatten,pairs,trap]"
 ACTNORM = "norm=actnorm"
 
 
-def trap(way, value, order=AMID, after=5):
-    where = "+model.flow.bijection"
+def trap(way, value, order=AMID, after=5, model="realnvp_vector"):
     target = f"{{_target_: traps.Trap, _partial_: true, way: {way}, value: {value}, after: {after}}}"
-    return f"{where}.layers.trap={target}", f"{where}.order={order}"
+    return f"model._target_=traps.{model}", f"+model.trap={target}", f"+model.places={order}"
 
 
 def data(value, spoiled="null"):
@@ -73,7 +72,7 @@ FAULTS = [
     Fault(trap("output", "-inf"), "trap", "output", ("trainer.accumulate=4",)),
     Fault(trap("output", "inf", FIRST), "trap", "output", ("memory=reversible", ACTNORM)),
     Fault(trap("output", "1e30", LAST), "base", "log-likelihood", rows="some"),
-    Fault(trap("output", "inf", "[preprocess,flatten,trap,steps]"), "trap", "output", model="maf"),
+    Fault(trap("output", "inf", "[preprocess,flatten,trap,steps]", model="maf"), "trap", "output", model="maf"),
     Fault(trap("log_determinant", "nan"), "trap", "log-determinant", ("memory=checkpoint",)),
     Fault(trap("log_determinant", "inf", FIRST), "trap", "log-determinant", ("optimizer=sgd",)),
     Fault(trap("gradient", "nan"), "trap", "gradient"),
@@ -88,14 +87,15 @@ FAULTS = [
 ]
 
 
-def configured(*words):
-    return OmegaConf.create(settle(composed(*words), "train"))
+def replaying(config, file):
+    keys = {"examples": 8, "jacobian": 4096, "tolerance": 1.0, "weights": "auto", "json": False}
+    return on_checkpoint("check", config, ckpt=None, replay=str(file), **keys)
 
 
 def wrong_with(fault: Fault, folder) -> str | None:
     """What is not as promised when ``fault`` spoils a run."""
     folder.mkdir()
-    cfg = configured(f"model={fault.model}", *TINY, *fault.words, *fault.more)
+    cfg = configuration(f"model={fault.model}", *TINY, *fault.words, *fault.more)
     try:
         train.main(cfg, str(folder))
     except FlowtrainError as error:
@@ -115,11 +115,11 @@ def wrong_with(fault: Fault, folder) -> str | None:
     rows = {"beyond": beyond, "none": [], "some": found["rows"][:]}[fault.rows]
     if found["rows"] != rows or (not rows) != (fault.rows == "none"):
         return f"rows {found['rows']} are blamed, not {rows}"
-    split = build(cfg.dataset, allow=cfg.allow).split("train")
+    split = build(cfg.dataset, "dataset", allow=cfg.allow).split("train")
     if not torch.equal(split.data[record["examples"]].nan_to_num(), x.nan_to_num()):
         return "its examples are not those of the batch"
     kept = checkpoint.read(folder / "checkpoints/last.pt")
-    if "weight" not in fault.words[0] and not all(value.isfinite().all() for value in kept["model"].values()):
+    if "weight" not in " ".join(fault.words) and not all(value.isfinite().all() for value in kept["model"].values()):
         return "a weight is not finite"
     return _shown_otherwise(cfg, file, record)
 
@@ -129,7 +129,7 @@ def _shown_otherwise(cfg, file, record) -> str | None:
     again = file.parent.parent / "again"
     again.mkdir()
     try:
-        check.main(OmegaConf.create({**cfg, "ckpt": None, "replay": str(file), "json": False}), str(again))
+        check.main(replaying(cfg, file), str(again))
     except FlowtrainError as error:
         report = json.loads((again / "check.json").read_text())
         found = record["found"]
@@ -162,7 +162,7 @@ def run(cwd, *words):
     try:
         return flowtrain(cwd, *words), ""
     except FlowtrainError as error:
-        text, code = exit_codes.explain(error)
+        text, code = exit_codes.describe_error(error)
         return code, text
 
 
@@ -176,7 +176,7 @@ def test_the_command_that_a_run_ends_with(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["as_recorded"] and report["layer"] == "trap"
     path, allow = words
-    assert run(tmp_path, "check", path)[1].endswith("is not allowed (your own classes: allow=[module])")
+    assert run(tmp_path, "check", path)[1].endswith("(your own classes: allow=[module])")
     assert run(tmp_path, "check", "replay=none.pt")[0] == 2
     last = next(tmp_path.glob("outputs/*/*/checkpoints/last.pt"))
     code, line = run(tmp_path, "check", f"replay={last}", allow)
@@ -206,15 +206,15 @@ SPOILT = (
 
 def test_a_record_that_is_none(tmp_path):
     with pytest.raises(FlowtrainError):
-        train.main(configured("model=realnvp_vector", *TINY, *trap("output", "nan")), str(tmp_path))
+        train.main(configuration("model=realnvp_vector", *TINY, *trap("output", "nan")), str(tmp_path))
     (file,) = tmp_path.glob("divergence/*.pt")
     state = checkpoint.read(file)
-    cfg = {**state["config"], "ckpt": None, "replay": str(file), "json": False}
+    config = replaying(validate(TrainConfig, state["config"]), file)
     for number, spoilt in enumerate(SPOILT):
         checkpoint.save({**state, "divergence": {**state["divergence"], **spoilt}}, file)
         (tmp_path / str(number)).mkdir()
         with pytest.raises(FlowtrainError, match=r"step_7\.pt: no record of a step that went wrong \(") as caught:
-            check.main(OmegaConf.create(cfg), str(tmp_path / str(number)))
+            check.main(config, str(tmp_path / str(number)))
         assert "\n" not in str(caught.value), spoilt
 
 
@@ -222,7 +222,7 @@ def test_a_record_that_is_none(tmp_path):
 
 
 def test_spoiled_examples_cost_their_batches_alone(tmp_path):
-    cfg = configured("model=realnvp_vector", *TINY, *data("nan", "[3,700]"), "max_steps=50")  # an epoch
+    cfg = configuration("model=realnvp_vector", *TINY, *data("nan", "[3,700]"), "max_steps=50")  # an epoch
     summary = train.main(cfg, str(tmp_path))
     assert 1 <= summary["skipped_steps"] <= 2 and math.isfinite(summary["log_likelihood"])
 
@@ -244,11 +244,11 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    summary = train.main(configured(*WILD), str(whole))
-    train.main(configured(*WILD, "max_steps=12"), str(parts))
+    summary = train.main(configuration(*WILD), str(whole))
+    train.main(configuration(*WILD, "max_steps=12"), str(parts))
     middle = parts / "checkpoints/previous.pt"  # as of step 12, before what ends a run
     assert 0 < checkpoint.read(middle)["recovery"]["rollbacks"] < summary["rollbacks"]
-    train.main(configured(*WILD, f"resume={middle}"), str(parts))
+    train.main(configuration(*WILD, f"resume={middle}"), str(parts))
     states = [checkpoint.read(each / "checkpoints/last.pt") for each in (whole, parts)]
     for state in states:
         state["config"] = None
@@ -267,7 +267,7 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
 def test_rollbacks_come_to_an_end(tmp_path):
     spoiled = trap("output", "nan", after=1)
     with pytest.raises(FlowtrainError, match="stopped at step 12: 3 steps in a row"):  # the fourth time
-        train.main(configured("model=realnvp_vector", *TINY, *spoiled, "trainer.rollback=0.5"), str(tmp_path))
+        train.main(configuration("model=realnvp_vector", *TINY, *spoiled, "trainer.rollback=0.5"), str(tmp_path))
 
 
 # ---- two processes -------------------------------------------------------------------------------------------------

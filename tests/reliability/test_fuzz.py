@@ -17,14 +17,14 @@ import torch
 from composed import configuration, flow_of
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from PIL import Image
 
 from flowtrain.cli import exit_codes
 from flowtrain.config import restore
-from flowtrain.config.schema import ROOTS, typed_keys
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import dotted_keys, to_dict
 from flowtrain.data import DownsampledImageNet, Power, Table
-from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, plain_columns
+from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, unnamed_columns
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 
@@ -35,7 +35,7 @@ def settled(action) -> bool:
         try:
             action()
         except FlowtrainError as error:
-            text = exit_codes.explain(error)[0]
+            text = exit_codes.describe_error(error)[0]
             assert text and "\n" not in text and not heard
             return False
     return True
@@ -44,9 +44,9 @@ def settled(action) -> bool:
 # ---- overrides -----------------------------------------------------------------------------------------------------
 
 KEYS = [
-    *typed_keys(ROOTS["train"]),
+    *dotted_keys(TrainConfig),
     "model.steps",
-    "model.flow.base",
+    "base",
     "dataset.bits",
     "optimizer.lr",
     "model",
@@ -132,7 +132,7 @@ def small_checkpoint():
     """The bytes of a checkpoint of the smallest flow."""
     words = ("model=nice", "model.hidden=2", "smoke=true")
     cfg, flow = configuration(*words), flow_of(*words)
-    state = {"config": OmegaConf.to_container(cfg), "model": flow.state_dict(), "ema": None, "columns": None, "step": 1}
+    state = {"config": to_dict(cfg), "model": flow.state_dict(), "ema": None, "columns": None, "step": 1}
     out = io.BytesIO()
     torch.save(state, out)
     return out.getvalue()
@@ -149,7 +149,7 @@ def test_any_checkpoint(tmp_path_factory, small_checkpoint, change, before):
         file.write_bytes(change(hostile.sealed(file, small_checkpoint).read_bytes()))
 
     def read():
-        restore.embedded(file)
+        restore.checkpoint_config(file)
         checkpoint.read(file)
 
     settled(read)
@@ -158,7 +158,7 @@ def test_any_checkpoint(tmp_path_factory, small_checkpoint, change, before):
 def test_the_checkpoint_is_good(tmp_path, small_checkpoint):
     """Else nothing above would get far."""
     hostile.sealed(tmp_path / "good.pt", small_checkpoint)
-    assert settled(lambda: restore.embedded(tmp_path / "good.pt"))
+    assert settled(lambda: restore.checkpoint_config(tmp_path / "good.pt"))
     checkpoint.check(tmp_path / "good.pt")
 
 
@@ -226,7 +226,7 @@ def test_any_table(tmp_path_factory, kind, change, judged):
     file = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
     file.write_bytes(change(TABLES[kind]))
     if judged:
-        settled(lambda: list(TableRows(file, plain_columns(3, None)).groups()))
+        settled(lambda: list(TableRows(file, unnamed_columns(3, None)).groups()))
     else:
         settled(lambda: Table(path=str(file), val_size=2, test_size=2).split("train"))
 

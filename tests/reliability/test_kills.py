@@ -10,7 +10,8 @@ import pytest
 import torch
 from forks import runs_in, same, state, steps
 
-from flowtrain.config.compose import compose, plain
+from flowtrain.config.compose import train_config
+from flowtrain.config.validation import to_dict
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 
@@ -52,7 +53,7 @@ def whole(server, tmp_path_factory):
 def composed(tmp_path_factory):
     """``composed(number)``: the environment of a run; four in five are spared the composing of their command."""
     file = tmp_path_factory.mktemp("composed") / "values.json"
-    file.write_text(json.dumps(plain(compose("train", list(WORDS[1:])))))
+    file.write_text(json.dumps(to_dict(train_config(*WORDS[1:]))))
     return lambda number: {} if number % 5 == 0 else {"COMPOSED": str(file)}
 
 

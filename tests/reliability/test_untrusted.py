@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli import exit_codes
 from flowtrain.data import CIFAR10, ImageDensity, ImageFolder, Patches
 from flowtrain.data.download import fetch
-from flowtrain.data.image_files import MAX_PIXELS, opened
+from flowtrain.data.image_files import MAX_PIXELS, load_image
 from flowtrain.data.inputs import ImageFiles
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
@@ -96,7 +96,7 @@ def watch(monkeypatch, tmp_path):
         try:
             code, text = flowtrain(cwd, *words), ""
         except Exception as error:
-            text, code = exit_codes.explain(error)
+            text, code = exit_codes.describe_error(error)
         finally:
             deeds, _watched = _watched, None
         return code, text, deeds + [f"read {key}" for key in read if key == hostile.SECRET]
@@ -312,5 +312,5 @@ def test_images_beyond_so_many_pixels_are_refused(tmp_path, side):
 
 
 def test_a_image_of_so_many_pixels_is_read():
-    assert opened(io.BytesIO(_png(900, 900)), "L").size == (900, 900)
+    assert load_image(io.BytesIO(_png(900, 900)), "L").size == (900, 900)
     assert MAX_PIXELS == 64_000_000

@@ -1,9 +1,12 @@
 """Faults to be trained into: a layer, and a set of data, in which a number is not finite after some steps."""
 
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 
+from flowtrain import flows
 from flowtrain.bijections import Bijection
 from flowtrain.data import Moons
 
@@ -83,3 +86,21 @@ class Spoiled(Moons):
         if name == "train":
             split.data[split.data[:, 0] > EDGE if self.spoiled is None else self.spoiled] = self.value
         return split
+
+
+def _trapped(constructor: Callable) -> Callable:
+    """A constructor of the same flow with a ``trap`` among its layers, in the given ``places``."""
+
+    def build(shape, *, trap, places, **arguments):
+        flow = constructor(shape, **arguments)
+        layers = {**flow.bijection._modules, "trap": trap(shape=flow.bijection.out_shape)}
+        flow.bijection._modules = {name: layers[name] for name in places if name in layers}
+        return flow
+
+    signature = inspect.signature(constructor)
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("trap", "places")]
+    build.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
+    return build
+
+
+maf, realnvp_vector = _trapped(flows.maf), _trapped(flows.realnvp_vector)

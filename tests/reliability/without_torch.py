@@ -18,5 +18,5 @@ for words in json.load(sys.stdin):
     try:
         out.append([flowtrain(".", *words), ""])
     except Exception as error:
-        out.append(exit_codes.explain(error)[::-1])
+        out.append(exit_codes.describe_error(error)[::-1])
 print("\n" + json.dumps(out))

@@ -7,9 +7,9 @@ from flowtrain.engine.objectives.objective import Score
 from flowtrain.flow import to_bits_per_dim
 
 
-def maximum_likelihood(levels: int | None) -> BitsPerDim | NatsPerRow:
-    """The objective for data of so many integer ``levels``, or of real numbers (None)."""
-    return BitsPerDim() if levels else NatsPerRow()
+def maximum_likelihood(grey_levels: int | None) -> BitsPerDim | NatsPerRow:
+    """The objective for data of so many ``grey_levels``, or of real numbers (None)."""
+    return BitsPerDim() if grey_levels else NatsPerRow()
 
 
 class BitsPerDim:

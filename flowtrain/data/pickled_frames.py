@@ -1,4 +1,4 @@
-"""Tables that pandas pickled, by whichever pandas, read without letting the pickle run anything else."""
+"""Tables pickled by any version of pandas, read without letting the pickle run other code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import pickle
 from pathlib import Path
 
-_PLACES = {  # name -> where today's libraries have it; the file says where the libraries of its time had it
+_MODULES = {  # name -> its module in today's libraries; an old file names the modules of its time
     "DataFrame": "pandas",
     "BlockManager": "pandas.core.internals",
     "_unpickle_block": "pandas._libs.internals",
@@ -29,18 +29,18 @@ _PLACES = {  # name -> where today's libraries have it; the file says where the 
     "slice": "builtins",
     "bytearray": "builtins",
 }
-_NOW = {"Int64Index": "Index", "UInt64Index": "Index", "Float64Index": "Index", "new_block": "_unpickle_block"}
+_NEW_NAMES = {"Int64Index": "Index", "UInt64Index": "Index", "Float64Index": "Index", "new_block": "_unpickle_block"}
 
 
 def read(path: Path):
-    """The pandas table in ``path``. pickle.UnpicklingError where it holds anything but tables of numbers and text."""
+    """The pandas table in ``path``. Raises pickle.UnpicklingError if it holds more than tables of numbers and text."""
     with open(path, "rb") as file:
-        return _Frames(file, encoding="latin1").load()  # Python 2 left its texts as bytes
+        return _FrameUnpickler(file, encoding="latin1").load()  # Python 2 pickled text as bytes
 
 
-class _Frames(pickle.Unpickler):
+class _FrameUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        name = _NOW.get(name, name)
-        if name not in _PLACES:
+        name = _NEW_NAMES.get(name, name)
+        if name not in _MODULES:
             raise pickle.UnpicklingError(f"it holds a {module}.{name}, not only tables")
-        return getattr(importlib.import_module(_PLACES[name]), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,4 @@
-"""A user's table in a file, csv, npy or parquet: its columns from the header alone, its rows a block at a time.
-
-No torch: a configuration asks for a table's shape before there is any.
-"""
+"""A user's table in a csv, npy or parquet file: its columns from the header alone, its rows in blocks."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ log = logging.getLogger(__name__)
 
 BLOCK = 2**16  # rows of a block
 CSV_BLOCK = 2**24  # bytes of a block of text
-MOST_CATEGORIES = 1000  # more different texts are names, not categories
-EXACT = 2.0**22  # float32 tells x from x + ½ up to here
-WHOLE = 2.0**53  # and float64 x from x + 1
-# numbers as they are not read: 12,5 or 1.234,5 or 1'234 or 12 %
-OTHERWISE_WRITTEN = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
-UNNAMED = ("", "Unnamed: 0", "__index_level_0__")  # what pandas makes of an index that was written along
+MOST_CATEGORIES = 1000  # a column of more different texts holds names, not categories
+EXACT = 2.0**22  # up to here float32 distinguishes x from x + ½
+WHOLE = 2.0**53  # up to here float64 distinguishes x from x + 1
+# numbers in forms that are not read: 12,5 or 1.234,5 or 1'234 or 12 %
+OTHER_FORMS = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
+UNNAMED = ("", "Unnamed: 0", "__index_level_0__")  # names that pandas gives to an index in the file
 
-Block = dict[str, np.ndarray]  # name -> float64, NaN where missing, or objects: text, None where missing
+Block = dict[str, np.ndarray]  # name -> float64 with NaN for missing values, or texts with None for missing values
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,12 @@ class Column:
     """A column of a table.
 
     Attributes:
-        name: as the file has it.
+        name: as in the file.
         kind: "real", "integer" (every value is a whole number) or "categorical" (text, or true and false).
-        categories: of a categorical column, its texts in order: text number i is code i.
-        offset: subtracted from the values, 0 unless they are far from it and close together: float32 resolves
-            1.6e9 seconds to two minutes. A whole number where the values are.
-        mean, std: of the train split, less the offset.
+        categories: of a categorical column, its texts in order: text number i is encoded as i.
+        offset: a number that is subtracted from the values because float32 resolves 1.6e9 seconds only to two minutes:
+            0 unless the values are far from 0 and close together. A whole number if the values are.
+        mean, std: of the train split, minus the offset.
     """
 
     name: str
@@ -58,14 +55,15 @@ class Column:
 
 
 class Csv:
-    """Columns separated by commas, semicolons, tabs or bars: whichever the first line, of names, has most of."""
+    """A csv file. Its separator is whichever of comma, semicolon, tab and bar is most frequent in the first line, which
+    holds the names."""
 
     def __init__(self, path: Path):
         self.path = path
         with open(path, encoding="utf-8-sig", newline="") as file:
             line = file.readline()
         if line.count('"') % 2:
-            raise UsageError(f"{path}: the name of a column holds a line break; name it otherwise")
+            raise UsageError(f"{path}: the name of a column holds a line break; rename it")
         self.delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", line).count)
         self.names = next(csv.reader([line], delimiter=self.delimiter), [])
         if not self.names or all(_is_number(name) for name in self.names):
@@ -73,10 +71,10 @@ class Csv:
         with open(path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             if file.read() not in (b"\n", b"\r"):
-                log.warning("%s ends in the middle of a line; if it has been cut short, its last value is wrong", path)
+                log.warning("%s ends in the middle of a line; if it is truncated, its last value is wrong", path)
 
-    def texts(self, names: Sequence[str]) -> set[str]:
-        """Which of the columns hold text, as their first rows have it."""
+    def text_columns(self, names: Sequence[str]) -> set[str]:
+        """Which of the columns hold text, by their first block of rows."""
         return {name for name, kind in self._kinds(names).items() if str(kind) != "double"}
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
@@ -84,7 +82,7 @@ class Csv:
         try:
             yield from self._blocks(names, kinds)
         except ValueError:
-            for _ in self._blocks(names, kinds, threads=False):  # raises again, and says in which row
+            for _ in self._blocks(names, kinds, threads=False):  # raises again, with the number of the row
                 pass
             raise
 
@@ -93,7 +91,7 @@ class Csv:
 
         with self._reader(names, {}) as reader:
             return {
-                field.name: field.type if types.is_boolean(field.type) else _held(self.path, field)
+                field.name: field.type if types.is_boolean(field.type) else _arrow_type(self.path, field)
                 for field in reader.schema
             }
 
@@ -101,14 +99,14 @@ class Csv:
         try:
             with self._reader(names, kinds, threads) as reader:
                 for batch in reader:
-                    yield _block(self.path, batch, names)
+                    yield _to_block(self.path, batch, names)
         except ValueError as error:
             where = re.search(r"CSV column #(\d+): Row #(\d+): .*invalid value '(.*)'", str(error))
             if where is None:
                 raise
-            name, row = self.names[int(where[1])], int(where[2]) - 1  # without the first line
+            name, row = self.names[int(where[1])], int(where[2]) - 1  # without the line of names
             raise UsageError(
-                f"column '{name}', row {row}: '{where[3]}' is no number, as in the rows before it"
+                f"column '{name}', row {row}: '{where[3]}' is not a number, unlike the rows before it"
             ) from error
 
     def _reader(self, names, kinds, threads=True):
@@ -130,19 +128,19 @@ class Parquet:
         self.schema = parquet.read_schema(path)
         self.names = self.schema.names
 
-    def texts(self, names: Sequence[str]) -> set[str]:
-        return {name for name in names if str(_held(self.path, self.schema.field(name))) != "double"}
+    def text_columns(self, names: Sequence[str]) -> set[str]:
+        return {name for name in names if str(_arrow_type(self.path, self.schema.field(name))) != "double"}
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(self.path) as file:
             for batch in file.iter_batches(BLOCK, columns=list(names)):
-                yield _block(self.path, batch, names)
+                yield _to_block(self.path, batch, names)
 
 
 class Npy:
-    """An array of numbers (N, D); its columns are c0, c1, …."""
+    """An array of numbers (N, D) with columns c0, c1, …."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, Array(path)
@@ -150,23 +148,24 @@ class Npy:
             raise UsageError(f"{path} holds {self.rows.dtype} {list(self.rows.shape)}: must be numbers (rows, columns)")
         self.names = [f"c{i}" for i in range(self.rows.shape[1])]
 
-    def texts(self, names: Sequence[str]) -> set[str]:
+    def text_columns(self, names: Sequence[str]) -> set[str]:
         return set()
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         places = [self.names.index(name) for name in names]
         for start in range(0, len(self.rows), BLOCK):
             part = self.rows[start : start + BLOCK]
-            with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever reads it refuses
+            with np.errstate(invalid="ignore"):  # a signalling NaN, which the caller refuses
                 block = {name: part[:, place].astype(np.float64) for name, place in zip(names, places, strict=True)}
             yield block
 
 
 class Array:
-    """The array in an .npy, of which slices are read when they are asked for. To map it into memory would end the
-    process, without a word, where another one cuts the file short.
+    """The array in an .npy file, of which ``array[start:stop]`` reads slices. It is not mapped into memory, since that
+    kills the process without a message when another process truncates the file.
 
-    Raises FlowtrainError for a damaged one.
+    Raises:
+        FlowtrainError: the file is damaged.
     """
 
     def __init__(self, path: Path):
@@ -174,19 +173,19 @@ class Array:
         npy = np.lib.format
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         try:
-            # warnings tell how a damaged header is written
+            # a damaged header may cause warnings
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-                self.shape, turned, self.dtype = readers[npy.read_magic(file)](file)
+                self.shape, is_fortran, self.dtype = readers[npy.read_magic(file)](file)
                 self.start = file.tell()
             if self.dtype.hasobject:
                 raise ValueError("it holds objects")
-        except Exception as error:  # whatever the header makes it raise
-            raise FlowtrainError(f"cannot read {path}: it is no .npy array of numbers") from error
+        except Exception as error:  # numpy raises many kinds for a damaged header
+            raise FlowtrainError(f"cannot read {path}: it is not an .npy array of numbers") from error
         self.ndim = len(self.shape)
-        size, due = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
-        if size < due:
-            raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes, {due:,} are due")
-        self.whole = np.load(path, allow_pickle=False) if turned and self.ndim > 1 else None  # column after column
+        size, expected = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
+        if size < expected:
+            raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes instead of {expected:,}")
+        self.whole = np.load(path, allow_pickle=False) if is_fortran and self.ndim > 1 else None  # stored by columns
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -201,54 +200,57 @@ class Array:
             found = np.fromfile(file, self.dtype, each * (stop - first))
         if len(found) < each * (stop - first):
             row = first + len(found) // each + 1
-            raise FlowtrainError(f"cannot read {self.path} from row {row} on: it has been cut short")
+            raise FlowtrainError(f"cannot read {self.path} from row {row} on: the file is truncated")
         return found.reshape(-1, *self.shape[1:]) if each else np.empty((stop - first, *self.shape[1:]), self.dtype)
 
 
-KINDS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
+READERS = {".csv": Csv, ".npy": Npy, ".parquet": Parquet}
 
 
 class TableFile:
     """The table at ``path``.
 
-    Raises UsageError for what is no table, FlowtrainError for a damaged one.
+    Raises:
+        UsageError: it is not a table.
+        FlowtrainError: it is damaged.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path))
-        kind = KINDS.get(self.path.suffix.lower())
+        kind = READERS.get(self.path.suffix.lower())
         if kind is None:
-            raise UsageError(f"dataset.path={path}: must end in {', '.join(KINDS)}")
+            raise UsageError(f"dataset.path={path}: must end in {', '.join(READERS)}")
         if not self.path.is_file():
             raise UsageError(f"dataset.path={path}: no such file")
-        with _reading(self.path):
+        with _name_file_in_errors(self.path):
             self._source = kind(self.path)
         self.names: list[str] = self._source.names
 
     def choose(self, columns: Sequence | None, context: Sequence | None) -> tuple[list[str], list[str]]:
-        """The names of the columns to model (None: all that are no context) and of those to condition on."""
-        context = self.known("context", context or [])
+        """The names of the columns to model (``columns``; None: all that are not in ``context``) and of the context."""
+        context = self.find_columns("context", context or [])
         if columns is None:
             columns = [name for name in self.names if name not in context]
             unnamed = [name for name in columns if name in UNNAMED]
             if unnamed:
                 number = self.names.index(unnamed[0]) + 1
                 raise UsageError(
-                    f"{self.path}: column {number} has no name, as an index has; choose dataset.columns=[…]"
+                    f"{self.path}: column {number} has no name and may be an index; choose dataset.columns=[…]"
                 )
-        columns = [name for name in self.known("columns", columns) if name not in context]
+        columns = [name for name in self.find_columns("columns", columns) if name not in context]
         if not columns:
             raise UsageError("dataset.columns: no column is left to model")
         return columns, context
 
-    def known(self, key: str, chosen: Sequence) -> list[str]:
-        """The names of chosen columns, of an array also by number. UsageError where ``dataset.key`` has a wrong one."""
+    def find_columns(self, key: str, chosen: Sequence) -> list[str]:
+        """The names of the ``chosen`` columns, which may be numbers for an array. Raises UsageError, naming
+        ``dataset.key``, for a column that is absent or not unique."""
         is_array = isinstance(self._source, Npy)
         chosen = [f"c{item}" if is_array and isinstance(item, int) else str(item) for item in chosen]
         for name in chosen:
             if name not in self.names:
                 near = difflib.get_close_matches(name, self.names, 1)
-                hint = f"did you mean '{near[0]}'?" if near else f"there are {_listed(self.names)}"
+                hint = f"did you mean '{near[0]}'?" if near else f"there are {_join_names(self.names)}"
                 raise UsageError(f"dataset.{key}: {self.path} has no column '{name}'; {hint}")
             if self.names.count(name) > 1:
                 raise UsageError(f"dataset.{key}: {self.path} has two columns '{name}'")
@@ -256,43 +258,52 @@ class TableFile:
                 raise UsageError(f"dataset.{key}: '{name}' is named twice")
         return chosen
 
-    def texts(self, names: Sequence[str]) -> set[str]:
+    def text_columns(self, names: Sequence[str]) -> set[str]:
         """Which of the columns hold text."""
-        with _reading(self.path):
-            return self._source.texts(names)
+        with _name_file_in_errors(self.path):
+            return self._source.text_columns(names)
+
+    def context_width(self, names: Sequence[str]) -> int:
+        """The numbers in a context of these columns: one for each column of numbers, the number of categories for
+        each column of text, for which all rows are read, once for each version of the file."""
+        texts = sorted(self.text_columns(names))
+        stat = self.path.stat()
+        counts = _category_counts(str(self.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
+        return len(names) - len(texts) + sum(counts)
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
-        """The rows in order: numbers as float64, NaN where missing, text as objects, None where missing."""
-        with _reading(self.path):
+        """Yield the rows in order: numbers as float64, NaN if missing; text as objects, None if missing."""
+        with _name_file_in_errors(self.path):
             yield from self._source.blocks(names)
 
-    def survey(self, names: Sequence[str]) -> tuple[int, list[Column]]:
-        """The number of rows, and what each column is; its mean and std are left open. Reads those columns once.
+    def infer_columns(self, names: Sequence[str]) -> tuple[int, list[Column]]:
+        """The number of rows, and a description of each column without mean and std. Reads these columns once.
 
-        Raises UsageError, naming column and row, where a value is missing or not finite.
+        Raises:
+            UsageError: a value is missing or not finite; the message names the column and the row.
         """
-        rows, texts = 0, self.texts(names)
-        found = {name: _Texts(name) if name in texts else _Numbers(name) for name in names}
+        rows, texts = 0, self.text_columns(names)
+        found = {name: _TextColumn(name) if name in texts else _NumberColumn(name) for name in names}
         for block in self.blocks(names):
             for name in names:
-                found[name].see(block[name], rows + 1)
+                found[name].update(block[name], rows + 1)
             rows += len(block[names[0]])
         if not rows:
             raise UsageError(f"{self.path} has no rows")
         return rows, [found[name].column() for name in names]
 
 
-class _Texts:
+class _TextColumn:
     def __init__(self, name: str):
-        self.name, self.rows = name, {}  # text -> the first row that has it
+        self.name, self.rows = name, {}  # text -> its first row
 
-    def see(self, values: np.ndarray, row: int) -> None:
+    def update(self, values: np.ndarray, row: int) -> None:
         new = set(values) - self.rows.keys()
         if new:
             values = list(values)
             self.rows |= {text: row + values.index(text) for text in new}
         if None in new:
-            raise missing(self.name, self.rows[None])
+            raise missing_value_error(self.name, self.rows[None])
         if len(self.rows) > MOST_CATEGORIES:
             raise UsageError(
                 f"column '{self.name}' holds more than {MOST_CATEGORIES:,} different texts, too many for categories;"
@@ -301,28 +312,28 @@ class _Texts:
 
     def column(self) -> Column:
         others = [text for text in self.rows if not _is_number(text)]
-        if 0 < len(others) < len(self.rows) / 2:  # such as a ? for what is missing
-            why = "is no number, as most values of the column are"
-        elif others and all(map(OTHERWISE_WRITTEN.fullmatch, self.rows)):
-            why = "is a number in a form that is not read; write 1234.5, or leave the column out"
+        if 0 < len(others) < len(self.rows) / 2:  # such as ? for a missing value
+            why = "is not a number, but most values of the column are"
+        elif others and all(map(OTHER_FORMS.fullmatch, self.rows)):
+            why = "is a number in a form that cannot be read; write 1234.5, or leave the column out"
         else:
             return Column(self.name, "categorical", tuple(sorted(self.rows)))
         text = min(others, key=self.rows.get)
         raise UsageError(f"column '{self.name}', row {self.rows[text]}: '{text}' {why}")
 
 
-class _Numbers:
+class _NumberColumn:
     def __init__(self, name: str):
         self.name, self.offset, self.whole = name, None, True
         self.least, self.greatest = np.inf, -np.inf
 
-    def see(self, values: np.ndarray, row: int) -> None:
+    def update(self, values: np.ndarray, row: int) -> None:
         finite = np.isfinite(values)
         if not finite.all():
-            raise missing(self.name, row + int(finite.argmin()))
+            raise missing_value_error(self.name, row + int(finite.argmin()))
         if self.offset is None:
             first = float(values[0])
-            with np.errstate(over="ignore"):  # what is too large is refused below
+            with np.errstate(over="ignore"):  # too large a number is refused below
                 self.offset = first if abs(first) > 1000 * values.std() else 0.0
             self.repeats = len(values) >= 1000 and len(np.unique(values)) < len(values) / 10
         self.whole = self.whole and bool((values == np.floor(values)).all())
@@ -336,7 +347,7 @@ class _Numbers:
         is_integer = self.whole and exact and reach <= EXACT
         if not exact:
             log.warning(
-                "column '%s': numbers up to %.16g, where neighbours are more than 1 apart in float64; taken as real"
+                "column '%s': numbers up to %.16g, where neighbours are more than 1 apart in float64; read as real"
                 " numbers, which are rounded",
                 self.name,
                 max(self.least, self.greatest, key=abs),
@@ -344,52 +355,49 @@ class _Numbers:
         elif self.whole and not is_integer:
             log.warning(
                 "column '%s': whole numbers from %.16g to %.16g, too far apart for float32 to dequantize;"
-                " taken as real numbers",
+                " read as real numbers",
                 self.name,
                 self.least,
                 self.greatest,
             )
         elif self.repeats and not is_integer:
             log.warning(
-                "column '%s': real numbers that often repeat exactly, as rounded ones do; a density can grow there"
-                " without bound",
+                "column '%s': real numbers that often repeat exactly, as rounded numbers do; the density there is"
+                " unbounded",
                 self.name,
             )
         return Column(self.name, "integer" if is_integer else "real", offset=self.offset)
 
 
-def missing(name: str, row: int) -> UsageError:
+def missing_value_error(name: str, row: int) -> UsageError:
+    """The error to raise for the value of a column in a row, counted from 1."""
     return UsageError(f"column '{name}', row {row} (the first is 1): its value is missing or not finite")
 
 
 def table_shape(path, columns, context) -> list[int]:
-    """[D] of a table, from its header."""
+    """[D] of a table by its header."""
     if path is None:
         raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
-    return [len(TableFile(path).choose(_names("columns", columns), _names("context", context))[0])]
+    return [len(TableFile(path).choose(_to_list("columns", columns), _to_list("context", context))[0])]
 
 
 def table_context_shape(path, context) -> list[int] | None:
-    """[C] of a table's context: one for each column of numbers, as many as there are categories for one of text."""
-    context = _names("context", context)
+    """[C] of a table's context, see :meth:`TableFile.context_width`, or None."""
+    context = _to_list("context", context)
     if not context:
         return None
     if path is None:
         raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     file = TableFile(path)
-    context = file.known("context", context)
-    texts = sorted(file.texts(context))
-    stat = file.path.stat()
-    counts = _category_counts(str(file.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
-    return [len(context) - len(texts) + sum(counts)]
+    return [file.context_width(file.find_columns("context", context))]
 
 
 @lru_cache(maxsize=16)
 def _category_counts(path: str, names: tuple[str, ...], *_version: int) -> tuple[int, ...]:
-    return tuple(len(column.categories) for column in TableFile(path).survey(names)[1])
+    return tuple(len(column.categories) for column in TableFile(path).infer_columns(names)[1])
 
 
-def _names(key: str, value) -> list | None:
+def _to_list(key: str, value) -> list | None:
     """``dataset.columns`` or ``dataset.context`` as a list, or None."""
     if value is None:
         return None
@@ -399,8 +407,8 @@ def _names(key: str, value) -> list | None:
 
 
 @contextmanager
-def unchanged(path: Path):
-    """Within it, several readings of a file are of the same. FlowtrainError, whatever else was raised, if not."""
+def refuse_changes(path: Path):
+    """Raise FlowtrainError at the end of this block if the file has changed, whatever else was raised."""
     before = _version(path)
     try:
         yield
@@ -418,8 +426,8 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _reading(path: Path):
-    """Within it, what a reader of files raises becomes one line that names the file."""
+def _name_file_in_errors(path: Path):
+    """Turn what a library raises inside this block into one line that names the file."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -427,13 +435,14 @@ def _reading(path: Path):
     except FlowtrainError:
         raise
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not in UTF-8: save it so") from error
-    except Exception as error:  # whatever a damaged file makes a library raise
+        raise UsageError(f"{path} is not in UTF-8: convert it") from error
+    except Exception as error:  # libraries raise many kinds for a damaged file
         raise FlowtrainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _held(path: Path, field):
-    """As what a column of pyarrow's is read: text (true and false too) or float64. UsageError where it is neither."""
+def _arrow_type(path: Path, field):
+    """The pyarrow type in which a column is read: string (also for booleans) or float64. Raises UsageError if the
+    column is neither."""
     import pyarrow as pa
     from pyarrow import types
 
@@ -445,10 +454,10 @@ def _held(path: Path, field):
     raise UsageError(f"{path}: column '{field.name}' holds {kind}: write it as numbers or text, or leave it out")
 
 
-def _block(path: Path, batch, names: Sequence[str]) -> Block:
+def _to_block(path: Path, batch, names: Sequence[str]) -> Block:
     out = {}
     for name in names:
-        column = batch.column(name).cast(_held(path, batch.schema.field(name)), safe=False)
+        column = batch.column(name).cast(_arrow_type(path, batch.schema.field(name)), safe=False)
         out[name] = column.to_numpy(zero_copy_only=False)
     return out
 
@@ -461,5 +470,5 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
+def _join_names(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f", … ({len(names)})" if len(names) > most else "")

@@ -1,0 +1,172 @@
+"""A command line, checked before anything is created: each key exists, each option exists, each value has its type."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.types import Sweep
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowtrain.cli import keys
+from flowtrain.cli.hydra_internals import Composition, Loader
+from flowtrain.cli.messages import no_option, suggest, usage_error
+from flowtrain.cli.overrides import parse, split_jobs
+from flowtrain.commands import CHECKPOINT_KEYS, Command
+from flowtrain.config import runs
+from flowtrain.config.compose import conf_dir, is_part, typed
+from flowtrain.config.schema import TrainConfig
+from flowtrain.config.validation import dotted_keys, format_value, key_names
+from flowtrain.errors import UsageError
+from flowtrain.runtime import distributed
+
+# keys of a run that every command reads; the others of TrainConfig matter to training alone
+READ_BY_ALL = ("seed", "devices", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
+OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset", "objective"}
+# keys of the data set that a checkpoint does not decide: where the data lie
+PLACES = ("dataset.root", "dataset.path", "dataset.download")
+
+
+def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> None:
+    """Compose every job of a command line. Raises UsageError, in one line, at the first mistake."""
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise UsageError(f"--config-dir {args.config_dir}: no such directory")
+    loader = Loader(args.config_dir)
+    for words in split_jobs(args.overrides, multirun):
+        _Job(loader, command, args.config_name or config_name, words).check()
+
+
+def check_names(command: Command, words: list[str]) -> None:
+    """Refuse a word whose key no checkpoint can have, before one is opened, which needs torch."""
+    declared = dotted_keys(command.config)
+    groups = [folder.name for folder in conf_dir().iterdir() if folder.is_dir()]
+    known = [*declared, *PLACES, *groups]
+    for item in parse(words):
+        key = item.key_or_group
+        root = re.split("[./]", key)[0]
+        if item.is_hydra_override() or root == "hydra":
+            continue
+        if _is_fixed(command, key):
+            raise _fixed(key)
+        has_schema = any(name.startswith(f"{root}.") for name in declared)
+        if root not in known or has_schema and key not in declared:
+            raise UsageError(f"no key '{key}'; {suggest(key, known)}".rstrip("; "))
+
+
+class _Job:
+    """One job: first its options, then its files, then the words of the command line, then the whole tree."""
+
+    def __init__(self, loader: Loader, command: Command, config_name: str, words: list[str]):
+        self.loader, self.command, self.config_name, self.words = loader, command, config_name, words
+        self.parsed = parse(words)
+        self.restored = command.opens_checkpoint(config_name)
+
+    def check(self) -> None:
+        self._check_options()
+        try:
+            composition = Composition(self.loader, self.config_name, self.words)
+            self._check_files(composition)
+            self._check_values(composition)
+            cfg = composition.whole()
+        except MissingConfigException as error:
+            raise self._missing(error) from error
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise usage_error(error) from error  # ValueError: of ~model=0
+        self._check_whole(cfg)
+
+    def _check_options(self) -> None:
+        for item in self.parsed:
+            group, value = item.key_or_group, item.value()
+            if item.is_delete() or not self.loader.group_exists(group):
+                continue
+            if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
+                raise _fixed(group)
+            options = self.loader.options(group)
+            if value is None:
+                raise UsageError(f"{group}=null: choose one of {', '.join(options)}")
+            choices = value if isinstance(value, list) else [value]
+            if not isinstance(value, Sweep) and not group.startswith("hydra/"):
+                for choice in choices:
+                    if format_value(choice) not in options:
+                        raise no_option(group, format_value(choice), options)
+
+    def _missing(self, error: MissingConfigException) -> Exception:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if group == "hydra/launcher":
+            return UsageError(f"launcher={name}: needs the extra packages of pip install 'flowtrain[launchers]'")
+        return no_option(group, name, error.options or []) if group else usage_error(error)
+
+    def _check_files(self, composition: Composition) -> None:
+        """Each key of a file that is merged over the whole tree must exist in the tree without that file."""
+        ours = ("hydra", *CHECKPOINT_KEYS)
+        overlays = [file for file in composition.overlays() if file.config_path.split("/")[0] not in ours]
+        tree = composition.tree(without=overlays)
+        for file in overlays:
+            content = composition.content(file)
+            content.pop("hydra", None)
+            if "allow" in content:
+                raise UsageError(f"{file.config_path}.yaml: allow= comes from the command line only")
+            keys.check_file(content, tree, f"{file.config_path}.yaml: ")
+
+    def _check_values(self, composition: Composition) -> None:
+        tree = composition.tree()
+        content = keys.plain(tree)
+        known = [*keys.names(content), *self.loader.groups()]
+        for item in composition.values:
+            key = item.key_or_group
+            if item.package is not None or item.is_hydra_override():
+                continue
+            if self.restored and _is_fixed(self.command, key):
+                raise _fixed(key)
+            if not (item.is_add() or item.is_force_add()):
+                keys.check_exists(key, content, known)
+            if self.restored and _changes_nothing(self.command, key):
+                raise UsageError(f"{key}: this command does not train, so it would change nothing")
+            if not item.is_delete():
+                keys.check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False))
+
+    def _check_whole(self, cfg: DictConfig) -> None:
+        known = key_names(self.command.config)
+        for key in cfg:
+            if key not in known and not is_part(key) and key != "hydra":
+                hint = suggest(key, known) or "its file needs '# @package _global_' as its first line; "
+                raise UsageError(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
+        if not self.restored:
+            keys.check_used(cfg, {item.key_or_group.split(".")[0] for item in self.parsed})
+        try:
+            config = typed(cfg, self.command.config, restored=self.restored)
+        except OmegaConfBaseException as error:
+            raise usage_error(error) from error
+        processes = distributed.processes(config.devices)
+        if self.command.trains:
+            _check_shares(config.batch_size, processes, config.trainer.accumulate)
+            if config.init:
+                runs.checkpoint_in(config.init, "init")
+
+
+def _is_fixed(command: Command, key: str) -> bool:
+    """Whether the checkpoint decides a key: the flow, its data and, unless the command trains, its optimizer."""
+    root = key.split(".")[0]
+    of_training = not command.trains and root in ("optimizer", "scheduler", "logger")
+    return (root in ("model", "dataset", "objective") or is_part(root) or of_training) and key not in PLACES
+
+
+def _changes_nothing(command: Command, key: str) -> bool:
+    return not command.trains and key.split(".")[0] in OF_TRAINING and key not in READ_BY_ALL
+
+
+def _fixed(key: str) -> UsageError:
+    return UsageError(f"{key} is fixed by the checkpoint; only {', '.join(PLACES)} can be given")
+
+
+def _check_shares(batch_size: int, processes: int, accumulate: int) -> None:
+    share = processes * accumulate
+    if batch_size % share:
+        raise UsageError(
+            f"batch_size={batch_size}: does not divide by {processes} processes × trainer.accumulate={accumulate}; "
+            f"batch_size={max(1, round(batch_size / share)) * share} does"
+        )

@@ -1,0 +1,87 @@
+"""All uses of Hydra's private parts. tests/test_hydra_internals.py states the behaviour that each relies on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import hydra
+from hydra._internal import utils
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.object_type import ObjectType
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from flowtrain.config.compose import conf_dir
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """The parser of Hydra's own flags, such as ``--multirun``; all other words become its ``overrides``."""
+    return utils.get_args_parser()
+
+
+def run_hydra(config_name: str, argv: list[str], task) -> None:
+    """Let Hydra compose ``conf/CONFIG_NAME.yaml`` and call ``task``. Errors are raised, not printed."""
+    sys.argv = ["flowtrain", *argv]
+    utils.run_and_report = lambda function: function()
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+
+
+def split_sweep(parsed: list) -> list[list[str]]:
+    """The overrides of each job of a sweep. Raises HydraException for a sweep that needs another sweeper."""
+    return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+class Loader:
+    """Hydra's config loader over ``conf/`` and, before it, a folder of the user's."""
+
+    def __init__(self, config_dir: str | None = None):
+        path = utils.create_config_search_path(str(conf_dir()))
+        if config_dir:
+            path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
+        self.loader = ConfigLoaderImpl(path)
+
+    def group_exists(self, group: str) -> bool:
+        return self.loader.repository.group_exists(group)
+
+    def options(self, group: str) -> list[str]:
+        return self.loader.get_group_options(group)
+
+    def groups(self) -> list[str]:
+        return self.loader.get_group_options("", ObjectType.GROUP)
+
+
+class Composition:
+    """One root configuration and its overrides, before and after they are merged.
+
+    Raises:
+        HydraException: a file or an option is missing, or an override does not fit.
+    """
+
+    def __init__(self, loader: Loader, config_name: str, overrides: list[str]):
+        self.loader, self.config_name, self.overrides = loader.loader, config_name, overrides
+        defaults = self.loader.compute_defaults_list(config_name, overrides, RunMode.RUN)
+        self.files = defaults.defaults  # in merging order
+        self.values = defaults.config_overrides  # the overrides of values, not of groups
+        _, self.repository = self.loader._parse_overrides_and_create_caching_repo(config_name, overrides)
+
+    def overlays(self) -> list:
+        """The files of a group that are merged over the whole tree, such as an experiment."""
+        return [file for file in self.files if not file.primary and not file.package and "/" in file.config_path]
+
+    def content(self, file) -> dict:
+        """What one file holds, without its defaults list and interpolations unresolved."""
+        content = OmegaConf.to_container(self.repository.load_config(file.config_path).config, resolve=False)
+        content.pop("defaults", None)
+        return content
+
+    def tree(self, without=()) -> DictConfig:
+        """The files merged, before the overrides of values."""
+        files = [file for file in self.files if file not in without]
+        return self.loader._compose_config_from_defaults_list(files, self.repository)
+
+    def whole(self) -> DictConfig:
+        """The tree that a job receives."""
+        return self.loader.load_configuration(self.config_name, self.overrides, RunMode.RUN)

@@ -1,0 +1,67 @@
+"""The description of a dataset, known before its data are loaded: what models and commands need to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LabelContext:
+    """Each example comes with its class, as a one-hot vector of length ``classes``."""
+
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.classes,)
+
+
+@dataclass(frozen=True)
+class ColumnContext:
+    """Each row comes with the values of other columns of its table: numbers standardized, text one-hot.
+
+    Attributes:
+        names: of these columns.
+        shape: ``(C,)``: one for each column of numbers, the number of categories for each column of text.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a flow of these data must fit.
+
+    Attributes:
+        name: of the dataset, as in ``dataset=name``.
+        shape: of one example without a batch: ``(channels, height, width)`` of an image, ``(D,)`` of a vector.
+        levels: grey levels: the values are the integers 0 … levels − 1. None for real numbers and for tables, which
+            may have columns of integers all the same.
+        halvings: how often the sides of an image can be halved, which is how many scales a multi-scale flow has by
+            default; 1 for vectors.
+        context: what a conditional flow is given with each example, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    levels: int | None = None
+    halvings: int = 1
+    context: LabelContext | ColumnContext | None = None
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        return None if self.context is None else self.context.shape
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+
+def has_bits(spec: DataSpec, columns) -> bool:
+    """Whether the data are integers, so that bits per dimension mean something.
+
+    Args:
+        columns: of a table, a :class:`flowtrain.data.Columns`; else None.
+    """
+    return spec.levels is not None or columns is not None and columns.all_integer

@@ -1,0 +1,33 @@
+"""A flow of any layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from flowtrain.bijections import Chain
+from flowtrain.distributions import StandardNormal
+from flowtrain.flow import Flow
+from flowtrain.flows.parts import Factory
+
+
+def custom(
+    shape,
+    *,
+    layers: Mapping[str, Factory | None],
+    base=StandardNormal,
+    preprocess=None,
+    context_shape=None,
+) -> Flow:
+    """The named layers one after another, each built for the shape that the one before leaves.
+
+    Args:
+        shape: of one example.
+        layers: name -> factory ``layer(shape=…, context_shape=…)`` of a bijection; a None is left out.
+        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+
+    >>> from flowtrain.bijections import ActNorm, LULinear
+    >>> custom((3,), layers={"norm": ActNorm, "mixing": LULinear}).sample(5).shape
+    torch.Size([5, 3])
+    """
+    return Flow(shape, partial(Chain, layers={"preprocess": preprocess, **layers}), base, context_shape)

@@ -1,0 +1,108 @@
+"""Parts that several flows are made of, as factories ``part(shape=…, context_shape=…)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from flowtrain.bijections import (
+    ActNorm,
+    Additive,
+    BatchNorm,
+    Bijection,
+    Center,
+    Chain,
+    Dequantize,
+    DequantizeColumns,
+    Elementwise,
+    ExpAffine,
+    Flatten,
+    Logit,
+    LULinear,
+    Shuffle,
+    Standardize,
+)
+
+Factory = Callable[..., Bijection]
+PER_CHANNEL = (1, 2)  # the axes of an image along which all pixels of a channel share their parameters
+
+
+def chain(repeat: int = 1, **layers: Factory | None) -> Factory:
+    """A factory of named layers in a row, ``repeat`` times, each time with parameters of its own. None is left out.
+
+    >>> from flowtrain.bijections import ActNorm, LULinear
+    >>> list(dict(chain(norm=ActNorm, mixing=LULinear)(shape=(3,)).named_children()))
+    ['norm', 'mixing']
+    """
+    return partial(Chain, layers=layers, repeat=repeat)
+
+
+def count_halvings(shape) -> int:
+    """How often both sides of an image can be halved: down to 4 pixels, or to 2 where they start from 8 or fewer.
+
+    >>> count_halvings((3, 32, 32)), count_halvings((1, 28, 28)), count_halvings((1, 8, 8)), count_halvings((3, 32, 48))
+    (3, 2, 2, 3)
+
+    Raises:
+        ValueError: ``shape`` is not that of an image.
+    """
+    if len(shape) != 3:
+        raise ValueError(f"this model takes images (channels, height, width), not {list(shape)}")
+    sides, count = shape[1:], 0
+    smallest = 4 if min(sides) > 8 else 2
+    while all(side % 2 == 0 and side // 2 >= smallest for side in sides):
+        sides, count = [side // 2 for side in sides], count + 1
+    return count
+
+
+def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bijection:
+    """All channels go through every level: what stands for :class:`MultiScale` where nothing is factored out."""
+    layers = chain(levels=chain(repeat=levels, level=level), flatten=Flatten)
+    return layers(shape=shape, context_shape=context_shape)
+
+
+# ---- preprocessing: the first links of a flow, so that its density is that of the raw data
+
+
+def center(shape, grey_levels: int, context_shape=None) -> Bijection:
+    """Integers 0 … grey_levels − 1 to (−½, ½): uniform dequantization, then centring."""
+    layers = chain(dequantize=partial(Dequantize, levels=grey_levels), center=Center)
+    return layers(shape=shape, context_shape=context_shape)
+
+
+def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> Bijection:
+    """Integers 0 … grey_levels − 1 to the real line: uniform dequantization, then logit(alpha + (1 − 2·alpha)·x)."""
+    layers = chain(dequantize=partial(Dequantize, levels=grey_levels), logit=partial(Logit, alpha=alpha))
+    return layers(shape=shape, context_shape=context_shape)
+
+
+def standardize(shape, context_shape=None) -> Bijection:
+    """The columns of a table to mean 0 and deviation 1, by its train split; integers and categories with uniform noise
+    first."""
+    return chain(dequantize=DequantizeColumns, standardize=Standardize)(shape=shape, context_shape=context_shape)
+
+
+# ---- mixing of channels, and norms
+
+
+def permuted_lu(shape, context_shape=None) -> Bijection:
+    """A random permutation, L·U from the identity, and a bias (Durkan et al. 2019, appendix B.1)."""
+    bias = partial(Elementwise, univariate=Additive, share=PER_CHANNEL)
+    layers = chain(permutation=Shuffle, lu=partial(LULinear, start="identity"), bias=bias)
+    return layers(shape=shape, context_shape=context_shape)
+
+
+def permuted_lu_actnorm(shape, context_shape=None) -> Bijection:
+    """:func:`permuted_lu` with actnorm in place of the bias, before the linear layer.
+
+    The linear layer then mixes numbers of mean 0 and deviation 1 whatever the data are.
+    """
+    layers = chain(permutation=Shuffle, actnorm=ActNorm, lu=partial(LULinear, start="identity"))
+    return layers(shape=shape, context_shape=context_shape)
+
+
+def batchnorm_affine(shape, eps: float = 1e-5, momentum: float = 0.1, context_shape=None) -> Bijection:
+    """Batch normalization, then a learned scale and shift (Papamakarios et al. 2017)."""
+    normalize = partial(BatchNorm, eps=eps, momentum=momentum)
+    affine = partial(Elementwise, univariate=ExpAffine, share=PER_CHANNEL)
+    return chain(normalize=normalize, affine=affine)(shape=shape, context_shape=context_shape)

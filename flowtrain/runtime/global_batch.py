@@ -1,0 +1,149 @@
+"""The random numbers and the moments of the global batch, which all processes share.
+
+A training step works on one *global* batch, cut into slices for processes and for accumulation. Random numbers are
+drawn for all of its rows and then sliced, and moments are taken over all of its rows. So a run does not depend on how
+many processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flowtrain.runtime import modes
+
+
+def rows(first: int, total: int) -> AbstractContextManager[None]:
+    """Within it, a batch is rows ``first, first + 1, …`` of a global batch of ``total`` rows."""
+    return modes.using(first_row=first, global_rows=total)
+
+
+def first_row() -> int:
+    """The row of the global batch at which this batch begins."""
+    return modes.current().first_row
+
+
+def bin_centres() -> AbstractContextManager[None]:
+    """Within it, :func:`uniform` returns ½ everywhere: dequantization maps each integer to the centre of its bin."""
+    return modes.using(bin_centres=True)
+
+
+def uniform(shape, device=None, dtype=torch.float32) -> Tensor:
+    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes, compiled or not."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flowtrain.uniform(shape, torch.device(device or "cpu"), dtype)
+    return _uniform(shape, device, dtype)
+
+
+def _uniform(shape, device, dtype) -> Tensor:
+    mode = modes.current()
+    if mode.bin_centres:
+        return torch.full(shape, 0.5, device=device, dtype=dtype)
+    if mode.global_rows is None:
+        return torch.rand(shape, device=device, dtype=dtype)
+    numbers = torch.rand((mode.global_rows, *shape[1:]), device=device, dtype=dtype)
+    return numbers[mode.first_row : mode.first_row + shape[0]]
+
+
+@torch.library.custom_op("flowtrain::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Opaque to a compiler, which would compile it for the rows of one slice alone, with numbers of its own."""
+    return _uniform(shape, device, dtype).clone()
+
+
+@_opaque.register_fake
+def _(shape, device, dtype):
+    return torch.empty(shape, device=device, dtype=dtype)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of every channel, axis 1, over the global batch; differentiable."""
+    axes = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(x, axes, correction=0)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        world = dist.get_world_size()
+        local = mean
+        mean = _all_reduce(local) / world  # every process holds the same number of rows
+        var = _all_reduce(var + (local - mean).square()) / world
+    return mean, var
+
+
+@torch.library.custom_op("flowtrain::all_reduce", mutates_args=())
+def _all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over all processes, differentiable, and opaque to a compiler."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x)
+    return x
+
+
+_all_reduce.register_fake(torch.empty_like)
+_all_reduce.register_autograd(lambda ctx, gradient: _all_reduce(gradient))
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of each channel for batch normalization: the batch's in training, running ones in evaluation.
+
+    Args:
+        channels: C.
+        momentum: weight of a new batch in the running moments, in (0, 1].
+
+    Raises:
+        ValueError: ``momentum`` outside (0, 1].
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.1):
+        super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum={momentum} must be above 0 and at most 1")
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.batches: int | None = None  # averaged so far within :func:`reestimate`, else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance, both (C,), for x (B, C, …)."""
+        if not self.training:
+            return self.mean, self.var
+        mean, var = moments(x)
+        if modes.current().repeating:
+            return mean, var
+        with torch.no_grad():
+            weight = self.momentum
+            if self.batches is not None:
+                self.batches += 1
+                weight = 1 / self.batches
+            for running, new in ((self.mean, mean), (self.var, var)):
+                # the trainer skips a batch that is not finite, and the running moments must skip it too
+                running.lerp_(torch.where(new.isfinite(), new.to(running.dtype), running), weight)
+        return mean, var
+
+
+def has_moments(model: nn.Module) -> bool:
+    """Whether ``model`` holds batch normalization."""
+    return any(isinstance(module, RunningMoments) for module in model.modules())
+
+
+@contextmanager
+def reestimate(model: nn.Module) -> Iterator[None]:
+    """Within it, the batches that pass through ``model`` replace its running moments by their plain average.
+
+    Only the moments are in training mode. All other modules, such as dropout, are in evaluation mode.
+    """
+    was_training = model.training
+    model.eval()
+    found = [module for module in model.modules() if isinstance(module, RunningMoments)]
+    for module in found:
+        module.training, module.batches = True, 0
+    try:
+        yield
+    finally:
+        for module in found:
+            module.batches = None
+        model.train(was_training)

@@ -1,0 +1,72 @@
+"""Modes that change what layers compute, such as an exact trace: one immutable value in one context variable.
+
+Every thread has its own modes, so that two threads can use a flow in different modes at the same time. The backward
+pass may run in a thread of autograd's, which starts without modes: a function that recomputes there keeps
+:func:`current` of its forward pass and enters it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What layers may ask of the work in progress.
+
+    Attributes:
+        first_row: the row of the global batch at which this process's batch begins.
+        global_rows: rows in the global batch; None if the batch at hand is all of it.
+        bin_centres: dequantization maps each integer to the centre of its bin: noise is ½ everywhere.
+        repeating: this work has been done before, so that running statistics must not count it again.
+        layer_by_layer: every layer is called by itself; none is fused with its neighbours.
+        exact_trace: ODEs integrate the exact trace.
+        states_only: ODEs integrate no trace; their log-determinant is NaN.
+        unsolved: where to append why an ODE has no solution, which then is NaN; None: it raises FloatingPointError.
+    """
+
+    first_row: int = 0
+    global_rows: int | None = None
+    bin_centres: bool = False
+    repeating: bool = False
+    layer_by_layer: bool = False
+    exact_trace: bool = False
+    states_only: bool = False
+    unsolved: list[str] | None = None
+
+
+_DEFAULT = Modes()
+_modes: ContextVar[Modes] = ContextVar("flowtrain_modes", default=_DEFAULT)
+
+
+def current() -> Modes:
+    """The modes of this thread."""
+    return _modes.get()
+
+
+@contextmanager
+def enter(modes: Modes) -> Iterator[None]:
+    """Within it, the modes are ``modes``."""
+    token = _modes.set(modes)
+    try:
+        yield
+    finally:
+        _modes.reset(token)
+
+
+def using(**changes) -> AbstractContextManager[None]:
+    """Within it, some modes differ from the current ones: ``using(exact_trace=True)``.
+
+    >>> with using(first_row=2, global_rows=8):
+    ...     current().first_row
+    2
+    """
+    return enter(replace(current(), **changes))
+
+
+def repeat(modes: Modes) -> AbstractContextManager[None]:
+    """Within it, work that was done in ``modes`` is done once more: same rows, same noise, no statistics updated."""
+    return enter(replace(modes, repeating=True))

@@ -1,0 +1,96 @@
+"""The behaviour of Hydra's private parts that cli/hydra_internals.py relies on: a new release may change it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from hydra._internal import utils
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+
+import flowtrain
+from flowtrain.cli import hydra_internals
+from flowtrain.cli.hydra_internals import Composition, Loader, flag_parser, run_hydra, split_sweep
+from flowtrain.cli.overrides import parse
+
+
+def test_one_file_imports_them():
+    package = Path(flowtrain.__file__).parent
+    users = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = getattr(node, "module", None) or ""
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.startswith("hydra._") for name in (module, *names)):
+                users.add(file)
+    assert users == {Path(hydra_internals.__file__)}
+
+
+def test_the_parser_separates_flags_from_overrides():
+    args = flag_parser().parse_intermixed_args(["seed=2", "--multirun", "~model.net", "--cfg", "job"])
+    assert args.overrides == ["seed=2", "~model.net"] and args.multirun and args.cfg == "job"
+    assert not (args.help or args.hydra_help or args.info) and args.config_dir is None and args.config_name is None
+
+
+def test_errors_are_raised_through_hydra_main(tmp_path, monkeypatch):
+    """Hydra calls ``utils.run_and_report`` by that name for everything that may fail."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flowtrain"])
+    monkeypatch.setattr(utils, "run_and_report", None)
+
+    def fail(cfg):
+        raise ZeroDivisionError(cfg.seed)
+
+    with pytest.raises(ZeroDivisionError, match="7"):
+        run_hydra("train", ["seed=7", "hydra.run.dir=run"], fail)
+    with pytest.raises(HydraException):
+        run_hydra("train", ["model=nonsense", "hydra.run.dir=run"], fail)
+
+
+def test_a_sweep_is_split_as_the_basic_sweeper_runs_it():
+    assert split_sweep(parse(["a=1,2", "b=x", "c=range(2)"])) == [
+        ["a=1", "b=x", "c=0"],
+        ["a=1", "b=x", "c=1"],
+        ["a=2", "b=x", "c=0"],
+        ["a=2", "b=x", "c=1"],
+    ]
+    with pytest.raises(HydraException):
+        split_sweep(parse(["a=interval(0,1)"]))
+
+
+@pytest.fixture
+def loader(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 3\nnonsense: ${seed}\n")
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/mine.yaml").write_text("defaults: [default, _self_]\nclip: 2.0\n")
+    return Loader(str(tmp_path))
+
+
+def test_groups_and_their_options(loader):
+    assert {"model", "dataset", "trainer"} <= {*loader.groups()}
+    assert loader.group_exists("model") and not loader.group_exists("modle")
+    assert loader.options("trainer") == ["default", "mine"]  # those of the user's folder too
+
+
+def test_a_composition_is_taken_apart(loader):
+    whole = Composition(loader, "train", ["experiment=mine", "trainer=mine", "model.steps=2"])
+    assert [item.input_line for item in whole.values] == ["model.steps=2"]
+    (experiment,) = [file for file in whole.overlays() if file.config_path == "experiment/mine"]
+    assert whole.content(experiment) == {"seed": 3, "nonsense": "${seed}"}
+    assert whole.tree().seed == 3 and whole.tree(without=[experiment]).seed == 1
+    assert OmegaConf.select(whole.tree(), "model.steps") == 6  # before the overrides of values
+
+
+def test_the_whole_is_what_a_job_receives(loader):
+    cfg = Composition(loader, "train", ["trainer=mine", "model.steps=2"]).whole()
+    assert cfg.model.steps == 2 and cfg.trainer.clip == 2.0 and cfg.hydra.job.config_name == "train"
+    with pytest.raises(ConfigCompositionException):
+        Composition(loader, "train", ["modle=glow", "seed=1"]).whole()
+
+
+def test_what_is_missing_is_named(loader):
+    with pytest.raises(MissingConfigException) as caught:
+        Composition(loader, "train", ["model=glwo"])
+    assert caught.value.missing_cfg_file == "model/glwo" and "glow" in caught.value.options
