@@ -53,7 +53,7 @@ def main(config: TrainConfig, run_dir: str) -> dict:
     with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
-                files.sweep(Path(run_dir) / folder)
+                files.remove_temporary(Path(run_dir) / folder)
         return _train(config, run_dir)
 
 
@@ -129,10 +129,10 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         ) from error
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
-    except files.Unwritable as error:
+    except files.WriteError as error:
         saved = any(trainer.checkpoints.directory.glob("*.pt"))
         how = "the same command with resume=true goes on from the last checkpoint" if saved else "nothing was saved yet"
-        raise files.Unwritable(f"{error}; {how}") from error
+        raise files.WriteError(f"{error}; {how}") from error
     finally:
         loggers.close()
     return summary

@@ -20,13 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtrain import train
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.timing import Spread, in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
-from flowtrain.config.build import build_flow
+from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import train_config
+from flowtrain.engine.training_pass import synchronized
 from flowtrain.runtime import distributed
 from flowtrain.runtime.global_batch import RunningMoments
 
@@ -92,7 +92,7 @@ def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
     """A training step that all-reduces its gradients, beside the same step without communication."""
     x = torch.randn(sizes.batch, size[0])
     alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
-    run = step(train._parallel(shared, torch.device("cpu"), 1), ours.optimizer, x)
+    run = step(synchronized(shared, static_graph=True), ours.optimizer, x)
     variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
         run()
@@ -158,8 +158,8 @@ def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
     """A preset's training step on this core: its operations, its seconds, and what it sends."""
     print(f"        {name}", file=sys.stderr, flush=True)
     cfg = train_config(f"experiment={name}", *overrides)
-    flow = build_flow(cfg, "cpu")
-    levels = cfg.dataset["levels"]
+    spec = build_dataset(cfg).spec
+    flow, levels = build_flow(cfg, spec, "cpu"), spec.levels
     shape = (examples, *flow.shape)
     x = torch.randint(0, levels, shape, dtype=torch.uint8) if levels else torch.randn(shape)
     flow.initialize(x)

@@ -15,7 +15,7 @@ import pytest
 from composed import options
 
 from flowtrain import __version__
-from flowtrain.cli import exit_codes, launcher, main, worker
+from flowtrain.cli import exit_codes, main, worker
 from flowtrain.cli.help import help_text
 from flowtrain.commands import COMMANDS
 from flowtrain.config.validation import key_names
@@ -239,7 +239,7 @@ def test_a_knob_that_the_constructor_does_not_take(tmp_path):
         ("+model.stepz=3", "did you mean 'model.steps'?"),
         ("+univariate.foo=3", "no key 'univariate.foo'"),
     ):
-        with pytest.raises(launcher.Failed, match=re.escape(says)) as caught:
+        with pytest.raises(exit_codes.WorkerError, match=re.escape(says)) as caught:
             inprocess.flowtrain(tmp_path, "train", "dataset=mnist", "dataset.download=false", word)
         assert caught.value.exit_code == 2 and not list(tmp_path.glob("outputs/*/*"))
 

@@ -27,7 +27,7 @@ from flowtrain.engine.validation import Validation
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint
-from flowtrain.runtime.files import Unwritable
+from flowtrain.runtime.files import WriteError
 from flowtrain.runtime.seeds import generator, seed_from
 
 LEVELS, SHAPE, BATCH = 8, (6,), 16
@@ -407,7 +407,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Unwritable, match=r"a\.pt: cannot be written \(No space left on device\): [\d,]+ bytes needed"):
+    with pytest.raises(WriteError, match=r"a\.pt: cannot be written \(No space left on device\): [\d,]+ bytes needed"):
         checkpoint.save({"step": 2}, tmp_path / "a.pt")
     monkeypatch.undo()
     assert checkpoint.read(tmp_path / "a.pt")["step"] == 1
@@ -477,7 +477,7 @@ class Recorder(NullLogger):
 
 class Unopened(Recorder):
     def open(self, run):
-        raise Unwritable("no disk")
+        raise WriteError("no disk")
 
 
 def test_loggers_record_close_and_count(tmp_path):
@@ -490,7 +490,7 @@ def test_loggers_record_close_and_count(tmp_path):
     assert first.calls == last.calls == [("open", 7, 3), ("scalars", 8), "closed"] and loggers.records == 1
     first, last = Recorder(), Unopened()
     loggers = Loggers([first, last])
-    with pytest.raises(Unwritable):
+    with pytest.raises(WriteError):
         loggers.open(record)
     loggers.close()
     assert first.calls[-1] == "closed" and last.calls == []  # what never opened is not closed

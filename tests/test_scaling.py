@@ -15,8 +15,8 @@ from ranks import together
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
-from flowtrain import train
 from flowtrain.benchmarks.timing import in_turns
+from flowtrain.engine.training_pass import synchronized
 from flowtrain.flow import Flow
 
 pytest.importorskip("matplotlib")
@@ -92,7 +92,7 @@ def test_model_of_a_ring():
 
 def reductions(_folder):
     flow = Flow([3], partial(b.Chain, layers={"one": b.BatchNorm, "scale": b.ActNorm, "other": b.BatchNorm}))
-    wrapped, x = train._parallel(flow, torch.device("cpu"), 1), torch.randn(8, 3)
+    wrapped, x = synchronized(flow, static_graph=True), torch.randn(8, 3)
     wrapped(x).mean().backward()
     with profile(activities=[ProfilerActivity.CPU]) as record:
         wrapped(x).mean().backward()

@@ -34,20 +34,10 @@ class TrainingPass:
     def synchronize(self) -> None:
         """From now on, average the gradients over all processes.
 
-        Buffers are equal on all processes from the start and change alike, so none are sent. All backward passes use
-        the same graph, except those of ODEs and of accumulated parts, of which only the last sends: torch fails an
-        assertion where ``no_sync`` meets ``static_graph``.
+        All backward passes use the same graph, except those of ODEs and of accumulated parts, of which only the last
+        sends: torch fails an assertion where ``no_sync`` meets ``static_graph``.
         """
-        device = next(self.flow.parameters()).device
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # a newer torch names it otherwise, an older one only so
-            self.loss = DistributedDataParallel(
-                self.loss,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                static_graph=self.parts == 1 and not continuous_layers(self.flow),
-            )
+        self.loss = synchronized(self.loss, static_graph=self.parts == 1 and not continuous_layers(self.flow))
 
     def backpropagate(
         self, x: Tensor, context: Tensor | None, step: int, rank: int, world: int
@@ -74,6 +64,23 @@ class TrainingPass:
 
     def _lower_precision(self, device: str):
         return nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
+
+
+def synchronized(module: nn.Module, static_graph: bool) -> DistributedDataParallel:
+    """``module``, with gradients that are averaged over all processes.
+
+    Buffers are equal on all processes from the start and change alike, so none are sent.
+    """
+    device = next(module.parameters()).device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a newer torch names it otherwise, an older one only so
+        return DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=static_graph,
+        )
 
 
 def clip_gradient(flow: Flow, limit: float | None) -> Tensor:

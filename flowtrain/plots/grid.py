@@ -27,7 +27,7 @@ def image_grid(images: Tensor, levels: int, columns: int | None = None, side: in
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Write an image (3, H, W), uint8; ``path`` never holds a partial file. Raises Unwritable."""
+    """Write an image (3, H, W), uint8; ``path`` never holds a partial file. Raises WriteError."""
     from PIL import Image
 
     data = BytesIO()

@@ -17,7 +17,7 @@ from inprocess import flowtrain
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flowtrain.cli import main
-from flowtrain.cli.launcher import Failed
+from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.engine.loggers import ImageFiles, JsonLines, TensorBoard
 from flowtrain.runtime import checkpoint
 
@@ -123,7 +123,7 @@ def _trial(words, fault: str, place: str) -> None:
     setattr(owner, method, late)
     try:
         report = {"code": flowtrain(".", *words), "text": ""}
-    except Failed as error:
+    except WorkerError as error:
         report = {"code": error.exit_code, "text": str(error)}
     disk.mend()
     (run,) = Path("outputs").glob("*/*")

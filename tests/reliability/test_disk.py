@@ -102,11 +102,11 @@ def test_a_first_save_that_fails(tmp_path, monkeypatch):
     """Then there is nothing to go on from, and the line says so."""
     from inprocess import flowtrain
 
-    from flowtrain.cli.launcher import Failed
+    from flowtrain.cli.exit_codes import WorkerError
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Failed, match=r"best\.pt: cannot be written .*; nothing was saved yet$"):
+    with pytest.raises(WorkerError, match=r"best\.pt: cannot be written .*; nothing was saved yet$"):
         flowtrain(tmp_path, *WORDS)

@@ -15,7 +15,7 @@ class JsonLines(NullLogger):
     def open(self, run):
         path = run.directory / "metrics.jsonl"
         _cut(path, run.step, run.records)
-        with files.writing(path):
+        with files.convert_errors(path):
             self.file = path.open("ab", buffering=0)
 
     def scalars(self, step, values):

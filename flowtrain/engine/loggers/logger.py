@@ -35,7 +35,7 @@ class RunRecord:
 class Logger(Protocol):
     """Records a run. Only the first process has loggers.
 
-    The methods raise Unwritable where a disk does not take what they write.
+    The methods raise WriteError where a disk does not take what they write.
     """
 
     def open(self, run: RunRecord) -> None:

@@ -40,7 +40,7 @@ class TensorBoard(NullLogger):
             self.writer.close()
 
     def _writing(self):
-        return files.writing(self.directory)
+        return files.convert_errors(self.directory)
 
 
 def _ignore_write_errors(thread, otherwise=threading.excepthook) -> None:
