@@ -21,7 +21,7 @@ from flowtrain.engine.trainer import Settings, Trainer
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint
-from flowtrain.runtime.files import Unwritable
+from flowtrain.runtime.files import WriteError
 from flowtrain.runtime.seeds import generator, mix
 
 LEVELS, SHAPE, BATCH = 8, (6,), 16
@@ -379,7 +379,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Unwritable, match=r"a\.pt: cannot be written \(No space left on device\): [\d,]+ bytes needed"):
+    with pytest.raises(WriteError, match=r"a\.pt: cannot be written \(No space left on device\): [\d,]+ bytes needed"):
         checkpoint.save({"step": 2}, tmp_path / "a.pt")
     monkeypatch.undo()
     assert checkpoint.read(tmp_path / "a.pt")["step"] == 1

@@ -23,7 +23,7 @@ class Reporter:
     Attributes:
         lines: how many metrics.jsonl has.
 
-    Its methods raise Unwritable where the disk does not take what they write.
+    Its methods raise WriteError where the disk does not take what they write.
     """
 
     def __init__(self, run_dir: Path, step: int, max_steps: int | None, tensorboard: bool, lines: int | None = None):

@@ -27,7 +27,7 @@ def grid(images: Tensor, levels: int, columns: int | None = None, side: int = 51
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Write a (3, H, W) uint8 image; a half-written file never stands under ``path``. Raises Unwritable."""
+    """Write a (3, H, W) uint8 image; a half-written file never stands under ``path``. Raises WriteError."""
     from PIL import Image
 
     data = BytesIO()

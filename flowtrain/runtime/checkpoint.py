@@ -35,7 +35,7 @@ def save(state: dict, path: Path, kept: Path | None = None) -> None:
     The old one goes to ``kept``, but only when the new one stands in its place: what was at ``kept`` is replaced last.
 
     Raises:
-        Unwritable: the disk does not take it; then all is as it was.
+        WriteError: the disk does not take it; then all is as it was.
     """
     path = Path(path)
     new, spare = files.temporary(path), kept and files.temporary(kept)
