@@ -207,6 +207,7 @@ def step_without_dropout(flow, x):
     return -torch.cat([one.flatten() for one in gradients.values()])
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="before, compiled code has the modes of the process")
 def test_a_compiled_layer_follows_the_modes_of_its_thread():
     """Repeated work updates no moments, also compiled. Modes that the layer does not read compile nothing anew."""
     torch.manual_seed(0)
