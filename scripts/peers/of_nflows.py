@@ -5,12 +5,17 @@ flowtrain train --config-dir scripts/peers model=nflows_maf allow=[scripts.peers
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from nflows import transforms as t
 from nflows.nn.nets import ResidualNet
 from torch.nn import functional as F
 
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Bijection, Flatten
+from flowtrain.distributions import StandardNormal
+from flowtrain.flow import Flow
+from flowtrain.flows.parts import chain
 
 
 class _Transform(Bijection):
@@ -82,3 +87,38 @@ class NSF(_Transform):
                     )
             layers += [t.RandomPermutation(features), t.LULinear(features, identity_init=True)]
             self.inner = t.CompositeTransform(layers)
+
+
+def maf(
+    shape,
+    *,
+    steps: int = 5,
+    hidden: int = 256,
+    depth: int = 2,
+    base=StandardNormal,
+    preprocess=None,
+    context_shape=None,
+) -> Flow:
+    """A flow of nflows' MAF."""
+    layer = partial(MAF, steps=steps, hidden=hidden, depth=depth)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, flow=layer), base, context_shape)
+
+
+def nsf(
+    shape,
+    *,
+    kind: str,
+    steps: int = 5,
+    hidden: int = 128,
+    blocks: int = 2,
+    bins: int = 8,
+    bound: float = 3.0,
+    dropout: float = 0.0,
+    base=StandardNormal,
+    preprocess=None,
+    context_shape=None,
+) -> Flow:
+    """A flow of nflows' splines."""
+    sizes = {"kind": kind, "steps": steps, "hidden": hidden, "blocks": blocks}
+    layer = partial(NSF, **sizes, bins=bins, bound=bound, dropout=dropout)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, flow=layer), base, context_shape)
