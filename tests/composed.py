@@ -11,6 +11,7 @@ from flowtrain.commands import COMMANDS
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import conf_dir, train_config
 from flowtrain.config.validation import to_dict, validate
+from flowtrain.data.spec import DataSpec
 
 
 def composed(*overrides: str):
@@ -29,9 +30,10 @@ def on_checkpoint(command: str, config, **keys):
     return validate(COMMANDS[command].config, {**to_dict(config), **keys})
 
 
-def flow_of(*overrides: str, device: str = "cpu"):
+def flow_of(*overrides: str, spec: DataSpec | None = None, device: str = "cpu"):
+    """A flow for the dataset of ``overrides``, or for the data of another ``spec``."""
     config = configuration(*overrides)
-    return build_flow(config, build_dataset(config).spec, torch.device(device))
+    return build_flow(config, spec or build_dataset(config).spec, torch.device(device))
 
 
 def options(group: str) -> list[str]:

@@ -156,7 +156,7 @@ LAYERS = {
     "iaf": partial(
         b.Inverse, vector, partial(b.Autoregressive, univariate=b.ExpAffine, net=masked), context_shape=(3,)
     ),
-    "coupling_seen": partial(
+    "coupling_unconditional": partial(
         b.Coupling,
         vector,
         b.SigmoidAffine,

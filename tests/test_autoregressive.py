@@ -27,7 +27,7 @@ NETS = {
 EVERY = pytest.mark.parametrize("name", NETS)
 
 
-def made(name, dimensions=6, out=3, context_shape=None):
+def random_net(name, dimensions=6, out=3, context_shape=None):
     return randomized(NETS[name](shape=(dimensions,), out=out, context_shape=context_shape), scale=0.3)
 
 
@@ -49,7 +49,7 @@ def each_jacobian(function, x):
 @EVERY
 @pytest.mark.parametrize("context_shape", [None, (2,)])
 def test_rows_see_the_elements_before_them_and_no_others(name, context_shape):
-    net = made(name, context_shape=context_shape)
+    net = random_net(name, context_shape=context_shape)
     x, context = torch.randn(20, 6).double(), None if context_shape is None else torch.randn(20, 2).double()
     jacobian = each_jacobian(lambda x: net(x, context), x).abs().sum((1, 2))  # over parameters and examples
     assert (jacobian.triu() == 0).all()
@@ -61,7 +61,7 @@ def test_rows_see_the_elements_before_them_and_no_others(name, context_shape):
 
 @EVERY
 def test_every_row_depends_on_the_context(name):
-    net = made(name, context_shape=(2,))
+    net = random_net(name, context_shape=(2,))
     x, context = torch.randn(20, 6).double(), torch.randn(20, 2).double()
     assert (each_jacobian(lambda context: net(x, context), context).abs().sum((1, 2, 3)) > 0).all()
 
@@ -71,7 +71,7 @@ def test_every_row_depends_on_the_context(name):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dimensions", [1, 2, 6, 70])
 def test_steps_give_the_rows_of_the_whole_pass(name, context_shape, grad, dimensions):
-    net = made(name, dimensions, context_shape=context_shape)
+    net = random_net(name, dimensions, context_shape=context_shape)
     x, context = torch.randn(4, dimensions).double(), None if context_shape is None else torch.randn(4, 2).double()
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(in_steps(net, x, context), net(x, context))
@@ -353,8 +353,9 @@ def test_the_cost_of_a_likelihood_is_known():
 # -- vector couplings
 
 
-def test_the_conditioner_reads_its_half_before_that_is_mapped():
-    layer = b.Coupling((5,), b.ExpAffine, partial(nets.ResidualMLP, hidden=8), b.Alternate, unconditional=b.ActNorm)
+def test_the_conditioner_reads_the_conditioning_half_before_that_is_mapped():
+    net = partial(nets.ResidualMLP, hidden=8)
+    layer = b.Coupling((5,), b.ExpAffine, net, b.Alternate, unconditional=b.ActNorm)
     randomized(layer)
     x = event(layer, 4)
     z, _ = layer(x)
@@ -509,7 +510,7 @@ def test_nsf_autoregressive_against_nflows():
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_nsf_coupling_against_nflows(first):
-    """With dropout's net, the residual one, and the unconditional spline of the conditioning half."""
+    """With a residual network and an unconditional spline of the conditioning half."""
     transforms = pytest.importorskip("nflows.transforms")
     resnet = pytest.importorskip("nflows.nn.nets.resnet")
     mask = (torch.arange(7) % 2 == first).int()
@@ -521,9 +522,13 @@ def test_nsf_coupling_against_nflows(first):
         tail_bound=3.0,
         apply_unconditional_transform=True,
     ).double()
-    seen = partial(b.Elementwise, univariate=b.RationalQuadratic)
+    unconditional = partial(b.Elementwise, univariate=b.RationalQuadratic)
     ours = b.Coupling(
-        (7,), b.RationalQuadratic, partial(nets.ResidualMLP, hidden=16), partial(b.Alternate, first=first), seen
+        (7,),
+        b.RationalQuadratic,
+        partial(nets.ResidualMLP, hidden=16),
+        partial(b.Alternate, first=first),
+        unconditional,
     ).double()
     net, spline = theirs.transform_net, ours.univariate
     with torch.no_grad():

@@ -8,7 +8,7 @@ from composed import configuration, on_checkpoint
 
 import flowtrain
 from flowtrain.cli import exit_codes
-from flowtrain.config import build, compose, restore, runs
+from flowtrain.config import build, restore, runs
 from flowtrain.config.allow import check_targets
 from flowtrain.config.schema import DistConfig, TrainConfig, TrainerConfig
 from flowtrain.config.validation import to_dict, validate
@@ -67,20 +67,6 @@ def test_the_package_lists_what_it_imports_late():
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment._commit() is None
-
-
-@pytest.mark.parametrize("side, count", [(1, 0), (7, 0), (8, 1), (28, 2), (32, 3), (64, 4), (256, 6)])
-def test_halvings(side, count):
-    assert compose.halvings(side) == count
-
-
-def test_levels():
-    assert compose.levels(17, None) == 17
-    assert compose.levels(256, None) == 256
-    assert compose.levels(256, 5) == 32
-    for native, bits in ((17, 4), (256, 0), (256, 9), (256, 2.5)):
-        with pytest.raises(UsageError, match="dataset.bits"):
-            compose.levels(native, bits)
 
 
 @pytest.mark.parametrize(

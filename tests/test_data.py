@@ -15,7 +15,7 @@ from composed import IMAGES, configuration, options
 from PIL import Image
 
 from flowtrain import data
-from flowtrain.config.build import build
+from flowtrain.config.build import build_dataset
 from flowtrain.data.download import fetch
 from flowtrain.data.image_files import ImageFileSplit, decode, find_images
 from flowtrain.data.order import permutation, shard
@@ -68,36 +68,21 @@ def folder(tmp_path):
 def test_every_dataset_has_the_shared_keys_and_builds_without_data(name, tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n")
     file = [f"dataset.path={tmp_path}/t.csv"] if name == "table" else []
-    node = configuration(f"dataset={name}", f"dataset.root={tmp_path}/none", *file).dataset
-    assert {*KEYS} <= {*node}
-    spec = build(node, "dataset").spec
-    assert spec.name == node["name"] == name and spec.context is spec.context_shape is None
-    assert spec.is_image == ("image_size" in node)
+    config = configuration(f"dataset={name}", "model=maf", f"dataset.root={tmp_path}/none", *file)
+    assert {*KEYS} <= {*config.dataset} and not {"levels", "halvings", "context_shape"} & {*config.dataset}
+    spec = build_dataset(config).spec
+    assert spec.name == config.dataset["name"] == name and spec.context is spec.context_shape is None
+    assert spec.is_image == ("image_size" in config.dataset) == (spec.levels is not None)
+    if spec.is_image:
+        side = config.dataset["image_size"]
+        assert spec.shape == (config.dataset["channels"], side, side)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "svhn"])
 def test_labels_are_a_context(name):
-    node = configuration(f"dataset={name}", "dataset.context=label").dataset
-    assert build(node, "dataset").spec.context == LabelContext(10)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "halvings"),
-    [
-        (data.Digits(), 2),
-        (data.MNIST(), 2),
-        (data.CIFAR10(), 3),
-        (data.DownsampledImageNet(image_size=64), 4),
-        (data.ImageFolder(image_size=20), 2),
-        (data.ImageFolder(image_size=7), 0),
-        (data.Synthetic(shape=[3, 8, 4]), 1),
-        (data.Synthetic(shape=[5]), 1),
-        (data.Moons(), 1),
-    ],
-)
-def test_how_often_sides_can_be_halved(dataset, halvings):
-    assert dataset.spec.halvings == halvings
+    config = configuration(f"dataset={name}", "dataset.context=label")
+    assert build_dataset(config).spec.context == LabelContext(10)
 
 
 def test_files_are_all_there():
@@ -110,12 +95,15 @@ def test_files_are_all_there():
     [
         (lambda: data.Digits(bits=3), ("dataset.bits=3", "17")),
         (lambda: data.CIFAR10(bits=9), ("dataset.bits=9",)),
-        (lambda: data.CIFAR10(bits=5, levels=256), ("dataset.levels=256", "32")),
+        (lambda: data.CIFAR10(bits=2.5), ("dataset.bits=2.5", "1 to 8")),
+        (lambda: data.CIFAR10(image_size=0), ("dataset.image_size=0", "32")),
         (lambda: data.MNIST(image_size=32), ("dataset.image_size=32", "28")),
         (lambda: data.MNIST(channels=3), ("dataset.channels=3",)),
         (lambda: data.ImageFolder(channels=2), ("dataset.channels=2", "1 or 3")),
         (lambda: data.ImageFolder(image_size="big"), ("dataset.image_size=big", "pixels")),
-        (lambda: data.ImageFolder(image_size=8, shape=[3, 8, 9]), ("dataset.shape",)),
+        (lambda: data.ImageFolder(image_size=0), ("dataset.image_size=0", "at least 1")),
+        (lambda: data.Synthetic(shape="8x8"), ("dataset.shape=8x8", "list of sides")),
+        (lambda: data.Synthetic(shape=[3, 0, 8]), ("dataset.shape=[3, 0, 8]", "at least 1")),
         (lambda: data.CIFAR10(test_size=0.1), ("dataset.test_size=0.1", "own test split")),
         (lambda: data.CIFAR10(val_size=0), ("dataset.val_size=0",)),
         (lambda: data.CIFAR10(path="here"), ("dataset.path=here", "dataset.root")),
@@ -135,7 +123,7 @@ def test_what_does_not_fit_is_refused(build, parts):
 
 def test_digits():
     digits = data.Digits()
-    assert digits.spec == DataSpec("digits", (1, 8, 8), levels=17, halvings=2)
+    assert digits.spec == DataSpec("digits", (1, 8, 8), levels=17)
     parts = {name: digits.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 1259, "val": 179, "test": 359}
     test = parts["test"].take(torch.arange(359))[0]

@@ -20,7 +20,7 @@ BASES = {
 }
 
 
-def made(name, shape, scale=0.5):
+def random_base(name, shape, scale=0.5):
     """The base with its parameters away from their start."""
     return randomized(BASES[name](shape), scale)
 
@@ -55,7 +55,7 @@ def as_reference(base, context=None):
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 2)], ids=str)
 def test_log_prob_is_that_of_torch_distributions(name, shape):
-    base = made(name, shape)
+    base = random_base(name, shape)
     z = 2 * torch.randn(7, *shape, dtype=torch.float64)
     context = torch.randn(7, 3, dtype=torch.float64) if base.context_shape else None
     log_prob = base.log_prob(z, context)
@@ -65,7 +65,7 @@ def test_log_prob_is_that_of_torch_distributions(name, shape):
 
 @pytest.mark.parametrize("name", BASES)
 def test_densities_integrate_to_one(name):
-    base, at = made(name, (2,)), torch.linspace(-40, 40, 1601, dtype=torch.float64)
+    base, at = random_base(name, (2,)), torch.linspace(-40, 40, 1601, dtype=torch.float64)
     points = torch.cartesian_prod(at, at)
     context = context_of(base, len(points))
     density = base.log_prob(points, context).exp().view(len(at), -1)
@@ -74,7 +74,7 @@ def test_densities_integrate_to_one(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_draws_have_the_moments_of_the_density(name):
-    base, n = made(name, (2,)), 100_000
+    base, n = random_base(name, (2,)), 100_000
     context = context_of(base, n)
     z = base.sample(n, context=context, generator=seed()).double()
     assert z.shape == (n, 2)
@@ -91,7 +91,7 @@ def test_draws_have_the_moments_of_the_density(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_temperature_scales_how_far_draws_lie_from_their_means(name):
-    base = made(name, (2, 3))
+    base = random_base(name, (2, 3))
     context = context_of(base, 50)
     cold, half, warm = (base.sample(50, t, context, seed(3)) for t in (0.0, 0.5, 1.0))
     torch.testing.assert_close(half - cold, 0.5 * (warm - cold))
@@ -144,7 +144,7 @@ def test_components_are_drawn_by_their_weights():
 
 @pytest.mark.parametrize("name", ["class_normal", "mixture"])
 def test_gradients_reach_every_parameter_and_are_right(name):
-    base = made(name, (2,))
+    base = random_base(name, (2,))
     z = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     context = torch.randn(4, 3, dtype=torch.float64) if base.context_shape else None
     names, parameters = zip(*base.named_parameters())
@@ -160,7 +160,7 @@ def test_gradients_reach_every_parameter_and_are_right(name):
 
 @pytest.mark.parametrize("name", ["class_normal", "mixture"])
 def test_state_goes_round(name):
-    base, other = made(name, (2, 2)).float(), BASES[name]((2, 2))
+    base, other = random_base(name, (2, 2)).float(), BASES[name]((2, 2))
     other.load_state_dict(base.state_dict())
     context = context_of(base, 6).float() if base.context_shape else None
     z = base.sample(6, context=context, generator=seed())
@@ -170,7 +170,7 @@ def test_state_goes_round(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_log_prob_keeps_its_precision_under_autocast(name):
-    base = made(name, (300,)).float()
+    base = random_base(name, (300,)).float()
     z = torch.randn(4, 300)
     context = torch.randn(4, 3) if base.context_shape else None
     expected = base.log_prob(z, context)
@@ -182,7 +182,7 @@ def test_log_prob_keeps_its_precision_under_autocast(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_far_away_is_finite(name):
-    base = made(name, (2,)).float()
+    base = random_base(name, (2,)).float()
     z = torch.tensor([[1e4, -1e4]])
     context = context_of(base, 1)
     assert base.log_prob(z, context).isfinite().all()

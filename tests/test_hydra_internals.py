@@ -48,6 +48,12 @@ def test_errors_are_raised_through_hydra_main(tmp_path, monkeypatch):
         run_hydra("train", ["model=nonsense", "hydra.run.dir=run"], fail)
 
 
+def test_a_file_that_options_share_is_no_option():
+    """Every part of Hydra asks ``ConfigRepository.get_group_options`` for the options of a group."""
+    options = Loader().options("dataset")
+    assert "moons" in options and not [name for name in options if name.startswith("_")]
+
+
 def test_a_sweep_is_split_as_the_basic_sweeper_runs_it():
     assert split_sweep(parse(["a=1,2", "b=x", "c=range(2)"])) == [
         ["a=1", "b=x", "c=0"],

@@ -11,19 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from composed import composed
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from test_data import one_line
 
 from flowtrain import bijections as b
 from flowtrain import data
-from flowtrain.cli.messages import usage_error
 from flowtrain.data import pickled_frames, table_file
 from flowtrain.data.columns import Column, Columns, moments
 from flowtrain.data.spec import ColumnContext, DataSpec
-from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch
 
@@ -672,11 +668,7 @@ def test_moments_are_taken_in_blocks(monkeypatch):
     np.testing.assert_allclose(std, rows.astype(np.float64).std(0), rtol=1e-10)
 
 
-# ------------------------------------------------------------------ its shape, before torch
-
-
-def dataset_of(*overrides):
-    return OmegaConf.to_container(composed("dataset=table", *overrides).dataset, resolve=True)
+# ------------------------------------------------------------------ its description, before its data
 
 
 def test_the_header_of_a_table_describes_it(tmp_path, frame, monkeypatch):
@@ -708,40 +700,6 @@ def test_a_table_that_is_no_longer_what_its_header_said(tmp_path, frame):
     one_line(lambda: dataset.split("train"), "t.csv has changed since its header was read", error=FlowtrainError)
 
 
-def test_the_shape_of_a_table_is_known_when_a_configuration_is_composed(tmp_path, frame):
-    for file in ("t.csv", "t.parquet"):
-        path = f"dataset.path={write(frame, tmp_path / file)}"
-        node = dataset_of(path)
-        assert (node["shape"], node["context_shape"]) == ([6], None)
-        node = dataset_of(path, "dataset.context=[age,colour,married]")
-        assert (node["shape"], node["context_shape"]) == ([3], [6])
-        node = dataset_of(path, "dataset.columns=[income,age]", "dataset.context=[age]")
-        assert (node["shape"], node["context_shape"]) == ([1], [1])
-    np.save(tmp_path / "a.npy", np.zeros((3, 9)))
-    node = dataset_of(f"dataset.path={tmp_path}/a.npy", "dataset.context=[1,c3]")
-    assert (node["shape"], node["context_shape"]) == ([7], [2])
-    (tmp_path / "header.csv").write_text("a,b,c\n")  # more is not read
-    assert dataset_of(f"dataset.path={tmp_path}/header.csv")["shape"] == [3]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        ([], "dataset=table needs dataset.path=FILE (csv, npy or parquet)"),
-        (["dataset.path=none.csv"], "none.csv: no such file"),
-        (["dataset.path=t.csv", "dataset.columns=[incom]"], "did you mean 'income'?"),
-        (["dataset.path=t.csv", "dataset.context=age"], "must be a list"),
-    ],
-)
-def test_a_table_that_cannot_be_is_refused_when_composed(tmp_path, frame, monkeypatch, overrides, says):
-    monkeypatch.chdir(tmp_path)
-    write(frame, tmp_path / "t.csv")
-    with pytest.raises(OmegaConfBaseException) as caught:
-        dataset_of(*overrides)
-    refused = usage_error(caught.value)
-    assert isinstance(refused, UsageError) and says in str(refused)
-
-
 def test_categories_are_counted_once(tmp_path, frame, monkeypatch):
     path = write(frame, tmp_path / "once.csv")
     calls = []
@@ -750,11 +708,11 @@ def test_categories_are_counted_once(tmp_path, frame, monkeypatch):
         table_file.TableFile, "infer_columns", lambda self, names: calls.append(names) or survey(self, names)
     )
     for _ in range(3):
-        assert table_file.table_context_shape(path, ["colour", "age"]) == [4]
+        assert table_file.TableFile(path).context_width(["colour", "age"]) == 4
     assert calls == [("colour",)]
     frame["colour"] = "red"
     write(frame, Path(path))
-    assert table_file.table_context_shape(path, ["colour", "age"]) == [2]  # another file by now
+    assert table_file.TableFile(path).context_width(["colour", "age"]) == 2  # another file by now
 
 
 # ------------------------------------------------------------------ its links

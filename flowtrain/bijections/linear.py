@@ -51,7 +51,7 @@ class _Linear(ChannelAffine):
             raise ValueError(f"start='{start}' must be rotation, permutation, identity or whitening")
         self.register_buffer("started", torch.tensor(start != "whitening"))
         self.allocate()
-        if not next(self.parameters()).is_meta:  # without numbers
+        if not next(self.parameters()).is_meta:  # a meta tensor has no numbers
             self.set_weight(start_matrix(start, self.channels))
 
     def allocate(self) -> None:

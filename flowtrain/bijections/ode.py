@@ -85,7 +85,7 @@ class Continuous(Bijection):
         trace: "hutchinson" or "exact".
         noise: distribution of ε: "rademacher" or "gaussian".
         kinetic, jacobian: weights, in nats, of the penalties ∫|f|² dt and ∫|∂f/∂x|² dt, the latter estimated as
-            |εᵀ∂f/∂x|² where the trace is (Finlay et al. 2020, eq. 9 and 10). In training they change the gradient of
+            |εᵀ∂f/∂x|² where the trace is (Finlay et al. 2020). In training they change the gradient of
             the log-determinant and not its value, so that a training loss can be compared with one without them.
         max_steps: of an adaptive solver, in each direction.
         context_shape: of a context that the net reads too, or None.

@@ -9,12 +9,23 @@ from pathlib import Path
 import hydra
 from hydra._internal import utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.config.compose import conf_dir
+
+_all_files = ConfigRepository.get_group_options
+
+
+def _options(self, group_name: str, results_filter: ObjectType | None = ObjectType.CONFIG) -> list[str]:
+    return [name for name in _all_files(self, group_name, results_filter) if not name.startswith("_")]
+
+
+# files whose name starts with _ are shared by options and are not options: for messages, completion and sweeps alike
+ConfigRepository.get_group_options = _options
 
 
 def flag_parser() -> argparse.ArgumentParser:

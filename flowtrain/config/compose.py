@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowtrain.config import runs
 from flowtrain.config.schema import TrainConfig
 from flowtrain.config.validation import key_names, to_dict, validate
-from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import status
 
 
@@ -72,59 +72,6 @@ def _shrink(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, size if value is None else min(value, size))
 
 
-def levels(native: int, bits: int | None) -> int:
-    """Grey levels after keeping the ``bits`` highest bits of ``native`` levels."""
-    if bits is None:
-        return native
-    if native != 256:
-        raise UsageError(f"dataset.bits={bits}: these data have {native} levels, not 256; leave dataset.bits=null")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise UsageError(f"dataset.bits={bits}: must be a whole number from 1 to 8, or null")
-    return 2**bits
-
-
-def halvings(side: int) -> int:
-    """How often an image's side can be halved and stay a whole number of at least 4."""
-    if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-        raise UsageError(f"dataset.image_size={side}: must be a whole number of at least 1")
-    count = 0
-    while side % 2 == 0 and side // 2 >= 4:
-        side, count = side // 2, count + 1
-    return count
-
-
-def one_hot(context, classes: int) -> list[int] | None:
-    """The shape of a context that is a class, or None."""
-    if context not in (None, "label"):
-        raise UsageError(f"dataset.context={context}: must be label, or null")
-    return None if context is None else [classes]
-
-
-def side(shape) -> int:
-    """The width of an image; of a vector its length, which what needs images then refuses."""
-    return shape[-1]
-
-
-def table_shape(path, columns, context) -> list[int]:
-    """[D] of a table's file, from its header. UsageError without one, or for a column that it lacks."""
-    from flowtrain.data import table_file  # brings numpy
-
-    return table_file.table_shape(path, columns, context)
-
-
-def table_context_shape(path, context) -> list[int] | None:
-    """[C] of a table's context columns, or None."""
-    from flowtrain.data import table_file
-
-    return table_file.table_context_shape(path, context)
-
-
-OmegaConf.register_new_resolver("table_shape", table_shape, replace=True)
-OmegaConf.register_new_resolver("table_context_shape", table_context_shape, replace=True)
-OmegaConf.register_new_resolver("side", side, replace=True)
-OmegaConf.register_new_resolver("one_hot", one_hot, replace=True)
-OmegaConf.register_new_resolver("levels", levels, replace=True)
-OmegaConf.register_new_resolver("halvings", halvings, replace=True)
 OmegaConf.register_new_resolver("output_path", runs.output_path, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 # cached: a composed configuration has one directory, however often that is read

@@ -124,6 +124,8 @@ def _check_flow(config: TrainConfig, state: dict) -> None:
         raise ValueError(f"model holds a number beyond {MAX_NUMBER:,}")
     if "path" in config.dataset:  # a stranger's: the description must not come from that file
         config = replace(config, dataset={**config.dataset, "path": None})
+    if "path" in config.dataset:  # a stranger's path: the description must not be read from that file
+        config = replace(config, dataset=config.dataset | {"path": None})
     data = build_dataset(config, state["columns"])
     if not isinstance(data, Dataset):
         raise ValueError("dataset is not a Dataset")

@@ -17,7 +17,6 @@ class Digits(ArrayImages):
     native_size, native_channels, native_levels = 8, 1, 17
     own_splits = ()
     classes = 10
-    smallest_side = 2  # or 8×8 pixels would have a single scale
     default_val, default_test = 0.1, 0.2
 
     def _load(self, part: str) -> tuple[Tensor, Tensor, str]:

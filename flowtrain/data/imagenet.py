@@ -33,10 +33,10 @@ class DownsampledImageNet(ImageSet):
     default_val = 10_000
     exact = True
 
-    def _choose_shape(self, image_size, channels, shape):
+    def _choose_shape(self, image_size, channels):
         if image_size not in (None, 32, 64):
             self._refuse("image_size", image_size, f"must be 32 or 64 for {self.name}")
-        return super()._choose_shape(image_size, channels, shape)
+        return super()._choose_shape(image_size, channels)
 
     def _open(self, name: str) -> Split:
         size = self.spec.shape[-1]

@@ -16,11 +16,8 @@ class Images(Dataset):
     Args:
         image_size: side in pixels.
         channels: 1 (grey) or 3 (RGB).
-        shape: (channels, image_size, image_size), only checked here; None leaves it to the other two.
         bits: how many of the 8 bits to keep, floor(x / 2^(8 − bits)); None keeps all.
-        levels: the number of integer values that follows from ``bits``, only checked here.
         context: "label": each example comes with its class as a one-hot vector; None: without.
-        halvings, context_shape: ignored; :attr:`spec` has them.
         flip, shift: augmentation of the train split, see :class:`Augment`.
     """
 
@@ -28,7 +25,6 @@ class Images(Dataset):
     native_channels: int | None = None
     native_levels = 256
     classes: int | None = None  # number of labels; None: no labels
-    smallest_side = 4  # of an image after the last halving
     own_splits = ("test",)
     default_size, default_channels = 64, 3
 
@@ -37,12 +33,8 @@ class Images(Dataset):
         *,
         image_size: int | None = None,
         channels: int | None = None,
-        shape: tuple[int, ...] | None = None,
         bits: int | None = None,
-        levels: int | None = None,
-        halvings: int | None = None,
         context: str | None = None,
-        context_shape: tuple[int, ...] | None = None,
         flip: bool = False,
         shift: int = 0,
         **common,
@@ -53,8 +45,8 @@ class Images(Dataset):
         self._check_type("channels", channels, int, "1 or 3")
         self._check_type("bits", bits, int, "a number from 1 to 8")
         self._check_type("shift", shift, int, "a number of pixels")
-        shape = self._choose_shape(image_size, channels, shape)
-        levels, self._dropped_bits = self._choose_levels(bits, levels)
+        shape = self._choose_shape(image_size, channels)
+        levels, self._dropped_bits = self._choose_levels(bits)
         self.flip, self.shift = flip, shift
         if context is not None and (context != "label" or not self.classes):
             self._refuse("context", context, "must be label, or null" if self.classes else f"{self.name} has no labels")
@@ -62,42 +54,30 @@ class Images(Dataset):
             self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
         if shift < 0 or shift >= min(shape[-2:]):
             self._refuse("shift", shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
-        self.spec = DataSpec(
-            self.name,
-            shape,
-            levels,
-            halvings=_halvings(shape[1], self.smallest_side) if len(shape) == 3 else 1,
-            context=None if context is None else LabelContext(self.classes),
-        )
+        self.spec = DataSpec(self.name, shape, levels, None if context is None else LabelContext(self.classes))
 
     @property
     def augment(self) -> Augment | None:
         """The augmentation of the train split, or None."""
         return Augment(self.flip, self.shift) if self.flip or self.shift else None
 
-    def _choose_shape(self, image_size, channels, shape) -> tuple[int, ...]:
-        size = image_size or self.native_size or self.default_size
-        channels = channels or self.native_channels or self.default_channels
+    def _choose_shape(self, image_size: int | None, channels: int | None) -> tuple[int, ...]:
+        size = (self.native_size or self.default_size) if image_size is None else image_size
+        channels = (self.native_channels or self.default_channels) if channels is None else channels
         if size < 1 or self.native_size not in (None, size):
             self._refuse("image_size", size, f"must be {self.native_size or 'at least 1'} for {self.name}")
         allowed = (1, 3) if self.native_channels is None else (self.native_channels,)
         if channels not in allowed:
             self._refuse("channels", channels, f"must be {' or '.join(map(str, allowed))} for {self.name}")
-        expected = (channels, size, size)
-        if shape is not None and tuple(shape) != expected:
-            self._refuse("shape", list(shape), f"image_size and channels make it {list(expected)}")
-        return expected
+        return channels, size, size
 
-    def _choose_levels(self, bits, levels) -> tuple[int, int]:
+    def _choose_levels(self, bits: int | None) -> tuple[int, int]:
         """The number of grey levels, and how many of the 8 bits to drop."""
         if bits is not None and self.native_levels != 256:
             self._refuse("bits", bits, f"{self.name} has {self.native_levels} levels; only 256 levels can be reduced")
         if bits is not None and not 1 <= bits <= 8:
             self._refuse("bits", bits, "must be between 1 and 8")
-        expected = self.native_levels if bits is None else 2**bits
-        if levels not in (None, expected):
-            self._refuse("levels", levels, f"dataset.bits={'null' if bits is None else bits} makes it {expected}")
-        return expected, 0 if bits is None else 8 - bits
+        return (self.native_levels, 0) if bits is None else (2**bits, 8 - bits)
 
 
 class ArrayImages(Images):
@@ -119,14 +99,6 @@ class ArrayImages(Images):
             chosen = torch.from_numpy(np.ascontiguousarray(chosen))
             data, context = data[chosen], None if context is None else context[chosen]
         return ArraySplit(data >> self._dropped_bits, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
-
-
-def _halvings(side: int, smallest: int) -> int:
-    """How often a side can be halved and stay a whole number of at least ``smallest``."""
-    count = 0
-    while side % 2 == 0 and side // 2 >= smallest:
-        side, count = side // 2, count + 1
-    return count
 
 
 def label_context(labels: Tensor, classes: int) -> Tensor:

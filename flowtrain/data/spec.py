@@ -38,15 +38,12 @@ class DataSpec:
         shape: of one example without a batch: ``(channels, height, width)`` of an image, ``(D,)`` of a vector.
         levels: grey levels: the values are the integers 0 … levels − 1. None for real numbers and for tables, which
             may have columns of integers all the same.
-        halvings: how often the sides of an image can be halved, which is how many scales a multi-scale flow has by
-            default; 1 for vectors.
         context: what a conditional flow is given with each example, or None.
     """
 
     name: str
     shape: tuple[int, ...]
     levels: int | None = None
-    halvings: int = 1
     context: LabelContext | ColumnContext | None = None
 
     @property

@@ -1,5 +1,7 @@
 """Synthetic images of any shape, for smoke tests and benchmarks without data."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ _BYTES = 2**26
 class Synthetic(ArrayImages):
     """A diagonal ramp with a random brightness for each example and a little noise: easy to learn.
 
-    ``shape`` may have any number of sides; None leaves it to ``image_size`` and ``channels``. There are 4,096 examples,
-    fewer (but at least 512) if they would fill more than 64 MiB.
+    There are 4,096 examples, fewer (but at least 512) if they would fill more than 64 MiB.
+
+    Args:
+        shape: of an example, one or more sides; None: (channels, image_size, image_size).
+        keys: see :class:`Images`.
     """
 
     native_name = "synthetic"
@@ -22,12 +27,17 @@ class Synthetic(ArrayImages):
     default_size = 32
     default_val = default_test = 0.1
 
-    def _choose_shape(self, image_size, channels, shape) -> tuple[int, ...]:
-        if shape is None:
-            return super()._choose_shape(image_size, channels, shape)
-        if not shape or min(shape) < 1:
-            self._refuse("shape", list(shape), "must be one or more sides of at least 1")
-        return tuple(shape)
+    def __init__(self, *, shape: Sequence[int] | None = None, **keys):
+        self._shape = shape
+        super().__init__(**keys)
+
+    def _choose_shape(self, image_size, channels):
+        if self._shape is None:
+            return super()._choose_shape(image_size, channels)
+        self._check_type("shape", self._shape, (list, tuple), "a list of sides, such as [3,32,32]")
+        if not self._shape or not all(isinstance(side, int) and side >= 1 for side in self._shape):
+            self._refuse("shape", list(self._shape), "must be one or more sides of at least 1")
+        return tuple(self._shape)
 
     def _load(self, part: str) -> tuple[Tensor, None, str]:
         dims = int(np.prod(self.spec.shape))

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -374,36 +374,9 @@ def missing_value_error(name: str, row: int) -> UsageError:
     return UsageError(f"column '{name}', row {row} (the first is 1): its value is missing or not finite")
 
 
-def table_shape(path, columns, context) -> list[int]:
-    """[D] of a table by its header."""
-    if path is None:
-        raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
-    return [len(TableFile(path).choose(_to_list("columns", columns), _to_list("context", context))[0])]
-
-
-def table_context_shape(path, context) -> list[int] | None:
-    """[C] of a table's context, see :meth:`TableFile.context_width`, or None."""
-    context = _to_list("context", context)
-    if not context:
-        return None
-    if path is None:
-        raise UsageError("dataset=table needs dataset.path=FILE (csv, npy or parquet)")
-    file = TableFile(path)
-    return [file.context_width(file.find_columns("context", context))]
-
-
 @lru_cache(maxsize=16)
 def _category_counts(path: str, names: tuple[str, ...], *_version: int) -> tuple[int, ...]:
     return tuple(len(column.categories) for column in TableFile(path).infer_columns(names)[1])
-
-
-def _to_list(key: str, value) -> list | None:
-    """``dataset.columns`` or ``dataset.context`` as a list, or None."""
-    if value is None:
-        return None
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-        raise UsageError(f"dataset.{key}={value}: must be a list of columns, such as [age,income]")
-    return list(value)
 
 
 @contextmanager

@@ -10,31 +10,19 @@ from flowtrain.data.split import ArraySplit
 
 
 class Vectors(Dataset):
-    """Rows (D,), float32. Arguments besides those of :class:`Dataset`:
+    """Rows (D,), float32.
 
     Args:
-        shape: [D], only checked here.
         context: columns to be conditional on, see :class:`Table`; None for all other datasets.
-        halvings, levels, context_shape: ignored; :attr:`spec` has them.
+        common: see :class:`Dataset`.
     """
 
     dims: int | None = None  # D; None: the file decides
     names: tuple[str, ...] | None = None  # of the columns; None: x0, x1, …
     default_test = 0.1
 
-    def __init__(
-        self,
-        *,
-        shape=None,
-        context=None,
-        context_shape=None,
-        halvings=None,
-        levels=None,
-        **common,
-    ):
+    def __init__(self, *, context=None, **common):
         super().__init__(**common)
-        if self.dims and tuple(shape or [self.dims]) != (self.dims,):
-            self._refuse("shape", list(shape), f"{self.name} has [{self.dims}]")
         self._check_context(context)
 
     @property

@@ -257,6 +257,10 @@ def _targets(touch: Path) -> dict[str, dict]:
     }
 
 
+def _synthetic(shape) -> dict:
+    return {"_target_": "flowtrain.data.Synthetic", "shape": shape}
+
+
 def _put(config: dict, key: str, value) -> dict:
     config = copy.deepcopy(config)
     *parts, last = key.split(".")
@@ -346,12 +350,12 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "an allowed module": ("allow", ["os"]),
         "enormous layers": ("model.hidden", 10**9),
         "endless layers": ("model.steps", 10**9),
-        "an enormous shape": ("dataset.shape", [1, 10**6, 10**6]),
-        "a negative shape": ("dataset.shape", [1, -8, 8]),
-        "a shape of text": ("dataset.shape", "8x8"),
-        "a shape without numbers": ("dataset.shape", []),
-        "endless numbers": ("dataset.shape", [1, 2**70, 8]),
-        "a data set of another shape": ("dataset.shape", [1, 10**9, 10**9]),
+        "an enormous shape": ("dataset", _synthetic([1, 10**6, 10**6])),
+        "a negative shape": ("dataset", _synthetic([1, -8, 8])),
+        "a shape of text": ("dataset", _synthetic("8x8")),
+        "a shape without numbers": ("dataset", _synthetic([])),
+        "endless numbers": ("dataset", _synthetic([1, 2**70, 8])),
+        "a data set of another shape": ("dataset", _synthetic([1, 10**9, 10**9])),
     }
     for name, (key, value) in changes.items():
         if name == "an allowed module":  # and a target in it

@@ -12,6 +12,7 @@ from layers import UNIVARIATE
 
 from flowtrain import bijections as b
 from flowtrain.bijections.ode import exact_trace
+from flowtrain.data.spec import DataSpec
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
@@ -26,11 +27,11 @@ def case(request):
     """A small flow away from its start, of evaluation, and a batch for it."""
     torch.manual_seed(0)
     if request.param in ONLY_IMAGES:
-        small = ["dataset=digits", "dataset.image_size=4", "dataset.halvings=1", "model.hidden=4"]
-        flow = flow_of(f"model={request.param}", *small)
+        spec = DataSpec("small digits", (1, 4, 4), LEVELS)
+        flow = flow_of(f"model={request.param}", "model.hidden=4", spec=spec)
         x = torch.randint(0, LEVELS, (64, 1, 4, 4), dtype=torch.uint8)
     else:
-        flow = flow_of(f"model={request.param}", "dataset=moons", "dataset.shape=[3]", "model.hidden=8")
+        flow = flow_of(f"model={request.param}", "dataset=moons", "model.hidden=8", spec=DataSpec("rows", (3,)))
         x = torch.randn(64, 3)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -211,12 +212,12 @@ def test_wrong_shapes(case, tally):
 @pytest.mark.parametrize("model", MODELS)
 def test_one_dimension(model, tally):
     if model in ONLY_IMAGES:
-        overrides, x = ["dataset=digits", "dataset.shape=[1,1,1]"], torch.randint(0, LEVELS, (B, 1, 1, 1))
+        dataset, spec, x = "digits", DataSpec("pixels", (1, 1, 1), LEVELS), torch.randint(0, LEVELS, (B, 1, 1, 1))
     else:
-        overrides, x = ["dataset=moons", "dataset.shape=[1]"], torch.randn(B, 1)
+        dataset, spec, x = "moons", DataSpec("numbers", (1,)), torch.randn(B, 1)
 
     def attempt():
-        flow = flow_of(f"model={model}", *overrides, "model.hidden=8")
+        flow = flow_of(f"model={model}", f"dataset={dataset}", "model.hidden=8", spec=spec)
         flow.initialize(x)
         made = log_prob(flow.eval(), x)
         torch.testing.assert_close(flow.decode(flow.encode(x)).to(x.dtype), x, rtol=0, atol=1e-4)

@@ -226,13 +226,10 @@ def violations(lines: list[list[str]]) -> list[list[str]]:
     found = {}
     for line in lines:
         tree = OmegaConf.to_container(composed(*line), resolve=False)
-        text = json.dumps(tree)
         for key, value in leaves(tree):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             root = key.split(".")[0]
-            if root == "dataset" and key.endswith("halvings") and f"${{{key}}}" not in text:
-                continue  # nothing refers to it
             if root == "preprocess" and tree["model"]["name"] == "autoregressive":
                 continue  # which has its own
             part = tree[root].get("_target_", tree[root].get("name")) if isinstance(tree[root], dict) else None

@@ -42,7 +42,7 @@ def told(text: str, fault: str, place: str, size: int) -> bool:
     why = re.escape(os.strerror(disks.FAULTS[fault]))
     found = re.fullmatch(
         rf"\S*/{re.escape(disks.PLACES[place])}: cannot be written \({why}\): ([\d,]+) bytes needed, ([\d,]+) free"
-        r"(, of which a file may have [\d,]+)?; the same command with resume=true goes on from the last checkpoint",
+        r"(, at most [\d,]+ a file)?; the same command with resume=true goes on from the last checkpoint",
         text,
     )
     if not found:

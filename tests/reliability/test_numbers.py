@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from flowtrain import bijections as b
 from flowtrain.bijections.ode import continuous_layers, states_only
+from flowtrain.data.spec import DataSpec
 
 LEVELS = 17
 GROUPS = {
@@ -54,7 +55,7 @@ def new(model):
     if model in ONLY_IMAGES:
         flow, draw = flow_of(f"model={model}", "dataset=digits", "model.hidden=8"), images
     else:
-        flow, draw = flow_of(f"model={model}", "dataset=moons", "dataset.shape=[3]", "model.hidden=16"), rows
+        flow, draw = flow_of(f"model={model}", "dataset=moons", "model.hidden=16", spec=DataSpec("rows", (3,))), rows
     flow.initialize(draw(256))
     return flow.eval(), draw
 
