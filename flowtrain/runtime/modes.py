@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+import torch
+
 
 @dataclass(frozen=True)
 class Modes:
@@ -40,21 +42,28 @@ class Modes:
 
 _DEFAULT = Modes()
 _modes: ContextVar[Modes] = ContextVar("flowtrain_modes", default=_DEFAULT)
+# torch.compile traces context variables from 2.14 on; before, compiled code reads the last modes that were entered
+_TRACES_CONTEXT_VARIABLES = torch.__version__ >= (2, 14)
+_last = _DEFAULT
 
 
 def current() -> Modes:
     """The modes of this thread."""
+    if not _TRACES_CONTEXT_VARIABLES and torch.compiler.is_compiling():
+        return _last
     return _modes.get()
 
 
 @contextmanager
 def enter(modes: Modes) -> Iterator[None]:
     """Within it, the modes are ``modes``."""
-    token = _modes.set(modes)
+    global _last
+    token, before, _last = _modes.set(modes), _last, modes
     try:
         yield
     finally:
         _modes.reset(token)
+        _last = before
 
 
 def using(**changes) -> AbstractContextManager[None]:
