@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -115,12 +115,22 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         _log_introduction(config, spec, trainer, val, device, run_dir)
         environment.record(run_dir, device)
     try:
-        loggers.open(RunRecord(Path(run_dir), trainer.step, loggers.records, budget, objective.key, objective.unit))
-        with compile_errors(), determinism.determinism_errors():
+        with compile_errors(), determinism.determinism_errors(), _one_line_errors(config, trainer, device):
+            loggers.open(RunRecord(Path(run_dir), trainer.step, loggers.records, budget, objective.key, objective.unit))
             trainer.fit()
-        with trainer.uncompiled():
-            summary, score = _conclude(config, spec, trainer, val, run_dir)
-        loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
+            with trainer.uncompiled():
+                summary, score = _conclude(config, spec, trainer, val, run_dir)
+            loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
+    finally:
+        loggers.close()
+    return summary
+
+
+@contextmanager
+def _one_line_errors(config: TrainConfig, trainer: Trainer, device: torch.device):
+    """Raise FlowtrainError, with what may help, for the errors that end a run."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise FlowtrainError(
             f"out of memory on {device_name(device)} with {config.batch_size // distributed.world()} examples a device "
@@ -133,9 +143,6 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         saved = any(trainer.checkpoints.directory.glob("*.pt"))
         how = "the same command with resume=true goes on from the last checkpoint" if saved else "nothing was saved yet"
         raise files.WriteError(f"{error}; {how}") from error
-    finally:
-        loggers.close()
-    return summary
 
 
 def _objective(config: TrainConfig, spec: DataSpec) -> Objective:

@@ -157,7 +157,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
-    channels = configuration(f"experiment={experiment}").dataset["channels"]  # None: a table
+    channels = configuration(f"experiment={experiment}").dataset.get("channels")  # None: a table
     small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"] if channels else ["dataset=moons"]
     config, summary = trained(tmp_path, f"experiment={experiment}", *small, *TINY)
     assert summary["steps"] == 3

@@ -28,15 +28,14 @@ class Steps(NullLogger):
 
 
 class Nothing:
-    def __init__(self, levels):
-        pass
+    pass
 
 
 class Tempered(NatsPerRow):
     key = "tempered"
 
     def __init__(self, power=1.0):
-        self.power = power
+        self.power = float(power)
 
     def loss(self, flow, batch):
         return self.power * super().loss(flow, batch)
@@ -103,6 +102,7 @@ def test_an_objective_of_ones_own(folder):
         (("allow=[mine]", "+logger.mine={_target_: mine.Tempered}"), r"logger\.mine: Tempered is no logger"),
         (("+logger.mine={_target_: mine.Steps}",), "_target_ mine.Steps is not allowed"),
         (("allow=[mine]", "objective._target_=mine.Nothing"), "objective: Nothing is no objective"),
+        (("allow=[mine]", "objective._target_=mine.Tempered", "+objective.power=high"), "objective: .*high"),
     ],
 )
 def test_what_is_no_logger_or_objective_is_refused(folder, words, says):

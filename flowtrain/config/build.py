@@ -106,7 +106,11 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
 
 def build_objective(config: TrainConfig, spec: DataSpec):
     """What a step of ``config`` minimizes on the data that ``spec`` describes."""
-    return _constructor(config.objective, "objective", config.allow, {"grey_levels": spec.levels})()
+    make = _constructor(config.objective, "objective", config.allow, {"grey_levels": spec.levels})
+    try:
+        return make()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"objective: {error}") from error
 
 
 def _constructor(node, where: str, allow, offered: dict) -> Callable | None:

@@ -24,13 +24,13 @@ _END = 2**31  # after every layer
 
 @dataclass(frozen=True)
 class Finding:
-    """What is not finite where all before it is.
+    """A result that is not finite although everything computed before it is.
 
     Attributes:
-        order: the lesser, the earlier; the same in all parts and processes.
-        layer: its dotted name; "data", "context", "base" and "loss" are what no layer is to blame for.
-        what: of it, as in "the output of layer pairs.0.even".
-        rows: of the global batch; none where examples cannot be told apart.
+        order: sorts findings by time; the same in all parts and processes.
+        layer: dotted name of the layer to blame; "data", "context", "base" or "loss" where it is none.
+        what: description, as in "the output of layer pairs.0.even".
+        rows: rows of the global batch; empty where the result belongs to no example.
     """
 
     order: tuple[int, int]
@@ -40,13 +40,15 @@ class Finding:
 
 
 def examine(flow: Flow, step: Callable[[], Tensor]) -> Finding | None:
-    """The first finding in a training ``step`` of ``flow``, forward and backward, which returns its loss; its gradient
-    must not be clipped. None where all is finite. Every process takes part."""
+    """The first finding in a training step of ``flow``, forward and backward; None where all is finite.
+
+    ``step`` returns its loss and does not clip the gradient. To be called by every process.
+    """
     backpropagation = flow.backpropagation
-    # every layer is called, and less memory taken than was free for the step itself
+    # this calls every layer, and needs no more memory than the step itself
     flow.set_backpropagation(ActivationCheckpointing())
     try:
-        with modes.using(layer_by_layer=True, repeating=True), _watching(flow) as (found, places):
+        with modes.using(layer_by_layer=True, repeating=True), _watch(flow) as (found, places):
             loss = step()
     finally:
         flow.set_backpropagation(backpropagation)
@@ -61,7 +63,7 @@ def examine(flow: Flow, step: Callable[[], Tensor]) -> Finding | None:
 
 
 def first(found: Iterable[Finding | None]) -> Finding | None:
-    """The earliest of some findings, with the rows of all that are the same."""
+    """The earliest of some findings, with the rows of all findings of the same result."""
     found = [each for each in found if each is not None]
     if not found:
         return None
@@ -71,8 +73,11 @@ def first(found: Iterable[Finding | None]) -> Finding | None:
 
 
 @contextmanager
-def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
-    """Within it the list fills; and the layers, by name, have the places in which they were called."""
+def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
+    """Look at everything that passes through ``flow`` within it.
+
+    Yields the findings, and for each layer's name its place in the order of calls.
+    """
     found: list[Finding] = []
     places: dict[str, int] = {}
     calls = count()
@@ -91,21 +96,21 @@ def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
     def begin(_flow, inputs):
         nonlocal calls
         calls = count()
-        for name, given in zip(("data", "context"), inputs):
-            if given is not None and given.is_floating_point():
-                look((_FORWARD, -1), name, f"the {name}", global_batch.first_row(), given)
+        for name, tensor in zip(("data", "context"), inputs):
+            if tensor is not None and tensor.is_floating_point():
+                look((_FORWARD, -1), name, f"the {name}", global_batch.first_row(), tensor)
 
     def enter(name: str, _layer, inputs):
-        given, *rest = inputs
+        x, *rest = inputs
         places[name] = next(calls)
-        if torch.is_grad_enabled() and given.is_floating_point():
-            given = (given if given.requires_grad else given.detach().requires_grad_()).clone()  # this layer's alone
-            look_back(places[name], name, f"the gradient of layer {name}'s input", given)
-        return given, *rest
+        if torch.is_grad_enabled() and x.is_floating_point():
+            x = (x if x.requires_grad else x.detach().requires_grad_()).clone()  # for this layer alone
+            look_back(places[name], name, f"the gradient of layer {name}'s input", x)
+        return x, *rest
 
     def leave(name: str, _layer, _inputs, outputs):
-        for what, made in zip(("output", "log-determinant"), outputs):
-            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", global_batch.first_row(), made)
+        for what, output in zip(("output", "log-determinant"), outputs):
+            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", global_batch.first_row(), output)
 
     def end(_bijection, _inputs, outputs):
         look_back(_END, "base", "the gradient of the base", outputs[0])
@@ -129,7 +134,7 @@ def _watching(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
 
 
 def _layers(flow: Flow) -> Iterator[tuple[str, Bijection]]:
-    """Those that do the work. A container does not, unless it runs its layers' inverses, which have no hooks."""
+    """The layers that compute; a container only if it runs the inverses of its layers, which have no hooks."""
     for name, layer in flow.bijection.named_modules():
         if isinstance(layer, Bijection) and (layer.inverts_layers or not layer.container):
             yield name or "bijection", layer
@@ -147,7 +152,7 @@ def _in_parameters(flow: Flow, places: dict[str, int]) -> Iterator[Finding]:
 
 
 def _with_weight(flow: Flow, found: Finding | None, places: dict[str, int]) -> Finding | None:
-    """What else there is to say where a weight of the layer is not finite itself."""
+    """The finding, with a remark if a weight of its layer is not finite itself."""
     for name, weight in flow.named_parameters():
         if found and _owner(name, places) == found.layer and not weight.isfinite().all():
             return replace(found, what=f"{found.what}, whose {_short(name)} is not finite")

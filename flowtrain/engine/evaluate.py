@@ -1,4 +1,4 @@
-"""How good a flow is on a split, and how sure that is."""
+"""The likelihood of a flow on a split of the data, with its standard error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from flowtrain.runtime.seeds import seed_from
 class Evaluation:
     """Mean and standard error over examples, each averaged over its draws of dequantization noise.
 
-    ``bits_per_dim_iw`` is that of the importance-weighted bound log(1/K Σ p_k), None for one draw. It bounds only
-    where a draw's p_k is an unbiased estimate: not that of an ODE's stochastic trace, which is unbiased for log p_k.
+    ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
+    It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
+    for log p_k.
     """
 
     bits_per_dim: float
@@ -41,8 +42,8 @@ def evaluate(
     draws: int = 1,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate ``flow`` on (indices, x, context) batches that hold each of ``total`` examples at most once over all
-    processes.
+    """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
+    most once.
 
     The noise is a function of (seed, first index of the batch, draw): the same in each evaluation, for any number of
     processes.
@@ -53,7 +54,7 @@ def evaluate(
     was_training = flow.training
     flow.eval()
     device = next(flow.parameters()).device
-    mean, weighted, seen = torch.zeros(3, total, dtype=torch.float64, device=device)
+    mean, weighted, evaluated = torch.zeros(3, total, dtype=torch.float64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
         for index, x, context in interruptible_batches(batches):
             first = int(index[0])
@@ -65,12 +66,13 @@ def evaluate(
                 mean[index] += log_prob / draws
                 best = torch.logaddexp(best, log_prob)
             weighted[index] = best - math.log(draws)
-            seen[index] = 1
+            evaluated[index] = 1
     flow.train(was_training)
     if dist.is_initialized():
-        for one in (mean, weighted, seen):
+        for one in (mean, weighted, evaluated):
             dist.all_reduce(one)
-    mean, weighted, total = mean[seen > 0], weighted[seen > 0], int(seen.sum())  # a bad image may be left out
+    found = evaluated > 0  # an unreadable image may be left out
+    mean, weighted, total = mean[found], weighted[found], int(found.sum())
     if not mean.isfinite().all():
         bad = (~mean.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
@@ -88,7 +90,7 @@ def evaluate(
 
 @contextmanager
 def exact_arithmetic():
-    """Float32 means float32: TensorFloat-32 off."""
+    """Compute in full float32 within it, without TensorFloat-32."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, conv.allow_tf32
     matmul.allow_tf32 = conv.allow_tf32 = False
