@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 from audit import context_for, event, jacobian_log_det, randomized
-from composed import flow_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain import bijections as b
-from flowtrain import nets
+from flowtrain import flows, nets
 from flowtrain.bijections.autoregressive import cost_of_likelihood, sequential_layers
 from flowtrain.bijections.univariate import Univariate
 
@@ -549,13 +548,10 @@ def test_nsf_coupling_against_nflows(first):
     assert_same(ours, theirs, 2 * torch.randn(200, 7).double())
 
 
-# -- from YAML
-
-
-@pytest.mark.parametrize("model", ["maf", "iaf"])
-def test_iaf_is_the_inverse_of_mafs_layers(model):
-    """The same weights: the parameters of both model files have the same names but for Inverse's."""
-    flow = flow_of(f"model={model}", "dataset=digits", "model.hidden=8", "model.steps=2")
+@pytest.mark.parametrize("make", [flows.maf, flows.iaf])
+def test_iaf_is_the_inverse_of_mafs_layers(make):
+    """The same weights: the parameters of both have the same names but for Inverse's."""
+    flow = make((5,), hidden=8, steps=2)
     names = [name.replace("autoregressive.bijection.", "autoregressive.") for name, _ in flow.named_parameters()]
-    assert names == [name for name, _ in flow_of("model=maf", "dataset=digits", "model.steps=2").named_parameters()]
-    assert (cost_of_likelihood(flow.bijection) is None) == (model == "maf")
+    assert names == [name for name, _ in flows.maf((5,), hidden=8, steps=2).named_parameters()]
+    assert (cost_of_likelihood(flow.bijection) is None) == (make is flows.maf)

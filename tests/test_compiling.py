@@ -5,10 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from composed import flow_of
 
 from flowtrain import bijections as b
-from flowtrain import nets
+from flowtrain import flows, nets
 from flowtrain.engine.compiling import compile_flow, regions, signature
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
@@ -28,9 +27,12 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-def digits_flow(*words):
+LOGIT = partial(flows.logit, grey_levels=17)
+
+
+def digits_flow(constructor, **knobs):
     torch.manual_seed(0)
-    flow = flow_of("dataset=digits", *words)
+    flow = constructor((1, 8, 8), preprocess=LOGIT, **knobs)
     x = torch.randint(0, 17, (BATCH, 1, 8, 8))
     flow.initialize(x)
     with torch.no_grad():
@@ -48,17 +50,17 @@ def gradient(flow, x, context=None):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "make",
     [
-        ["model=glow", "model.steps=3", "model.levels=1"],
-        ["model=maf", "model.steps=3"],
-        ["model=realnvp"],
-        ["model=nsf_coupling"],
+        partial(flows.glow, steps=3, levels=1),
+        partial(flows.maf, steps=3),
+        partial(flows.realnvp),
+        partial(flows.nsf_coupling),
     ],
-    ids=lambda words: words[0],
+    ids=lambda make: make.func.__name__,
 )
-def test_compiled_training_is_the_same_and_compiles_once(words):
-    flow, x = digits_flow(*words, "model.hidden=16")
+def test_compiled_training_is_the_same_and_compiles_once(make):
+    flow, x = digits_flow(make, hidden=16)
     names, eager = list(flow.state_dict()), gradient(flow, x)
     compilation = compile_flow(flow)
     first = gradient(flow, x)
@@ -77,7 +79,7 @@ def test_a_deeper_flow_compiles_no_more():
     graphs = []
     for steps in (2, 5):
         torch._dynamo.reset()
-        flow, x = digits_flow("model=realnvp_vector", "model.hidden=16", f"model.pairs={steps}")
+        flow, x = digits_flow(flows.realnvp_vector, hidden=16, pairs=steps)
         compilation = compile_flow(flow)
         gradient(flow, x)
         compilation.settle()
@@ -87,7 +89,7 @@ def test_a_deeper_flow_compiles_no_more():
 
 
 def test_a_recompilation_is_counted_and_told(caplog):
-    flow, x = digits_flow("model=nice", "model.hidden=16")
+    flow, x = digits_flow(flows.nice, hidden=16)
     compilation = compile_flow(flow)
     with caplog.at_level("INFO", logger="flowtrain"):
         gradient(flow, x)
@@ -102,7 +104,7 @@ def test_a_recompilation_is_counted_and_told(caplog):
 
 
 def test_evaluation_compiles_nothing():
-    flow, x = digits_flow("model=nice", "model.hidden=16")
+    flow, x = digits_flow(flows.nice, hidden=16)
     compilation = compile_flow(flow)
     gradient(flow, x)
     compilation.settle()
@@ -113,11 +115,11 @@ def test_evaluation_compiles_nothing():
 
 
 def test_what_solves_or_goes_element_by_element_stays_as_it_is():
-    found = list(regions(flow_of("model=hybrid", "dataset=digits").bijection))
+    found = list(regions(flows.hybrid((64,)).bijection))
     assert found and not any(isinstance(part, b.Continuous) for region in found for part in region.modules())
-    for model in ("ffjord", "iaf"):
+    for make in (flows.ffjord, flows.iaf):
         with pytest.raises(UsageError, match="compile=true: nothing in this flow can be compiled"):
-            compile_flow(flow_of(f"model={model}", "dataset=digits"))
+            compile_flow(make((64,)))
 
 
 def test_signatures_tell_programs_apart_and_not_weights():
@@ -131,7 +133,7 @@ def test_signatures_tell_programs_apart_and_not_weights():
 
 
 def test_weight_normalization_does_not_keep_couplings_apart():
-    flow, _ = digits_flow("model=realnvp", "model.blocks=1")
+    flow, _ = digits_flow(flows.realnvp, blocks=1)
     compilation = compile_flow(flow)
     assert compilation.regions == 10 and compilation.shapes == 4
 
@@ -143,7 +145,7 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch):
     from torch._dynamo.backends import registry
 
     monkeypatch.setattr(registry, "get_default_backend", lambda: broken)
-    flow, _ = digits_flow("model=nice", "model.hidden=8")
+    flow, _ = digits_flow(flows.nice, hidden=8)
     with pytest.raises(
         UsageError, match="compile=true: torch.compile does not work here .*no compiler.*; use compile="
     ):
@@ -179,7 +181,7 @@ def test_context_and_autocast_reach_a_compiled_step():
 
 @pytest.mark.parametrize("slices", [1, 4])
 def test_dropout_is_the_same_compiled_and_slices_share_a_program(slices):
-    flow, x = digits_flow("model=realnvp_vector", "model.hidden=16", "model.pairs=2", "model.dropout=0.5")
+    flow, x = digits_flow(flows.realnvp_vector, hidden=16, pairs=2, dropout=0.5)
 
     def step():
         flow.zero_grad()

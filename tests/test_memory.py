@@ -9,14 +9,13 @@ from functools import partial
 import pytest
 import torch
 from audit import context_for, event, randomized
-from composed import flow_of
 from inprocess import flowtrain
 from layers import LAYERS, conv, mlp
 from ranks import together
 from torch import nn
 
 from flowtrain import bijections as b
-from flowtrain import nets
+from flowtrain import flows, nets
 from flowtrain.bijections import backpropagation
 from flowtrain.bijections.backpropagation import ActivationCheckpointing, Backpropagation, ReversibleBackpropagation
 from flowtrain.bijections.bijection import sum_event
@@ -26,22 +25,25 @@ from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed, fusion, global_batch, modes
 
-DIGITS, PLANE = "dataset=digits", "dataset=moons"
+SMALL = (1, 8, 8)
+LOGIT = partial(flows.logit, grey_levels=17)
 FLOWS = {
-    "glow": ("model=glow", DIGITS, "model.steps=3", "model.hidden=16"),
-    "glow_class": ("model=glow", DIGITS, "dataset.context=label", "model.steps=2", "model.hidden=16"),
-    "glow_spline": ("model=glow", "univariate=rational_quadratic", "mixing=permuted_lu", DIGITS, "model.steps=2"),
-    "glow_logit": ("model=glow", "preprocess=logit", "univariate=mixture_logistic", DIGITS, "model.steps=2"),
-    "realnvp": ("model=realnvp", "norm=actnorm", "model.net.norm=null", DIGITS, "model.hidden=8", "model.dropout=0.2"),
-    "realnvp_vector": ("model=realnvp_vector", "norm=actnorm", PLANE),
-    "nsf_coupling": ("model=nsf_coupling", PLANE, "model.dropout=0.3"),
-    "nice": ("model=nice", DIGITS, "model.hidden=32"),
-    "maf": ("model=maf", "norm=actnorm", PLANE),
-    "iaf": ("model=iaf", "norm=actnorm", PLANE),
-    "autoregressive": ("model=autoregressive", DIGITS),
-    "hybrid": ("model=hybrid", PLANE, "model.pairs=2"),
-    "hybrid_image": ("model=hybrid_image", DIGITS, "model.steps=2", "model.hidden=16"),
-    "ffjord": ("model=ffjord", PLANE),
+    "glow": partial(flows.glow, SMALL, steps=3, hidden=16, preprocess=LOGIT),
+    "glow_class": partial(flows.glow, SMALL, steps=2, hidden=16, preprocess=LOGIT, context_shape=(10,)),
+    "glow_spline": partial(
+        flows.glow, SMALL, steps=2, univariate=b.RationalQuadratic, mixing=flows.permuted_lu, preprocess=LOGIT
+    ),
+    "glow_logit": partial(flows.glow, SMALL, steps=2, univariate=b.MixtureLogistic, preprocess=LOGIT),
+    "realnvp": partial(flows.realnvp, SMALL, hidden=8, dropout=0.2, net_norm=False, norm=b.ActNorm, preprocess=LOGIT),
+    "realnvp_vector": partial(flows.realnvp_vector, (2,), norm=b.ActNorm),
+    "nsf_coupling": partial(flows.nsf_coupling, (2,), dropout=0.3),
+    "nice": partial(flows.nice, SMALL, hidden=32, preprocess=LOGIT),
+    "maf": partial(flows.maf, (2,), norm=b.ActNorm),
+    "iaf": partial(flows.iaf, (2,), norm=b.ActNorm),
+    "autoregressive": partial(flows.autoregressive, SMALL, grey_levels=17),
+    "hybrid": partial(flows.hybrid, (2,), pairs=2),
+    "hybrid_image": partial(flows.hybrid_image, SMALL, steps=2, hidden=16, preprocess=LOGIT),
+    "ffjord": partial(flows.ffjord, (2,)),
 }
 STEEP = {"glow_spline": 1e-3, "glow_logit": 1e-3}  # random splines and mixtures magnify a rounding a thousandfold
 ROWS = 6
@@ -50,8 +52,8 @@ MODES = Backpropagation, ActivationCheckpointing, ReversibleBackpropagation
 
 def perturbed_flow(name, dtype=torch.float32):
     """A flow away from its start weights, and a batch for it."""
-    flow = flow_of(*FLOWS[name])
     torch.manual_seed(1)
+    flow = FLOWS[name]()
     shape = flow.shape
     x = torch.randint(0, 17, (ROWS, *shape)) if len(shape) == 3 else torch.randn(ROWS, *shape, dtype=dtype)
     context = flow.bijection.context_shape and torch.eye(*flow.bijection.context_shape, dtype=dtype)[:ROWS]
@@ -483,7 +485,7 @@ def test_no_second_gradient():
 
 
 def test_batch_normalization_is_not_run_backwards():
-    flow = flow_of("model=realnvp", DIGITS)
+    flow = flows.realnvp(SMALL, preprocess=LOGIT)
     with pytest.raises(ValueError, match="memory=reversible: batch normalization .* memory=checkpoint"):
         flow.set_backpropagation(ReversibleBackpropagation())
 
@@ -493,7 +495,15 @@ def test_batch_normalization_is_not_run_backwards():
 
 def losses(folder, *words):
     folder.mkdir()
-    small = ["model=glow", DIGITS, "model.steps=3", "model.hidden=16", "devices=1", "max_steps=20", "hydra.run.dir=run"]
+    small = [
+        "model=glow",
+        "dataset=digits",
+        "model.steps=3",
+        "model.hidden=16",
+        "devices=1",
+        "max_steps=20",
+        "hydra.run.dir=run",
+    ]
     quiet = ["trainer.tensorboard=false", "trainer.log_every=5", "trainer.accumulate=2"]
     assert flowtrain(folder, "train", *small, *quiet, *words) == 0
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -521,7 +531,7 @@ def test_a_run_in_less_memory_is_the_same_run(tmp_path):
 )
 def test_what_is_refused(words, said, tmp_path):
     with pytest.raises(FlowtrainError, match=said) as caught:
-        flowtrain(tmp_path, "train", DIGITS, "devices=1", "max_steps=3", "hydra.run.dir=run", *words)
+        flowtrain(tmp_path, "train", "dataset=digits", "devices=1", "max_steps=3", "hydra.run.dir=run", *words)
     assert caught.value.exit_code == 2
 
 

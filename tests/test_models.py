@@ -1,13 +1,18 @@
 """Every model file and every experiment: that it composes, has the parameters it states, and is exact."""
 
+import inspect
 import json
+from functools import partial
 
 import pytest
 import torch
 from audit import assert_exact, randomized
 from composed import IMAGES, ONLY_IMAGES, VECTORS, configuration, flow_of, options, parameters
 
+from flowtrain import bijections as b
+from flowtrain import flows
 from flowtrain.config.compose import conf_dir
+from flowtrain.distributions import StandardNormal
 from flowtrain.errors import UsageError
 
 # What the presets have, beside the papers' or their reference code's count; docs/presets.md explains differences.
@@ -54,27 +59,24 @@ def test_every_model_takes_every_univariate_map(model, univariate):
     assert any(type(module).__name__ == kind for module in flow.bijection.modules())
 
 
+TINY_GLOW = partial(flows.glow, steps=1, hidden=4)
+
+
 @pytest.mark.parametrize(
-    "overrides",
+    "make",
     [
-        ["model=glow", "model.levels=2", "model.steps=1", "model.hidden=4"],
-        ["model=glow", "model.levels=2", "model.steps=1", "model.hidden=4", "mixing=plain", "univariate=additive"],
-        ["model=glow", "model.levels=1", "model.steps=1", "model.hidden=4", "mixing=shuffle", "norm=batchnorm"],
-        ["model=realnvp", "model.levels=2", "model.hidden=2"],
-        ["model=realnvp", "model.levels=2", "model.hidden=2", "norm=actnorm", "univariate=affine"],
-        ["model=nice", "model.hidden=4", "base=normal"],
+        partial(TINY_GLOW, levels=2),
+        partial(TINY_GLOW, levels=2, mixing=b.DenseLinear, univariate=b.Additive),
+        partial(TINY_GLOW, levels=1, mixing=b.Shuffle, norm=b.BatchNorm),
+        partial(flows.realnvp, levels=2, hidden=2),
+        partial(flows.realnvp, levels=2, hidden=2, norm=b.ActNorm, univariate=b.SigmoidAffine),
+        partial(flows.nice, hidden=4, base=StandardNormal),
     ],
-    ids=" ".join,
 )
-def test_exact_on_3x8x8(overrides):
-    """The whole flow after its preprocessing, against the autograd Jacobian."""
-    flow = flow_of("dataset=synthetic", "dataset.image_size=8", "dataset.shape=[3,8,8]", *overrides)
-    layers = [layer for name, layer in flow.bijection.named_children() if name != "preprocess"]
-    chain = flow.bijection
-    del chain.preprocess
-    assert list(chain) == layers
-    chain.exact = True
-    assert_exact(randomized(chain, scale=0.03), 0.3 * torch.randn(2, 3, 8, 8, dtype=torch.float64))
+def test_exact_on_3x8x8(make):
+    """The whole flow without preprocessing, against the autograd Jacobian."""
+    bijection = randomized(make((3, 8, 8)).bijection, scale=0.03)
+    assert_exact(bijection, 0.3 * torch.randn(2, 3, 8, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("model", options("model"))
@@ -89,3 +91,18 @@ def test_a_new_flow_of_every_model_gives_every_parameter_a_gradient(model):
         optimizer.step()
     for name, parameter in flow.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_model_file_has_the_defaults_of_its_constructor(model):
+    """Its scalars are the constructor's, and so are the parts that it chooses, such as univariate and base."""
+    config = configuration(f"model={model}")
+    constructor = getattr(flows, config.model["_target_"].rpartition(".")[2])
+    defaults = {name: one.default for name, one in inspect.signature(constructor).parameters.items()}
+    knobs = {name: value for name, value in config.model.items() if not isinstance(value, dict) and name in defaults}
+    assert knobs == {name: defaults[name] for name in knobs} and len(knobs) >= len(config.model) - 2
+    if model in ("made_mog", "custom_image", "custom"):  # the constructor of another, with other parts
+        return
+    for name in ("univariate", "mixing", "norm", "base"):
+        if name in defaults:
+            assert config.parts[name]["_target_"].endswith(f".{defaults[name].__name__}")

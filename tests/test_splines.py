@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from audit import assert_exact, randomized
-from composed import flow_of
 from torch.nn import functional as F
 
 from flowtrain import bijections as b
+from flowtrain import flows
 
 BINS, BOUND = 8, 3.0
 FLOOR = 1e-3
@@ -157,10 +157,9 @@ def test_refusals_name_the_argument(wrong):
         b.RationalQuadratic((1,), **wrong)
 
 
-@pytest.mark.parametrize(("scales", "channels"), [("single", [4, 16]), ("multi", [4, 8])])
+@pytest.mark.parametrize(("scales", "channels"), [(flows.single_scale, [4, 16]), (b.MultiScale, [4, 8])])
 def test_neural_spline_flow_of_images(scales, channels):
-    small = ["model.levels=2", "model.steps=1", "model.hidden=4"]
-    flow = flow_of("model=nsf_image", f"scales={scales}", "dataset=synthetic", "dataset.shape=[1,8,8]", *small)
+    flow = flows.nsf_image((1, 8, 8), levels=2, steps=1, hidden=4, scales=scales)
     couplings = [layer for layer in flow.modules() if isinstance(layer, b.Coupling)]
     assert [layer.shape[0] for layer in couplings] == channels
     layers = randomized(flow.bijection.scales, scale=0.03)
@@ -170,7 +169,7 @@ def test_neural_spline_flow_of_images(scales, channels):
 
 def test_the_first_half_moves_and_the_second_sets_how():
     """As in the reference code, on whose parameter counts the presets' depend."""
-    flow = flow_of("model=nsf_image", "dataset=synthetic", "dataset.shape=[3,8,8]", "model.steps=1", "model.hidden=4")
+    flow = flows.nsf_image((3, 8, 8), steps=1, hidden=4)
     coupling = randomized(next(layer for layer in flow.modules() if isinstance(layer, b.Coupling)))
     x = 0.5 * torch.randn(2, *coupling.shape, dtype=torch.float64)
     z, _ = coupling(x)

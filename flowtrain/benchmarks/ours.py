@@ -62,7 +62,7 @@ def nsf_coupling(dimensions: int, hidden: int, steps: int) -> Flow:
 def glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
     """Actnorm, 1×1 convolution and affine coupling of plain convolutions, on real numbers."""
     sizes = {"levels": levels, "steps": steps, "hidden": hidden}
-    return flows.glow((3, side, side), **sizes, dropout=0.0, net_actnorm=False, learned_prior=False)
+    return flows.glow((3, side, side), **sizes, dropout=0.0, net_norm=False, learned_prior=False)
 
 
 def whole_glow(side: int, hidden: int, levels: int, steps: int) -> Flow:

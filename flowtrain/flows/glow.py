@@ -32,7 +32,7 @@ def glow(
     steps: int = 6,
     hidden: int = 64,
     dropout: float = 0.1,
-    net_actnorm: bool = True,
+    net_norm: bool = True,
     learned_prior: bool = True,
     univariate=SigmoidAffine,
     mixing=LULinear,
@@ -51,7 +51,7 @@ def glow(
         steps: steps of flow at each scale.
         hidden: channels of a conditioner.
         dropout: in the conditioners.
-        net_actnorm: actnorm after the hidden layers of a conditioner, as in the reference code.
+        net_norm: actnorm after the hidden layers of the conditioners, as in the reference code.
         learned_prior: mean and scale of what is factored out follow from what stays, those of the last latent are
             learned for each channel, as in the reference code; else all latents are standard.
         univariate, mixing, norm: factories of the couplings' map and of the two layers before each coupling (None: no
@@ -63,7 +63,7 @@ def glow(
     >>> flow.sample(5).shape
     torch.Size([5, 3, 8, 8])
     """
-    net = partial(nets.ConvNet, hidden=hidden, dropout=dropout, norm=nets.ActNorm if net_actnorm else None)
+    net = partial(nets.ConvNet, hidden=hidden, dropout=dropout, norm=nets.ActNorm if net_norm else None)
     step = chain(repeat=steps, norm=norm, mixing=mixing, coupling=partial(Coupling, univariate=univariate, net=net))
     level = chain(squeeze=Squeeze, steps=step)
     top = partial(Elementwise, univariate=ExpAffine, share=PER_CHANNEL) if learned_prior else None

@@ -105,6 +105,7 @@ def nsf_image(
     hidden: int = 32,
     blocks: int = 1,
     dropout: float = 0.1,
+    net_norm: bool = True,
     univariate=RationalQuadratic,
     mixing=permuted_lu,
     norm=ActNorm,
@@ -123,6 +124,7 @@ def nsf_image(
         steps: steps of flow at each scale.
         hidden, blocks: channels of a conditioner, and residual blocks.
         dropout: in the conditioners.
+        net_norm: batch normalization in the conditioners.
         univariate, mixing, norm: factories of the couplings' map and of the two layers before each coupling (None: no
             such layer).
         scales: ``MultiScale`` factors half of the channels out after each scale,
@@ -137,7 +139,7 @@ def nsf_image(
         hidden=hidden,
         blocks=blocks,
         dropout=dropout,
-        norm=partial(nets.BatchNorm, eps=1e-3),
+        norm=partial(nets.BatchNorm, eps=1e-3) if net_norm else None,
     )
     coupling = partial(Coupling, univariate=univariate, net=net, partition=partial(Halves, swap=True))
     step = chain(repeat=steps, norm=norm, mixing=mixing, coupling=coupling)

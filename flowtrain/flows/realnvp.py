@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from flowtrain import nets
 from flowtrain.bijections import (
     Alternate,
     BatchNorm,
@@ -19,7 +20,6 @@ from flowtrain.bijections import (
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain, count_halvings
-from flowtrain.nets import MLP, ResidualConvNet
 
 
 def realnvp(
@@ -29,6 +29,7 @@ def realnvp(
     hidden: int = 16,
     blocks: int = 1,
     dropout: float = 0.0,
+    net_norm: bool = True,
     univariate=TanhAffine,
     norm=BatchNorm,
     base=StandardNormal,
@@ -46,6 +47,7 @@ def realnvp(
         hidden: channels of a conditioner at full resolution, doubled where the sides halve.
         blocks: residual blocks of a conditioner.
         dropout: in the conditioners.
+        net_norm: batch normalization in the conditioners.
         univariate, norm: factories of the couplings' map and of the layer after each coupling (None: no such layer).
         base, preprocess, context_shape: see :mod:`flowtrain.flows`.
 
@@ -54,7 +56,14 @@ def realnvp(
     >>> flow.log_prob(torch.zeros(5, 3, 8, 8)).shape
     torch.Size([5])
     """
-    net = partial(ResidualConvNet, hidden=hidden, full_side=shape[-1], blocks=blocks, dropout=dropout)
+    net = partial(
+        nets.ResidualConvNet,
+        hidden=hidden,
+        full_side=shape[-1],
+        blocks=blocks,
+        dropout=dropout,
+        norm=nets.BatchNorm if net_norm else None,
+    )
     coupling = partial(Coupling, univariate=univariate, net=net)
     odd = partial(coupling, partition=partial(Checkerboard, colour=0))  # the top-left pixel conditions
     even = partial(coupling, partition=partial(Checkerboard, colour=1))
@@ -120,7 +129,7 @@ def realnvp_vector(
     >>> realnvp_vector((2,), hidden=16).log_prob(torch.zeros(5, 2)).shape
     torch.Size([5])
     """
-    net = partial(MLP, hidden=hidden, depth=depth, dropout=dropout)
+    net = partial(nets.MLP, hidden=hidden, depth=depth, dropout=dropout)
     even = partial(Coupling, univariate=univariate, net=net, partition=partial(Alternate, first=0))
     odd = partial(Coupling, univariate=univariate, net=net, partition=partial(Alternate, first=1))
     pair = chain(repeat=pairs, even=even, norm_even=norm, odd=odd, norm_odd=norm)
