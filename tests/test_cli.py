@@ -16,6 +16,7 @@ from composed import options
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes, main, worker
+from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.cli.help import help_text
 from flowtrain.commands import COMMANDS
 from flowtrain.config.validation import key_names
@@ -70,7 +71,6 @@ def refusal(tmp_path, monkeypatch):
         ("devices=9999", "devices=9999: there "),
         ("trainer.clip=-1", "trainer.clip=-1"),
         ("trainer.accumulate=7", "batch_size=63 does"),
-        ("dataset.bits=5", "dataset.bits=5: digits has 17 levels"),
         ("dataset.shape=3", "no key 'dataset.shape'"),
         ("dataset.flip=1", "must be true or false"),
         ("model=[1,", "cannot read"),
@@ -223,6 +223,13 @@ def test_a_refusal_inside_the_job_leaves_no_run(tmp_path, devices):
     done = flowtrain("train", *words, *TINY, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_a_value_that_the_data_set_refuses_leaves_no_run(tmp_path):
+    with pytest.raises(WorkerError, match="dataset.bits=5: digits has 17 levels") as caught:
+        inprocess.flowtrain(tmp_path, "train", "dataset.bits=5")
+    assert caught.value.exit_code == 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):

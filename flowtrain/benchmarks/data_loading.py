@@ -22,7 +22,7 @@ IMAGES, SIDE = 512, 48  # of the folder
 
 def rows(session: Session) -> Iterator[Row]:
     digits = data.Digits()
-    yield _row(session, "digits, on the device", digits, partial(flows.logit, grey_levels=digits.levels), RESIDENT)
+    yield _row(session, "digits, on the device", digits, partial(flows.logit, grey_levels=digits.spec.levels), RESIDENT)
     center = partial(flows.center, grey_levels=256)
     images = data.Synthetic(flip=True, shift=2)
     yield _row(session, "32×32 images, on the device, augmented", images, center, RESIDENT)
@@ -38,7 +38,9 @@ def _row(session: Session, name: str, dataset: data.Dataset, preprocess, target:
     batches = loader.batches()
     fixed = next(batches)
     torch.manual_seed(session.seed)
-    flow = flows.glow(dataset.shape, levels=2, steps=steps, hidden=hidden, preprocess=preprocess).to(session.device)
+    flow = flows.glow(dataset.spec.shape, levels=2, steps=steps, hidden=hidden, preprocess=preprocess).to(
+        session.device
+    )
     flow.initialize(*fixed)
     flow.train()
     optimizer = ours.optimizer(flow.parameters())

@@ -230,9 +230,9 @@ def violations(lines: list[list[str]]) -> list[list[str]]:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             root = key.split(".")[0]
-            if root == "preprocess" and tree["model"]["name"] == "autoregressive":
+            if root == "preprocess" and tree["model"]["_target_"] == "flowtrain.flows.autoregressive":
                 continue  # which has its own
-            part = tree[root].get("_target_", tree[root].get("name")) if isinstance(tree[root], dict) else None
+            part = tree[root].get("_target_") if isinstance(tree[root], dict) else None
             found.setdefault((key, str(part)), [*line, f"{key}=-1"])
     return list(found.values())
 
