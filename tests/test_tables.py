@@ -455,7 +455,7 @@ def test_columns_know_what_they_are(tmp_path, frame):
 def test_another_file_is_read_by_what_a_checkpoint_knows(tmp_path, frame):
     columns = data.Table(path=write(frame, tmp_path / "t.csv"), context=["age", "colour"]).split("train").columns
     other = frame[frame["colour"] != "blue"].iloc[::-1][list(frame)[::-1]].assign(more=1)
-    keys = {"context": ["age", "colour"], "shape": [4], "context_shape": [4]}
+    keys = {"context": ["age", "colour"]}
     dataset = data.Table(path=write(other, tmp_path / "other.csv"), **keys)
     dataset.use_columns(columns)
     split = dataset.split("test")
