@@ -19,8 +19,8 @@ from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
 from flowtrain.config.build import add_hint, build, build_dataset, build_flow, build_objective, model_name
 from flowtrain.config.compose import conf_dir
+from flowtrain.config.conversion import to_dict
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import to_dict
 from flowtrain.data import Loader
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism

@@ -26,7 +26,7 @@ from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import train_config
-from flowtrain.engine.training_pass import synchronized
+from flowtrain.engine.training_pass import synchronize_gradients
 from flowtrain.runtime import distributed
 from flowtrain.runtime.global_batch import RunningMoments
 
@@ -92,7 +92,7 @@ def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
     """A training step that all-reduces its gradients, beside the same step without communication."""
     x = torch.randn(sizes.batch, size[0])
     alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
-    run = step(synchronized(shared, static_graph=True), ours.optimizer, x)
+    run = step(synchronize_gradients(shared, static_graph=True), ours.optimizer, x)
     variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
         run()

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from flowtrain.commands import COMMANDS
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import conf_dir, train_config
-from flowtrain.config.validation import to_dict, validate
+from flowtrain.config.conversion import to_dict, validate
 from flowtrain.data.spec import DataSpec
 
 

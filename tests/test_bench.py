@@ -15,7 +15,7 @@ from flowtrain.benchmarks.session import BARE, Row, Session
 from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
 from flowtrain.cli import exit_codes
 from flowtrain.commands import BenchConfig
-from flowtrain.config.validation import key_names
+from flowtrain.config.conversion import key_names
 from flowtrain.errors import FlowtrainError, UsageError
 
 TINY = ("smoke=true", "threads=1", "rounds=3", "seconds=0.01", "compile=false", "plot=false")

@@ -19,7 +19,7 @@ from flowtrain.cli import exit_codes, main, worker
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.cli.help import help_text
 from flowtrain.commands import COMMANDS
-from flowtrain.config.validation import key_names
+from flowtrain.config.conversion import key_names
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent

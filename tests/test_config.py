@@ -10,8 +10,8 @@ import flowtrain
 from flowtrain.cli import exit_codes
 from flowtrain.config import build, restore, runs
 from flowtrain.config.allow import check_targets
+from flowtrain.config.conversion import to_dict, validate
 from flowtrain.config.schema import DistConfig, TrainConfig, TrainerConfig
-from flowtrain.config.validation import to_dict, validate
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import environment
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
 from flowtrain.benchmarks.timing import in_turns
-from flowtrain.engine.training_pass import synchronized
+from flowtrain.engine.training_pass import synchronize_gradients
 from flowtrain.flow import Flow
 
 pytest.importorskip("matplotlib")
@@ -92,7 +92,7 @@ def test_model_of_a_ring():
 
 def reductions(_folder):
     flow = Flow([3], partial(b.Chain, layers={"one": b.BatchNorm, "scale": b.ActNorm, "other": b.BatchNorm}))
-    wrapped, x = synchronized(flow, static_graph=True), torch.randn(8, 3)
+    wrapped, x = synchronize_gradients(flow, static_graph=True), torch.randn(8, 3)
     wrapped(x).mean().backward()
     with profile(activities=[ProfilerActivity.CPU]) as record:
         wrapped(x).mean().backward()

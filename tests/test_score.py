@@ -18,7 +18,7 @@ from PIL import Image
 
 from flowtrain import load, train
 from flowtrain.commands import ScoreConfig, score
-from flowtrain.config.validation import validate
+from flowtrain.config.conversion import validate
 from flowtrain.data import Columns, Digits, inputs
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint

@@ -13,7 +13,7 @@ from flowtrain.cli.overrides import parse
 from flowtrain.commands import Command
 from flowtrain.config import runs
 from flowtrain.config.compose import conf_dir
-from flowtrain.config.validation import format_value
+from flowtrain.config.conversion import format_value
 from flowtrain.errors import UsageError
 
 FIND = {  # key -> the checkpoint that its value names

@@ -19,8 +19,8 @@ from flowtrain.cli.overrides import parse, split_jobs
 from flowtrain.commands import CHECKPOINT_KEYS, Command
 from flowtrain.config import runs
 from flowtrain.config.compose import conf_dir, is_part, typed
+from flowtrain.config.conversion import dotted_keys, format_value, key_names
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import dotted_keys, format_value, key_names
 from flowtrain.errors import UsageError
 from flowtrain.runtime import distributed
 

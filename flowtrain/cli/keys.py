@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.cli.messages import suggest
 from flowtrain.config.compose import is_part
-from flowtrain.config.validation import format_value
+from flowtrain.config.conversion import format_value
 from flowtrain.errors import UsageError
 
 

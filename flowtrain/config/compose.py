@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.config import runs
+from flowtrain.config.conversion import key_names, to_dict, validate
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import key_names, to_dict, validate
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import status
 

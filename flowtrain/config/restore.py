@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from flowtrain.config import runs
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part
+from flowtrain.config.conversion import key_names, to_dict, validate
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import key_names, to_dict, validate
 from flowtrain.errors import FlowtrainError
 
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100

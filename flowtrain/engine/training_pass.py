@@ -37,7 +37,7 @@ class TrainingPass:
         All backward passes use the same graph, except those of ODEs and of accumulated parts, of which only the last
         sends: torch fails an assertion where ``no_sync`` meets ``static_graph``.
         """
-        self.loss = synchronized(self.loss, static_graph=self.parts == 1 and not continuous_layers(self.flow))
+        self.loss = synchronize_gradients(self.loss, static_graph=self.parts == 1 and not continuous_layers(self.flow))
 
     def backpropagate(
         self, x: Tensor, context: Tensor | None, step: int, rank: int, world: int
@@ -66,7 +66,7 @@ class TrainingPass:
         return nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
 
 
-def synchronized(module: nn.Module, static_graph: bool) -> DistributedDataParallel:
+def synchronize_gradients(module: nn.Module, static_graph: bool) -> DistributedDataParallel:
     """``module``, with gradients that are averaged over all processes.
 
     Buffers are equal on all processes from the start and change alike, so none are sent.

@@ -14,8 +14,8 @@ import torch
 
 from flowtrain.cli import main, worker
 from flowtrain.config import runs
+from flowtrain.config.conversion import validate
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import validate
 from flowtrain.data import Loader
 from flowtrain.engine.loggers import JsonLines
 from flowtrain.engine.trainer import Trainer

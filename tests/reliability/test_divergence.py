@@ -17,8 +17,8 @@ from flowtrain import train
 from flowtrain.cli import exit_codes
 from flowtrain.commands import check
 from flowtrain.config.build import build
+from flowtrain.config.conversion import validate
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import validate
 from flowtrain.engine.objectives import BitsPerDim
 from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError

@@ -21,8 +21,8 @@ from PIL import Image
 
 from flowtrain.cli import exit_codes
 from flowtrain.config import restore
+from flowtrain.config.conversion import dotted_keys, to_dict
 from flowtrain.config.schema import TrainConfig
-from flowtrain.config.validation import dotted_keys, to_dict
 from flowtrain.data import DownsampledImageNet, Power, Table
 from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, unnamed_columns
 from flowtrain.errors import FlowtrainError

@@ -11,7 +11,7 @@ import torch
 from forks import runs_in, same, state, steps
 
 from flowtrain.config.compose import train_config
-from flowtrain.config.validation import to_dict
+from flowtrain.config.conversion import to_dict
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 

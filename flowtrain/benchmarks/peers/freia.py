@@ -6,7 +6,7 @@ from FrEIA.modules import AllInOneBlock
 from torch import nn
 
 from flowtrain.benchmarks.ours import convolutions
-from flowtrain.benchmarks.peers.parts import Levels
+from flowtrain.benchmarks.peers.common import Levels
 
 
 class _Block(nn.Module):

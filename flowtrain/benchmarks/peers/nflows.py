@@ -15,7 +15,7 @@ from nflows.transforms.splines import unconstrained_rational_quadratic_spline
 from torch import nn
 
 from flowtrain.benchmarks.ours import convolutions
-from flowtrain.benchmarks.peers.parts import (
+from flowtrain.benchmarks.peers.common import (
     TAILS,
     Layers,
     Levels,

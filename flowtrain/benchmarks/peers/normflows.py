@@ -11,7 +11,7 @@ from normflows.nets.resnet import ResidualNet
 from normflows.utils.splines import unconstrained_rational_quadratic_spline
 from torch import nn
 
-from flowtrain.benchmarks.peers.parts import TAILS, Layers, Levels, Turn, spline_autoregressive, spline_couplings
+from flowtrain.benchmarks.peers.common import TAILS, Layers, Levels, Turn, spline_autoregressive, spline_couplings
 
 
 def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:

@@ -6,7 +6,7 @@ import zuko
 from zuko.transforms import MonotonicRQSTransform
 
 from flowtrain.benchmarks.ours import BINS
-from flowtrain.benchmarks.peers.parts import Peer
+from flowtrain.benchmarks.peers.common import Peer
 
 BOUND = 3.0
 
