@@ -243,6 +243,7 @@ def test_a_reader_that_has_left_is_no_error_of_the_job(tmp_path, monkeypatch):
 
 def test_a_knob_that_the_constructor_does_not_take(tmp_path):
     for word, says in (
+        ("dataset.bits=9", "dataset.bits=9: must be between 1 and 8"),
         ("+model.stepz=3", "did you mean 'model.steps'?"),
         ("+univariate.foo=3", "no key 'univariate.foo'"),
     ):

@@ -132,7 +132,14 @@ def small_checkpoint():
     """The bytes of a checkpoint of the smallest flow."""
     words = ("model=nice", "model.hidden=2", "smoke=true")
     cfg, flow = configuration(*words), flow_of(*words)
-    state = {"config": to_dict(cfg), "model": flow.state_dict(), "ema": None, "columns": None, "step": 1}
+    state = {
+        "format": checkpoint.FORMAT,
+        "config": to_dict(cfg),
+        "model": flow.state_dict(),
+        "ema": None,
+        "columns": None,
+        "step": 1,
+    }
     out = io.BytesIO()
     torch.save(state, out)
     return out.getvalue()
