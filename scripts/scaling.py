@@ -29,7 +29,7 @@ from torch import Tensor
 from flowtrain import flows
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.sampling import without_gradients
-from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
+from flowtrain.benchmarks.timing import Spread, Times, ratio, time_in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections import MixtureNormal
 from flowtrain.bijections.ode import exact_trace, traced_exactly
@@ -125,7 +125,7 @@ class Clock:
         self.slice, self.order = slice, random.Random(0)
 
     def __call__(self, variants: dict[str, Callable[[], object]]) -> Times:
-        return in_turns(variants, 3, 0.0, self.order, lambda: None, self.slice, time.process_time)
+        return time_in_turns(variants, 3, 0.0, self.order, lambda: None, self.slice, time.process_time)
 
 
 def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
@@ -160,7 +160,7 @@ def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
             size = sizes.base | {axis: value}
             x = torch.randn(size["batch"], size["D"])
             points[value] = works(
-                ours.started(partial(FAMILIES[family], size["D"], size["width"], size["depth"]), x, 0), x
+                ours.build_perturbed(partial(FAMILIES[family], size["D"], size["width"], size["depth"]), x, 0), x
             )
         for work in WORK:
             times = clock({value: point[work] for value, point in points.items()})
@@ -199,7 +199,7 @@ def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
     """What the rows of a set in memory cost: evaluation of all, an epoch's batches, a training step with its batch."""
     say("rows of data")
     dimensions, batch = 64, min(512, *counts)
-    flow = ours.started(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
+    flow = ours.build_perturbed(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
     judge, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
@@ -234,7 +234,7 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
         for dimensions, hidden, layers in points:
             say(f"{family}: sampling at D = {dimensions}")
             x = torch.randn(sizes.batch, dimensions)
-            flow = ours.started(partial(FAMILIES[family], dimensions, hidden, layers), x[:64], 0)
+            flow = ours.build_perturbed(partial(FAMILIES[family], dimensions, hidden, layers), x[:64], 0)
             times = clock(
                 {
                     "density": without_gradients(flow, lambda: flow(x)),
@@ -261,7 +261,7 @@ def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
     for model, constructor in VECTOR_MODELS.items():
         say(f"{model} at D = {dimensions}")
         x = torch.randn(batch, dimensions)
-        flow = ours.started(partial(constructor, (dimensions,)), x, 0).eval()
+        flow = ours.build_perturbed(partial(constructor, (dimensions,)), x, 0).eval()
         with exact_trace() if traced_exactly(flow) else nullcontext():  # as `flowtrain eval` has it
             times = clock(
                 {

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.timing import Spread, in_turns
+from flowtrain.benchmarks.timing import Spread, time_in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_dataset, build_flow
@@ -85,13 +85,13 @@ def _member(rank: int, world: int, sizes: Sizes, folder: str) -> None:
 
 def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
     """Each variant is called once a round; all processes start and end each call together, in the same order."""
-    return in_turns(variants, rounds, math.inf, random.Random(0), dist.barrier, 1e-9, clock)
+    return time_in_turns(variants, rounds, math.inf, random.Random(0), dist.barrier, 1e-9, clock)
 
 
 def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
     """A training step that all-reduces its gradients, beside the same step without communication."""
     x = torch.randn(sizes.batch, size[0])
-    alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
+    alone, shared = (ours.build_perturbed(partial(FLOWS[name], *size), x, 0) for _ in range(2))
     run = step(synchronize_gradients(shared, static_graph=True), ours.optimizer, x)
     variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
@@ -166,7 +166,7 @@ def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
     run = step(flow, ours.optimizer, x)
     with FlopCounterMode(display=False) as counter, _Kernels() as kernels:
         run()
-    seconds = in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]
+    seconds = time_in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]
     return {
         "preset": name,
         "batch": cfg.batch_size,

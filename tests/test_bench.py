@@ -12,7 +12,7 @@ from inprocess import flowtrain
 
 from flowtrain.benchmarks import SUITES, ours, peers, report
 from flowtrain.benchmarks.session import BARE, Row, Session
-from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
+from flowtrain.benchmarks.timing import MIN_ROUNDS, Spread, ratio, time_in_turns
 from flowtrain.cli import exit_codes
 from flowtrain.commands import BenchConfig
 from flowtrain.config.conversion import key_names
@@ -116,7 +116,7 @@ def test_what_is_not_exact_is_not_timed(tmp_path, monkeypatch, capsys):
         z, log_det = self.flow.bijection(x)
         return z, 1.001 * log_det
 
-    monkeypatch.setattr(ours.Encoded, "encode", wrong)
+    monkeypatch.setattr(ours.AsPeer, "encode", wrong)
     with pytest.raises(FlowtrainError, match="log-determinant is off by") as failure:
         flowtrain(tmp_path, "bench", *TINY, "suite=train", "peers=[]")
     assert failure.value.exit_code == 1 and exit_codes.describe_error(failure.value)[1] == 1
@@ -134,11 +134,11 @@ def test_another_density_with_our_weights_is_found():
 def test_turns():
     seen = []
     variants = {name: partial(seen.append, name) for name in "abc"}
-    times = in_turns(variants, 5, 60.0, random.Random(0), lambda: None, slice=1e-9)
+    times = time_in_turns(variants, 5, 60.0, random.Random(0), lambda: None, slice=1e-9)
     assert [len(times[name]) for name in "abc"] == [5, 5, 5]
     rounds = [tuple(seen[i : i + 3]) for i in range(len(seen) - 15, len(seen), 3)]
     assert all(sorted(one) == list("abc") for one in rounds) and len(set(rounds)) > 1
-    assert len(in_turns(variants, 50, 0.0, random.Random(0), lambda: None, slice=1e-9)["a"]) == LEAST_ROUNDS
+    assert len(time_in_turns(variants, 50, 0.0, random.Random(0), lambda: None, slice=1e-9)["a"]) == MIN_ROUNDS
 
 
 def test_ratios_are_of_rounds():

@@ -15,7 +15,7 @@ from ranks import together
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
-from flowtrain.benchmarks.timing import in_turns
+from flowtrain.benchmarks.timing import time_in_turns
 from flowtrain.engine.training_pass import synchronize_gradients
 from flowtrain.flow import Flow
 
@@ -59,7 +59,7 @@ def test_a_page_without_a_section_is_an_error(tmp_path):
 
 def test_times_are_read_from_the_clock_that_is_given():
     ticks = count()
-    times = in_turns({"a": lambda: None}, 3, 0.0, Random(0), lambda: None, 1e-9, lambda: float(next(ticks)))
+    times = time_in_turns({"a": lambda: None}, 3, 0.0, Random(0), lambda: None, 1e-9, lambda: float(next(ticks)))
     assert times == {"a": [1.0, 1.0, 1.0]}
 
 
