@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from composed import VECTORS, composed, options
+from composed import VECTORS, compose_tree, options
 from inprocess import flowtrain
 from omegaconf import OmegaConf
 
@@ -225,7 +225,7 @@ def violations(lines: list[list[str]]) -> list[list[str]]:
     bound that settings state, and no such word where there are words to choose from."""
     found = {}
     for line in lines:
-        tree = OmegaConf.to_container(composed(*line), resolve=False)
+        tree = OmegaConf.to_container(compose_tree(*line), resolve=False)
         for key, value in leaves(tree):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue

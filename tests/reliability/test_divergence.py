@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from composed import configuration, on_checkpoint
+from composed import checkpoint_command_config, configuration
 from inprocess import flowtrain
-from ranks import together
+from ranks import run_on_two_ranks
 from test_engine import BATCH, same, small_flow
 from test_parallel import Slices, trainer
 
@@ -89,7 +89,7 @@ FAULTS = [
 
 def replaying(config, file):
     keys = {"examples": 8, "jacobian": 4096, "tolerance": 1.0, "weights": "auto", "json": False}
-    return on_checkpoint("check", config, ckpt=None, replay=str(file), **keys)
+    return checkpoint_command_config("check", config, ckpt=None, replay=str(file), **keys)
 
 
 def wrong_with(fault: Fault, folder) -> str | None:
@@ -310,7 +310,7 @@ def of_two(folder):
 
 
 def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
-    (lines, rollbacks, skipped, weights), (others, *counts, other_weights) = together(of_two, tmp_path)
+    (lines, rollbacks, skipped, weights), (others, *counts, other_weights) = run_on_two_ranks(of_two, tmp_path)
     agreed = lines == others and (rollbacks, skipped) == tuple(counts) and all(map(torch.equal, weights, other_weights))
     promise(7, "data, and a weight, spoiled in one process of two: both agree", f"{2 * agreed} of 2")
     assert agreed and (rollbacks, skipped) == (1, 3)
