@@ -1,4 +1,7 @@
-"""Train, evaluate and record each figure of results/plan.yaml that has no results/<name>.json yet."""
+"""Train and evaluate the models of results/plan.yaml, and write results/<name>.json.
+
+Arguments are names of the plan, or name=RUN for a finished run; without any, all that have no file yet.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ PLAN = yaml.safe_load((RESULTS / "plan.yaml").read_text())
 
 
 def flowtrain(*words: str) -> str:
-    """Run a command and return its stdout, which is also shown line by line."""
+    """Run a command, show its stdout line by line, and return it."""
     command = [sys.executable, "-m", "flowtrain", *words]
     print("$", shlex.join(["flowtrain", *words]), flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -31,12 +34,12 @@ def flowtrain(*words: str) -> str:
 
 
 def measure(name: str, run_dir: str = "") -> None:
-    """Train the plan's command, or take the finished run ``run_dir``; evaluate it and write results/<name>.json."""
+    """Train the plan's model, or take the finished run ``run_dir``; evaluate it and write results/<name>.json."""
     entry = PLAN[name]
     words = os.path.expandvars(entry["command"]).split()
     run_dir = run_dir or re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]
-    places = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
-    report = json.loads(flowtrain("eval", f"ckpt={run_dir}", "json=true", *places, *entry.get("eval", "").split()))
+    data = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
+    report = json.loads(flowtrain("eval", f"ckpt={run_dir}", "json=true", *data, *entry.get("eval", "").split()))
     summary = json.loads((Path(run_dir) / "summary.json").read_text())
     environment = json.loads((Path(run_dir) / "environment.json").read_text())
     cores = environment["devices"] * environment["threads"]

@@ -9,11 +9,11 @@ FLOWTRAIN = (sys.executable, "-m", "flowtrain")
 
 
 def flowtrain(*words: str, **options) -> subprocess.CompletedProcess:
-    """Run a command; if it fails, exit with its code. Its own message is on stderr already."""
-    done = subprocess.run([*FLOWTRAIN, *words], text=True, **options)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done
+    """Run a command. If it fails, exit with its code; its message is on stderr already."""
+    result = subprocess.run([*FLOWTRAIN, *words], text=True, **options)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return result
 
 
 flowtrain("train", "max_minutes=3", *sys.argv[1:])

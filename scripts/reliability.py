@@ -1,4 +1,4 @@
-"""Write outputs/reliability.json, which `scripts/test --reliability` leaves, into docs/reliability.md."""
+"""Write outputs/reliability.json, from `scripts/test --reliability`, as the table of docs/reliability.md."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import sections
 
 
-def cell(text: str) -> str:
+def escape(text: str) -> str:
+    """The text of a cell of a Markdown table."""
     return text.replace("|", r"\|")
 
 
@@ -16,6 +17,6 @@ lines = [
     "",
     "| promise | asked | seen |",
     "|---|---|---|",
-    *(f"| {number} | {cell(asked)} | {cell(seen)} |" for number, asked, seen in found["promises"]),
+    *(f"| {number} | {escape(asked)} | {escape(seen)} |" for number, asked, seen in found["promises"]),
 ]
 sections.write(Path("docs/reliability.md"), "seen", "\n".join(lines))

@@ -24,6 +24,7 @@ def table(title: str, results: list[dict]) -> str:
 
 
 def row(result: dict, in_nats: bool) -> list[str]:
+    """The cells of a result."""
     if in_nats:
         figure = f"{result['log_likelihood']:.2f} ± {2 * result['log_likelihood_stderr']:.2f}"
     else:

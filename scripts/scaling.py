@@ -29,7 +29,7 @@ from torch import Tensor
 from flowtrain import flows
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.sampling import without_gradients
-from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
+from flowtrain.benchmarks.timing import Spread, Times, ratio, time_in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections import MixtureNormal
 from flowtrain.bijections.ode import exact_trace, traced_exactly
@@ -42,7 +42,7 @@ from flowtrain.flow import Flow
 
 
 def glow_vector(dimensions: int, hidden: int, steps: int) -> Flow:
-    """Glow's steps for vectors: the one family here with a dense linear layer, of D² weights."""
+    """Glow's steps for vectors: the only family here with a dense linear layer, of D² weights."""
     return flows.glow_vector((dimensions,), steps=steps, hidden=hidden)
 
 
@@ -52,7 +52,7 @@ FAMILIES = {
     "NSF autoregressive": ours.nsf_autoregressive,
     "Glow's steps": glow_vector,
 }
-VECTOR_MODELS = {  # as conf/model has them
+VECTOR_MODELS = {  # the models of conf/model
     **{
         name: getattr(flows, name)
         for name in ("ffjord", "glow_vector", "hybrid", "iaf", "made", "maf", "maf_mog", "nice")
@@ -67,9 +67,9 @@ WORK = ("density", "training step", "sampling")
 class Sizes:
     growing: tuple[str, ...]  # families
     base: dict[str, int]
-    axes: dict[str, tuple[int, ...]]  # each varies while the others keep their value in ``base``
+    axes: dict[str, tuple[int, ...]]  # each varies while the others keep their values of ``base``
     autoregressive: dict[str, tuple[tuple[int, int, int], ...]]  # family -> (D, hidden, layers)
-    batch: int  # of the autoregressive ones
+    batch: int  # of the autoregressive families
     families: tuple[int, int]  # D and batch of the comparison of all families
     rows: tuple[int, ...]
     parallel: scaling_parallel.Sizes
@@ -106,14 +106,14 @@ SMOKE = Sizes(
 
 
 def measure(sizes: Sizes, slice: float) -> dict:
-    """Measure everything. A call that takes less than ``slice`` seconds is repeated until it takes that long."""
+    """Measure everything. A call shorter than ``slice`` seconds is repeated until it takes that long."""
     clock = Clock(slice)
     return {
         "base": sizes.base,
-        "growth": [one for axis in sizes.axes for one in growth(sizes, axis, clock)],
-        "rows": rows(sizes.rows, clock),
-        "autoregressive": autoregressive(sizes, clock),
-        "families": families(*sizes.families, clock),
+        "growth": [one for axis in sizes.axes for one in measure_growth(sizes, axis, clock)],
+        "rows": measure_rows(sizes.rows, clock),
+        "autoregressive": measure_autoregressive(sizes, clock),
+        "families": measure_families(*sizes.families, clock),
         "parallel": scaling_parallel.measure(sizes.parallel),
     }
 
@@ -125,18 +125,18 @@ class Clock:
         self.slice, self.order = slice, random.Random(0)
 
     def __call__(self, variants: dict[str, Callable[[], object]]) -> Times:
-        return in_turns(variants, 3, 0.0, self.order, lambda: None, self.slice, time.process_time)
+        return time_in_turns(variants, 3, 0.0, self.order, lambda: None, self.slice, time.process_time)
 
 
-def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
-    """What is timed of a flow, each a call on a batch like ``x``; a training step changes no other's cost."""
+def calls(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
+    """The calls to time, by their name, each on a batch like ``x``. A training step changes no other call's cost."""
     train = step(flow, ours.optimizer, x)
 
     def training_step():
         flow.train()
         train()
 
-    def in_evaluation(run: Callable[[], object]) -> Callable[[], None]:
+    def evaluation(run: Callable[[], object]) -> Callable[[], None]:
         def inner():
             flow.eval()
             with torch.no_grad():
@@ -145,22 +145,22 @@ def works(flow: Flow, x: Tensor) -> dict[str, Callable[[], None]]:
         return inner
 
     return {
-        "density": in_evaluation(lambda: flow(x)),
+        "density": evaluation(lambda: flow(x)),
         "training step": training_step,
-        "sampling": in_evaluation(lambda: flow.sample(len(x))),
+        "sampling": evaluation(lambda: flow.sample(len(x))),
     }
 
 
-def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
-    """Seconds and bytes of each family along one axis, and the powers of the axis that they grow with."""
+def measure_growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
+    """Measure the seconds and bytes of each family along one axis, and the powers with which they grow."""
     for family in sizes.growing:
         say(f"{family} by {axis}")
         points = {}
         for value in sizes.axes[axis]:
             size = sizes.base | {axis: value}
             x = torch.randn(size["batch"], size["D"])
-            points[value] = works(
-                ours.started(partial(FAMILIES[family], size["D"], size["width"], size["depth"]), x, 0), x
+            points[value] = calls(
+                ours.build_perturbed(partial(FAMILIES[family], size["D"], size["width"], size["depth"]), x, 0), x
             )
         for work in WORK:
             times = clock({value: point[work] for value, point in points.items()})
@@ -170,7 +170,10 @@ def growth(sizes: Sizes, axis: str, clock: Clock) -> Iterable[dict]:
 
 
 def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list[float]]) -> dict:
-    """``measured``: value on the axis -> the figure of each round. The exponent is fitted in each round separately."""
+    """A measured curve with its exponents, which are fitted in each round separately.
+
+    ``measured``: value on the axis -> the measurement of each round.
+    """
     values, series = list(measured), list(zip(*measured.values(), strict=True))
     return {
         "family": family,
@@ -179,42 +182,43 @@ def curve(family: str, axis: str, work: str, unit: str, measured: dict[int, list
         "unit": unit,
         "at": values,
         "measured": [Spread.of(list(found)).median for found in measured.values()],
-        "exponent": spread([exponent(values, one) for one in series]),
-        "last_exponent": spread([exponent(values[-2:], one[-2:]) for one in series]),
+        "exponent": spread([fit_exponent(values, one) for one in series]),
+        "last_exponent": spread([fit_exponent(values[-2:], one[-2:]) for one in series]),
     }
 
 
-def exponent(x: Iterable[float], y: Iterable[float]) -> float:
-    """The slope of log y over log x, by least squares."""
+def fit_exponent(x: Iterable[float], y: Iterable[float]) -> float:
+    """Fit the slope of log y over log x by least squares."""
     x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (x, y))
     x = x - x.mean()
     return ((x * y).sum() / (x * x).sum()).item()
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """The median and half range of ``values``."""
     return vars(Spread.of(values))
 
 
-def rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
-    """What the rows of a set in memory cost: evaluation of all, an epoch's batches, a training step with its batch."""
+def measure_rows(counts: tuple[int, ...], clock: Clock) -> list[dict]:
+    """Measure what the rows of a data set in memory cost in evaluation, an epoch's batches, and a training step."""
     say("rows of data")
     dimensions, batch = 64, min(512, *counts)
-    flow = ours.started(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
-    judge, epoch, train = {}, {}, {}
+    flow = ours.build_perturbed(partial(ours.maf, dimensions, 64, 1), torch.randn(batch, dimensions), 0)
+    evaluation, epoch, train = {}, {}, {}
     for count in counts:
         split = ArraySplit(torch.randn(count, dimensions))
-        judge[count] = lambda split=split: evaluate(flow, evaluation_batches(split, batch), len(split))
+        evaluation[count] = lambda split=split: evaluate(flow, evaluation_batches(split, batch), len(split))
         epoch[count] = lambda loader=Loader(split, batch): [
             None for _ in zip(range(loader.steps_per_epoch), loader.batches())
         ]
-        train[count] = training(copy.deepcopy(flow), Loader(split, batch))
-    runs = {"evaluation": judge, "an epoch's batches": epoch, "a training step": train}
+        train[count] = training_step(copy.deepcopy(flow), Loader(split, batch))
+    runs = {"evaluation": evaluation, "an epoch's batches": epoch, "a training step": train}
     seconds = [curve("MAF", "rows", work, "s", clock(run)) for work, run in runs.items()]
     peaks = {work: {count: [peak_bytes(once)] for count, once in run.items()} for work, run in runs.items()}
     return seconds + [curve("MAF", "rows", work, "B", peak) for work, peak in peaks.items()]
 
 
-def training(flow: Flow, loader: Loader) -> Callable[[], None]:
+def training_step(flow: Flow, loader: Loader) -> Callable[[], None]:
     """A training step on the next batch."""
     batches = loader.batches()
     x = torch.empty(loader.batch_size, *flow.shape)
@@ -227,14 +231,14 @@ def training(flow: Flow, loader: Loader) -> Callable[[], None]:
     return inner
 
 
-def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
-    """The cost of sampling as a multiple of one density pass over as many examples."""
+def measure_autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
+    """Measure the cost of sampling as a multiple of a density pass over as many examples."""
     found = []
     for family, points in sizes.autoregressive.items():
         for dimensions, hidden, layers in points:
             say(f"{family}: sampling at D = {dimensions}")
             x = torch.randn(sizes.batch, dimensions)
-            flow = ours.started(partial(FAMILIES[family], dimensions, hidden, layers), x[:64], 0)
+            flow = ours.build_perturbed(partial(FAMILIES[family], dimensions, hidden, layers), x[:64], 0)
             times = clock(
                 {
                     "density": without_gradients(flow, lambda: flow(x)),
@@ -255,14 +259,14 @@ def autoregressive(sizes: Sizes, clock: Clock) -> list[dict]:
     return found
 
 
-def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
-    """Seconds an example of every model of conf/ that takes vectors, at its default size."""
+def measure_families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
+    """Measure the seconds an example of every model of conf/ for vectors, at its default size."""
     found = []
     for model, constructor in VECTOR_MODELS.items():
         say(f"{model} at D = {dimensions}")
         x = torch.randn(batch, dimensions)
-        flow = ours.started(partial(constructor, (dimensions,)), x, 0).eval()
-        with exact_trace() if traced_exactly(flow) else nullcontext():  # as `flowtrain eval` has it
+        flow = ours.build_perturbed(partial(constructor, (dimensions,)), x, 0).eval()
+        with exact_trace() if traced_exactly(flow) else nullcontext():  # as in `flowtrain eval`
             times = clock(
                 {
                     "density": without_gradients(flow, lambda: flow(x)),
@@ -282,6 +286,7 @@ def families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
 
 
 def say(text: str) -> None:
+    """Print a line of progress with the CPU seconds so far."""
     print(f"{time.process_time():6.0f} s  {text}", file=sys.stderr, flush=True)
 
 
@@ -291,14 +296,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    before, began = os.getloadavg()[0], time.process_time()
+    load, start = os.getloadavg()[0], time.process_time()
     found = measure(SMOKE if options.smoke else FULL, 1e-9 if options.smoke else 0.02)
     found["machine"] = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "cores": os.cpu_count(),
-        "load": [before, os.getloadavg()[0]],
-        "cpu_seconds": time.process_time() - began,
+        "load": [load, os.getloadavg()[0]],
+        "cpu_seconds": time.process_time() - start,
     }
     (options.folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     scaling_page.write(found, options.folder)

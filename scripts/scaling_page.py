@@ -1,4 +1,4 @@
-"""Write the figures of scripts/scaling.py as the tables of scaling.md and the plots of scaling.png."""
+"""Write the measurements of scripts/scaling.py as the tables of scaling.md and the plots of scaling.png."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from flowtrain.benchmarks.session import clock
 
-LINEAR, PASSES = 1.0, 2.5  # targets: the power of D and depth; the density passes of sampling
+LINEAR, PASSES = 1.0, 2.5  # targets: the power of D and of depth; sampling in density passes
 
 
 def write(found: dict, folder: Path) -> None:
-    """Put each table between its markers in ``folder``/scaling.md, and draw scaling.png beside it."""
+    """Write each table into its section of ``folder``/scaling.md, and draw scaling.png beside it."""
     for name, section in SECTIONS.items():
         sections.write(folder / "scaling.md", name, section(found))
     draw(found, folder / "scaling.png")
@@ -31,7 +31,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def _run(found: dict) -> str:
     machine = found["machine"]
     before, after = machine["load"]
-    shared = before > 0.5  # after, it holds the two processes' own work
+    shared = before > 0.5  # the load after includes the two processes' own work
     return (
         f"{machine['date']}: torch {machine['torch']}, one thread; {machine['cores']} cores, load {before:.1f} and "
         f"{after:.1f} before and after, so the machine was {'shared with other work' if shared else 'otherwise idle'}; "
@@ -53,7 +53,7 @@ def _growth(found: dict) -> str:
 
 
 def _linear(curves: list[dict]) -> str:
-    """Whether the likelihood's time grows linearly with D and depth at most, by the fit and at the far end."""
+    """State whether the likelihood's time grows at most linearly with D and depth, over all points and at the end."""
     lines = []
     for axis in ("D", "depth"):
         mine = [one for one in curves if (one["work"], one["unit"], one["axis"]) == ("density", "s", axis)]
@@ -70,8 +70,8 @@ def _at_most(spread: dict, bound: float) -> bool:
 
 
 def _power(spread: dict) -> str:
-    near = f" ± {spread['half_range']:.2f}" if spread["half_range"] >= 0.005 else ""
-    return f"{round(spread['median'], 2) + 0.0:.2f}{near}".replace("-", "−")  # + 0.0: no −0.00
+    error = f" ± {spread['half_range']:.2f}" if spread["half_range"] >= 0.005 else ""
+    return f"{round(spread['median'], 2) + 0.0:.2f}{error}".replace("-", "−")  # + 0.0 avoids −0.00
 
 
 def _rows(found: dict) -> str:
@@ -102,15 +102,11 @@ def _autoregressive(found: dict) -> str:
             clock(one["density"]),
             clock(one["sampling"]),
             f"{one['ratio']['median']:.2f} ± {one['ratio']['half_range']:.2f}",
-            _yes(_at_most(one["ratio"], PASSES)),
+            "yes" if _at_most(one["ratio"], PASSES) else "no",
         ]
         for one in points
     ]
     return _table(head, body)
-
-
-def _yes(reached: bool) -> str:
-    return "yes" if reached else "no"
 
 
 def _families(found: dict) -> str:
@@ -171,9 +167,9 @@ def _overlap(found: dict) -> str:
     body = []
     for one in found["parallel"]["flows"]:
         for number, step in enumerate(one["profile"], 1):
-            spans = ", ".join(f"{begun:.1f} – {end:.1f}" for begun, end in step["all_reduce"])
-            begun, end = step["backward"]
-            body.append([one["flow"], number, f"{begun:.1f} – {end:.1f}", spans, f"{overlap(step):.0%}"])
+            spans = ", ".join(f"{start:.1f} – {end:.1f}" for start, end in step["all_reduce"])
+            start, end = step["backward"]
+            body.append([one["flow"], number, f"{start:.1f} – {end:.1f}", spans, f"{overlap(step):.0%}"])
     medians = ", ".join(
         f"{one['flow']} {statistics.median(map(overlap, one['profile'])):.0%}" for one in found["parallel"]["flows"]
     )
@@ -181,10 +177,10 @@ def _overlap(found: dict) -> str:
 
 
 def overlap(step: dict) -> float:
-    """The share of the all-reduces' time in which backward was still going on."""
+    """The share of the all-reduces' time during which backward still ran."""
     start, end = step["backward"]
-    inside = sum(max(0.0, min(till, end) - max(since, start)) for since, till in step["all_reduce"])
-    return inside / sum(till - since for since, till in step["all_reduce"])
+    inside = sum(max(0.0, min(last, end) - max(first, start)) for first, last in step["all_reduce"])
+    return inside / sum(last - first for first, last in step["all_reduce"])
 
 
 def _presets(found: dict) -> str:
@@ -235,7 +231,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
 
 
 def draw(found: dict, path: Path) -> None:
-    """A column for each axis, a row for each kind of work; the last row is of rows, passes and messages."""
+    """Plot a column for each axis and a row for each kind of work; the last row has rows, passes and messages."""
     axes = list(dict.fromkeys(one["axis"] for one in found["growth"]))
     kinds = [("density", "s"), ("training step", "s"), ("sampling", "s"), ("training step", "B")]
     figure = Figure((4 * len(axes), 3.2 * (len(kinds) + 1)), dpi=80, layout="constrained", facecolor="white")
@@ -246,22 +242,23 @@ def draw(found: dict, path: Path) -> None:
             curves = [one for one in found["growth"] if (one["axis"], one["work"], one["unit"]) == (axis, work, unit)]
             for one in curves:
                 _line(panel, one["at"], one["measured"], f"{one['family']}: {_power(one['exponent'])}")
-            _name(panel, axis, name)
+            _label(panel, axis, name)
     for panel, unit in zip(panels[-1], ("s", "B")):
         for one in found["rows"]:
             if one["unit"] == unit:
                 _line(panel, one["at"], one["measured"], f"{one['work']}: {_power(one['exponent'])}")
-        _name(panel, "rows of data", {"s": "CPU seconds", "B": "peak bytes"}[unit])
+        _label(panel, "rows of data", {"s": "CPU seconds", "B": "peak bytes"}[unit])
     passes, messages = panels[-1][2:4]
     for family in dict.fromkeys(one["family"] for one in found["autoregressive"]):
         points = [one for one in found["autoregressive"] if one["family"] == family]
         _line(passes, [one["D"] for one in points], [one["ratio"]["median"] for one in points], family)
     passes.axhline(PASSES, color="black", linewidth=0.8, linestyle="--")
-    _name(passes, "D", "sampling ÷ a density pass")
+    _label(passes, "D", "sampling ÷ a density pass")
     for name, label in (("process_time", "CPU seconds of a process"), ("perf_counter", "wall-clock")):
-        sent = [one for one in found["parallel"]["messages"] if one[name]["median"] > 0]  # a difference of two times
+        # a median is a difference of two times
+        sent = [one for one in found["parallel"]["messages"] if one[name]["median"] > 0]
         _line(messages, [one["bytes"] for one in sent], [one[name]["median"] for one in sent], label)
-    _name(messages, "bytes of a message", "all-reduce of two processes, seconds")
+    _label(messages, "bytes of a message", "all-reduce of two processes, seconds")
     figure.savefig(path)
 
 
@@ -269,11 +266,11 @@ def _line(panel, x: list[float], y: list[float], label: str) -> None:
     panel.plot(x, y, marker="o", markersize=3, label=label)
 
 
-def _name(panel, x: str, y: str) -> None:
+def _label(panel, x: str, y: str) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     low, high = panel.get_ylim()
-    if high / low < 10:  # so that ticks have numbers, and noise does not look like growth
+    if high / low < 10:  # so that the ticks have numbers and noise does not look like growth
         middle = math.sqrt(low * high)
         panel.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
     panel.set_xlabel(x)

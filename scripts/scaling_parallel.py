@@ -1,4 +1,4 @@
-"""The communication of processes that train together: what it costs here, and a model for many GPUs."""
+"""Measure the cost of communication between processes that train together, and predict it for many GPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.timing import Spread, in_turns
+from flowtrain.benchmarks.timing import Spread, time_in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.cli import exit_codes
 from flowtrain.config.build import build_dataset, build_flow
@@ -31,8 +31,8 @@ from flowtrain.runtime import distributed
 from flowtrain.runtime.global_batch import RunningMoments
 
 FLOWS = {"MAF": ours.maf, "NSF coupling": ours.nsf_coupling}
-WARM_UP, PROFILED = 5, 5  # steps
-IN_A_ROW = 20  # messages
+WARM_UP, PROFILE_STEPS = 5, 5
+REPEATS = 20  # all-reduces in one measurement
 
 
 @dataclass(frozen=True)
@@ -61,45 +61,46 @@ SMOKE = Sizes(
 
 
 def measure(sizes: Sizes) -> dict:
+    """Measure two processes with gloo and the presets, and predict the presets' steps on many GPUs."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_member, (2, sizes, folder), nprocs=2)
-        members = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
-    presets = [_preset(name, *how) for name, how in sizes.presets.items()]
-    return {**members[0], "presets": presets, "model": [row for preset in presets for row in predict(preset)]}
+        mp.spawn(_run_rank, (2, sizes, folder), nprocs=2)
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
+    presets = [_measure_preset(name, *options) for name, options in sizes.presets.items()]
+    return {**ranks[0], "presets": presets, "model": [row for preset in presets for row in predict(preset)]}
 
 
 # ---- two processes, gloo
 
 
-def _member(rank: int, world: int, sizes: Sizes, folder: str) -> None:
+def _run_rank(rank: int, world: int, sizes: Sizes, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), FLOWTRAIN_STORE=f"{folder}/store")
     distributed.init()
-    flows = [_flow(name, size, sizes) for name, size in sizes.flows.items()]
-    found = {"flows": flows, "messages": [_message(size, sizes.rounds) for size in sizes.messages]}
+    flows = [_measure_flow(name, size, sizes) for name, size in sizes.flows.items()]
+    found = {"flows": flows, "messages": [_measure_message(size, sizes.rounds) for size in sizes.messages]}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()
     distributed.close()
     exit_codes.leave(0)
 
 
-def _in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
-    """Each variant is called once a round; all processes start and end each call together, in the same order."""
-    return in_turns(variants, rounds, math.inf, random.Random(0), dist.barrier, 1e-9, clock)
+def _time_in_turns(variants: dict, rounds: int, clock) -> dict[str, list[float]]:
+    """Time each variant once a round; all processes start and end each call together, in the same order."""
+    return time_in_turns(variants, rounds, math.inf, random.Random(0), dist.barrier, 1e-9, clock)
 
 
-def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
-    """A training step that all-reduces its gradients, beside the same step without communication."""
+def _measure_flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
+    """Time a training step that all-reduces its gradients, and the same step without communication."""
     x = torch.randn(sizes.batch, size[0])
-    alone, shared = (ours.started(partial(FLOWS[name], *size), x, 0) for _ in range(2))
+    alone, shared = (ours.build_perturbed(partial(FLOWS[name], *size), x, 0) for _ in range(2))
     run = step(synchronize_gradients(shared, static_graph=True), ours.optimizer, x)
     variants = {"alone": step(alone, ours.optimizer, x), "shared": run}
     for _ in range(WARM_UP):
         run()
     found = {"flow": name, "size": size, "batch": sizes.batch, "gradient_bytes": _bytes(shared)}
     for clock in (time.perf_counter, time.process_time):
-        times = _in_turns(variants, sizes.rounds, clock)
-        overhead = [more - less for more, less in zip(times["shared"], times["alone"], strict=True)]
+        times = _time_in_turns(variants, sizes.rounds, clock)
+        overhead = [a - b for a, b in zip(times["shared"], times["alone"], strict=True)]
         found[clock.__name__] = {
             **{variant: vars(Spread.of(seconds)) for variant, seconds in times.items()},
             "overhead": vars(Spread.of(overhead)),
@@ -108,18 +109,18 @@ def _flow(name: str, size: tuple[int, int, int], sizes: Sizes) -> dict:
 
 
 def _profile(run) -> list[dict]:
-    """When backward and each all-reduce ran in some steps, in milliseconds from the step's start."""
+    """Profile some steps: when backward and each all-reduce ran, in milliseconds from the step's start."""
     steps = []
-    for _ in range(PROFILED):
+    for _ in range(PROFILE_STEPS):
         dist.barrier()
         with profile(activities=[ProfilerActivity.CPU]) as record:
             run()
         events = [(event.name, event.time_range.start, event.time_range.end) for event in record.events()]
-        start = min(begun for _, begun, _ in events)
+        start = min(first for _, first, _ in events)
         backward = _spans(events, "autograd::engine::evaluate_function", start)
         steps.append(
             {
-                "backward": [min(begun for begun, _ in backward), max(end for _, end in backward)],
+                "backward": [min(first for first, _ in backward), max(end for _, end in backward)],
                 "all_reduce": sorted(_spans(events, "gloo:all_reduce", start)),
                 "step": max(end for _, _, end in events) / 1e3 - start / 1e3,
             }
@@ -128,21 +129,21 @@ def _profile(run) -> list[dict]:
 
 
 def _spans(events: list, name: str, start: float) -> list[tuple[float, float]]:
-    return [((begun - start) / 1e3, (end - start) / 1e3) for event, begun, end in events if event.startswith(name)]
+    return [((first - start) / 1e3, (last - start) / 1e3) for event, first, last in events if event.startswith(name)]
 
 
-def _message(size: int, rounds: int) -> dict:
-    """An all-reduce of ``size`` bytes alone."""
+def _measure_message(size: int, rounds: int) -> dict:
+    """Time an all-reduce of ``size`` bytes."""
     message = torch.zeros(size // 4)
     variants = {
-        "all_reduce": lambda: [dist.all_reduce(message) for _ in range(IN_A_ROW)],
-        "nothing": lambda: None,
+        "all_reduce": lambda: [dist.all_reduce(message) for _ in range(REPEATS)],
+        "empty": lambda: None,
     }
     found = {"bytes": size}
     for clock in (time.perf_counter, time.process_time):
-        times = _in_turns(variants, rounds, clock)
-        pairs = zip(times["all_reduce"], times["nothing"], strict=True)
-        differences = [(some - none) / IN_A_ROW for some, none in pairs]
+        times = _time_in_turns(variants, rounds, clock)
+        pairs = zip(times["all_reduce"], times["empty"], strict=True)
+        differences = [(full - empty) / REPEATS for full, empty in pairs]
         found[clock.__name__] = vars(Spread.of(differences))
     return found
 
@@ -154,8 +155,8 @@ def _bytes(flow) -> int:
 # ---- presets at their full size, and many GPUs
 
 
-def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
-    """A preset's training step on this core: its operations, its seconds, and what it sends."""
+def _measure_preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
+    """Measure a preset's training step on this core: its operations, its seconds, and the bytes it sends."""
     print(f"        {name}", file=sys.stderr, flush=True)
     cfg = train_config(f"experiment={name}", *overrides)
     spec = build_dataset(cfg).spec
@@ -166,7 +167,7 @@ def _preset(name: str, examples: int, overrides: tuple[str, ...]) -> dict:
     run = step(flow, ours.optimizer, x)
     with FlopCounterMode(display=False) as counter, _Kernels() as kernels:
         run()
-    seconds = in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]
+    seconds = time_in_turns({"step": run}, 3, 0.0, random.Random(0), lambda: None, 1e-9, time.process_time)["step"]
     return {
         "preset": name,
         "batch": cfg.batch_size,
@@ -199,13 +200,13 @@ LINKS = {8: (200e9, 5e-6), 64: (50e9, 10e-6)}  # GPUs -> bytes a second and seco
 
 
 def predict(preset: dict) -> list[dict]:
-    """The step on 8 and 64 GPUs: with the preset's batch divided among all, and with an eighth of it on each."""
+    """Predict the step on 8 and 64 GPUs, with the preset's batch divided among all and with an eighth of it on each."""
     rows = []
     for count, (bandwidth, hop) in LINKS.items():
         for batch in sorted({preset["batch"] // count, preset["batch"] // min(LINKS)}):
             compute = max(preset["flops"] * batch / SPEED, preset["kernels"] * LAUNCH)
             size = preset["gradient_bytes"]
-            last = min(size, BUCKET)  # is complete when backward ends
+            last = min(size, BUCKET)  # complete only when backward ends
             hidden = ring(size - last, count, bandwidth, hop) - BACKWARD * compute
             small = preset["small"] * tree(count, hop)
             exposed = ring(last, count, bandwidth, hop) + max(0.0, hidden) + small

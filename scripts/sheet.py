@@ -1,4 +1,7 @@
-"""Draw the densities that a sweep over models and data of the plane has learned: docs/toys.png."""
+"""Draw the densities of a sweep over models and two-dimensional data sets as docs/toys.png.
+
+scripts/sheet SWEEP MODELS TOYS      names separated by commas
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,14 @@ with (sweep / "results.csv").open() as file:
     runs = {tuple(row["overrides"].split()[:2]): row for row in csv.DictReader(file) if row["status"] == "finished"}
 
 
-def data(toy: str) -> torch.Tensor:
+def load_data(toy: str) -> torch.Tensor:
+    """Training examples of a data set of the sweep: (N, 2)."""
     row = next(row for (_, name), row in runs.items() if name == f"dataset={toy}")
     config = checkpoint_config(Path(row["run_dir"]) / "checkpoints" / "best.pt")
     return build(config.dataset, "dataset").split("train").data[:30_000]
 
 
-points = {toy: data(toy) for toy in toys}
+points = {toy: load_data(toy) for toy in toys}
 views = {toy: choose_view(points[toy]) for toy in toys}
 rows = [[data_panel(points[toy], views[toy], SIDE) for toy in toys]]
 for model in models:

@@ -1,4 +1,4 @@
-"""The exactness checks that every bijection must pass, against the autograd Jacobian in float64."""
+"""Exactness checks for every bijection: round trips, and log-determinants against autograd's Jacobian in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowtrain.runtime import global_batch
 
 
 def randomized(module, scale=0.1, seed=0):
-    """The module in float64, every parameter nudged, so that nothing is at its neutral start."""
+    """Put a module into float64 and evaluation mode, and move its parameters and moments off their neutral start."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     with torch.no_grad():
@@ -23,11 +23,13 @@ def randomized(module, scale=0.1, seed=0):
 
 
 def event(layer, batch=3, seed=1, dtype=torch.float64):
+    """A batch of random events for ``layer``: (batch, *shape)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, *layer.shape, generator=generator, dtype=dtype)
 
 
 def context_for(layer, batch=3, seed=2, dtype=torch.float64):
+    """A batch of random contexts for ``layer``, or None if it takes none."""
     if layer.context_shape is None:
         return None
     return torch.randn(batch, *layer.context_shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -35,9 +37,8 @@ def context_for(layer, batch=3, seed=2, dtype=torch.float64):
 
 def jacobian_log_det(function, x, context):
     """log|det ∂f/∂x| of each example by autograd: (B,)."""
-
     contexts = [None] * len(x) if context is None else context.split(1)
-    # not torch.func: it goes through no autograd.Function of others, as in an ODE's solver
+    # not torch.func, which does not support the autograd.Function of an ODE's solver
     jacobians = [
         jacobian(lambda one, context=context: function(one, context)[0].flatten(), one, vectorize=True).flatten(1)
         for one, context in zip(x.split(1), contexts)
@@ -46,7 +47,7 @@ def jacobian_log_det(function, x, context):
 
 
 def assert_exact(layer, x=None, tolerance=1e-8):
-    """Round trip both ways, and both log-determinants against the Jacobian; ``layer`` in float64."""
+    """Check the round trip and both log-determinants against the Jacobian, for a ``layer`` in float64."""
     x = event(layer) if x is None else x
     context = context_for(layer, len(x))
     z, log_det = layer(x, context)

@@ -1,4 +1,4 @@
-"""Configurations composed in-process, for tests that need no command."""
+"""Configurations and flows for tests that run no command."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ from flowtrain.config.conversion import to_dict, validate
 from flowtrain.data.spec import DataSpec
 
 
-def composed(*overrides: str):
-    """The tree that train composes, interpolations and all."""
+def compose_tree(*overrides: str):
+    """Compose the configuration of train, with its interpolations unresolved."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("train", overrides=list(overrides))
 
 
 def configuration(*overrides: str):
-    """What train's main receives."""
+    """The configuration that train's main receives."""
     return train_config(*overrides)
 
 
-def on_checkpoint(command: str, config, **keys):
-    """What the main of a command that opens a checkpoint of ``config`` receives; ``keys``: its own, all of them."""
+def checkpoint_command_config(command: str, config, **keys):
+    """The configuration of a command for a checkpoint of ``config``; ``keys`` are all of the command's own."""
     return validate(COMMANDS[command].config, {**to_dict(config), **keys})
 
 
 def flow_of(*overrides: str, spec: DataSpec | None = None, device: str = "cpu"):
-    """A flow for the dataset of ``overrides``, or for the data of another ``spec``."""
+    """Build a flow for the dataset of ``overrides``, or for ``spec``."""
     config = configuration(*overrides)
     return build_flow(config, spec or build_dataset(config).spec, torch.device(device))
 
 
 def options(group: str) -> list[str]:
+    """The names of a configuration group, in order."""
     return sorted(path.stem for path in (conf_dir() / group).glob("[!_]*.yaml"))
 
 
 def spec_of(dataset: str):
-    """The description of a dataset as it is without any keys."""
+    """The specification of a dataset with default arguments."""
     target = OmegaConf.load(conf_dir() / f"dataset/{dataset}.yaml")._target_
     return get_class(target)().spec
 
 
-DATASETS = [name for name in options("dataset") if name != "table"]  # a table of one's own needs a file
+DATASETS = [name for name in options("dataset") if name != "table"]  # a table needs a file
 IMAGES = [name for name in DATASETS if spec_of(name).is_image]
 VECTORS = [name for name in DATASETS if not spec_of(name).is_image]
 ONLY_IMAGES = (

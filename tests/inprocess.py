@@ -1,4 +1,4 @@
-"""The command line in this process, for tests of many commands."""
+"""Runs commands in this process, for tests of many commands."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flowtrain.config import compose
 
 
 def flowtrain(cwd, *words) -> int:
-    """``flowtrain words`` in the folder ``cwd``: the exit code, or what it raises."""
+    """Run ``flowtrain words`` in the folder ``cwd`` and return its exit code, or raise its exception."""
     before, sys.argv = os.getcwd(), ["flowtrain"]
     os.chdir(cwd)
     jobs.failures.clear()
     for group in CHECKPOINT_KEYS:
-        ConfigStore.instance().repo.pop(group, None)  # of the commands before: Hydra copies them many times
+        ConfigStore.instance().repo.pop(group, None)  # left by earlier commands; Hydra would copy them many times
     compose._run_dirs.clear()
     try:
         return main.run(list(words))

@@ -1,4 +1,4 @@
-"""One constructor for every bijection: a new layer joins all tests of test_bijections.py with one line here."""
+"""A constructor of every bijection. A new layer needs one line here for all tests of test_bijections.py."""
 
 import re
 from functools import partial
@@ -17,13 +17,13 @@ masked = partial(nets.MADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
 image, vector = (4, 4, 6), (5,)
 
-ARGUMENTS = {  # of the univariate maps that need some
+ARGUMENTS = {  # arguments of the univariate maps that need them
     b.PiecewiseLinear: {"bins": 5},
     b.RationalQuadratic: {"bins": 5},
     b.MixtureLogistic: {"components": 3},
     b.MixtureNormal: {"components": 3},
 }
-UNIVARIATE = {  # every exported one, as exp_affine for ExpAffine
+UNIVARIATE = {  # every exported map; ExpAffine is exp_affine
     re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower(): partial(map, **ARGUMENTS.get(map, {}))
     for name, map in vars(b).items()
     if isinstance(map, type) and issubclass(map, Univariate)
@@ -41,14 +41,14 @@ glow_step = partial(
 
 
 def standardize(shape):
-    """As after a table's train split."""
+    """Build a Standardize that is fitted to a table's columns."""
     layer = b.Standardize(shape)
     layer.fit(SimpleNamespace(names=[""] * 5, mean=[0.0, 3.0, -2.0, 0.5, 9.0], std=[1.0, 0.2, 5.0, 2.0, 30.0]))
     return layer
 
 
 class Pair(b.Bijection):
-    """A container that does no more than the contract asks of one."""
+    """A minimal container of two layers."""
 
     container = True
 
@@ -69,7 +69,7 @@ class Pair(b.Bijection):
 
 
 class Backwards(b.Bijection):
-    """One that runs its layer's inverse."""
+    """A minimal container that inverts its layer."""
 
     container = inverts_layers = True
 
@@ -145,7 +145,7 @@ LAYERS = {
     **{
         f"autoregressive_{name}": partial(b.Autoregressive, vector, map, causal)
         for name, map in UNIVARIATE.items()
-        if name != "tanh_affine"  # its rescale is one a channel, and a vector's elements come one by one
+        if name != "tanh_affine"  # its rescale has one number a channel; a vector's elements come one by one
     },
     "autoregressive_context": partial(b.Autoregressive, vector, b.SigmoidAffine, causal, context_shape=(3,)),
     "masked_reversed": partial(b.Autoregressive, vector, b.ExpAffine, masked, order="reversed"),

@@ -1,4 +1,4 @@
-"""Two processes with gloo, for tests of what they do together."""
+"""Runs a function in two processes with gloo."""
 
 import os
 
@@ -8,7 +8,7 @@ from flowtrain.cli import exit_codes
 from flowtrain.runtime import distributed
 
 
-def _in_process(rank, work, folder):
+def _run_rank(rank, work, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", FLOWTRAIN_STORE=f"{folder}/store")
     distributed.init()
@@ -18,7 +18,7 @@ def _in_process(rank, work, folder):
     exit_codes.leave(0)
 
 
-def together(work, folder):
-    """What ``work(folder)`` returns in each of two processes."""
-    torch.multiprocessing.spawn(_in_process, (work, folder), nprocs=2)
+def run_on_two_ranks(work, folder):
+    """Run ``work(folder)`` in two processes and return the result of each."""
+    torch.multiprocessing.spawn(_run_rank, (work, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]

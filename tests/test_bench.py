@@ -1,4 +1,4 @@
-"""flowtrain bench: each suite runs, records what it measured, and times nothing that is not exact."""
+"""flowtrain bench: each suite runs and records its measurements, and an inexact flow is an error."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from inprocess import flowtrain
 
 from flowtrain.benchmarks import SUITES, ours, peers, report
 from flowtrain.benchmarks.session import BARE, Row, Session
-from flowtrain.benchmarks.timing import LEAST_ROUNDS, Spread, in_turns, ratio
+from flowtrain.benchmarks.timing import MIN_ROUNDS, Spread, ratio, time_in_turns
 from flowtrain.cli import exit_codes
 from flowtrain.commands import BenchConfig
 from flowtrain.config.conversion import key_names
@@ -39,7 +39,7 @@ def bench(tmp_path, capsys):
     "suite, targets",
     [("train", 5), ("sample", 10), ("spline", 1), ("memory", 7), ("data", 3)],
 )
-def test_suites(bench, suite, targets):
+def test_each_suite_records_its_rows_and_targets(bench, suite, targets):
     pytest.importorskip("nflows")
     found, printed = bench(f"suite={suite}", "peers=[nflows]")
     rows = found["rows"]
@@ -54,7 +54,7 @@ def test_suites(bench, suite, targets):
     assert report.table(rows) in printed.out
 
 
-def test_all_peers_of_the_same_size_and_exact(bench):
+def test_all_peers_have_the_same_size_and_are_exact(bench):
     for package in peers.PACKAGES.values():
         pytest.importorskip(package)
     found, _ = bench("suite=train")
@@ -67,15 +67,15 @@ def test_all_peers_of_the_same_size_and_exact(bench):
     assert any("nflows" in what and "density" in what for what in same)
 
 
-def test_start(bench, monkeypatch):
-    monkeypatch.setattr("flowtrain.benchmarks.start_up._first_step", lambda: 1.0)  # a process: tested by hand
+def test_the_start_suite_measures_seconds(bench, monkeypatch):
+    monkeypatch.setattr("flowtrain.benchmarks.start_up._first_step", lambda: 1.0)  # which starts a process
     found, _ = bench("suite=start")
     help_, first = found["rows"]
     assert help_["unit"] == "s" and 0 < help_["value"] < 60
     assert first["value"] == 1.0 and first["reached"]
 
 
-def test_an_absent_peer_is_named_and_left_out(bench, monkeypatch):
+def test_a_peer_that_is_not_installed_is_reported_and_left_out(bench, monkeypatch):
     real = peers.importlib.util.find_spec
     absent = ("nflows", "FrEIA")
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name in absent else real(name))
@@ -87,7 +87,7 @@ def test_an_absent_peer_is_named_and_left_out(bench, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("suite, targets", [("train", 8), ("spline", 2)])
-def test_compiled_rows(bench, suite, targets):
+def test_compiled_flows_have_rows_and_checks(bench, suite, targets):
     pytest.importorskip("nflows")
     found, _ = bench(f"suite={suite}", "peers=[nflows]", "compile=true")
     assert sum(row["target"] is not None for row in found["rows"]) == targets
@@ -95,7 +95,7 @@ def test_compiled_rows(bench, suite, targets):
 
 
 @pytest.mark.parametrize("word", ["suite=splines", "peers=[nflow]", "rounds=0", "seconds=0", "threads=0", "ckpt=run"])
-def test_refused(tmp_path, word):
+def test_an_invalid_value_is_a_usage_error(tmp_path, word):
     with pytest.raises(UsageError, match=word.partition("=")[0]):
         flowtrain(tmp_path, "bench", word)
     assert not list(tmp_path.iterdir())
@@ -111,19 +111,19 @@ def test_help_and_completion_name_each_key(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.split() == ["suite="]
 
 
-def test_what_is_not_exact_is_not_timed(tmp_path, monkeypatch, capsys):
+def test_an_inexact_flow_is_an_error_and_is_not_timed(tmp_path, monkeypatch, capsys):
     def wrong(self, x):
         z, log_det = self.flow.bijection(x)
         return z, 1.001 * log_det
 
-    monkeypatch.setattr(ours.Encoded, "encode", wrong)
+    monkeypatch.setattr(ours.AsPeer, "encode", wrong)
     with pytest.raises(FlowtrainError, match="log-determinant is off by") as failure:
         flowtrain(tmp_path, "bench", *TINY, "suite=train", "peers=[]")
     assert failure.value.exit_code == 1 and exit_codes.describe_error(failure.value)[1] == 1
     assert not list(tmp_path.rglob("bench.json"))
 
 
-def test_another_density_with_our_weights_is_found():
+def test_another_density_with_our_weights_is_an_error():
     session = Session(0, 1, 1.0, False, True, torch.device("cpu"), {})
     one, other = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     session.check_same("the same", one, one, torch.randn(4, 3))
@@ -131,24 +131,24 @@ def test_another_density_with_our_weights_is_found():
         session.check_same("another", one, other, torch.randn(4, 3))
 
 
-def test_turns():
-    seen = []
-    variants = {name: partial(seen.append, name) for name in "abc"}
-    times = in_turns(variants, 5, 60.0, random.Random(0), lambda: None, slice=1e-9)
+def test_each_round_times_all_variants_in_random_order():
+    calls = []
+    variants = {name: partial(calls.append, name) for name in "abc"}
+    times = time_in_turns(variants, 5, 60.0, random.Random(0), lambda: None, slice=1e-9)
     assert [len(times[name]) for name in "abc"] == [5, 5, 5]
-    rounds = [tuple(seen[i : i + 3]) for i in range(len(seen) - 15, len(seen), 3)]
+    rounds = [tuple(calls[i : i + 3]) for i in range(len(calls) - 15, len(calls), 3)]
     assert all(sorted(one) == list("abc") for one in rounds) and len(set(rounds)) > 1
-    assert len(in_turns(variants, 50, 0.0, random.Random(0), lambda: None, slice=1e-9)["a"]) == LEAST_ROUNDS
+    assert len(time_in_turns(variants, 50, 0.0, random.Random(0), lambda: None, slice=1e-9)["a"]) == MIN_ROUNDS
 
 
-def test_ratios_are_of_rounds():
+def test_a_ratio_is_taken_within_each_round():
     times = {"a": [1.0, 20.0, 3.0, 4.0, 5.0], "b": [2.0, 40.0, 2.0, 4.0, 10.0]}
     assert ratio(times, "a", "b") == Spread(0.5, 0.25)
     row = partial(Row, "train", "work", "a", "b")
     assert row(1.04, 0.05, 1.0).reached and not row(1.06, 0.05, 1.0).reached and row(1.0, 0.0, None).reached is None
 
 
-def test_plot_and_markdown(bench, tmp_path):
+def test_the_plot_is_a_png_and_markdown_has_the_rows(bench, tmp_path):
     pytest.importorskip("matplotlib")
     found, _ = bench("suite=spline", "peers=[nflows]", "plot=true")
     (image,) = tmp_path.glob("outputs/bench/*/bench.png")
@@ -157,7 +157,7 @@ def test_plot_and_markdown(bench, tmp_path):
     assert "nflows 0." in text and f"| {found['rows'][0]['work']} |" in text
 
 
-def test_profile_of_training_steps(tmp_path, capsys):
+def test_a_profile_records_operations_of_training_steps(tmp_path, capsys):
     words = (
         "train",
         "batch_size=8",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from composed import ONLY_IMAGES, configuration, flow_of, on_checkpoint, options
+from composed import ONLY_IMAGES, checkpoint_command_config, configuration, flow_of, options
 from PIL import Image
 
 import flowtrain
@@ -37,7 +37,7 @@ def trained(run_dir, *overrides):
 def of_checkpoint(config, summary, folder, **keys):
     folder.mkdir()
     command = "eval" if "split" in keys else "sample"
-    return on_checkpoint(command, config, ckpt=summary["checkpoint"], **keys), str(folder)
+    return checkpoint_command_config(command, config, ckpt=summary["checkpoint"], **keys), str(folder)
 
 
 @pytest.mark.parametrize("model", options("model"))

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from composed import configuration, on_checkpoint
+from composed import checkpoint_command_config, configuration
 
 import flowtrain
 from flowtrain.cli import exit_codes
@@ -39,7 +39,7 @@ def test_values_are_converted_and_none_is_missing():
     clip = validate(TrainerConfig, TRAINER | {"clip": 1}).clip
     assert clip == 1.0 and isinstance(clip, float)
     keys = {"n": 1, "temperature": [1, 0.5], "label": None, "context": None, "plot": True, "weights": "raw"}
-    sample = on_checkpoint("sample", configuration(), ckpt="run", **keys)
+    sample = checkpoint_command_config("sample", configuration(), ckpt="run", **keys)
     assert sample.temperature == [1.0, 0.5] and all(isinstance(value, float) for value in sample.temperature)
     with pytest.raises(UsageError, match="trainer.accumulate: is missing"):
         validate(TrainerConfig, {"clip": 1}, "trainer.")

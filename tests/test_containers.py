@@ -1,4 +1,4 @@
-"""A new container works everywhere by declaring its layers: Pair and Backwards of layers.py, which no code knows."""
+"""A new container works everywhere: Pair and Backwards of layers.py declare only that they are containers."""
 
 from functools import partial
 
@@ -31,17 +31,17 @@ def flow_of_pair(first=vector_step, second=vector_step):
     return Flow((5,), partial(Pair, first=first, second=partial(Backwards, layer=second)))
 
 
-def test_its_layers_are_compiled_unless_they_are_inverted():
+def test_layers_are_compiled_unless_they_are_inverted():
     flow = flow_of_pair()
     assert list(regions(flow.bijection)) == list(flow.bijection.first)
 
 
-def test_its_chains_are_divided_unless_they_are_inverted():
+def test_chains_are_checkpointed_unless_they_are_inverted():
     flow = flow_of_pair()
     assert ActivationCheckpointing().chains(flow.bijection) == [flow.bijection.first]
 
 
-def test_the_audit_blames_its_layers():
+def test_the_audit_names_the_wrong_layer():
     flow, x = flow_of_pair(), torch.randn(32, 5)
     perturb(flow, x)
     assert all(check.passed for check in audit(flow, x[:4]))
@@ -51,7 +51,7 @@ def test_the_audit_blames_its_layers():
     assert failures["log-det of each layer, forward"] == "second.layer.wrong"
 
 
-def test_the_first_number_that_is_not_finite_is_found_in_its_layers():
+def test_the_first_layer_with_a_number_that_is_not_finite_is_named():
     flow, x = flow_of_pair(first=partial(b.Chain, layers={"norm": b.ActNorm, "overflow": Overflow})), torch.ones(4, 5)
 
     def step():
@@ -63,7 +63,7 @@ def test_the_first_number_that_is_not_finite_is_found_in_its_layers():
     assert examine(flow.train(), step).layer == "first.overflow"
 
 
-def test_a_layer_that_runs_element_by_element_is_found_where_it_is_inverted():
+def test_an_inverted_autoregressive_layer_is_sequential():
     pair = partial(Pair, first=autoregressive, second=partial(Backwards, layer=autoregressive))
     flow = Flow((5,), pair)
     assert sequential_layers(flow.bijection) == [flow.bijection.second.layer]

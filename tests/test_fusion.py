@@ -1,4 +1,4 @@
-"""Layers computed as one against the same layers one by one: values, log-determinants and gradients."""
+"""Fused layers have the values, log-determinants and gradients of the same layers run one by one."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import fusion
 
 image = (4, 4, 6)
-CHAINS = {  # layers, and how many are left when they are fused
+CHAINS = {  # layers, and how many remain after fusion
     "glow": (dict(norm=b.ActNorm, mixing=b.LULinear), 1),
     "glow_dense": (dict(norm=b.ActNorm, mixing=b.DenseLinear), 1),
     "spline": (dict(permutation=b.Shuffle, lu=partial(b.LULinear, start="identity"), actnorm=b.ActNorm), 1),
@@ -29,7 +29,7 @@ CHAINS = {  # layers, and how many are left when they are fused
 
 
 def gradients(layer, direction, x, context):
-    """What ``direction`` gives, and the gradients of a sum that all of it enters."""
+    """The outputs of ``direction``, and the gradients of a sum of all of them."""
     x = x.clone().requires_grad_()
     layer.zero_grad(set_to_none=True)
     z, log_det = direction(x, context)
@@ -38,6 +38,7 @@ def gradients(layer, direction, x, context):
 
 
 def assert_same(layer, x, context=None):
+    """Check that the fused layer equals the layers run one by one, in both directions."""
     for direction in (layer.__call__, layer.inverse):
         fused = gradients(layer, direction, x, context)
         with fusion.layer_by_layer():
@@ -47,7 +48,7 @@ def assert_same(layer, x, context=None):
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_channel_maps_are_one_product(name, memory_format):
+def test_channel_maps_fuse_into_one_product(name, memory_format):
     layers, left = CHAINS[name]
     torch.manual_seed(0)
     chain = randomized(b.Chain(image, layers))
@@ -60,25 +61,25 @@ def test_channel_maps_are_one_product(name, memory_format):
     assert_exact(chain, x)
 
 
-def test_a_vector_meets_its_layers_one_by_one():
+def test_layers_of_a_vector_are_not_fused():
     chain = b.Chain((5,), CHAINS["glow"][0])
     assert fuse(chain) == list(chain)
 
 
-class Doubled(b.ActNorm):
+class DoubledActNorm(b.ActNorm):
     def forward(self, x, context=None):
         z, log_det = super().forward(x, context)
         return 2 * z, log_det
 
 
-def test_a_subclass_with_a_direction_of_its_own_is_called():
-    chain = b.Chain(image, dict(mixing=b.LULinear, norm=Doubled, after=b.ActNorm, last=b.ActNorm))
-    assert [type(link) for link in fuse(chain)] == [b.LULinear, Doubled, FusedChannelAffine]
+def test_a_subclass_that_overrides_forward_is_not_fused():
+    chain = b.Chain(image, dict(mixing=b.LULinear, norm=DoubledActNorm, after=b.ActNorm, last=b.ActNorm))
+    assert [type(link) for link in fuse(chain)] == [b.LULinear, DoubledActNorm, FusedChannelAffine]
 
 
 @pytest.mark.parametrize("where", ["actnorm", "coupling.net.second"])
 @pytest.mark.parametrize("hook", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_what_has_a_hook_is_called(where, hook):
+def test_a_layer_with_a_hook_is_not_fused(where, hook):
     layers = {"actnorm": b.ActNorm, "mixing": b.LULinear, "coupling": partial(b.Coupling, univariate=b.SigmoidAffine)}
     layers["coupling"] = partial(layers["coupling"], net=partial(nets.ConvNet, hidden=6, norm=nets.ActNorm))
     chain = randomized(b.Chain(image, layers))
@@ -91,13 +92,13 @@ def test_what_has_a_hook_is_called(where, hook):
 
 @pytest.mark.parametrize("context_shape", [None, (3,)])
 @pytest.mark.parametrize("norm", [nets.ActNorm, nets.BatchNorm, None])
-def test_norms_inside_a_network_are_folded_into_its_convolutions(norm, context_shape):
+def test_norms_inside_a_network_fuse_into_its_convolutions(norm, context_shape):
     net = partial(nets.ConvNet, hidden=6, norm=norm)
     layer = randomized(b.Coupling(image, b.SigmoidAffine, net, context_shape=context_shape))
     assert_same(layer, event(layer), context_for(layer))
 
 
-def test_a_whole_glow():
+def test_a_whole_glow_equals_its_layers():
     level = partial(b.Chain, layers={"squeeze": b.Squeeze, "steps": glow_step})
     split_prior = partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv)
     layer = randomized(b.MultiScale((3, 8, 8), levels=2, level=level, split_prior=split_prior))
@@ -110,8 +111,8 @@ def test_a_whole_glow():
     torch.testing.assert_close(layer.inverse(z)[0], x, rtol=1e-9, atol=1e-9)
 
 
-def test_what_starts_from_data_is_run_by_itself():
-    """The fused layers standardize as the separate ones do, with a network's norms after them."""
+def test_layers_are_initialized_as_without_fusion():
+    """The fused layers standardize like the separate ones, and the norms of a network after them do too."""
     torch.manual_seed(0)
     layers = {
         "actnorm": b.ActNorm,
@@ -123,12 +124,12 @@ def test_what_starts_from_data_is_run_by_itself():
     x = 3 + 2 * torch.randn(256, 4, 4, 4, dtype=torch.float64)
     x[:, 1] += x[:, 0]
     flow.initialize(x)
-    seen = []
+    inputs = []
     net = flow.bijection.coupling.net
-    net.register_forward_hook(lambda _net, given, _out: seen.append(given[0]))
+    net.register_forward_hook(lambda _net, args, _out: inputs.append(args[0]))
     flow(x)
-    std, mean = torch.std_mean(seen[0], (0, 2, 3), correction=0)
+    std, mean = torch.std_mean(inputs[0], (0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-9, rtol=0)
     torch.testing.assert_close(std, torch.ones_like(std), atol=1e-9, rtol=0)
-    inside = net.norm_first(net.first(seen[0]))
+    inside = net.norm_first(net.first(inputs[0]))
     torch.testing.assert_close(inside.std((0, 2, 3), correction=0), torch.ones(6, dtype=torch.float64))

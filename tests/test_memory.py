@@ -11,7 +11,7 @@ import torch
 from audit import context_for, event, randomized
 from inprocess import flowtrain
 from layers import LAYERS, conv, mlp
-from ranks import together
+from ranks import run_on_two_ranks
 from torch import nn
 
 from flowtrain import bijections as b
@@ -400,7 +400,7 @@ def _gradients(_folder):
 
 
 def test_two_processes_get_the_gradient_of_the_whole_batch(tmp_path):
-    first, second = together(_gradients, tmp_path)
+    first, second = run_on_two_ranks(_gradients, tmp_path)
     flow, whole = steps(6), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     flow.initialize(whole)
     flow(whole).mean().backward()

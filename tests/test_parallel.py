@@ -1,11 +1,11 @@
-"""Two processes with gloo: what they send each other, and that what goes wrong in one is a bad step in both."""
+"""Two processes with gloo: the all-reduces of a step, and a bad step in one process is a bad step in both."""
 
 import math
 from functools import partial
 
 import pytest
 import torch
-from ranks import together
+from ranks import run_on_two_ranks
 from test_engine import SHAPE, Batches, config, small_flow
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,14 +32,14 @@ def ode_flow(adjoint):
     net = partial(nets.ODENet, hidden=8, depth=1)
     layers = {
         "ode": partial(b.Continuous, net=net, adjoint=adjoint, rtol=1e-3, atol=1e-3),
-        "norm": b.BatchNorm,  # whose moments both processes wait for
+        "norm": b.BatchNorm,  # its moments are those of both processes
         "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=8)),
     }
     return Flow(SHAPE, partial(b.Chain, layers=layers))
 
 
 class Slices(Batches):
-    """This process's half of each batch; that of process 1 is spoiled at some steps."""
+    """This process's half of each batch; process 1's is not finite at the steps of ``poison``."""
 
     def batches(self, step=0):
         half = self.batch_size // 2
@@ -65,26 +65,26 @@ def trainer(folder, flow, poison=(), max_steps=30, **changes):
     )
 
 
-def sent(folder, accumulate):
-    """Reductions in a step, of a flow whose gradients fit in one bucket."""
+def count_reductions(folder, accumulate):
+    """The number of all-reduces in each step, for a flow whose gradients fit in one bucket."""
     flow = small_flow()
-    del flow.bijection.norm  # which sends its moments
+    del flow.bijection.norm  # it reduces its moments
     one, counts = trainer(folder, flow, accumulate=accumulate), []
     for x in [next(one.loader.batches(step)) for step in range(STEPS)]:
         with profile(activities=[ProfilerActivity.CPU]) as record:
             one.update(*agree(*one.gradient(*x), 0, 0.0)[:2])
         one.step += 1
         counts.append(sum(event.count for event in record.key_averages() if event.key == "c10d::allreduce_"))
-    return counts[1:]  # in the first, buckets are made anew in the order in which gradients come
+    return counts[1:]  # DDP rebuilds its buckets in the first step
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
-def test_a_step_sends_its_gradients_once_and_its_figures_once(accumulate, tmp_path):
-    for counts in together(partial(sent, accumulate=accumulate), tmp_path):
+def test_a_step_reduces_its_gradients_once_and_its_metrics_once(accumulate, tmp_path):
+    for counts in run_on_two_ranks(partial(count_reductions, accumulate=accumulate), tmp_path):
         assert counts == [2] * (STEPS - 1)
 
 
-def skipping(folder, adjoint, accumulate):
+def train_with_a_bad_step(folder, adjoint, accumulate):
     flow = ode_flow(adjoint=adjoint)
     one = trainer(folder, flow, poison=[1], accumulate=accumulate)
     for step in range(STEPS):
@@ -101,14 +101,17 @@ def skipping(folder, adjoint, accumulate):
     ("adjoint", "accumulate"),
     [(True, 2), pytest.param(True, 1, marks=pytest.mark.long), pytest.param(False, 1, marks=pytest.mark.long)],
 )
-def test_an_equation_that_one_process_cannot_solve_is_a_bad_step_of_both(adjoint, accumulate, tmp_path):
-    (skipped, weights), (other, others) = together(partial(skipping, adjoint=adjoint, accumulate=accumulate), tmp_path)
+def test_an_ode_that_one_process_cannot_solve_is_a_bad_step_of_both(adjoint, accumulate, tmp_path):
+    (skipped, weights), (other, others) = run_on_two_ranks(
+        partial(train_with_a_bad_step, adjoint=adjoint, accumulate=accumulate), tmp_path
+    )
     assert skipped == other == 1
     assert all(map(torch.equal, weights, others))
     assert all(one.isfinite().all() for one in weights)
 
 
-def compiled_steps(folder):
+def compare_compiled_steps(folder):
+    """The compiled graphs, and the metrics of three steps, eager and compiled."""
     from torch._dynamo.backends import registry
 
     registry.get_default_backend = lambda: "aot_eager"  # a C++ compiler takes long
@@ -128,6 +131,6 @@ def compiled_steps(folder):
 
 @pytest.mark.long
 def test_batch_norm_over_two_processes_compiles(tmp_path):
-    for graphs, (eager, compiled) in together(compiled_steps, tmp_path):
+    for graphs, (eager, compiled) in run_on_two_ranks(compare_compiled_steps, tmp_path):
         assert graphs
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Side by side with other people's code: what ``flowtrain bench`` measures. Each suite is a module with ``rows``."""
+"""The suites of ``flowtrain bench``, which compares flowtrain with other libraries. Each is a module with ``rows``."""
 
 SUITES = {  # name -> module
     "train": "training_steps",

@@ -1,4 +1,4 @@
-"""The input pipeline: a training step that takes its batch from the loader, to the same step on one fixed batch."""
+"""Suite ``data``: a training step that takes its batch from the loader, against the same step on one fixed batch."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from flowtrain.benchmarks.session import Row, Session, row
 
 WITH_DATA, FIXED = "with data", "one fixed batch"
 RESIDENT, FOLDER = 1.03, 1.10
-WORKERS = 2  # that read the folder
-SLICE = 1.0  # seconds a round: long, so that what workers have ready when it begins does not count
-IMAGES, SIDE = 512, 48  # of the folder
+WORKERS = 2  # processes that read the folder
+SLICE = 1.0  # seconds a round; long, so that batches that are ready at its start do not matter
+IMAGES, SIDE = 512, 48  # in the folder
 
 
 def rows(session: Session) -> Iterator[Row]:
     digits = data.Digits()
-    yield _row(session, "digits, on the device", digits, partial(flows.logit, grey_levels=digits.spec.levels), RESIDENT)
+    yield _measure(
+        session, "digits, on the device", digits, partial(flows.logit, grey_levels=digits.spec.levels), RESIDENT
+    )
     center = partial(flows.center, grey_levels=256)
     images = data.Synthetic(flip=True, shift=2)
-    yield _row(session, "32×32 images, on the device, augmented", images, center, RESIDENT)
+    yield _measure(session, "32×32 images, on the device, augmented", images, center, RESIDENT)
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder), 80 if session.smoke else IMAGES)
         images = data.ImageFolder(path=folder, image_size=32)
-        yield _row(session, f"folder of {SIDE}×{SIDE} PNGs as 32×32 images, streamed", images, center, FOLDER)
+        yield _measure(session, f"folder of {SIDE}×{SIDE} PNGs as 32×32 images, streamed", images, center, FOLDER)
 
 
-def _row(session: Session, name: str, dataset: data.Dataset, preprocess, target: float) -> Row:
+def _measure(session: Session, name: str, dataset: data.Dataset, preprocess, target: float) -> Row:
     batch, steps, hidden = (8, 1, 8) if session.smoke else (64, 2, 64)
     loader = data.Loader(dataset.split("train"), batch, session.seed, dataset.augment, session.device, workers=WORKERS)
     batches = loader.batches()
@@ -57,12 +59,12 @@ def _row(session: Session, name: str, dataset: data.Dataset, preprocess, target:
 
 
 def _write_images(folder: Path, count: int) -> None:
-    """Ramps with noise, of which a PNG takes about as many bits as of a photograph."""
+    """Write ``count`` PNGs of ramps with noise, which compress about as well as photographs."""
     from PIL import Image
 
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0, 160, SIDE)
     for i in range(count):
-        noise = torch.randint(0, 64, (SIDE, SIDE, 3), generator=draw)
+        noise = torch.randint(0, 64, (SIDE, SIDE, 3), generator=generator)
         image = (ramp[:, None, None] + ramp[None, :, None]) / 2 + noise
         Image.fromarray(image.to(torch.uint8).numpy()).save(folder / f"{i:04}.png")

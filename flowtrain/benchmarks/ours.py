@@ -1,7 +1,7 @@
-"""The flows that are measured, and their bare networks.
+"""The flows that the suites measure, and their bare networks.
 
-What a peer lacks or does in a way of its own is left out on all sides: preprocessing, norms between autoregressive
-layers, a spline for the half that is seen, Glow's learned priors and the actnorms inside its networks.
+The flows lack what some peer lacks or does differently: preprocessing, norms between autoregressive layers, a spline
+for the conditioning half, Glow's learned priors, and the actnorms inside its networks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from flowtrain.flow import Flow
 BINS = 8
 SPLINE = partial(RationalQuadratic, bins=BINS)
 
-# that of all variants; it hardly learns, so that weights stay put
+# the optimizer of all variants; its rate is so small that the weights hardly change
 optimizer = partial(torch.optim.Adam, lr=1e-6, fused=True)
 
 
-class Encoded(nn.Module):
-    """A flow with the peers' three methods: ``encode`` gives the log-determinant too, ``decode`` takes gradients."""
+class AsPeer(nn.Module):
+    """Gives a flow a peer's interface: ``encode`` also returns the log-determinant, ``decode`` is differentiable."""
 
     def __init__(self, flow: Flow):
         super().__init__()
@@ -43,36 +43,37 @@ class Encoded(nn.Module):
 
 
 def maf(dimensions: int, hidden: int, steps: int) -> Flow:
-    """Autoregressive affine layers, each with a network of two hidden layers, the order reversed after each."""
+    """Build autoregressive affine layers with networks of two hidden layers; the order is reversed after each."""
     return flows.maf((dimensions,), steps=steps, hidden=hidden, norm=None)
 
 
 def nsf_autoregressive(dimensions: int, hidden: int, steps: int) -> Flow:
-    """Autoregressive splines with networks of two residual blocks, the order reversed before each and at the end."""
+    """Build autoregressive splines with networks of two residual blocks; the order is reversed before each and at the
+    end."""
     return flows.nsf_autoregressive((dimensions,), steps=steps, hidden=hidden, univariate=SPLINE, mixing=Reverse)
 
 
 def nsf_coupling(dimensions: int, hidden: int, steps: int) -> Flow:
-    """Couplings of splines on even and odd dimensions in turn, with networks of two residual blocks."""
+    """Build spline couplings that transform even and odd dimensions in turn, with networks of two residual blocks."""
     return flows.nsf_coupling(
         (dimensions,), pairs=steps // 2, hidden=hidden, univariate=SPLINE, unconditional=False, mixing=None
     )
 
 
 def glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
-    """Actnorm, 1×1 convolution and affine coupling of plain convolutions, on real numbers."""
+    """Build a Glow of actnorms, 1×1 convolutions and affine couplings with plain convolutions, for real numbers."""
     sizes = {"levels": levels, "steps": steps, "hidden": hidden}
     return flows.glow((3, side, side), **sizes, dropout=0.0, net_norm=False, learned_prior=False)
 
 
 def whole_glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
-    """Glow of 256 grey levels: with dequantization, learned priors and actnorms inside its networks."""
+    """Build a Glow for 256 grey levels with dequantization, learned priors, and actnorms inside its networks."""
     sizes = {"levels": levels, "steps": steps, "hidden": hidden}
     return flows.glow((3, side, side), **sizes, dropout=0.0, preprocess=partial(flows.center, grey_levels=256))
 
 
-def started(make: Callable[[], Flow], x: Tensor, seed: int) -> Flow:
-    """The flow that ``make`` builds, its weights moved off their neutral start and its norms started from ``x``."""
+def build_perturbed(make: Callable[[], Flow], x: Tensor, seed: int) -> Flow:
+    """Build a flow, move its weights away from their neutral start, and initialize its norms from ``x``."""
     torch.manual_seed(seed)
     flow = make().to(x.device)
     perturb(flow, x)
@@ -80,15 +81,16 @@ def started(make: Callable[[], Flow], x: Tensor, seed: int) -> Flow:
 
 
 def networks(flow: Flow) -> list[nn.Module]:
-    """The conditioners of a flow's layers, in order."""
+    """The conditioner networks of a flow's layers, in order."""
     return [module.net for module in flow.modules() if isinstance(module, Autoregressive | Coupling)]
 
 
-# Bare networks: the conditioners' dense networks, one on what the other gives, with no mask, map or log-determinant.
+# Bare networks: the conditioners' dense networks, applied one after another, without masks, maps or log-determinants.
 
 
 class Bare(nn.Module):
-    """``forward`` stands for a log-density: a number for each example that every output of every network goes into."""
+    """Dense networks in sequence. ``forward`` returns one number for each example, which depends on every output of
+    every network, in place of a log-density."""
 
     def __init__(self, nets, params: int, first: slice = slice(None)):
         super().__init__()
@@ -101,9 +103,11 @@ class Bare(nn.Module):
         return -h.square().flatten(1).mean(1)
 
 
-class BareLevels(nn.Module):
-    """Bare convolutions, level after level: between two, what was squeezed is folded onto as many channels as the next
-    one's networks take."""
+class BareMultiScale(nn.Module):
+    """Convolutional networks in sequence, scale by scale.
+
+    A squeeze starts each scale. Sums of channels reduce its output to the number of channels that the networks take.
+    """
 
     def __init__(self, levels):
         super().__init__()
@@ -134,10 +138,10 @@ def bare_maf(dimensions: int, hidden: int, steps: int) -> Bare:
 class _Block(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
-        self.one, self.other = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.first, self.second = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, h):
-        return h + self.other(F.relu(self.one(F.relu(h))))
+        return h + self.second(F.relu(self.first(F.relu(h))))
 
 
 def _residual(inputs: int, hidden: int, out: int) -> nn.Module:
@@ -156,7 +160,7 @@ def bare_nsf_coupling(dimensions: int, hidden: int, steps: int) -> Bare:
 
 
 def convolutions(inputs: int, hidden: int, out: int) -> nn.Sequential:
-    """Glow's conditioner of plain layers."""
+    """Build Glow's conditioner without norms: convolutions with kernels of 3, 1 and 3."""
     return nn.Sequential(
         nn.Conv2d(inputs, hidden, 3, padding=1),
         nn.ReLU(),
@@ -166,6 +170,6 @@ def convolutions(inputs: int, hidden: int, out: int) -> nn.Sequential:
     )
 
 
-def bare_glow(side: int, hidden: int, levels: int, steps: int) -> BareLevels:
-    halves = [3 * 2**level * 2 for level in range(levels)]  # half of a level's channels
-    return BareLevels([convolutions(half, hidden, 2 * half) for _ in range(steps)] for half in halves)
+def bare_glow(side: int, hidden: int, levels: int, steps: int) -> BareMultiScale:
+    halves = [3 * 2**level * 2 for level in range(levels)]  # half of a scale's channels
+    return BareMultiScale([convolutions(half, hidden, 2 * half) for _ in range(steps)] for half in halves)

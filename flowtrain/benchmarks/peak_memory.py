@@ -1,4 +1,4 @@
-"""Peak memory of a training step, and what less of it costs: Glow to bare convolutions and to a shallower one."""
+"""Suite ``memory``: the peak memory of a Glow training step and the time that saving memory costs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flowtrain.engine.peak import peak_bytes
 from flowtrain.flow import Flow
 
 TO_BARE, TO_SHALLOW, TIME, GRADIENT = 1.10, 1.3, 1.25, 1e-5
-SHALLOW, DEEP, BATCH = 4, 32, 64  # steps of one level: 12 channels of 16×16, hidden 128
+SHALLOW, DEEP, BATCH = 4, 32, 64  # steps of flow at one scale: 12 channels of 16×16, hidden 128
 SAVING = ("checkpoint", "reversible")
 
 
 def rows(session: Session) -> Iterator[Row]:
-    yield from _to_bare(session)
-    yield from _by_depth(session)
+    yield from _compare_to_bare(session)
+    yield from _compare_depths(session)
 
 
-def _to_bare(session: Session) -> Iterator[Row]:
+def _compare_to_bare(session: Session) -> Iterator[Row]:
     sizes = SMOKE_GLOW if session.smoke else GLOW
     x = torch.randn(SMOKE_IMAGES if session.smoke else IMAGES, 3, sizes[0], sizes[0]).to(session.device)
-    flow = ours.started(partial(ours.glow, *sizes), x, session.seed)
+    flow = ours.build_perturbed(partial(ours.glow, *sizes), x, session.seed)
     modules = {OURS: flow, BARE: ours.bare_glow(*sizes), **glow_peers(session, sizes, x)}
     work = f"peak memory of a Glow training step, {sizes[0]}×{sizes[0]}"
     session.count(work, modules)
@@ -37,29 +37,29 @@ def _to_bare(session: Session) -> Iterator[Row]:
     peaks = {name: _peak(step(module, make, x), session) for name, module in modules.items()}
     for name in peaks:
         if name != BARE:
-            yield _of(work, peaks, name, BARE, TO_BARE if name == OURS else None)
+            yield _peak_row(work, peaks, name, BARE, TO_BARE if name == OURS else None)
 
 
-def _by_depth(session: Session) -> Iterator[Row]:
+def _compare_depths(session: Session) -> Iterator[Row]:
     side, hidden, shallow, deep, batch = (8, 8, 1, 4, 4) if session.smoke else (32, 128, SHALLOW, DEEP, BATCH)
     x = torch.randn(batch, 3, side, side).to(session.device)
     make = ours.optimizer
     flows, steps, peaks = {}, {}, {}
     for count in (shallow, deep):
-        plain = ours.started(partial(ours.glow, side, hidden, 1, count), x, session.seed)
+        plain = ours.build_perturbed(partial(ours.glow, side, hidden, 1, count), x, session.seed)
         for memory in MEMORY_MODES:
             flow = copy.deepcopy(plain).train()
             flow.set_backpropagation(MEMORY_MODES[memory]())
             flows[memory], steps[memory] = flow, step(flow, make, x)
-            peaks[_named(memory, count)] = _peak(steps[memory], session)
+            peaks[_variant(memory, count)] = _peak(steps[memory], session)
     work = f"peak memory of {deep} Glow steps to {shallow}"
     for memory in MEMORY_MODES:
-        names = _named(memory, deep), _named(memory, shallow)
-        yield _of(work, peaks, *names, TO_SHALLOW if memory in SAVING else None)
+        names = _variant(memory, deep), _variant(memory, shallow)
+        yield _peak_row(work, peaks, *names, TO_SHALLOW if memory in SAVING else None)
 
-    times = session.times({_named(memory, deep): run for memory, run in steps.items()})
+    times = session.times({_variant(memory, deep): run for memory, run in steps.items()})
     for memory in SAVING:
-        names = _named(memory, deep), _named("none", deep)
+        names = _variant(memory, deep), _variant("none", deep)
         yield row("memory", f"training step of {deep} Glow steps", times, *names, TIME)
     gradients = {memory: _gradients(flow, plain, x) for memory, flow in flows.items()}
     for memory in SAVING:
@@ -72,23 +72,23 @@ def _by_depth(session: Session) -> Iterator[Row]:
         yield Row("memory", work, f"memory={memory}", "memory=none", error, 0.0, GRADIENT, unit="")
 
 
-def _named(memory: str, count: int) -> str:
+def _variant(memory: str, count: int) -> str:
     return f"memory={memory}, {count} steps"
 
 
 def _peak(run: Callable[[], None], session: Session) -> int:
-    """In bytes, once the optimizer's state is there."""
+    """The peak memory of a training step in bytes, after a first step has created the optimizer's state."""
     run()
     return peak_bytes(run, session.device)
 
 
-def _of(work: str, peaks: dict[str, int], mine: str, theirs: str, target: float | None) -> Row:
+def _peak_row(work: str, peaks: dict[str, int], mine: str, theirs: str, target: float | None) -> Row:
     amounts = tuple(f"{peaks[name] / 2**20:.3g} MiB" for name in (mine, theirs))
     return Row("memory", work, mine, theirs, peaks[mine] / peaks[theirs], 0.0, target, amounts=amounts)
 
 
 def _gradients(flow: Flow, weights: nn.Module, x: Tensor) -> list[Tensor]:
-    """Of the mean log-density under the same weights for all."""
+    """The gradients of the mean log-density, with the state of ``weights``."""
     flow.load_state_dict(weights.state_dict())
     flow.zero_grad()
     flow(x).mean().backward()

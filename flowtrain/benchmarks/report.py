@@ -1,4 +1,4 @@
-"""What the suites found, as a table, as Markdown and as a plot."""
+"""The rows of a benchmark as a table, as Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEAD = ("work", "measured", "to", "ratio", "reach", "reached")
 
 
 def cells(row: dict) -> tuple[str, ...]:
-    """One row in words."""
+    """The cells of a row as text."""
     mine, theirs = (*row["amounts"], "", "")[:2]
     spread = f" ± {row['spread']:.2g}" if row["spread"] else ""
     unit = f" {row['unit']}" if row["unit"] not in ("", "×") else ""
@@ -26,23 +26,25 @@ def cells(row: dict) -> tuple[str, ...]:
 
 
 def table(rows: list[dict]) -> str:
+    """The rows as aligned text, with a summary."""
     lines = [HEAD, *map(cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([*text, verdict(rows)])
+    return "\n".join([*text, summary(rows)])
 
 
-def verdict(rows: list[dict]) -> str:
-    judged = [row for row in rows if row["target"] is not None]
-    missed = [row for row in judged if not row["reached"]]
+def summary(rows: list[dict]) -> str:
+    """How many rows reached their targets, and which did not."""
+    with_target = [row for row in rows if row["target"] is not None]
+    missed = [row for row in with_target if not row["reached"]]
     names = "".join(
         f"\nnot reached: {row['work']}, {row['ours']}" + f" to {row['theirs']}" * bool(row["theirs"]) for row in missed
     )
-    return f"{len(judged) - len(missed)} of {len(judged)} rows reached{names}"
+    return f"{len(with_target) - len(missed)} of {len(with_target)} rows reached{names}"
 
 
 def markdown(report: dict) -> str:
-    """A dated run, for docs/benchmarks.md."""
+    """A run as the section of docs/benchmarks.md."""
     load = " and ".join(f"{load:.2f}" for load in (report["load"]["before"], report["load"]["after"]))
     peers = ", ".join(f"{name} {version}" for name, version in report["peers"].items()) or "none"
     lines = [
@@ -53,13 +55,17 @@ def markdown(report: dict) -> str:
         "|" + "---|" * len(HEAD),
         *("| " + " | ".join(cells(row)) + " |" for row in report["rows"]),
         "",
-        verdict(report["rows"]).replace("\n", "\n\n"),
+        summary(report["rows"]).replace("\n", "\n\n"),
     ]
     return "\n".join(lines)
 
 
 def need_plots() -> None:
-    """Raises UsageError: matplotlib is not installed."""
+    """Check that matplotlib is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -67,7 +73,7 @@ def need_plots() -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """The ratios with their spreads, on a logarithmic axis, and what each is to reach."""
+    """Plot the ratios with their spreads on a logarithmic axis, and their targets."""
     from matplotlib.figure import Figure
 
     ratios = [row for row in rows if row["unit"] == "×"][::-1]
@@ -83,5 +89,5 @@ def plot(rows: list[dict], path: Path) -> None:
     names = [f"{row['work']}: {row['ours']} to {row['theirs']}" for row in ratios]
     axes.set_yticks(range(len(ratios)), names, fontsize=7)
     axes.set_ylim(-1, len(ratios))
-    axes.set_xlabel("ratio, with its spread; a black mark is what it is to reach")
+    axes.set_xlabel("ratio ± spread; black marks are the targets")
     figure.savefig(path)

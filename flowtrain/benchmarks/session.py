@@ -1,4 +1,4 @@
-"""What the suites of one ``flowtrain bench`` share: settings, peers, the clock, and the record of what was found."""
+"""What the suites of a benchmark share: settings, peers, exactness checks, timing, and the record of results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from flowtrain.benchmarks.timing import Spread, Times, in_turns, ratio
+from flowtrain.benchmarks.timing import Spread, Times, ratio, time_in_turns
 from flowtrain.engine.jacobian import log_abs_det
 from flowtrain.errors import FlowtrainError
 
-TOLERANCE = 1e-5  # in float64; constants of a peer's may be float32
+TOLERANCE = 1e-5  # in float64; some constants of peers are float32
 OURS, COMPILED, BARE = "flowtrain", "flowtrain, compiled", "bare nets"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure: how much ``ours`` takes, as a multiple of what ``theirs`` takes, or in a unit of its own."""
+    """A result: what ``ours`` costs, as a multiple of what ``theirs`` costs, or in ``unit``."""
 
     suite: str
     work: str
@@ -32,7 +32,7 @@ class Row:
     spread: float
     target: float | None  # at most; None: for comparison only
     unit: str = "×"
-    amounts: tuple[str, ...] = ()  # what ours and theirs took, in words
+    amounts: tuple[str, ...] = ()  # what ours and theirs cost, as text
 
     @property
     def reached(self) -> bool | None:
@@ -56,16 +56,16 @@ class Session:
         self.order = random.Random(self.seed)
 
     def peers_with(self, work: str) -> dict[str, Callable]:
-        """name -> the function ``work`` of each peer that has one."""
+        """The function ``work`` of each peer that has one, by the peer's name."""
         return {name: getattr(peer, work) for name, peer in self.peers.items() if hasattr(peer, work)}
 
     # -- exactness
 
     def check(self, what: str, error: float, tolerance: float) -> None:
-        """Record that something is exact.
+        """Record the error of a check.
 
         Raises:
-            FlowtrainError: it is not, and so its time means nothing.
+            FlowtrainError: the error exceeds the tolerance, so that a measured time would mean nothing.
         """
         self.exactness.append({"what": what, "error": error, "tolerance": tolerance})
         if not error <= tolerance:
@@ -73,8 +73,11 @@ class Session:
 
     @torch.no_grad()
     def check_flow(self, name: str, flow: nn.Module, x: Tensor) -> None:
-        """That ``encode(x)`` -> (z, log-determinant) and ``decode(z)`` of ``flow`` undo each other and that the
-        log-determinant is that of the Jacobian, in float64, on the first of ``x``."""
+        """Check in float64 that ``decode`` inverts ``encode``, and the first log-determinant against the Jacobian.
+
+        Raises:
+            FlowtrainError: the flow is not exact.
+        """
         flow = copy.deepcopy(flow).eval().double()
         x = x.double()
         z, log_det = flow.encode(x)
@@ -84,47 +87,55 @@ class Session:
 
     @torch.no_grad()
     def check_same(self, what: str, ours: Callable, theirs: Callable, x: Tensor) -> None:
-        """That two modules, made float64, agree on ``x``."""
+        """Check that two modules agree on ``x`` in float64.
+
+        Raises:
+            FlowtrainError: they do not.
+        """
         ours, theirs = (copy.deepcopy(module).eval().double() for module in (ours, theirs))
         self.check(what, _distance(ours(x.double()).flatten(), theirs(x.double()).flatten()), TOLERANCE)
 
     # -- sizes
 
     def count(self, work: str, modules: dict[str, nn.Module]) -> None:
-        """Print how many parameters each has that are trained."""
+        """Print and record how many trainable parameters each module has."""
         counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in modules.items()}
         self.parameters[work] = counts
         self.say(f"{work}: parameters " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
 
     def say(self, text: str) -> None:
+        """Print a line of progress to stderr."""
         print(text, file=sys.stderr, flush=True)
 
     # -- time
 
     def times(self, variants: dict[str, Callable[[], object]], slice: float = 0.1) -> Times:
-        return in_turns(variants, self.rounds, self.seconds, self.order, self.wait, 1e-9 if self.smoke else slice)
+        """Time the variants in turns: seconds a call, one number a round."""
+        return time_in_turns(
+            variants, self.rounds, self.seconds, self.order, self.synchronize, 1e-9 if self.smoke else slice
+        )
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def ratios(suite: str, work: str, times: Times, theirs: str, targets: dict[str, float]) -> Iterator[Row]:
-    """A row for each variant, to ``theirs``: those with targets first."""
+    """A row for each variant against ``theirs``, rows with targets first."""
     for name in [*targets, *(name for name in times if name not in targets)]:
         if name in times and name != theirs:
             yield row(suite, work, times, name, theirs, targets.get(name))
 
 
 def row(suite: str, work: str, times: Times, ours: str, theirs: str, target: float | None) -> Row:
-    """The ratio of two variants' times as a row."""
+    """A row with the ratio of two variants' times."""
     found = ratio(times, ours, theirs)
     amounts = tuple(clock(Spread.of(times[name]).median) for name in (ours, theirs))
     return Row(suite, work, ours, theirs, found.median, found.half_range, target, amounts=amounts)
 
 
 def clock(seconds: float) -> str:
-    """A time in three figures."""
+    """A time with three significant digits."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 

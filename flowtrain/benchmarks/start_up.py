@@ -1,4 +1,4 @@
-"""How long a person waits: for the help, and from the command to the first training step."""
+"""Suite ``start``: the seconds until the help is printed, and from the command to the first training step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _help() -> float:
 
 
 def _first_step() -> float:
-    """Seconds from the command to the line about the first step; the process is ended then."""
+    """Start a training run and kill it after its first step: the seconds until then."""
     words = ["train", "dataset=digits", "trainer.log_every=1", "devices=1"]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -51,12 +51,12 @@ def _first_step() -> float:
             line = ""
             for line in process.stdout:
                 if line.startswith("step 1:"):
-                    taken = time.perf_counter() - start
+                    seconds = time.perf_counter() - start
                     process.kill()
-                    return taken
+                    return seconds
         raise FlowtrainError(f"bench: flowtrain {' '.join(words)} ended without a step: {line.strip()}")
 
 
 def _environment() -> dict[str, str]:
-    """Without what makes this process one of a group."""
+    """This process's environment without the variables of a distributed process group."""
     return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

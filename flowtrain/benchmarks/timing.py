@@ -1,4 +1,4 @@
-"""Times of several variants of the same work, taken in turns, and ratios that outlive a machine's moods."""
+"""Timing of several variants of the same work in turns, and ratios that other work on the machine affects little."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LEAST_ROUNDS = 3  # however long they take
+MIN_ROUNDS = 3  # however long they take
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median over rounds, and half of the distance between their quartiles."""
+    """The median over rounds, and half of their interquartile range."""
 
     median: float
     half_range: float
@@ -27,48 +27,48 @@ class Spread:
         return cls(statistics.median(values), (high - low) / 2)
 
 
-Times = dict[str, list[float]]  # of each variant: seconds a call, one number a round
+Times = dict[str, list[float]]  # variant -> seconds a call, one number a round
 
 
-def in_turns(
+def time_in_turns(
     variants: dict[str, Callable[[], object]],
     rounds: int,
     seconds: float,
     order: random.Random,
-    wait: Callable[[], None],
+    synchronize: Callable[[], None],
     slice: float = 0.1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
-    """Time each of ``variants`` once a round, all in an order of its own each round.
+    """Time each of ``variants`` once a round, in a new random order each round.
 
-    What is short is called so often in a round that this takes ``slice`` seconds. There are ``rounds`` rounds, or as
-    many as begin within ``seconds``, but at least three. ``wait`` returns when the device has done what it was given.
-    A first call, not counted, warms up. ``clock`` is what the times are read from, such as that of the process's own
-    CPU seconds; the rounds' budget is always of the wall's.
+    A first call, which does not count, warms up. A round calls a short variant repeatedly, for ``slice`` seconds. There
+    are ``rounds`` rounds, or as many as start within ``seconds``, but at least three. ``synchronize`` waits until the
+    device is idle. ``clock`` measures the calls, for instance in the process's CPU seconds; ``seconds`` are always
+    wall-clock seconds.
     """
     calls = {}
     for name, run in variants.items():
         run()
-        calls[name] = max(1, math.ceil(slice / _time(run, 1, wait, clock)))
+        calls[name] = max(1, math.ceil(slice / _time(run, 1, synchronize, clock)))
     times: Times = {name: [] for name in variants}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
+        if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name in order.sample(list(variants), len(variants)):
-            times[name].append(_time(variants[name], calls[name], wait, clock))
+            times[name].append(_time(variants[name], calls[name], synchronize, clock))
     return times
 
 
-def _time(run: Callable[[], object], calls: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
-    wait()
+def _time(run: Callable[[], object], calls: int, synchronize: Callable[[], None], clock: Callable[[], float]) -> float:
+    synchronize()
     start = clock()
     for _ in range(calls):
         run()
-    wait()
+    synchronize()
     return (clock() - start) / calls
 
 
 def ratio(times: Times, ours: str, theirs: str) -> Spread:
-    """The ratio of two variants' times: of each round by itself, since a round's variants share the machine's state."""
+    """The ratio of two variants' times, taken within each round, whose variants share the state of the machine."""
     return Spread.of([mine / other for mine, other in zip(times[ours], times[theirs], strict=True)])

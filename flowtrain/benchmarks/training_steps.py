@@ -1,4 +1,4 @@
-"""Training steps: ours, the peers' and those of bare networks, all with one optimizer."""
+"""Suite ``train``: training steps of our flows and the peers', against bare networks, all with the same optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VECTORS = [
     ("nsf_autoregressive", "NSF autoregressive", (43, 256, 5), (5, 8, 2), {OURS: 1.30, COMPILED: 1.20}),
 ]
 BATCH, SMOKE_BATCH = 512, 8
-GLOW, SMOKE_GLOW = (32, 128, 3, 8), (8, 8, 2, 1)  # side, hidden, levels, steps
+GLOW, SMOKE_GLOW = (32, 128, 3, 8), (8, 8, 2, 1)  # side, hidden, scales, steps of flow
 IMAGES, SMOKE_IMAGES = 16, 4
 WHOLE = "flowtrain, the whole Glow"  # dequantization, learned priors, actnorms inside the networks
 GLOW_TARGETS = {OURS: 1.10, COMPILED: 0.95}
@@ -31,22 +31,22 @@ def rows(session: Session) -> Iterator[Row]:
     for work, name, full, tiny, targets in VECTORS:
         sizes = tiny if session.smoke else full
         x = torch.randn(SMOKE_BATCH if session.smoke else BATCH, sizes[0]).to(session.device)
-        yield from _vector(session, work, f"{name} training step, D = {sizes[0]}", sizes, x, targets)
-    yield from _glow(session)
+        yield from _vector_rows(session, work, f"{name} training step, D = {sizes[0]}", sizes, x, targets)
+    yield from _glow_rows(session)
 
 
-def _vector(session: Session, work: str, name: str, sizes, x: Tensor, targets) -> Iterator[Row]:
-    flow = ours.started(partial(getattr(ours, work), *sizes), x, session.seed)
+def _vector_rows(session: Session, work: str, name: str, sizes, x: Tensor, targets) -> Iterator[Row]:
+    flow = ours.build_perturbed(partial(getattr(ours, work), *sizes), x, session.seed)
     bare = getattr(ours, f"bare_{work}")(*sizes)
     modules = {OURS: flow, BARE: bare, **vector_peers(session, work, flow, sizes, x)}
-    yield from _steps(session, name, modules, x, targets)
+    yield from _step_rows(session, name, modules, x, targets)
 
 
 def vector_peers(session: Session, work: str, flow: nn.Module, sizes, x: Tensor) -> dict[str, nn.Module]:
-    """The peers' flows like ``flow``; all of them, and ours, found exact first."""
+    """Build the peers' flows like ``flow``, and check that these and ours are exact."""
     name = f"{work}, D = {sizes[0]}"
     nets = ours.networks(flow)
-    session.check_flow(f"{name}, {OURS}", ours.Encoded(flow), x[:8])
+    session.check_flow(f"{name}, {OURS}", ours.AsPeer(flow), x[:8])
     found = {}
     for peer, build_peer in session.peers_with(work).items():
         found[peer] = module = build_peer(nets, *sizes).to(x.device)
@@ -58,45 +58,49 @@ def vector_peers(session: Session, work: str, flow: nn.Module, sizes, x: Tensor)
     return found
 
 
-def _glow(session: Session) -> Iterator[Row]:
+def _glow_rows(session: Session) -> Iterator[Row]:
     sizes = SMOKE_GLOW if session.smoke else GLOW
     x = torch.randn(SMOKE_IMAGES if session.smoke else IMAGES, 3, sizes[0], sizes[0]).to(session.device)
-    flow = ours.started(partial(ours.glow, *sizes), x, session.seed)
+    flow = ours.build_perturbed(partial(ours.glow, *sizes), x, session.seed)
     modules = {OURS: flow, BARE: ours.bare_glow(*sizes), **glow_peers(session, sizes, x)}
     images = torch.randint(0, 256, x.shape, dtype=torch.uint8).to(x.device)
-    whole = step(ours.started(partial(ours.whole_glow, *sizes), images, session.seed), ours.optimizer, images)
+    whole = step(ours.build_perturbed(partial(ours.whole_glow, *sizes), images, session.seed), ours.optimizer, images)
     name = f"Glow training step, {sizes[0]}×{sizes[0]}"
-    yield from _steps(session, name, modules, x, GLOW_TARGETS, {WHOLE: whole})
+    yield from _step_rows(session, name, modules, x, GLOW_TARGETS, {WHOLE: whole})
 
 
 def glow_peers(session: Session, sizes, x: Tensor) -> dict[str, nn.Module]:
-    """The peers' Glows, started from ``x``; they and ours found exact first, on small images for their Jacobian."""
-    small = (8, 8, 2, 2)  # side, hidden, levels, steps
+    """Build the peers' Glows and initialize them from ``x``; check first that small ones, and ours, are exact."""
+    small = (8, 8, 2, 2)  # side, hidden, scales, steps of flow
     few = torch.randn(8, 3, 8, 8).to(x.device)
-    session.check_flow(f"glow, {OURS}", ours.Encoded(ours.started(partial(ours.glow, *small), few, session.seed)), few)
+    session.check_flow(
+        f"glow, {OURS}", ours.AsPeer(ours.build_perturbed(partial(ours.glow, *small), few, session.seed)), few
+    )
     found = {}
     for peer, build_peer in session.peers_with("glow").items():
-        judged = build_peer(*small).to(x.device)
-        judged(few)
-        session.check_flow(f"glow, {peer}", judged, few)
+        small_peer = build_peer(*small).to(x.device)
+        small_peer(few)
+        session.check_flow(f"glow, {peer}", small_peer, few)
         found[peer] = build_peer(*sizes).to(x.device)
         found[peer](x)
     return found
 
 
-def _steps(session: Session, name: str, modules: dict[str, nn.Module], x: Tensor, targets, more=None) -> Iterator[Row]:
-    """Rows of the training steps of ``modules``, and of ``more`` steps, to bare networks."""
+def _step_rows(
+    session: Session, name: str, modules: dict[str, nn.Module], x: Tensor, targets, more=None
+) -> Iterator[Row]:
+    """Time the training steps of ``modules`` and the steps ``more``, as multiples of the bare networks'."""
     session.count(name, modules)
     make = ours.optimizer
     variants = {variant: step(module, make, x) for variant, module in modules.items()} | (more or {})
     if session.compiled and COMPILED in targets:
-        variants[COMPILED] = _compiled(session, name, modules[OURS], make, x)
+        variants[COMPILED] = _compile_step(session, name, modules[OURS], make, x)
     times = session.times(variants)
     yield from ratios("train", name, times, BARE, targets)
 
 
 def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
-    """A training step of ``module`` on ``x`` with an optimizer of its own."""
+    """A training step of ``module`` on ``x``, with its own optimizer."""
     module.to(x.device).train()
     optimizer = make(module.parameters())
 
@@ -108,9 +112,9 @@ def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def _compiled(session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
-    """A step of a compiled copy of ``flow``, compiled and found to give the same densities."""
-    torch.compiler.reset()  # torch counts what it compiled of other flows too
+def _compile_step(session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
+    """A training step of a compiled copy of ``flow``; checks that the copy gives the same densities."""
+    torch.compiler.reset()  # torch counts the compilations of other flows too
     fast = copy.deepcopy(flow)
     compiled = compile_flow(fast)
     run = step(fast, make, x)

@@ -32,7 +32,7 @@ def main(config: BenchConfig, run_dir: str) -> dict:
         report.need_plots()
     device = distributed.device()
     torch.set_num_threads(config.threads)
-    present, absent = peers.present(config.peers)
+    present, absent = peers.import_installed(config.peers)
     session = Session(config.seed, config.rounds, config.seconds, config.compile, config.smoke, device, present)
     if absent:
         session.say(f"not installed, so left out: {', '.join(absent)} ({peers.INSTALL})")

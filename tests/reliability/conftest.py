@@ -1,5 +1,4 @@
-"""How much hypothesis tries: the same few examples in every plain run, ten thousand with --long; and the server of
-forked commands."""
+"""Hypothesis' number of examples (100, always the same; 10,000 with --long), and the server of forked commands."""
 
 import pytest
 from forks import Server
@@ -16,6 +15,6 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def server():
-    one = Server()
-    yield one
-    one.close()
+    server = Server()
+    yield server
+    server.close()

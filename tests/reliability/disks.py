@@ -1,5 +1,8 @@
-"""Disks that take no more while a run writes: as ``DISK`` says, {"fault": …, "place": …}, a run meets the fault, what
-it leaves is looked at, and the same command goes on where there is room again."""
+"""Disks that fail while a run writes.
+
+``DISK`` in the environment, {"fault": …, "place": …}, makes a command run with a fault, report what it left, repair the
+disk and run again.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ from flowtrain.runtime import checkpoint
 
 FAULTS = {"full": errno.ENOSPC, "limit": errno.EFBIG, "quota": errno.EDQUOT, "read-only": errno.EROFS}
 PLACES = {"checkpoint": "last.pt", "metrics": "metrics.jsonl", "image": "samples_00000060.png", "board": "tb"}
-SIZE = 2**20  # of a small disk
+SIZE = 2**20  # bytes of a small disk
 NEW_NAMESPACE = 0x00020000
 
 
 def small_disk(folder: Path) -> bool:
-    """Mount an empty disk on ``folder``, for this process and its children alone; whether that is allowed."""
+    """Mount an empty disk on ``folder``, for this process and its children only. Returns whether that is allowed."""
     if ctypes.CDLL(None).unshare(NEW_NAMESPACE):
         return False
     words = (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", f"size={SIZE}", "none", str(folder)])
@@ -36,70 +39,72 @@ def small_disk(folder: Path) -> bool:
 
 
 class Disk:
-    """Makes a fault, and mends it."""
+    """Makes the disk fail; ``repair()`` undoes that."""
 
     def full(self, name: str) -> None:
+        """Fill the disk."""
         with open("outputs/rest", "wb", buffering=0) as rest:
             try:
                 while True:
                     rest.write(b"\0" * 4096)
             except OSError:
                 pass
-        self.mend = lambda: os.remove("outputs/rest")
+        self.repair = lambda: os.remove("outputs/rest")
 
     def limit(self, name: str) -> None:
-        """The system's own limit of a file's size, a byte above what the one file has, or a part of the other's."""
+        """Lower the limit of a file's size: a byte more than metrics.jsonl has, or less than the other files need."""
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         (file,) = Path("outputs").glob("*/*/metrics.jsonl")
         size = file.stat().st_size + 1 if name == "metrics.jsonl" else 5000 if name == "last.pt" else 100
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        self.mend = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        self.repair = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     def quota(self, name: str) -> None:
-        """Writing fails, as this machine's disks have no quotas."""
+        """Make writing fail; a test machine's disks have no quotas."""
         if name == "tb":
-            return self._events(errno.EDQUOT)
-        self._open(name, errno.EDQUOT, when="written")
+            return self._fail_events(errno.EDQUOT)
+        self._fail_files(name, errno.EDQUOT, when="write")
 
     def read_only(self, name: str) -> None:
-        """Nothing can be opened to be written."""
-        self._open(name, errno.EROFS, when="opened")
+        """Make opening files for writing fail."""
+        self._fail_files(name, errno.EROFS, when="open")
 
-    def _events(self, number: int) -> None:
+    def _fail_events(self, number: int) -> None:
         original = RecordWriter.write
 
-        def refusing(self, data):
+        def fail(self, data):
             raise OSError(number, os.strerror(number))
 
-        RecordWriter.write = refusing
-        self.mend = lambda: setattr(RecordWriter, "write", original)
+        RecordWriter.write = fail
+        self.repair = lambda: setattr(RecordWriter, "write", original)
 
-    def _open(self, name: str, number: int, when: str) -> None:
+    def _fail_files(self, name: str, number: int, when: str) -> None:
         original = builtins.open
 
-        class Refusing(io.FileIO):
+        class FailingFile(io.FileIO):
             def write(self, data):
                 raise OSError(number, os.strerror(number))
 
-        def refusing(file, mode="r", *args, **kwargs):
+        def failing_open(file, mode="r", *args, **kwargs):
             ours = isinstance(file, str | Path) and "outputs" in str(file) and {*mode} & {*"wax+"}
-            if ours and when == "opened":
+            if ours and when == "open":
                 raise OSError(number, os.strerror(number), str(file))
             if ours and name in str(file):
-                return io.BufferedWriter(Refusing(file, mode.replace("b", "")))
+                return io.BufferedWriter(FailingFile(file, mode.replace("b", "")))
             return original(file, mode, *args, **kwargs)
 
-        builtins.open = io.open = refusing
-        if name == "metrics.jsonl":  # which is open already
-            self.logger.file = Refusing(self.logger.file.name, "a")
+        builtins.open = io.open = failing_open
+        if name == "metrics.jsonl":  # it is open already
+            self.logger.file = FailingFile(self.logger.file.name, "a")
 
-        def mend():
+        def repair():
             builtins.open = io.open = original
 
-        self.mend = mend
+        self.repair = repair
 
 
-def _trial(words, fault: str, place: str) -> None:
+def _run_with_fault(words, fault: str, place: str) -> None:
+    """Run a command whose disk fails, print a report of what it left, repair the disk and run the command again."""
     if fault == "full":
         Path("outputs").mkdir()
         if not small_disk(Path("outputs")):
@@ -113,19 +118,19 @@ def _trial(words, fault: str, place: str) -> None:
     }[place]
     original, calls = getattr(owner, method), []
 
-    def late(*args):
+    def fail_at_moment(*args):
         calls.append(1)
         if len(calls) == moment:
             disk.logger = args[0]
             getattr(disk, fault.replace("-", "_"))(name)
         return original(*args)
 
-    setattr(owner, method, late)
+    setattr(owner, method, fail_at_moment)
     try:
         report = {"code": flowtrain(".", *words), "text": ""}
     except WorkerError as error:
         report = {"code": error.exit_code, "text": str(error)}
-    disk.mend()
+    disk.repair()
     (run,) = Path("outputs").glob("*/*")
     report["left"] = sorted(path.name for path in run.rglob(".*.tmp"))
     report["checkpoints"] = {file.stem: checkpoint.read(file)["step"] for file in run.glob("checkpoints/*.pt")}
@@ -133,10 +138,11 @@ def _trial(words, fault: str, place: str) -> None:
     report["status"] = json.loads((run / "status.json").read_text())["resumable"]
     report["again"] = flowtrain(".", *words)
     if fault == "full":
-        subprocess.run(["cp", "-r", str(run), "run"], check=True)  # the disk ends with this process
+        subprocess.run(["cp", "-r", str(run), "run"], check=True)  # the disk vanishes with this process
     print("\n" + json.dumps(report))
 
 
 def prepare(environment, words) -> None:
+    """Patch this process as the environment says."""
     if "DISK" in environment:
-        main.main = lambda: _trial(words, **json.loads(environment["DISK"]))
+        main.main = lambda: _run_with_fault(words, **json.loads(environment["DISK"]))

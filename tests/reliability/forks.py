@@ -1,7 +1,7 @@
-"""Commands in processes that can be killed, without the seconds that a start costs: a server imports PyTorch and
-flowtrain once and forks a process for each command, and one for each worker of a command with ``devices=``.
+"""Starts commands quickly in processes that tests can kill.
 
-Run as a program it is the server: a line of JSON asks for a process or for its end, another answers.
+A server imports PyTorch and flowtrain once and forks a process for each command, and for each worker of a command with
+``devices=``. This file, run as a program, is the server: it reads questions as lines of JSON and answers with others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Server:
-    """Starts processes; to be closed."""
+    """Starts processes. Call ``close`` at the end."""
 
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -34,15 +34,18 @@ class Server:
         )
 
     def ask(self, **question):
+        """Send a question to the server and return its answer."""
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, cwd: Path, *words, kind="command", **env) -> Started:
+    def start(self, cwd: Path, *words, kind="command", **env) -> Process:
+        """Start ``flowtrain words`` in ``cwd``, with more variables of the environment."""
         cwd.mkdir(exist_ok=True)
-        return Started(self, cwd, self.ask(do="start", cwd=str(cwd), words=words, kind=kind, env=env))
+        return Process(self, cwd, self.ask(do="start", cwd=str(cwd), words=words, kind=kind, env=env))
 
     def run(self, cwd: Path, *words, **env) -> int:
+        """Run ``flowtrain words`` in ``cwd`` and return its exit code."""
         return self.start(cwd, *words, **env).wait()
 
     def close(self) -> None:
@@ -50,14 +53,14 @@ class Server:
         self.process.wait()
 
 
-class Started:
-    """A process of the server; what it says is in ``out`` and ``err``."""
+class Process:
+    """A process of the server; ``out`` and ``err`` are what it has printed so far."""
 
     def __init__(self, server: Server, cwd: Path, pid: int):
         self.server, self.cwd, self.pid = server, cwd, pid
 
     def wait(self, timeout: float = 120) -> int | None:
-        """Its exit code, negative for a signal that killed it; None where it still runs."""
+        """Wait for the end: the exit code, negative for a signal, or None after ``timeout`` seconds."""
         return self.server.ask(do="wait", pid=self.pid, timeout=timeout)
 
     def kill(self, signum: int) -> None:
@@ -67,25 +70,25 @@ class Started:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def rank(self, rank: int) -> int:
-        """The process id of a worker, once it has begun."""
+        """Wait until a worker has started, and return its process id."""
         found = []
 
-        def begun():
-            told = [self.cwd / f"rank.{pid}" for pid in self.children()]
-            found.extend(int(path.suffix[1:]) for path in told if path.exists() and path.read_text() == str(rank))
+        def has_started():
+            files = [self.cwd / f"rank.{pid}" for pid in self.children()]
+            found.extend(int(path.suffix[1:]) for path in files if path.exists() and path.read_text() == str(rank))
             return found
 
-        self.until(begun)
+        self.wait_until(has_started)
         return found[0]
 
-    def until(self, condition, timeout: float = 60) -> None:
-        """Wait until ``condition()``, which sees the folder; the process must not end before."""
+    def wait_until(self, condition, timeout: float = 60) -> None:
+        """Wait until ``condition()`` is true; fail if the process ends before."""
         end = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < end and self.alive(), self.err
+            assert time.monotonic() < end and self.is_alive(), self.err
             time.sleep(0.005)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self.server.ask(do="wait", pid=self.pid, timeout=0) is None
 
     @property
@@ -97,26 +100,26 @@ class Started:
         return (self.cwd / f"err.{self.pid}").read_text()
 
 
-def steps(run: Path) -> list[dict]:
-    """metrics.jsonl without clocks and rates."""
+def read_metrics(run: Path) -> list[dict]:
+    """Read metrics.jsonl without its times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
-def state(run: Path) -> dict:
-    """Of last.pt, without the clock and what says where the run was."""
+def read_state(run: Path) -> dict:
+    """Read last.pt without the time and the configuration, which names the run's directory."""
     found = checkpoint.read(run / "checkpoints" / "last.pt")
     return {key: value for key, value in found.items() if key not in ("seconds", "config")}
 
 
-def same(one, other) -> bool:
-    """Whether two states are equal, tensors to the bit."""
+def are_equal(one, other) -> bool:
+    """Whether two states are equal, tensors bit for bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(are_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(are_equal, one, other))
     return one == other
 
 
@@ -128,9 +131,9 @@ def runs_in(cwd: Path) -> list[Path]:
 
 
 class ForkedWorker:
-    """What flowtrain.cli.launcher needs of Popen."""
+    """A forked worker with the interface of Popen that flowtrain.cli.launcher uses."""
 
-    ends: list = []  # of the workers' pipes, for this process to write into
+    ends: list = []  # this process's ends of the workers' pipes
 
     def __init__(self, _command, stdin, env, start_new_session):
         assert start_new_session and stdin == subprocess.PIPE
@@ -138,13 +141,12 @@ class ForkedWorker:
         self.returncode = None
         self.pid = os.fork()
         if not self.pid:
-            _as_a_process(lambda: self.work(read, write, env))
+            _run_and_exit(lambda: self.work(read, write, env))
         os.close(read)
         self.stdin = os.fdopen(write, "wb")
         self.ends.append(self.stdin)
 
     def work(self, read, write, env):
-
         os.setsid()
         os.close(write)
         for end in self.ends:
@@ -157,7 +159,7 @@ class ForkedWorker:
 
     def poll(self):
         if self.returncode is None:
-            with suppress(ChildProcessError):  # a signal's handler asks amid the call that learns it
+            with suppress(ChildProcessError):  # a signal handler may call this during waitpid
                 pid, code = os.waitpid(self.pid, os.WNOHANG)
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(code)
@@ -172,8 +174,8 @@ class ForkedWorker:
             os.kill(self.pid, signum)
 
 
-def _as_a_process(main) -> None:
-    """Run ``main`` with the signals of a new process, and end."""
+def _run_and_exit(main) -> None:
+    """Run ``main`` with the default signal handlers, and exit."""
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -194,6 +196,7 @@ def _as_a_process(main) -> None:
 
 
 def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
+    """Fork a process that runs a command, and return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -213,29 +216,30 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
         import slow
 
         slow.patch()
-    import deaths
     import disks
+    import kill_points
 
-    deaths.prepare(env)
+    kill_points.prepare(env)
     disks.prepare(env, words)
-    _as_a_process({"command": main.main, "torchrun": _torchrun}[kind])
+    _run_and_exit({"command": main.main, "torchrun": _torchrun}[kind])
 
 
-def _wait(pid: int, timeout: float, ended={}):  # noqa: B006 (remembers what has been waited for)
+def _wait(pid: int, timeout: float, codes={}):  # noqa: B006 (keeps the exit codes)
+    """Wait for a process: its exit code, or None after ``timeout`` seconds."""
     end = time.monotonic() + timeout
-    while pid not in ended:
+    while pid not in codes:
         found, code = os.waitpid(pid, os.WNOHANG)
         if found:
-            ended[pid] = os.waitstatus_to_exitcode(code)
+            codes[pid] = os.waitstatus_to_exitcode(code)
         elif time.monotonic() >= end:
             return None
         else:
             time.sleep(0.005)
-    return ended[pid]
+    return codes[pid]
 
 
 def _torchrun() -> None:
-    """What ``torchrun --standalone --nproc-per-node=2 --max-restarts=$RESTARTS -m flowtrain`` does, forking."""
+    """Do what ``torchrun --standalone --nproc-per-node=2 --max-restarts=$RESTARTS -m flowtrain`` does, with forks."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -249,28 +253,30 @@ def _torchrun() -> None:
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(config, _rank)()
+    elastic_launch(config, _run_rank)()
 
 
-def _rank() -> None:
+def _run_rank() -> None:
     from flowtrain.cli import main
 
     Path(f"rank.{os.getpid()}").write_text(os.environ["RANK"])
-    exit_codes.leave = lambda code: os._exit(code) if code else None  # the agent waits for what a good one returns
+    exit_codes.leave = lambda code: os._exit(code) if code else None  # a rank returns if it succeeds
     with suppress(SystemExit):
         main.main()
 
 
 def serve() -> None:
+    """Answer questions until stdin closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from types import SimpleNamespace
 
-    # what a process would import for itself is imported here
-    import deaths  # noqa: F401
     import disks  # noqa: F401
     import hydra.experimental.callback  # noqa: F401
     import inprocess
+
+    # imported once, for all processes
+    import kill_points  # noqa: F401
     import slow  # noqa: F401
     import torch._dynamo  # noqa: F401
     from PIL import Image
@@ -283,10 +289,10 @@ def serve() -> None:
     Image.init()
 
     launcher.subprocess = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
-    launcher.ENDING = 3  # what hangs in a test has nothing to save
+    launcher.ENDING = 3  # seconds; a process that hangs in a test has nothing to save
     with open(os.devnull, "w") as nowhere:
         before, sys.stdout = sys.stdout, nowhere
-        inprocess.flowtrain(".", "train", "--cfg", "job")  # brings what composing needs
+        inprocess.flowtrain(".", "train", "--cfg", "job")  # imports what composing needs
         sys.stdout = before
     for line in sys.stdin:
         question = json.loads(line)

@@ -1,4 +1,4 @@
-"""Checkpoints that a stranger might send. Each has a right digest, so that nothing but its content is wrong."""
+"""Hostile checkpoints. Each has the right digest, so that only its content is wrong."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 
 from flowtrain.runtime import checkpoint
 
-SECRET = "FLOWTRAIN_TEST_SECRET"  # a variable of the environment that nobody may read
+SECRET = "FLOWTRAIN_TEST_SECRET"  # an environment variable that no checkpoint may read
 
 
-def sealed(path: Path, archive: bytes) -> Path:
-    """An archive (of any content) with the digest that flowtrain writes into its comment."""
+def seal(path: Path, archive: bytes) -> Path:
+    """Write an archive with its digest in the comment, as flowtrain does."""
     length = checkpoint._COMMENT.to_bytes(2, "little")
     digest = checkpoint._digest(io.BytesIO(archive), len(archive))
     path.write_bytes(archive[:-2] + length + checkpoint._MARK + digest.encode())
     return path
 
 
-def zipped(members: dict[str, bytes] | list[tuple], compression: int = zipfile.ZIP_STORED) -> bytes:
+def make_zip(members: dict[str, bytes] | list[tuple], compression: int = zipfile.ZIP_STORED) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:
         for name, content in members.items() if isinstance(members, dict) else members:
@@ -34,27 +34,27 @@ def zipped(members: dict[str, bytes] | list[tuple], compression: int = zipfile.Z
     return out.getvalue()
 
 
-def of_pickle(data: bytes, **more: bytes) -> bytes:
-    """torch's archive around a pickle."""
+def torch_archive(data: bytes, **more: bytes) -> bytes:
+    """An archive like torch's, with the given pickle."""
     members = {"a/data.pkl": data, "a/byteorder": b"little", "a/version": b"3\n", "a/data/0": bytes(16)}
-    return zipped(members | {f"a/{name}": content for name, content in more.items()})
+    return make_zip(members | {f"a/{name}": content for name, content in more.items()})
 
 
 class Call:
-    """Pickles as a call of ``function``."""
+    """Pickles as a call of ``function``, which unpickling runs."""
 
     def __init__(self, function, *arguments):
-        self.reduced = function, arguments
+        self.call = function, arguments
 
     def __reduce__(self):
-        return self.reduced
+        return self.call
 
 
 # ---- pickles -------------------------------------------------------------------------------------------------------
 
 
 def calls(touch: Path) -> dict[str, Call]:
-    """What would make ``touch``, a folder, or run a command that does."""
+    """Calls that create the folder ``touch``."""
     import shutil
     import subprocess
 
@@ -82,29 +82,29 @@ def pickles(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
     for place, hostile in {"config": {"config": call}, "weights": {"model": {"w": call}}, "key": {call: 1}}.items():
         yield f"pickle in the {place}", lambda path, hostile=hostile: checkpoint.save({**state, **hostile}, path)
     raw = f"cos\nmkdir\n(S{str(touch)!r}\ntR.".encode()
-    yield "pickle by hand", lambda path: sealed(path, of_pickle(raw))
+    yield "pickle by hand", lambda path: seal(path, torch_archive(raw))
     stacked = b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c" + bytes([len(str(touch))]) + str(touch).encode() + b"\x85R."
-    yield "pickle, STACK_GLOBAL", lambda path: sealed(path, of_pickle(stacked))
+    yield "pickle, STACK_GLOBAL", lambda path: seal(path, torch_archive(stacked))
     instance = f"(S{str(touch)!r}\nios\nmkdir\n.".encode()
-    yield "pickle, INST", lambda path: sealed(path, of_pickle(instance))
+    yield "pickle, INST", lambda path: seal(path, torch_archive(instance))
     walk = f"ctorch.optim.adam\ntorch.hub.os.mkdir\n(S{str(touch)!r}\ntR.".encode()
-    yield "pickle, attribute walk", lambda path: sealed(path, of_pickle(walk))
+    yield "pickle, attribute walk", lambda path: seal(path, torch_archive(walk))
     yield "pickle of a class", lambda path: checkpoint.save({**state, "step": Path("/")}, path)
     for name in ("legacy torch", "pickle alone", "legacy with a digest"):
-        yield name, lambda path, name=name: _legacy(path, {**state, "step": call}, name)
+        yield name, lambda path, name=name: _write_legacy(path, {**state, "step": call}, name)
     script = torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1))
-    yield "TorchScript", lambda path: sealed(path, _buffer(lambda out: torch.jit.save(script, out)))
+    yield "TorchScript", lambda path: seal(path, _bytes_of(lambda out: torch.jit.save(script, out)))
     yield (
         "TorchScript by name",
-        lambda path: sealed(path, of_pickle(pickle.dumps(state["step"]), **{"constants.pkl": b""})),
+        lambda path: seal(path, torch_archive(pickle.dumps(state["step"]), **{"constants.pkl": b""})),
     )
     lists = b"\x80\x02}U\x06config" + b"]" * 1_000_000 + b"a" * 999_999 + b"s."
-    yield "a million levels", lambda path: sealed(path, of_pickle(lists))
+    yield "a million levels", lambda path: seal(path, torch_archive(lists))
     tuples = b"\x80\x02}U\x06config)" + b"\x85" * 100_000 + b"s."
-    yield "a hundred thousand tuples", lambda path: sealed(path, of_pickle(tuples))
+    yield "a hundred thousand tuples", lambda path: seal(path, torch_archive(tuples))
 
 
-def _legacy(path: Path, state: dict, name: str) -> None:
+def _write_legacy(path: Path, state: dict, name: str) -> None:
     out = io.BytesIO()
     if name == "pickle alone":
         pickle.dump(state, out)
@@ -112,10 +112,10 @@ def _legacy(path: Path, state: dict, name: str) -> None:
         torch.save(state, out, _use_new_zipfile_serialization=False)
     path.write_bytes(out.getvalue())
     if name == "legacy with a digest":
-        sealed(path, out.getvalue() + b"PK\5\6" + bytes(18))
+        seal(path, out.getvalue() + b"PK\5\6" + bytes(18))
 
 
-def _buffer(write: Callable) -> bytes:
+def _bytes_of(write: Callable) -> bytes:
     out = io.BytesIO()
     write(out)
     return out.getvalue()
@@ -125,19 +125,31 @@ def _buffer(write: Callable) -> bytes:
 
 
 def archives(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
-    good = {"a/data.pkl": _pickled_in(state), "a/byteorder": b"little", "a/version": b"3\n"}
-    yield "zip bomb", lambda path: sealed(path, zipped(good | {"a/data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED))
+    good = {"a/data.pkl": _pickle_state(state), "a/byteorder": b"little", "a/version": b"3\n"}
+    yield (
+        "zip bomb",
+        lambda path: seal(path, make_zip(good | {"a/data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED)),
+    )
     for name in ("../../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "a/\x1b[2J", "a//b", "C:/evil"):
-        yield f"member {name!r}", lambda path, name=name: sealed(path, zipped(good | {name: b"x"}))
+        yield f"member {name!r}", lambda path, name=name: seal(path, make_zip(good | {name: b"x"}))
     link = zipfile.ZipInfo("a/link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    yield "member that is a link", lambda path: sealed(path, zipped([*good.items(), (link, str(touch))]))
-    yield "two members of a name", lambda path: sealed(path, zipped([*good.items(), ("a/data.pkl", b"cos\nmkdir\n.")]))
-    yield "no pickle", lambda path: sealed(path, zipped({"a/version": b"3\n"}))
-    yield "empty archive", lambda path: sealed(path, zipped({}))
+    yield (
+        "member that is a link",
+        lambda path: seal(path, make_zip([*good.items(), (link, str(touch))])),
+    )
+    yield (
+        "two members of a name",
+        lambda path: seal(path, make_zip([*good.items(), ("a/data.pkl", b"cos\nmkdir\n.")])),
+    )
+    yield "no pickle", lambda path: seal(path, make_zip({"a/version": b"3\n"}))
+    yield "empty archive", lambda path: seal(path, make_zip({}))
     yield "empty file", lambda path: path.touch()
     yield "text", lambda path: path.write_text("import os")
-    yield "data behind its end", lambda path: sealed(path, of_pickle(good["a/data.pkl"]) + b"PK\3\4" + bytes(200))
+    yield (
+        "data behind its end",
+        lambda path: seal(path, torch_archive(good["a/data.pkl"]) + b"PK\3\4" + bytes(200)),
+    )
     yield "link to another file", lambda path: path.symlink_to("/etc/passwd")
 
     tensor = torch.zeros(4)
@@ -163,38 +175,38 @@ def archives(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], o
             changed = {**state, part: {**state[part], **value}}
             yield f"weights of {part}: {kind}", lambda path, changed=changed: checkpoint.save(changed, path)
     for numel in (10**6, 2**62, -1):
-        declared = _declared(state, numel)
-        yield f"a storage of {numel} numbers", lambda path, declared=declared: sealed(path, declared)
+        declared = _declare_storage(state, numel)
+        yield f"a storage of {numel} numbers", lambda path, declared=declared: seal(path, declared)
     for gone in ("config", "model", "ema", "columns"):
         without = {key: value for key, value in state.items() if key != gone}
         yield f"no {gone}", lambda path, without=without: checkpoint.save(without, path)
-    yield "a list", lambda path: sealed(path, _buffer(lambda out: torch.save([state], out)))
+    yield "a list", lambda path: seal(path, _bytes_of(lambda out: torch.save([state], out)))
     for name, value in {"no": None, "an older": 1, "a later": 10**9, "a text as": "2"}.items():
         yield f"{name} format", lambda path, value=value: checkpoint.save({**state, "format": value}, path)
 
 
-def _pickled_in(state: dict) -> bytes:
-    """The pickle of a state without tensors, as torch would write it."""
+def _pickle_state(state: dict) -> bytes:
+    """Pickle a state without tensors, as torch does."""
     return pickle.dumps(
         {"format": checkpoint.FORMAT, "config": state["config"], "model": {}, "ema": None, "columns": None}, protocol=2
     )
 
 
-def _declared(state: dict, numel: int) -> bytes:
-    """A tensor of ``numel`` numbers whose storage says that it has as many, and has 16 bytes."""
+def _declare_storage(state: dict, numel: int) -> bytes:
+    """An archive with a tensor whose storage declares ``numel`` numbers but has 16 bytes."""
     long = numel.to_bytes(9, "little", signed=True)
     number = b"\x8a\x09" + long
     storage = b"((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu" + number + b"tQ"
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n" + storage + b"K\x00" + number + b"\x85K\x01\x85\x89}tR"
     config = pickle.dumps(state["config"], protocol=2)[2:-1]
-    return of_pickle(b"\x80\x02}U\x06config" + config + b"s(U\x05model}U\x01w" + tensor + b"su.")
+    return torch_archive(b"\x80\x02}U\x06config" + config + b"s(U\x05model}U\x01w" + tensor + b"su.")
 
 
 # ---- configurations ------------------------------------------------------------------------------------------------
 
 
 def nodes(touch: Path) -> dict[str, dict]:
-    """What would make ``touch`` when hydra instantiates it: its own block-list lets these pass."""
+    """Nodes that create ``touch`` when Hydra instantiates them; Hydra's own block-list allows them."""
     path = str(touch)
     return {
         "os.mkdir": {"_target_": "os.mkdir", "path": path},
@@ -262,6 +274,7 @@ def _synthetic(shape) -> dict:
 
 
 def _put(config: dict, key: str, value) -> dict:
+    """A copy of ``config`` with a value at a dotted key."""
     config = copy.deepcopy(config)
     *parts, last = key.split(".")
     node = config
@@ -271,21 +284,21 @@ def _put(config: dict, key: str, value) -> dict:
     return config
 
 
-def _deep(levels: int):
+def _nest(levels: int):
     node = {}
     for _ in range(levels):
         node = {"a": node}
     return node
 
 
-def _shared(levels: int):
+def _share_lists(levels: int):
     node = "x"
     for _ in range(levels):
         node = [node] * 10
     return node
 
 
-def _itself():
+def _list_in_itself():
     node = []
     node.append(node)
     return node
@@ -327,10 +340,10 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         ),
         "a circle of interpolations": ("model.knob", {"a": "${.b}", "b": "${.a}"}),
         "a value left open": ("seed", "???"),
-        "a hundred levels": ("model.knob", _deep(100)),
-        "a hundred lists": ("model.knob", _shared(0) and eval("[" * 60 + "]" * 60)),
-        "a list of lists of one list": ("model.knob", _shared(12)),
-        "a list in itself": ("model.knob", _itself()),
+        "a hundred levels": ("model.knob", _nest(100)),
+        "a hundred lists": ("model.knob", eval("[" * 60 + "]" * 60)),
+        "a list of lists of one list": ("model.knob", _share_lists(12)),
+        "a list in itself": ("model.knob", _list_in_itself()),
         "a long text": ("model.knob", "x" * 10_000_000),
         "many keys": ("model.knob", {f"k{i}": i for i in range(100_000)}),
         "a key that is a number": ("model.knob", {1: 2}),
@@ -358,7 +371,7 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
         "a data set of another shape": ("dataset", _synthetic([1, 10**9, 10**9])),
     }
     for name, (key, value) in changes.items():
-        if name == "an allowed module":  # and a target in it
+        if name == "an allowed module":  # with a target in it
             changed = _put(_put(config, key, value), "model.knob", mkdir)
         else:
             changed = _put(config, key, value) if "/" not in key else {**config, key: value}
@@ -366,8 +379,8 @@ def configs(state: dict, touch: Path) -> Iterator[tuple[str, Callable[[Path], ob
     yield "a configuration of text", lambda path: checkpoint.save({**state, "config": "model: glow"}, path)
 
 
-def every(state: dict, touch: Path) -> dict[str, Callable[[Path], object]]:
-    """Name -> what writes the file."""
+def all_files(state: dict, touch: Path) -> dict[str, Callable[[Path], object]]:
+    """Every kind of hostile checkpoint: name -> the function that writes it."""
     out = {}
     for name, write in (*pickles(state, touch), *archives(state, touch), *configs(state, touch)):
         assert name not in out

@@ -1,4 +1,7 @@
-"""Where a run can be caught: each place takes half a minute once ``SLOW`` names it, and leaves a file ``here.0``."""
+"""Slows a run down at one place, so that a test can interrupt it there.
+
+``SLOW`` in the environment names the place, which then takes half a minute and creates the file ``here.0``.
+"""
 
 from __future__ import annotations
 
@@ -17,93 +20,97 @@ from flowtrain.data.vectors import Vectors
 from flowtrain.engine.trainer import Trainer
 from flowtrain.runtime import checkpoint
 
-STEP = 13  # of training, from which on what belongs to training is slow
+STEP = 13  # places in training are slow from this step on
 LONG = 30  # seconds
-SAVING = 0.5  # seconds: a checkpoint is finished
+SAVING = 0.5  # seconds; saving a checkpoint is not interrupted
 
 
 class OneSecond:
-    """The same one whenever it is asked."""
+    """A datetime whose time stands still."""
 
     @staticmethod
     def now():
         return datetime(2026, 1, 1)
 
 
-def linger(seconds: float = LONG) -> None:
+def wait_here(seconds: float = LONG) -> None:
+    """Create the file ``here.RANK`` and wait."""
     Path(f"here.{os.environ.get('RANK', 0)}").touch()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.02)
 
 
-def before(owner, name: str, seconds: float = LONG, when=lambda *args: True) -> None:
+def delay(owner, name: str, seconds: float = LONG, when=lambda *args: True) -> None:
+    """Make calls of ``owner.name`` slow."""
     original = getattr(owner, name)
 
     def slow(*args, **kwargs):
         if when(*args):
-            linger(seconds)
+            wait_here(seconds)
         return original(*args, **kwargs)
 
     setattr(owner, name, slow)
 
 
-def late(*_args) -> bool:
+def is_late(*_args) -> bool:
+    """Whether training has come to ``STEP``."""
     return Trainer.at >= STEP
 
 
-def batches(self, step=0, original=Loader.batches):
+def slow_batches(self, step=0, original=Loader.batches):
     for number, batch in enumerate(original(self, step), step):
         if number >= STEP and number == Trainer.at + 1:
-            linger()
+            wait_here()
         yield batch
 
 
-def again(self, step=0, original=Loader.batches):
-    """Those that batch normalization takes its moments from."""
+def slow_moments(self, step=0, original=Loader.batches):
+    """Batches that are slow where batch normalization computes its moments."""
     for number, batch in enumerate(original(self, step), step):
-        if late() and number < STEP:
-            linger(2)
+        if is_late() and number < STEP:
+            wait_here(2)
         yield batch
 
 
-def split_batches(*args, original=evaluation.split_batches):
-    """One example a batch, and all are slow."""
+def slow_split_batches(*args, original=evaluation.split_batches):
+    """Slow batches of one example each."""
     for index, x, context in original(*args):
         for i in range(len(x)):
-            if late():
-                linger(1)
+            if is_late():
+                wait_here(1)
             yield index[i : i + 1], x[i : i + 1], None if context is None else context[i : i + 1]
 
 
-def following_the_step(self, *args, original=Trainer.gradient):
+def record_step(self, *args, original=Trainer.gradient):
     Trainer.at = self.step
     return original(self, *args)
 
 
 def patch() -> None:
-    Trainer.at, Trainer.gradient = 0, following_the_step
+    """Make the place slow that the environment names."""
+    Trainer.at, Trainer.gradient = 0, record_step
     places = {
-        "check": lambda: before(checks, "check"),
-        "job": lambda: before(jobs, "_run"),
-        "import": lambda: before(worker, "execute"),
-        "open": lambda: before(Vectors, "split"),
-        "start": lambda: before(train, "_start"),
-        "data": lambda: setattr(Loader, "batches", batches),
-        "moments": lambda: setattr(Loader, "batches", again),
-        "step": lambda: before(Trainer, "update", SAVING, late),
-        "every step": lambda: before(Trainer, "update", 0.1),
-        "stuck": lambda: before(Trainer, "update", when=late),
-        "validation": lambda: setattr(evaluation, "split_batches", split_batches),
-        "image": lambda: before(previews.Preview, "__call__", when=late),
-        "saving": lambda: before(checkpoint, "save_last", SAVING),
-        "end": lambda: before(train, "_conclude"),
+        "check": lambda: delay(checks, "check"),
+        "job": lambda: delay(jobs, "_run"),
+        "import": lambda: delay(worker, "execute"),
+        "open": lambda: delay(Vectors, "split"),
+        "start": lambda: delay(train, "_start"),
+        "data": lambda: setattr(Loader, "batches", slow_batches),
+        "moments": lambda: setattr(Loader, "batches", slow_moments),
+        "step": lambda: delay(Trainer, "update", SAVING, is_late),
+        "every step": lambda: delay(Trainer, "update", 0.1),
+        "stuck": lambda: delay(Trainer, "update", when=is_late),
+        "validation": lambda: setattr(evaluation, "split_batches", slow_split_batches),
+        "image": lambda: delay(previews.Preview, "__call__", when=is_late),
+        "saving": lambda: delay(checkpoint, "save_last", SAVING),
+        "end": lambda: delay(train, "_conclude"),
         "one second": lambda: setattr(hydra.core.utils, "datetime", OneSecond),
     }
     places[os.environ["SLOW"]]()
 
 
-if __name__ == "__main__":  # as a script of torchrun's
+if __name__ == "__main__":  # torchrun runs this script
     from flowtrain.cli import main
 
     patch()

@@ -1,4 +1,4 @@
-"""Inputs that are not as they should be, or only just: every model is right about them or names the row or shape."""
+"""Invalid and extreme inputs: every model gives the right result, or an error that names the row or shape."""
 
 import math
 import re
@@ -18,18 +18,18 @@ from flowtrain.flow import Flow
 
 MODELS = options("model")
 LEVELS = 17
-B, BAD = 5, 3  # rows, and which one is awkward
-SECONDS = 60  # of one call: no hang, on a machine that has other work too
+B, BAD = 5, 3  # rows, and the one that is changed
+SECONDS = 60  # at most, of one call
 
 
 def width(model: str, hidden: int) -> list[str]:
-    """The override for the width of a model's networks; a custom model has several."""
+    """The override for the width of a model's networks; a custom model has several, so none."""
     return [] if model.startswith("custom") else [f"model.hidden={hidden}"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """A small flow away from its start, of evaluation, and a batch for it."""
+    """A small flow away from its neutral start, in evaluation mode, and a batch for it."""
     torch.manual_seed(0)
     if request.param in ONLY_IMAGES:
         spec = DataSpec("small digits", (1, 4, 4), LEVELS)
@@ -48,11 +48,11 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def tally(promise):
-    """Counts what becomes of each kind of input: (kind, "right" or "refused") for every model."""
-    seen = Counter()
-    yield seen
-    kinds = sorted({kind for kind, _ in seen})
-    right, refused = (sum(n for (_, end), n in seen.items() if end == which) for which in ("right", "refused"))
+    """Counts the outcomes of each kind of input, over all models: (kind, "right" or "refused")."""
+    outcomes = Counter()
+    yield outcomes
+    kinds = sorted({kind for kind, _ in outcomes})
+    right, refused = (sum(n for (_, end), n in outcomes.items() if end == which) for which in ("right", "refused"))
     promise(
         11,
         f"{len(kinds)} awkward inputs to each of {len(MODELS)} models: right, or a ValueError with the row or shape",
@@ -61,44 +61,44 @@ def tally(promise):
 
 
 def log_prob(flow, x):
-    """With the same noise each time, and the exact trace of an ODE; within the time for it."""
+    """The log-likelihood with the same noise each time and the exact trace of an ODE, within ``SECONDS``."""
     torch.manual_seed(1)
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
         with torch.no_grad(), exact_trace():
             return flow.log_prob(x)
     finally:
-        assert time.monotonic() - begun < SECONDS
+        assert time.monotonic() - start < SECONDS
 
 
-def right_or_refused(tally, kind, says, attempt, expected=lambda made: None):
-    """``attempt()`` gives what is finite and what ``expected`` takes, or says why not in words that match ``says``."""
+def assert_right_or_refused(tally, kind, message, attempt, check=lambda result: None):
+    """Check that ``attempt()`` is finite and passes ``check``, or raises an error that matches ``message``."""
     try:
-        made = attempt()
+        result = attempt()
     except (ValueError, UsageError) as error:
-        assert re.search(says, str(error))
+        assert re.search(message, str(error))
         tally[kind, "refused"] += 1
         return
-    assert made.isfinite().all()
-    expected(made)
+    assert result.isfinite().all()
+    check(result)
     tally[kind, "right"] += 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])
-def test_values_out_of_all_bounds(case, value, tally):
+def test_values_that_are_huge_or_not_finite_are_right_or_refused(case, value, tally):
     flow, x = case
     x = x.float().clone()
     x[BAD].view(-1)[0] = value
     alone = x[BAD : BAD + 1]
 
-    def as_in_float64(made):  # a number this large has a likelihood where float32 holds it
+    def check_in_float64(result):  # a number this large has a likelihood if float32 can hold it
         flow.double()
         try:
-            torch.testing.assert_close(made[BAD:].double()[:1], log_prob(flow, alone.double()), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(result[BAD:].double()[:1], log_prob(flow, alone.double()), rtol=1e-3, atol=1e-3)
         finally:
             flow.float()
 
-    right_or_refused(tally, f"{value:g}", f"row {BAD} of x", lambda: log_prob(flow, x), as_in_float64)
+    assert_right_or_refused(tally, f"{value:g}", f"row {BAD} of x", lambda: log_prob(flow, x), check_in_float64)
     if not math.isfinite(value):
         with pytest.raises(ValueError, match=f"row {BAD} of x holds a number that is not finite"):
             flow.encode(x)
@@ -108,16 +108,15 @@ def test_values_out_of_all_bounds(case, value, tally):
             flow.decode(z)
 
 
-def test_latents_out_of_all_bounds(case, tally):
+def test_huge_latents_are_right_or_refused(case, tally):
     flow, _ = case
     z = torch.zeros(B, *flow.bijection.out_shape)
     z[BAD, 0] = 1e20
-    right_or_refused(tally, "latents of 1e20", f"row {BAD} of z", lambda: flow.decode(z))
+    assert_right_or_refused(tally, "latents of 1e20", f"row {BAD} of z", lambda: flow.decode(z))
 
 
-def test_knots_and_bounds(case, tally):
-    """Bounds of splines and their neighbours, knots of equal bins, and the ends of the integers, where preprocessing's
-    unit interval ends."""
+def test_values_at_knots_and_bounds_come_back(case, tally):
+    """At bounds of splines and their neighbours, knots of equal bins, and the least and greatest grey levels."""
     flow, x = case
     if x.dtype == torch.uint8:
         ends = [0, 1, LEVELS - 2, LEVELS - 1]
@@ -125,8 +124,8 @@ def test_knots_and_bounds(case, tally):
     else:
         ends = [0.0, 1.0, -1.0, 3.0, -3.0, 0.75, 2.25, -1.5, 3.0000002, 2.9999998]
         x = torch.stack([torch.full_like(x[0], value) for value in ends])
-    made = log_prob(flow, x)
-    assert made.isfinite().all()
+    result = log_prob(flow, x)
+    assert result.isfinite().all()
     back = flow.decode(flow.encode(x))
     if x.dtype == torch.uint8:
         assert torch.equal(back, x)
@@ -135,7 +134,7 @@ def test_knots_and_bounds(case, tally):
     tally["bounds and 0 and 1", "right"] += 1
 
 
-def test_what_is_no_integer_of_the_data(case, tally):
+def test_a_value_that_is_no_grey_level_is_refused(case, tally):
     flow, x = case
     if x.dtype != torch.uint8:
         return
@@ -147,8 +146,8 @@ def test_what_is_no_integer_of_the_data(case, tally):
     tally["no integer of the data", "refused"] += 1
 
 
-@pytest.mark.filterwarnings("ignore:var_mean")  # of no rows in training
-def test_batches_of_none_and_of_one(case, tally):
+@pytest.mark.filterwarnings("ignore:var_mean")  # of an empty batch in training
+def test_empty_batches_and_batches_of_one_work(case, tally):
     flow, x = case
     for training in (False, True):
         flow.train(training)
@@ -158,14 +157,14 @@ def test_batches_of_none_and_of_one(case, tally):
             flow.eval()
     assert flow.encode(x[:0]).shape == (0, *flow.bijection.out_shape)
     assert flow.decode(flow.latents(0)).shape == flow.sample(0).shape == (0, *flow.shape)
-    if x.dtype != torch.uint8:  # whose noise is drawn for the batch
+    if x.dtype != torch.uint8:  # the noise of images depends on the batch
         torch.testing.assert_close(log_prob(flow, x[:1]), log_prob(flow, x)[:1], rtol=1e-4, atol=1e-3)
     assert log_prob(flow, x[:1]).isfinite().all() and flow.sample(1).shape == (1, *flow.shape)
     for kind in ("empty", "batch of one"):
         tally[kind, "right"] += 1
 
 
-def test_memory_in_any_order(case, tally):
+def test_a_batch_need_not_be_contiguous(case, tally):
     flow, x = case
     scattered = torch.empty(B, *x.shape[:0:-1], dtype=x.dtype).permute(0, *range(x.dim() - 1, 0, -1))
     scattered = torch.stack([scattered, scattered], -1)[..., 0].copy_(x)
@@ -176,32 +175,32 @@ def test_memory_in_any_order(case, tally):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.int64, torch.bool])
-def test_numbers_of_other_kinds(case, dtype, tally):
+def test_every_dtype_has_the_likelihood_of_float32(case, dtype, tally):
     flow, x = case
     x = x.float().abs().clamp(max=1).round() if dtype in (torch.uint8, torch.int64, torch.bool) else x.half()
     expected = log_prob(flow, x.float())
-    made = log_prob(flow, x.to(dtype))
-    assert made.dtype == torch.float32
-    torch.testing.assert_close(made, expected, rtol=0, atol=0)
+    result = log_prob(flow, x.to(dtype))
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
     tally[str(dtype).removeprefix("torch."), "right"] += 1
 
 
-def test_a_flow_in_float64(case, tally):
+def test_a_flow_in_float64_agrees_with_float32(case, tally):
     flow, x = case
     single = log_prob(flow, x) if x.dtype != torch.uint8 else None
     flow.double()
     try:
-        made = log_prob(flow, x)
-        assert made.dtype == torch.float64 and made.isfinite().all()
+        result = log_prob(flow, x)
+        assert result.dtype == torch.float64 and result.isfinite().all()
         if single is not None:
-            torch.testing.assert_close(made, single.double(), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(result, single.double(), rtol=1e-4, atol=1e-3)
         assert flow.sample(2).isfinite().all()
     finally:
         flow.float()
     tally["a flow in float64", "right"] += 1
 
 
-def test_wrong_shapes(case, tally):
+def test_wrong_shapes_are_refused(case, tally):
     flow, x = case
     for wrong in (x[0], x[..., :-1], x.unsqueeze(1), x.flatten(), torch.zeros(()), torch.zeros(0), torch.zeros(B, 99)):
         for call in (flow, flow.log_prob, flow.encode):
@@ -216,7 +215,7 @@ def test_wrong_shapes(case, tally):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_one_dimension(model, tally):
+def test_one_dimension_is_right_or_refused(model, tally):
     if model in ONLY_IMAGES:
         dataset, spec, x = "digits", DataSpec("pixels", (1, 1, 1), LEVELS), torch.randint(0, LEVELS, (B, 1, 1, 1))
     else:
@@ -225,16 +224,16 @@ def test_one_dimension(model, tally):
     def attempt():
         flow = flow_of(f"model={model}", f"dataset={dataset}", *width(model, 8), spec=spec)
         flow.initialize(x)
-        made = log_prob(flow.eval(), x)
+        result = log_prob(flow.eval(), x)
         torch.testing.assert_close(flow.decode(flow.encode(x)).to(x.dtype), x, rtol=0, atol=1e-4)
-        return made
+        return result
 
-    right_or_refused(tally, "D = 1", "shape|1×1|sides that are odd", attempt)
+    assert_right_or_refused(tally, "D = 1", "shape|1×1|sides that are odd", attempt)
 
 
 @pytest.mark.parametrize("name", ["piecewise_linear", "rational_quadratic"])
-def test_every_knot(name):
-    """Of a thousand splines, as near as a number can lie, on it and on both sides."""
+def test_a_spline_is_inverted_at_every_knot(name):
+    """At the knots of a thousand splines and the nearest numbers on both sides."""
     spline, theta = UNIVARIATE[name](shape=(1,)), torch.randn(1000, 1, 14)
     if name == "piecewise_linear":
         theta, low, high = theta[..., :5], 0.0, 1.0
@@ -251,10 +250,10 @@ def test_every_knot(name):
             torch.testing.assert_close(back, near[:, None], rtol=0, atol=1e-3)
 
 
-# ---- rows and shapes of a context, matrices without an inverse, equations without an end ----------------------------
+# ---- contexts, singular matrices and ODEs without a solution ----------------------------
 
 
-def test_contexts():
+def test_a_wrong_context_is_refused():
     flow = flow_of("model=maf", "dataset=digits", "dataset.context=label", "model.hidden=8").eval()
     x, context = torch.zeros(B, 1, 8, 8), torch.eye(10)[:B]
     assert flow.log_prob(x, context.double()).isfinite().all()
@@ -267,7 +266,7 @@ def test_contexts():
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2, 2)])
-def test_a_singular_matrix(shape):
+def test_a_singular_matrix_is_refused(shape):
     flow = Flow(shape, b.DenseLinear).eval()
     flow.bijection.set_weight(torch.ones(3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="row 0 of x, .*has no log-likelihood that is finite"):
@@ -277,7 +276,7 @@ def test_a_singular_matrix(shape):
 
 
 class Explosive(torch.nn.Module):
-    """dx/dt = x² from 0 to 1: no end for x ≥ 1."""
+    """dx/dt = x² from 0 to 1, which has no solution for x ≥ 1."""
 
     def __init__(self, shape, context_shape=None):
         super().__init__()
@@ -287,12 +286,12 @@ class Explosive(torch.nn.Module):
         return self.rate * x.square()
 
 
-def test_an_equation_without_an_end_names_the_row():
+def test_an_ode_without_a_solution_names_the_row():
     flow = Flow((1,), lambda **shapes: b.Continuous(net=Explosive, **shapes)).eval()
     x = torch.tensor([[0.1], [-5.0], [0.5], [2.0], [0.2]])
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(ValueError, match="row 3 of x, .*an ODE .*came to"):
         flow.encode(x)
-    assert time.monotonic() - begun < SECONDS
+    assert time.monotonic() - start < SECONDS
     expected = x[:3] / (1 - x[:3])
     torch.testing.assert_close(flow.encode(x[:3]), expected, rtol=1e-4, atol=1e-4)

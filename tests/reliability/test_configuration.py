@@ -1,4 +1,4 @@
-"""A mistake in any key or value is refused before data are touched: one line, exit code 2, and the name that was meant.
+"""Promise 9: a mistake in any key or value is refused before data are opened, in one line that names the right key.
 
 The mistakes are generated from the configurations that the commands compose.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from composed import VECTORS, composed, options
+from composed import VECTORS, compose_tree, options
 from inprocess import flowtrain
 from omegaconf import OmegaConf
 
@@ -27,7 +27,7 @@ from flowtrain.data.dataset import Dataset
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent)))}
-OF_A_CHECKPOINT = ("eval", "sample", "check", "score")
+CHECKPOINT_COMMANDS = ("eval", "sample", "check", "score")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lines(run):
     """Command -> its first words, and the configuration that it composes."""
-    words = {command: [command, f"ckpt={run}"] for command in OF_A_CHECKPOINT}
+    words = {command: [command, f"ckpt={run}"] for command in CHECKPOINT_COMMANDS}
     words |= {command: [command] for command in COMMANDS if command not in words}
     words["train resume"] = ["train", f"resume={run}"]
     words["check model"] = ["check", "model=nice"]
@@ -55,7 +55,7 @@ def lines(run):
 
 
 def leaves(node: dict, prefix: str = ""):
-    """(dotted key, value) of what a configuration holds."""
+    """Yield the dotted keys and values of a configuration."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{key}.")
@@ -64,13 +64,13 @@ def leaves(node: dict, prefix: str = ""):
 
 
 def names(node: dict, prefix: str = "") -> set[str]:
-    """Every dotted key of a configuration, those of mappings too."""
+    """Every dotted key of a configuration, with those of its mappings."""
     inner = (names(value, f"{prefix}{key}.") for key, value in node.items() if isinstance(value, dict))
     return {f"{prefix}{key}" for key in node}.union(*inner)
 
 
-def typo(key: str, valid, draw: random.Random) -> str:
-    """The key with one slip of the fingers in its last name."""
+def mistype(key: str, valid, draw: random.Random) -> str:
+    """Make one typing error in the last name of a key."""
     head, dot, name = key.rpartition(".")
     slips = [name[: i + 1] + name[i:] for i in range(len(name))]  # a letter twice
     if len(name) > 3:
@@ -82,18 +82,19 @@ def typo(key: str, valid, draw: random.Random) -> str:
 
 
 def names_the_nearest(text: str, wrong: str, meant: str, valid) -> bool:
-    """Whether a refusal suggests what was meant, or a valid name as near to what was typed."""
+    """Whether a message suggests the intended key, or a valid key that is as similar to the wrong one."""
     if "is fixed by the checkpoint; only dataset.root" in text:
         return True
     if "did you mean '" not in text:
         return False
-    said = text.partition("did you mean '")[2].partition("'")[0]
-    near = [difflib.SequenceMatcher(a=wrong, b=name).ratio() for name in (said, meant)]
-    return said == meant or said in valid and near[0] >= near[1] - 1e-9
+    suggestion = text.partition("did you mean '")[2].partition("'")[0]
+    near = [difflib.SequenceMatcher(a=wrong, b=name).ratio() for name in (suggestion, meant)]
+    return suggestion == meant or suggestion in valid and near[0] >= near[1] - 1e-9
 
 
-def without_torch(cwd, cases: list[list[str]]) -> list[list]:
-    done = subprocess.run(
+def run_without_torch(cwd, cases: list[list[str]]) -> list[list]:
+    """Run command lines in a process that cannot import torch: their exit codes and messages."""
+    result = subprocess.run(
         [sys.executable, str(HERE / "without_torch.py")],
         input=json.dumps(cases),
         cwd=cwd,
@@ -102,16 +103,16 @@ def without_torch(cwd, cases: list[list[str]]) -> list[list]:
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-def tenth(cases: list, count, draw: random.Random) -> list:
+def sample_cases(cases: list, count, draw: random.Random) -> list:
     return draw.sample(cases, count(len(cases)))
 
 
-def judged(cwd, cases: list[tuple], valid: set) -> dict:
-    """What is wrong with the refusals of (words, wrong, meant)."""
-    found = without_torch(cwd, [words for words, _, _ in cases])
+def find_failures(cwd, cases: list[tuple], valid: set) -> dict:
+    """The messages of (words, wrong key, intended key) that are not as they should be."""
+    found = run_without_torch(cwd, [words for words, _, _ in cases])
     wrong = {}
     for (words, typed, meant), (code, text) in zip(cases, found, strict=True):
         if code != 2 or "\n" in text or not names_the_nearest(text, typed, meant, valid) or "torch" in text:
@@ -119,18 +120,18 @@ def judged(cwd, cases: list[tuple], valid: set) -> dict:
     return wrong
 
 
-def test_a_typo_in_any_key_of_any_command(lines, tmp_path, count, promise):
+def test_a_typo_in_any_key_of_any_command_is_refused(lines, tmp_path, count, promise):
     draw, cases, valid = random.Random(1), [], set()
     for name, (words, config) in lines.items():
         here = {key for key, _ in leaves(config)}
         valid |= names(config)
-        if name == "train resume":  # what its optimizer's keys are, the checkpoint alone says
+        if name == "train resume":  # the keys of these groups depend on the checkpoint
             here = {key for key in here if not key.startswith(("optimizer.", "scheduler.", "logger."))}
         for key in sorted(here):
-            wrong = typo(key, names(config), draw)
+            wrong = mistype(key, names(config), draw)
             cases.append(([*words, f"{wrong}=1"], wrong, key))
-    chosen = tenth(cases, count, draw)
-    wrong = judged(tmp_path, chosen, valid | {"dataset.root", "dataset.path", "dataset.download"})
+    chosen = sample_cases(cases, count, draw)
+    wrong = find_failures(tmp_path, chosen, valid | {"dataset.root", "dataset.path", "dataset.download"})
     promise(
         9,
         "one typo in every key of every command, refused before torch is imported, the nearest name given",
@@ -140,28 +141,29 @@ def test_a_typo_in_any_key_of_any_command(lines, tmp_path, count, promise):
     assert not any(tmp_path.iterdir()) and len(cases) > 500
 
 
-def nested(key: str, value) -> dict:
+def nest(key: str, value) -> dict:
+    """A configuration with one value at a dotted key."""
     for name in reversed(key.split(".")):
         value = {name: value}
     return value
 
 
-def test_a_typo_in_an_experiment_or_a_trainer_of_ones_own(lines, tmp_path, count, promise):
+def test_a_typo_in_a_users_experiment_or_trainer_is_refused(lines, tmp_path, count, promise):
     draw, cases = random.Random(2), []
     config = lines["train"][1]
     valid, keys = names(config), sorted(key for key, _ in leaves(config))
     keys = [(key, "experiment") for key in keys if key != "allow"] + [
         (key, "trainer") for key in keys if key.startswith("trainer.")
     ]
-    for number, (key, group) in enumerate(tenth(keys, count, draw)):
-        wrong = typo(key, valid, draw)
+    for number, (key, group) in enumerate(sample_cases(keys, count, draw)):
+        wrong = mistype(key, valid, draw)
         folder = tmp_path / f"mine{number}" / group
         folder.mkdir(parents=True)
-        content = nested(wrong, 1) if group == "experiment" else {"defaults": ["default", "_self_"], wrong[8:]: 1}
+        content = nest(wrong, 1) if group == "experiment" else {"defaults": ["default", "_self_"], wrong[8:]: 1}
         first = "# @package _global_\n" if group == "experiment" else ""
         (folder / "own.yaml").write_text(first + yaml.safe_dump(content))
         cases.append((["train", "--config-dir", str(folder.parent), f"{group}=own"], wrong, key))
-    wrong = judged(tmp_path, cases, valid)
+    wrong = find_failures(tmp_path, cases, valid)
     promise(9, "the same in experiments and trainers of one's own", f"{len(cases) - len(wrong)} of {len(cases)}")
     assert not wrong, "\n".join(f"{words}: {what}" for words, what in wrong.items())
     assert not any(path.name == "outputs" for path in tmp_path.iterdir())
@@ -177,11 +179,11 @@ def test_a_typo_in_an_experiment_or_a_trainer_of_ones_own(lines, tmp_path, count
         ("model", "glow", "stepps", "model.steps"),
     ],
 )
-def test_a_typo_in_a_file_that_extends_another(tmp_path, untouched, group, parent, key, meant):
-    """A constructor's own arguments are nobody's list: it is asked, before data are touched."""
+def test_a_typo_in_a_file_that_extends_another_is_refused(tmp_path, run_without_data, group, parent, key, meant):
+    """The constructor's signature gives the valid keys, before data are opened."""
     (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / group / "own.yaml").write_text(f"defaults: [{parent}, _self_]\n{key}: 1\n")
-    code, text = untouched("train", "--config-dir", "mine", f"{group}=own")
+    code, text = run_without_data("train", "--config-dir", "mine", f"{group}=own")
     assert code == 2 and f"did you mean '{meant}'?" in text
 
 
@@ -189,11 +191,11 @@ def test_a_typo_in_a_file_that_extends_another(tmp_path, untouched, group, paren
 
 
 @pytest.fixture
-def untouched(tmp_path, monkeypatch):
-    """``untouched(*words)``: exit code and line, in this process; data must not be opened."""
+def run_without_data(tmp_path, monkeypatch):
+    """``run_without_data(*words)``: run a command that must not open data, and return its exit code and message."""
 
     def split(self, name):
-        raise AssertionError("data are touched")
+        raise AssertionError("data are opened")
 
     monkeypatch.setattr(Dataset, "split", split)
 
@@ -207,8 +209,8 @@ def untouched(tmp_path, monkeypatch):
     return run
 
 
-def lines_of_train() -> list[list[str]]:
-    """Choices that together hold every knob."""
+def train_lines() -> list[list[str]]:
+    """Command lines that together have every key."""
     lines = [
         [f"{group}={name}"] for group in ("model", "optimizer", "scheduler", "univariate") for name in options(group)
     ]
@@ -221,24 +223,23 @@ def lines_of_train() -> list[list[str]]:
 
 
 def violations(lines: list[list[str]]) -> list[list[str]]:
-    """``lines`` with one value out of its range: a negative number wherever there is a number, just outside each
-    bound that settings state, and no such word where there are words to choose from."""
+    """``lines`` with −1 for one number, for every number of their configurations."""
     found = {}
     for line in lines:
-        tree = OmegaConf.to_container(composed(*line), resolve=False)
+        tree = OmegaConf.to_container(compose_tree(*line), resolve=False)
         for key, value in leaves(tree):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             root = key.split(".")[0]
             if root == "preprocess" and tree["model"]["_target_"] == "flowtrain.flows.autoregressive":
-                continue  # which has its own
+                continue  # it has its own preprocessing
             part = tree[root].get("_target_") if isinstance(tree[root], dict) else None
             found.setdefault((key, str(part)), [*line, f"{key}=-1"])
     return list(found.values())
 
 
-def outside(schema, prefix: str = "") -> list[str]:
-    """A word just outside each bound of a schema."""
+def out_of_range(schema, prefix: str = "") -> list[str]:
+    """Overrides just outside each bound of a schema, and others of a wrong type."""
     words = []
     for item in fields(schema):
         bounds = item.metadata
@@ -254,20 +255,22 @@ def outside(schema, prefix: str = "") -> list[str]:
     return words
 
 
-def test_values_out_of_range(run, untouched, tmp_path, count, promise):
+def test_values_out_of_range_are_refused(run, run_without_data, tmp_path, count, promise):
     draw = random.Random(3)
-    cases = [["train", *line] for line in violations(tenth(lines_of_train(), count, draw))]
-    cases += [["train", word] for word in outside(TrainConfig) + outside(TrainerConfig, "trainer.")]
+    cases = [["train", *line] for line in violations(sample_cases(train_lines(), count, draw))]
+    cases += [["train", word] for word in out_of_range(TrainConfig) + out_of_range(TrainerConfig, "trainer.")]
     for command in COMMANDS:
-        line = [command, f"ckpt={run}"] if command in OF_A_CHECKPOINT else [command]
-        cases += [[*line, word] for word in outside(COMMANDS[command].config) if word not in outside(TrainConfig)]
+        line = [command, f"ckpt={run}"] if command in CHECKPOINT_COMMANDS else [command]
+        cases += [
+            [*line, word] for word in out_of_range(COMMANDS[command].config) if word not in out_of_range(TrainConfig)
+        ]
     assert len(cases) >= 100
     chosen = draw.sample(cases, count(100))
     wrong = {}
     for words in chosen:
-        code, text = untouched(*words)
+        code, text = run_without_data(*words)
         value = words[-1].split("=")[1]
-        if code != 2 or "\n" in text or "are touched" in text or value.lstrip("-") not in text:
+        if code != 2 or "\n" in text or "are opened" in text or value.lstrip("-") not in text:
             wrong[" ".join(words)] = code, text
     promise(
         9, "100 values out of range, refused before data are touched", f"{len(chosen) - len(wrong)} of {len(chosen)}"
@@ -277,17 +280,17 @@ def test_values_out_of_range(run, untouched, tmp_path, count, promise):
     assert not left
 
 
-def test_some_in_processes_of_their_own(lines, tmp_path, count, promise):
+def test_mistakes_are_refused_in_new_processes(lines, tmp_path, count, promise):
     draw = random.Random(4)
     config = lines["train"][1]
     keys = draw.sample(sorted(key for key, _ in leaves(config)), count(20))
-    typos = [(["train", f"{typo(key, names(config), draw)}=1"], "did you mean") for key in keys]
-    ranges = [["train", word] for word in outside(TrainConfig) + outside(TrainerConfig, "trainer.")]
+    typos = [(["train", f"{mistype(key, names(config), draw)}=1"], "did you mean") for key in keys]
+    ranges = [["train", word] for word in out_of_range(TrainConfig) + out_of_range(TrainerConfig, "trainer.")]
     ranges += [["train", *line] for line in violations([["model=nsf_coupling"], ["model=realnvp", "norm=batchnorm"]])]
     ranges = [(words, "") for words in draw.sample(ranges, count(20))]
     wrong = {}
-    for words, says in typos + ranges:
-        done = subprocess.run(
+    for words, message in typos + ranges:
+        result = subprocess.run(
             [sys.executable, "-m", "flowtrain", *words],
             cwd=tmp_path,
             env=ENV,
@@ -295,8 +298,8 @@ def test_some_in_processes_of_their_own(lines, tmp_path, count, promise):
             text=True,
             timeout=120,
         )
-        if done.returncode != 2 or done.stdout or done.stderr.count("\n") != 1 or says not in done.stderr:
-            wrong[" ".join(words)] = done.returncode, done.stdout, done.stderr
+        if result.returncode != 2 or result.stdout or result.stderr.count("\n") != 1 or message not in result.stderr:
+            wrong[" ".join(words)] = result.returncode, result.stdout, result.stderr
         if any(path.is_file() for path in tmp_path.rglob("*")):
             wrong[" ".join(words)] = "files"
     total = len(typos) + len(ranges)

@@ -1,4 +1,4 @@
-"""Promise 6: a disk that takes no more costs a run what it did since its last checkpoint; one line says what lacks."""
+"""Promise 6: a disk that fails costs a run only the work since its last checkpoint, and one line gives the reason."""
 
 import errno
 import json
@@ -7,7 +7,7 @@ import re
 
 import disks
 import pytest
-from forks import runs_in, same, state, steps
+from forks import are_equal, read_metrics, read_state, runs_in
 
 WORDS = (
     "train",
@@ -30,15 +30,15 @@ CASES = [(fault, place) for place in ("checkpoint", "metrics", "image") for faul
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
-    """What a run has that met no fault."""
+    """The metrics and the state of a run without a fault."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert server.run(folder, *WORDS) == 0
     (run,) = runs_in(folder)
-    return steps(run), state(run)
+    return read_metrics(run), read_state(run)
 
 
-def told(text: str, fault: str, place: str, size: int) -> bool:
-    """Whether a line names the file, why it cannot be written, how many bytes that takes and how many there are."""
+def describes(text: str, fault: str, place: str, size: int) -> bool:
+    """Whether a message names the file, the reason, the bytes needed and the bytes free."""
     why = re.escape(os.strerror(disks.FAULTS[fault]))
     found = re.fullmatch(
         rf"\S*/{re.escape(disks.PLACES[place])}: cannot be written \({why}\): ([\d,]+) bytes needed, ([\d,]+) free"
@@ -52,8 +52,8 @@ def told(text: str, fault: str, place: str, size: int) -> bool:
     return likely and (free < 4096 if fault == "full" else free > 2**20) and bool(found[3]) == (fault == "limit")
 
 
-def kept(server, cwd, whole, fault, place) -> bool | None:
-    """Whether a run that meets a fault keeps the promise; None where this machine cannot have it."""
+def survives(server, cwd, whole, fault, place) -> bool | None:
+    """Whether a run survives a fault as promised; None if this machine cannot cause the fault."""
     process = server.start(cwd, *WORDS, DISK=json.dumps({"fault": fault, "place": place}))
     assert process.wait() == 0, process.err
     last = process.out.splitlines()[-1]
@@ -65,27 +65,27 @@ def kept(server, cwd, whole, fault, place) -> bool | None:
     print(report, process.err)
     return (
         report["code"] == 1
-        and told(report["text"], fault, place, report["size"])
+        and describes(report["text"], fault, place, report["size"])
         and not process.err
         and report["left"] == []
         and report["checkpoints"]["last"] == step
         and report["status"]
         and report["again"] == 0
-        and same(steps(run), whole[0])
-        and same(state(run), whole[1])
+        and are_equal(read_metrics(run), whole[0])
+        and are_equal(read_state(run), whole[1])
     )
 
 
-def test_a_disk_that_takes_no_more(server, whole, tmp_path, count, promise):
+def test_a_run_survives_every_fault_of_its_disk(server, whole, tmp_path, count, promise):
     chosen = CASES[:: 1 + 4 * (count(10) == 1)]  # three, of different faults and places, in a plain run
-    seen = {case: kept(server, tmp_path / "-".join(case), whole, *case) for case in chosen}
-    possible = [case for case in chosen if seen[case] is not None]
+    results = {case: survives(server, tmp_path / "-".join(case), whole, *case) for case in chosen}
+    possible = [case for case in chosen if results[case] is not None]
     promise(
         6,
         "disk full, limit, quota, read-only, in checkpoint, metrics, image: told, nothing lost, resumed",
-        f"{sum(seen[case] for case in possible)} of {len(possible)}",
+        f"{sum(results[case] for case in possible)} of {len(possible)}",
     )
-    assert [case for case in possible if not seen[case]] == []
+    assert [case for case in possible if not results[case]] == []
     assert possible == chosen or os.geteuid()  # only root mounts disks
 
 
@@ -98,8 +98,7 @@ def test_tensorboards_thread_prints_no_traceback(server, tmp_path):
     assert report["code"] == 1 and report["again"] == 0 and not process.err
 
 
-def test_a_first_save_that_fails(tmp_path, monkeypatch):
-    """Then there is nothing to go on from, and the line says so."""
+def test_the_message_says_if_nothing_was_saved_yet(tmp_path, monkeypatch):
     from inprocess import flowtrain
 
     from flowtrain.cli.exit_codes import WorkerError

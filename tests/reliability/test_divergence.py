@@ -1,4 +1,4 @@
-"""Numbers that are not finite: no step uses them, and who is to blame for them is said, and shown again."""
+"""Promise 7: no step uses numbers that are not finite; their cause is named, and a replay shows it again."""
 
 import json
 import math
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from composed import configuration, on_checkpoint
+from composed import checkpoint_command_config, configuration
 from inprocess import flowtrain
-from ranks import together
+from ranks import run_on_two_ranks
 from test_engine import BATCH, same, small_flow
 from test_parallel import Slices, trainer
 
@@ -42,58 +42,60 @@ LAST = "[preprocess,flatten,pairs,trap]"
 ACTNORM = "norm=actnorm"
 
 
-def trap(way, value, order=AMID, after=5, model="realnvp_vector"):
+def trap_words(way, value, order=AMID, after=5, model="realnvp_vector"):
     target = f"{{_target_: traps.Trap, _partial_: true, way: {way}, value: {value}, after: {after}}}"
     return f"model._target_=traps.{model}", f"+model.trap={target}", f"+model.places={order}"
 
 
-def data(value, spoiled="null"):
+def data_words(value, spoiled="null"):
     return "dataset._target_=traps.Spoiled", f"+dataset.value={value}", f"+dataset.spoiled={spoiled}"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a run, and what has to be said of it: the layer, and a word of what of it."""
+    """A fault of a run, and what its record must name: the layer, and a word of what is not finite there."""
 
     words: tuple[str, ...]
     layer: str
     what: str
     more: tuple[str, ...] = ()
     model: str = "realnvp_vector"
-    rows: str = "beyond"  # the edge, are to blame; or "some", or "none"
+    rows: str = "beyond"  # the rows that the record names: those beyond the edge, "some", or "none"
 
 
 FAULTS = [
-    Fault(data("nan"), "data", "data"),
-    Fault(data("inf"), "data", "data", ("trainer.accumulate=2",)),
-    Fault(data("-inf"), "data", "data", ("memory=checkpoint", "trainer.ema=null")),
-    Fault(data("1e30"), "scaling", "norm", model="nice", rows="none"),
-    Fault(trap("output", "nan"), "trap", "output"),
-    Fault(trap("output", "-inf"), "trap", "output", ("trainer.accumulate=4",)),
-    Fault(trap("output", "inf", FIRST), "trap", "output", ("memory=reversible", ACTNORM)),
-    Fault(trap("output", "1e30", LAST), "base", "log-likelihood", rows="some"),
-    Fault(trap("output", "inf", "[preprocess,flatten,trap,steps]", model="maf"), "trap", "output", model="maf"),
-    Fault(trap("log_determinant", "nan"), "trap", "log-determinant", ("memory=checkpoint",)),
-    Fault(trap("log_determinant", "inf", FIRST), "trap", "log-determinant", ("optimizer=sgd",)),
-    Fault(trap("gradient", "nan"), "trap", "gradient"),
-    Fault(trap("gradient", "inf", FIRST), "trap", "gradient", ("trainer.accumulate=2",)),
-    Fault(trap("gradient", "nan"), "trap", "gradient", ("memory=reversible", ACTNORM)),
-    Fault(trap("gradient", "-inf"), "trap", "gradient", ("trainer.clip=null", "optimizer=adamax")),
-    Fault(trap("gradient", "1e36"), "trap", "norm", rows="none"),
-    Fault(trap("gradient_of_a_weight", "nan"), "trap", "scale", rows="none"),
-    Fault(trap("gradient_of_a_weight", "-inf", LAST), "trap", "scale", ("memory=checkpoint",), rows="none"),
-    Fault(trap("weight", "nan"), "trap", "whose trap.scale is not finite", rows="some"),
-    Fault(trap("weight", "inf", LAST), "trap", "whose trap.scale is not finite", ("trainer.ema=null",), rows="some"),
+    Fault(data_words("nan"), "data", "data"),
+    Fault(data_words("inf"), "data", "data", ("trainer.accumulate=2",)),
+    Fault(data_words("-inf"), "data", "data", ("memory=checkpoint", "trainer.ema=null")),
+    Fault(data_words("1e30"), "scaling", "norm", model="nice", rows="none"),
+    Fault(trap_words("output", "nan"), "trap", "output"),
+    Fault(trap_words("output", "-inf"), "trap", "output", ("trainer.accumulate=4",)),
+    Fault(trap_words("output", "inf", FIRST), "trap", "output", ("memory=reversible", ACTNORM)),
+    Fault(trap_words("output", "1e30", LAST), "base", "log-likelihood", rows="some"),
+    Fault(trap_words("output", "inf", "[preprocess,flatten,trap,steps]", model="maf"), "trap", "output", model="maf"),
+    Fault(trap_words("log_determinant", "nan"), "trap", "log-determinant", ("memory=checkpoint",)),
+    Fault(trap_words("log_determinant", "inf", FIRST), "trap", "log-determinant", ("optimizer=sgd",)),
+    Fault(trap_words("gradient", "nan"), "trap", "gradient"),
+    Fault(trap_words("gradient", "inf", FIRST), "trap", "gradient", ("trainer.accumulate=2",)),
+    Fault(trap_words("gradient", "nan"), "trap", "gradient", ("memory=reversible", ACTNORM)),
+    Fault(trap_words("gradient", "-inf"), "trap", "gradient", ("trainer.clip=null", "optimizer=adamax")),
+    Fault(trap_words("gradient", "1e36"), "trap", "norm", rows="none"),
+    Fault(trap_words("gradient_of_a_weight", "nan"), "trap", "scale", rows="none"),
+    Fault(trap_words("gradient_of_a_weight", "-inf", LAST), "trap", "scale", ("memory=checkpoint",), rows="none"),
+    Fault(trap_words("weight", "nan"), "trap", "whose trap.scale is not finite", rows="some"),
+    Fault(
+        trap_words("weight", "inf", LAST), "trap", "whose trap.scale is not finite", ("trainer.ema=null",), rows="some"
+    ),
 ]
 
 
-def replaying(config, file):
+def replay_config(config, file):
     keys = {"examples": 8, "jacobian": 4096, "tolerance": 1.0, "weights": "auto", "json": False}
-    return on_checkpoint("check", config, ckpt=None, replay=str(file), **keys)
+    return checkpoint_command_config("check", config, ckpt=None, replay=str(file), **keys)
 
 
-def wrong_with(fault: Fault, folder) -> str | None:
-    """What is not as promised when ``fault`` spoils a run."""
+def find_failure(fault: Fault, folder) -> str | None:
+    """Train with a fault, and return what is not as promised, or None."""
     folder.mkdir()
     cfg = configuration(f"model={fault.model}", *TINY, *fault.words, *fault.more)
     try:
@@ -101,7 +103,7 @@ def wrong_with(fault: Fault, folder) -> str | None:
     except FlowtrainError as error:
         code, line = error.exit_code, str(error)
     else:
-        return "it ended well"
+        return "no error"
     if code != 1 or "3 steps in a row" not in line or "\n" in line:
         return f"{code}: {line}"
     (file,) = folder.glob("divergence/*.pt")
@@ -121,15 +123,15 @@ def wrong_with(fault: Fault, folder) -> str | None:
     kept = checkpoint.read(folder / "checkpoints/last.pt")
     if "weight" not in " ".join(fault.words) and not all(value.isfinite().all() for value in kept["model"].values()):
         return "a weight is not finite"
-    return _shown_otherwise(cfg, file, record)
+    return _find_replay_failure(cfg, file, record)
 
 
-def _shown_otherwise(cfg, file, record) -> str | None:
-    """What a replay says that is not in ``record``."""
+def _find_replay_failure(cfg, file, record) -> str | None:
+    """Replay a record, and return what differs from it, or None."""
     again = file.parent.parent / "again"
     again.mkdir()
     try:
-        check.main(replaying(cfg, file), str(again))
+        check.main(replay_config(cfg, file), str(again))
     except FlowtrainError as error:
         report = json.loads((again / "check.json").read_text())
         found = record["found"]
@@ -140,11 +142,11 @@ def _shown_otherwise(cfg, file, record) -> str | None:
     return "its replay is finite"
 
 
-def test_faults_are_survived_told_and_shown_again(tmp_path, count, promise):
+def test_every_fault_is_named_and_replayed(tmp_path, count, promise):
     chosen = random.Random(1).sample(range(len(FAULTS)), count(len(FAULTS)))
     wrong = {}
     for number in chosen:
-        if what := wrong_with(FAULTS[number], tmp_path / str(number)):
+        if what := find_failure(FAULTS[number], tmp_path / str(number)):
             wrong[FAULTS[number]] = what
     promise(
         7,
@@ -158,7 +160,7 @@ def test_faults_are_survived_told_and_shown_again(tmp_path, count, promise):
 
 
 def run(cwd, *words):
-    """The exit code, and the line of an error."""
+    """Run a command and return its exit code and the message of its error."""
     try:
         return flowtrain(cwd, *words), ""
     except FlowtrainError as error:
@@ -166,8 +168,8 @@ def run(cwd, *words):
         return code, text
 
 
-def test_the_command_that_a_run_ends_with(tmp_path, capsys):
-    code, line = run(tmp_path, "train", "model=realnvp_vector", *TINY, *trap("output", "nan"))
+def test_the_message_has_a_command_that_replays_the_step(tmp_path, capsys):
+    code, line = run(tmp_path, "train", "model=realnvp_vector", *TINY, *trap_words("output", "nan"))
     assert code == 1 and "first the output of layer trap, of train examples" in line
     words = line.partition("flowtrain check ")[2].partition(";")[0].replace("'", "").split()
     capsys.readouterr()
@@ -183,7 +185,7 @@ def test_the_command_that_a_run_ends_with(tmp_path, capsys):
     assert code == 1 and "no record of a step that went wrong" in line
 
 
-SPOILT = (
+CHANGES = (
     {"x": "text"},
     {"x": torch.zeros(32, 5)},
     {"x": torch.zeros(32, 2, dtype=torch.complex64)},
@@ -204,25 +206,25 @@ SPOILT = (
 )
 
 
-def test_a_record_that_is_none(tmp_path):
+def test_an_invalid_record_is_refused(tmp_path):
     with pytest.raises(FlowtrainError):
-        train.main(configuration("model=realnvp_vector", *TINY, *trap("output", "nan")), str(tmp_path))
+        train.main(configuration("model=realnvp_vector", *TINY, *trap_words("output", "nan")), str(tmp_path))
     (file,) = tmp_path.glob("divergence/*.pt")
     state = checkpoint.read(file)
-    config = replaying(validate(TrainConfig, state["config"]), file)
-    for number, spoilt in enumerate(SPOILT):
-        checkpoint.save({**state, "divergence": {**state["divergence"], **spoilt}}, file)
+    config = replay_config(validate(TrainConfig, state["config"]), file)
+    for number, change in enumerate(CHANGES):
+        checkpoint.save({**state, "divergence": {**state["divergence"], **change}}, file)
         (tmp_path / str(number)).mkdir()
         with pytest.raises(FlowtrainError, match=r"step_7\.pt: no record of a step that went wrong \(") as caught:
             check.main(config, str(tmp_path / str(number)))
-        assert "\n" not in str(caught.value), spoilt
+        assert "\n" not in str(caught.value), change
 
 
-# ---- what is skipped, and what is taken back -----------------------------------------------------------------------
+# ---- skipped steps and rollbacks -----------------------------------------------------------------------------------
 
 
-def test_spoiled_examples_cost_their_batches_alone(tmp_path):
-    cfg = configuration("model=realnvp_vector", *TINY, *data("nan", "[3,700]"), "max_steps=50")  # an epoch
+def test_only_batches_with_bad_examples_are_skipped(tmp_path):
+    cfg = configuration("model=realnvp_vector", *TINY, *data_words("nan", "[3,700]"), "max_steps=50")  # one epoch
     summary = train.main(cfg, str(tmp_path))
     assert 1 <= summary["skipped_steps"] <= 2 and math.isfinite(summary["log_likelihood"])
 
@@ -240,13 +242,13 @@ WILD = (
 )
 
 
-def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog):
+def test_a_run_that_diverges_rolls_back_and_lowers_its_rate(tmp_path, promise, caplog):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     summary = train.main(configuration(*WILD), str(whole))
     train.main(configuration(*WILD, "max_steps=12"), str(parts))
-    middle = parts / "checkpoints/previous.pt"  # as of step 12, before what ends a run
+    middle = parts / "checkpoints/previous.pt"  # of step 12, before the end of the run
     assert 0 < checkpoint.read(middle)["recovery"]["rollbacks"] < summary["rollbacks"]
     train.main(configuration(*WILD, f"resume={middle}"), str(parts))
     states = [checkpoint.read(each / "checkpoints/last.pt") for each in (whole, parts)]
@@ -264,10 +266,10 @@ def test_a_run_that_diverges_goes_on_with_a_lower_rate(tmp_path, promise, caplog
     assert rates[-1] == 1e8 * 1e-3 ** summary["rollbacks"]
 
 
-def test_rollbacks_come_to_an_end(tmp_path):
-    spoiled = trap("output", "nan", after=1)
+def test_a_run_stops_after_three_rollbacks(tmp_path):
+    trap = trap_words("output", "nan", after=1)
     with pytest.raises(FlowtrainError, match="stopped at step 12: 3 steps in a row"):  # the fourth time
-        train.main(configuration("model=realnvp_vector", *TINY, *spoiled, "trainer.rollback=0.5"), str(tmp_path))
+        train.main(configuration("model=realnvp_vector", *TINY, *trap, "trainer.rollback=0.5"), str(tmp_path))
 
 
 # ---- two processes -------------------------------------------------------------------------------------------------
@@ -279,8 +281,11 @@ class Halves(Slices):
         return [*range(first, first + BATCH // 2)]
 
 
-def of_two(folder):
-    """What a process of two says in the end: of data spoiled in one, then of a weight spoiled in one."""
+def diverge_on_one_rank(folder):
+    """Train with bad data on one rank, then with a bad weight on one rank.
+
+    Returns the message of the first run, and the rollbacks, the skipped steps and the weights of the second.
+    """
     one = trainer(folder / "data", small_flow(), max_bad_steps=3, max_steps=20)
     one.loader = Halves(poison=range(4, 99))
     lines = []
@@ -292,13 +297,13 @@ def of_two(folder):
     one.loader = Halves()
     update = one.update
 
-    def spoiling(loss, norm):
+    def update_and_spoil(loss, norm):
         update(loss, norm)
         if one.step == 5 and distributed.rank() == 1:
             with torch.no_grad():
                 one.flow.bijection.mixing.lu[1] = math.nan
 
-    one.update = spoiling
+    one.update = update_and_spoil
     one.validation.evaluate = lambda _flow: (_ for _ in ()).throw(FlowtrainError("not here"))
     one.fit()
     return (
@@ -309,8 +314,10 @@ def of_two(folder):
     )
 
 
-def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
-    (lines, rollbacks, skipped, weights), (others, *counts, other_weights) = together(of_two, tmp_path)
+def test_two_processes_agree_on_the_fault_of_one(tmp_path, promise):
+    (lines, rollbacks, skipped, weights), (others, *counts, other_weights) = run_on_two_ranks(
+        diverge_on_one_rank, tmp_path
+    )
     agreed = lines == others and (rollbacks, skipped) == tuple(counts) and all(map(torch.equal, weights, other_weights))
     promise(7, "data, and a weight, spoiled in one process of two: both agree", f"{2 * agreed} of 2")
     assert agreed and (rollbacks, skipped) == (1, 3)
@@ -322,7 +329,7 @@ def test_two_processes_agree_on_what_one_has_met(tmp_path, promise):
     flow = small_flow()
     flow.load_state_dict(state["model"])
     assert record.replay(flow, BitsPerDim(), None) == record.found
-    state = checkpoint.read(tmp_path / "weight/divergence/step_8.pt")  # of the process whose weight it is
+    state = checkpoint.read(tmp_path / "weight/divergence/step_8.pt")  # of the process with the bad weight
     assert not state["model"]["bijection.mixing.lu"].isfinite().all()
     found = Record.from_state_dict(state["divergence"]).found
     assert found.layer == "mixing" and "whose mixing.lu is not finite" in found.what

@@ -1,4 +1,4 @@
-"""Anything at all as an override, a checkpoint, an image or a table: it works, or is refused in one line.
+"""Fuzzes overrides, checkpoints, images and tables: each works, or is refused in one line.
 
 A hundred examples of each in a plain run, ten thousand with --long.
 """
@@ -29,14 +29,14 @@ from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 
 
-def settled(action) -> bool:
-    """Whether ``action`` succeeds; if not, it must have said why, in one line that shows well."""
-    with warnings.catch_warnings(record=True) as heard:
+def works(action) -> bool:
+    """Whether ``action`` succeeds. If not, check that its error is one line, without warnings."""
+    with warnings.catch_warnings(record=True) as caught:
         try:
             action()
         except FlowtrainError as error:
             text = exit_codes.describe_error(error)[0]
-            assert text and "\n" not in text and not heard
+            assert text and "\n" not in text and not caught
             return False
     return True
 
@@ -77,17 +77,17 @@ words = st.one_of(
 
 
 @given(st.lists(words, min_size=1, max_size=3))
-def test_any_override(tmp_path_factory, line):
+def test_any_override_works_or_is_refused(tmp_path_factory, line):
     from inprocess import flowtrain
 
     if any(word.startswith(("-", "hydra")) for word in line):
         return
     cwd = tmp_path_factory.getbasetemp()
-    settled(lambda: _quiet(lambda: flowtrain(cwd, "train", *line, "--cfg", "job")))
+    works(lambda: _silence(lambda: flowtrain(cwd, "train", *line, "--cfg", "job")))
     assert not (cwd / "outputs").exists()
 
 
-def _quiet(action):
+def _silence(action):
     import contextlib
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -99,7 +99,7 @@ def _quiet(action):
 
 @st.composite
 def damage(draw):
-    """A function that damages bytes: some replaced, cut out, doubled, put in, or all of them new."""
+    """A function that damages bytes: it replaces, drops, doubles or inserts some, cuts the end, or replaces all."""
     kind = draw(st.sampled_from(["replace", "replace", "replace", "cut", "drop", "double", "insert", "number", "new"]))
     where, more = draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=8))
     seed = draw(st.integers(0, 2**32))
@@ -116,7 +116,7 @@ def damage(draw):
             return data[:at] + data[at : at + 64] + data[at:]
         if kind == "insert":
             return data[:at] + more + data[at:]
-        if kind == "number":  # somewhere, the largest there is
+        if kind == "number":  # the greatest number, somewhere
             return data[:at] + b"\xff" * len(more) + data[at + len(more) :]
         out, places = bytearray(data), random.Random(seed)
         for byte in more:
@@ -129,7 +129,7 @@ def damage(draw):
 
 @pytest.fixture(scope="module")
 def small_checkpoint():
-    """The bytes of a checkpoint of the smallest flow."""
+    """The bytes of a checkpoint of a tiny flow."""
     words = ("model=nice", "model.hidden=2", "smoke=true")
     cfg, flow = configuration(*words), flow_of(*words)
     state = {
@@ -146,26 +146,26 @@ def small_checkpoint():
 
 
 @given(damage(), st.booleans())
-def test_any_checkpoint(tmp_path_factory, small_checkpoint, change, before):
-    """Damage under a digest that fits it, and with the digest that was."""
+def test_any_damaged_checkpoint_is_read_or_refused(tmp_path_factory, small_checkpoint, change, sealed):
+    """Damaged before it gets its digest (``sealed``), or after."""
     file = tmp_path_factory.getbasetemp() / "fuzzed.pt"
-    if before:
+    if sealed:
         changed = change(small_checkpoint)
-        hostile.sealed(file, changed if len(changed) > 22 else changed + bytes(22))
+        hostile.seal(file, changed if len(changed) > 22 else changed + bytes(22))
     else:
-        file.write_bytes(change(hostile.sealed(file, small_checkpoint).read_bytes()))
+        file.write_bytes(change(hostile.seal(file, small_checkpoint).read_bytes()))
 
     def read():
         restore.checkpoint_config(file)
         checkpoint.read(file)
 
-    settled(read)
+    works(read)
 
 
-def test_the_checkpoint_is_good(tmp_path, small_checkpoint):
-    """Else nothing above would get far."""
-    hostile.sealed(tmp_path / "good.pt", small_checkpoint)
-    assert settled(lambda: restore.checkpoint_config(tmp_path / "good.pt"))
+def test_the_undamaged_checkpoint_is_read(tmp_path, small_checkpoint):
+    """So that the test above tests more than a bad start."""
+    hostile.seal(tmp_path / "good.pt", small_checkpoint)
+    assert works(lambda: restore.checkpoint_config(tmp_path / "good.pt"))
     checkpoint.check(tmp_path / "good.pt")
 
 
@@ -178,16 +178,16 @@ for suffix in ("png", "jpeg", "gif", "bmp", "ppm", "webp", "tiff"):
 
 
 @given(st.sampled_from(sorted(IMAGES)), damage())
-def test_any_image(tmp_path_factory, suffix, change):
+def test_any_damaged_image_is_read_or_refused(tmp_path_factory, suffix, change):
     folder = tmp_path_factory.getbasetemp() / "images"
     folder.mkdir(exist_ok=True)
     file = folder / f"x.{suffix}"
     file.write_bytes(change(IMAGES[suffix]))
-    settled(lambda: next(ImageFiles(file, (3, 8, 8)).groups()))
+    works(lambda: next(ImageFiles(file, (3, 8, 8)).groups()))
     file.unlink()
 
 
-def _archive(kind: str) -> bytes:
+def _make_archive(kind: str) -> bytes:
     import tarfile
 
     out = io.BytesIO()
@@ -204,17 +204,17 @@ def _archive(kind: str) -> bytes:
     return out.getvalue()
 
 
-ARCHIVES = {kind: _archive(kind) for kind in ("zip", "tar")}
+ARCHIVES = {kind: _make_archive(kind) for kind in ("zip", "tar")}
 
 
 @given(st.sampled_from(sorted(ARCHIVES)), damage())
-def test_any_archive_of_images(tmp_path_factory, kind, change):
+def test_any_damaged_archive_of_images_is_read_or_refused(tmp_path_factory, kind, change):
     file = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
     file.write_bytes(change(ARCHIVES[kind]))
-    settled(lambda: next(ImageFiles(file, (3, 8, 8)).groups()))
+    works(lambda: next(ImageFiles(file, (3, 8, 8)).groups()))
 
 
-def _tables() -> dict[str, bytes]:
+def _make_tables() -> dict[str, bytes]:
     import pandas as pd
 
     draw = np.random.default_rng(0)
@@ -225,36 +225,36 @@ def _tables() -> dict[str, bytes]:
     return out | {"npy": buffer.getvalue()}
 
 
-TABLES = _tables()
+TABLES = _make_tables()
 
 
 @given(st.sampled_from(sorted(TABLES)), damage(), st.booleans())
-def test_any_table(tmp_path_factory, kind, change, judged):
+def test_any_damaged_table_is_read_or_refused(tmp_path_factory, kind, change, as_input):
     file = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
     file.write_bytes(change(TABLES[kind]))
-    if judged:
-        settled(lambda: list(TableRows(file, unnamed_columns(3, None)).groups()))
+    if as_input:
+        works(lambda: list(TableRows(file, unnamed_columns(3, None)).groups()))
     else:
-        settled(lambda: Table(path=str(file), val_size=2, test_size=2).split("train"))
+        works(lambda: Table(path=str(file), val_size=2, test_size=2).split("train"))
 
 
 @given(st.text(max_size=200) | st.text("1234567890,.;\n\r\t\"' -e", max_size=200))
-def test_any_csv(tmp_path_factory, text):
+def test_any_text_as_csv_is_read_or_refused(tmp_path_factory, text):
     file = tmp_path_factory.getbasetemp() / "text.csv"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    settled(lambda: Table(path=str(file), val_size=1, test_size=1).split("train"))
+    works(lambda: Table(path=str(file), val_size=1, test_size=1).split("train"))
 
 
 @given(damage())
-def test_any_array_of_images(tmp_path_factory, change):
+def test_any_damaged_array_of_images_is_read_or_refused(tmp_path_factory, change):
     out = io.BytesIO()
     np.save(out, np.zeros((3, 1, 4, 4), dtype=np.uint8))
     file = Path(tmp_path_factory.getbasetemp() / "fuzzed_images.npy")
     file.write_bytes(change(out.getvalue()))
-    settled(lambda: list(ImageArray(file, (1, 4, 4), 256).groups()))
+    works(lambda: list(ImageArray(file, (1, 4, 4), 256).groups()))
 
 
-def _batches() -> dict[str, bytes]:
+def _make_batches() -> dict[str, bytes]:
     out = io.BytesIO()
     np.savez_compressed(out, data=np.zeros((4, 3 * 32 * 32), dtype=np.uint8))
     return {
@@ -263,29 +263,29 @@ def _batches() -> dict[str, bytes]:
     }
 
 
-@given(st.sampled_from(sorted(_batches())), damage())
-def test_any_batch_of_imagenet(tmp_path_factory, name, change):
+@given(st.sampled_from(sorted(_make_batches())), damage())
+def test_any_damaged_batch_of_imagenet_is_read_or_refused(tmp_path_factory, name, change):
     folder = tmp_path_factory.getbasetemp() / "imagenet"
     folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(change(_batches()[name]))
-    settled(lambda: DownsampledImageNet(path=str(folder)).split("test"))
+    (folder / name).write_bytes(change(_make_batches()[name]))
+    works(lambda: DownsampledImageNet(path=str(folder)).split("test"))
     (folder / name).unlink()
 
 
 @given(damage())
-def test_any_prepared_table(tmp_path_factory, change):
+def test_any_damaged_prepared_table_is_read_or_refused(tmp_path_factory, change):
     out = io.BytesIO()
     np.save(out, np.random.default_rng(0).normal(size=(200, 8)))
     file = tmp_path_factory.getbasetemp() / "data.npy"
     file.write_bytes(change(out.getvalue()))
-    settled(lambda: Power(path=str(file)).split("train"))
+    works(lambda: Power(path=str(file)).split("train"))
 
 
 @pytest.mark.parametrize(
     "shape", ["(10**15,)", "(1000000000000000, 8)", "(-1, 8)", "(2**70,)", "(True, 8)", "(8.5, 2)"]
 )
-def test_an_array_that_declares_more_than_it_has(tmp_path, shape):
-    """Nor is memory taken for it."""
+def test_an_array_that_declares_more_than_it_holds_is_refused(tmp_path, shape):
+    """Before memory is allocated for it."""
     for suffix, read in {
         "table": lambda file: Table(path=str(file)).split("train"),
         "prepared": lambda file: Power(path=str(file)).split("train"),
@@ -294,4 +294,4 @@ def test_an_array_that_declares_more_than_it_has(tmp_path, shape):
         header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
         file = tmp_path / f"{suffix}.npy"
         file.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(640))
-        assert not settled(lambda: read(file)), suffix
+        assert not works(lambda: read(file)), suffix

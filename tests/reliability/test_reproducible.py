@@ -1,4 +1,4 @@
-"""Promise 12: two runs of one command are the same to the bit, whatever reads the data, and say what made them."""
+"""Promise 12: two runs of a command are equal bit for bit, with any number of workers, and record their environment."""
 
 import json
 import re
@@ -28,13 +28,13 @@ FAMILIES = (
 
 
 @pytest.fixture(autouse=True)
-def free_again():
+def reset_determinism():
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def made(cwd, *words):
-    """What a run leaves: its lines without clocks, its weights and averages, its figure, its images."""
+def train_run(cwd, *words):
+    """Train, and return the metrics without times, the weights and averages, the log-likelihood, and the images."""
     cwd.mkdir()
     assert flowtrain(cwd, *TRAIN, *words) == 0
     (run,) = cwd.glob("outputs/*/*")
@@ -50,7 +50,8 @@ def made(cwd, *words):
     )
 
 
-def same(one, other) -> bool:
+def are_equal(one, other) -> bool:
+    """Whether two runs are equal, weights bit for bit."""
     return (
         one[0] == other[0]
         and one[1].keys() == other[1].keys()
@@ -59,18 +60,18 @@ def same(one, other) -> bool:
     )
 
 
-def test_one_command_twice(tmp_path, count, promise):
+def test_one_command_twice_gives_the_same_bits(tmp_path, count, promise):
     chosen = FAMILIES[: max(3, count(len(FAMILIES)))]
     equal = sum(
-        same(*(made(tmp_path / f"{model}{again}", f"model={model}", "dataset=digits") for again in (1, 2)))
+        are_equal(*(train_run(tmp_path / f"{model}{again}", f"model={model}", "dataset=digits") for again in (1, 2)))
         for model in chosen
     )
     promise(12, "two runs of one command, the same to the bit (families)", f"{equal} of {len(chosen)}")
     assert equal == len(chosen)
-    assert not same(made(tmp_path / "a", "model=nice"), made(tmp_path / "b", "model=nice", "seed=2"))
+    assert not are_equal(train_run(tmp_path / "a", "model=nice"), train_run(tmp_path / "b", "model=nice", "seed=2"))
 
 
-def test_any_number_of_workers(tmp_path, count, promise):
+def test_any_number_of_workers_gives_the_same_bits(tmp_path, count, promise):
     folder, generator = tmp_path / "images", torch.Generator().manual_seed(0)
     for split, n in (("train", 40), ("val", 16), ("test", 16)):
         (folder / split).mkdir(parents=True)
@@ -79,28 +80,28 @@ def test_any_number_of_workers(tmp_path, count, promise):
             Image.fromarray(pixels.numpy()).save(folder / split / f"{i}.png")
     numbers = (0, 1, 2, 3)[: max(2, count(20))]
     words = ("model=nice", "dataset=image_folder", f"dataset.path={folder}", "dataset.image_size=8")
-    runs = [made(tmp_path / str(n), *words, f"trainer.workers={n}") for n in numbers]
-    equal = sum(same(runs[0], run) for run in runs)
+    runs = [train_run(tmp_path / str(n), *words, f"trainer.workers={n}") for n in numbers]
+    equal = sum(are_equal(runs[0], run) for run in runs)
     promise(12, "trainer.workers=0, 1, …, the same to the bit", f"{equal} of {len(numbers)}")
     assert equal == len(numbers)
 
 
-def test_deterministic_operations_and_their_cost(tmp_path, promise):
-    on = made(tmp_path / "on", "model=nsf_image", "deterministic=true")
+def test_deterministic_operations_are_used_and_their_cost_is_logged(tmp_path, promise):
+    on = train_run(tmp_path / "on", "model=nsf_image", "deterministic=true")
     assert torch.are_deterministic_algorithms_enabled()
-    (told,) = [file.read_text() for file in tmp_path.glob("on/outputs/*/*/train.log")]
-    said = re.search(r"deterministic=true: (a gradient takes ([\d.]+) times as long)", told)
-    promise(12, "deterministic=true says what it costs (here, on a CPU)", said[1])
-    assert 0.1 < float(said[2]) < 10
+    (log,) = [file.read_text() for file in tmp_path.glob("on/outputs/*/*/train.log")]
+    cost = re.search(r"deterministic=true: (a gradient takes ([\d.]+) times as long)", log)
+    promise(12, "deterministic=true says what it costs (here, on a CPU)", cost[1])
+    assert 0.1 < float(cost[2]) < 10
     torch.use_deterministic_algorithms(False)
-    assert same(on, made(tmp_path / "off", "model=nsf_image"))  # a CPU's operations are anyway
+    assert are_equal(on, train_run(tmp_path / "off", "model=nsf_image"))  # a CPU's operations are always deterministic
     with pytest.raises(UsageError, match="deterministic=true: put_ has no deterministic form"):
         determinism.enable()
         with determinism.determinism_errors():
             torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
 
 
-def test_a_run_says_what_made_it(tmp_path):
+def test_a_run_records_its_environment(tmp_path):
     assert flowtrain(tmp_path, *TRAIN, "model=nice") == 0
     (run,) = tmp_path.glob("outputs/*/*")
     assert flowtrain(tmp_path, "eval", f"ckpt={run}", "examples=16") == 0

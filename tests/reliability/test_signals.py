@@ -1,5 +1,4 @@
-"""A signal ends a run soon, wherever it is and whichever of its processes it reaches; the run can go on as if nothing
-had been."""
+"""Promise 4: a signal to any process of a run, at any point, ends it soon, and the run can be resumed bit for bit."""
 
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from forks import runs_in, same, state, steps
+from forks import are_equal, read_metrics, read_state, runs_in
 
 from flowtrain.errors import Interrupted
 
@@ -39,31 +38,31 @@ SOON = 5  # seconds
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
-    """Devices -> a run that nothing has interrupted."""
-    made = {}
+    """``whole(devices)``: a run without an interruption."""
+    runs = {}
 
-    def of(devices: int):
-        if devices not in made:
+    def train(devices: int):
+        if devices not in runs:
             cwd = tmp_path_factory.mktemp(f"whole{devices}")
             assert server.run(cwd, *WORDS, f"devices={devices}") == 0
-            (made[devices],) = runs_in(cwd)
-        return made[devices]
+            (runs[devices],) = runs_in(cwd)
+        return runs[devices]
 
-    return of
+    return train
 
 
-def caught(server, cwd, place, devices, reached, signum):
-    """Run until it is in ``place``, and send the signal to the ``reached``: the process, how it ended, how soon."""
+def interrupt(server, cwd, place, devices, target, signum):
+    """Run until ``place`` and send a signal to the launcher or a rank: the process, its exit code, and its seconds."""
     process = server.start(cwd, *WORDS, f"devices={devices}", SLOW=place)
-    process.until((cwd / "here.0").exists)
-    target = process.pid if reached == "launcher" else process.rank(reached)
-    begun = time.monotonic()
-    os.kill(target, signum)
-    return process, process.wait(), time.monotonic() - begun
+    process.wait_until((cwd / "here.0").exists)
+    pid = process.pid if target == "launcher" else process.rank(target)
+    start = time.monotonic()
+    os.kill(pid, signum)
+    return process, process.wait(), time.monotonic() - start
 
 
-def wrong(process, code, seconds, signum) -> list[str]:
-    """What is not as it should be once a run has been interrupted."""
+def find_failures(process, code, seconds, signum) -> list[str]:
+    """What is not as promised after an interruption."""
     found = []
     if code != Interrupted(signum).exit_code:
         found.append(f"exit code {code}")
@@ -76,38 +75,43 @@ def wrong(process, code, seconds, signum) -> list[str]:
         last = run / "checkpoints" / "last.pt"
         if status["state"] != "interrupted" or status["resumable"] is not True or status["signal"] != signum.name:
             found.append(f"status {status}")
-        if status["step"] != (state(run)["step"] if last.exists() else 0):
+        if status["step"] != (read_state(run)["step"] if last.exists() else 0):
             found.append(f"status of step {status['step']}")
     return found
 
 
-def resumed_as(whole, server, cwd, devices) -> bool:
+def resumes_as(whole, server, cwd, devices) -> bool:
+    """Resume a run, and return whether it ends like ``whole``."""
     assert server.run(cwd, *WORDS, f"devices={devices}", "resume=true") == 0
     run = runs_in(cwd)[-1]
     status = json.loads((run / "status.json").read_text())
-    return status["state"] == "finished" and steps(run) == steps(whole) and same(state(run), state(whole))
+    return (
+        status["state"] == "finished"
+        and read_metrics(run) == read_metrics(whole)
+        and are_equal(read_state(run), read_state(whole))
+    )
 
 
-def judged(cases, server, whole, tmp_path):
-    """Interrupt and resume each case (place, devices, reached, signum): what was wrong with which."""
+def interrupt_and_resume(cases, server, whole, tmp_path):
+    """Interrupt and resume a run for each case (place, devices, target, signum): the failures of each case."""
     problems = {}
-    for number, (place, devices, reached, signum) in enumerate(cases):
+    for number, (place, devices, target, signum) in enumerate(cases):
         cwd = tmp_path / str(number)
-        process, code, seconds = caught(server, cwd, place, devices, reached, signum)
-        found = wrong(process, code, seconds, signum)
-        if not found and not resumed_as(whole(devices), server, cwd, devices):
-            found = ["resumed otherwise"]
+        process, code, seconds = interrupt(server, cwd, place, devices, target, signum)
+        found = find_failures(process, code, seconds, signum)
+        if not found and not resumes_as(whole(devices), server, cwd, devices):
+            found = ["resumed to another end"]
         if found:
-            problems[place, devices, reached, signum.name] = [*found, process.err[-500:]]
+            problems[place, devices, target, signum.name] = [*found, process.err[-500:]]
     return problems
 
 
-def test_one_process(server, whole, tmp_path, count, promise):
+def test_a_signal_to_one_process_ends_a_run_that_resumes_bit_for_bit(server, whole, tmp_path, count, promise):
     draw = random.Random(1)
     cases = [(place, 1, "launcher", draw.choice(SIGNALS)) for place in (*STARTING, *TRAINING)]
     cases += [(place, 1, "launcher", signum) for place in ("step", "saving") for signum in SIGNALS]
     cases = draw.sample(cases, count(len(cases)))
-    problems = judged(cases, server, whole, tmp_path)
+    problems = interrupt_and_resume(cases, server, whole, tmp_path)
     promise(
         4,
         "signals to one process, starting, waiting for data, training, validating, drawing or saving: ended within "
@@ -117,13 +121,13 @@ def test_one_process(server, whole, tmp_path, count, promise):
     assert not problems
 
 
-def test_two_processes(server, whole, tmp_path, count, promise):
+def test_a_signal_to_one_of_two_processes_ends_a_run_that_resumes_bit_for_bit(server, whole, tmp_path, count, promise):
     draw = random.Random(2)
     places = [(place, ["launcher"]) for place in ("job", "import", "image", "end")]
     places += [(place, ["launcher", 0, 1]) for place in ("start", "step", "validation", "saving")]
-    cases = [(place, 2, reached, draw.choice(SIGNALS)) for place, several in places for reached in several]
+    cases = [(place, 2, target, draw.choice(SIGNALS)) for place, targets in places for target in targets]
     cases = draw.sample(cases, count(len(cases)))
-    problems = judged(cases, server, whole, tmp_path)
+    problems = interrupt_and_resume(cases, server, whole, tmp_path)
     promise(
         4,
         "signals to the launcher of two processes, or to one of them: the same",
@@ -132,62 +136,62 @@ def test_two_processes(server, whole, tmp_path, count, promise):
     assert not problems
 
 
-def ended(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_second_signal_ends_at_once(server, tmp_path, count, promise):
-    """Also where the main thread waits in C++, for a process that has been stopped."""
+    """Also while the main thread waits in C++ for a stopped process."""
     cases = [(1, "launcher", "stuck"), (2, "launcher", "stuck"), (2, 0, "stopped")]
     cases = random.Random(3).sample(cases, count(len(cases)))
     problems = {}
-    for number, (devices, reached, place) in enumerate(cases):
+    for number, (devices, target, place) in enumerate(cases):
         cwd = tmp_path / str(number)
         process = server.start(cwd, *WORDS, f"devices={devices}", SLOW="step" if place == "stopped" else place)
-        process.until((cwd / "here.0").exists)
-        target = process.pid if reached == "launcher" else process.rank(reached)
+        process.wait_until((cwd / "here.0").exists)
+        pid = process.pid if target == "launcher" else process.rank(target)
         if place == "stopped":
             os.kill(process.rank(1), signal.SIGSTOP)
             time.sleep(1)
-        os.kill(target, signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
         time.sleep(1.5)
-        still = process.alive()
-        begun = time.monotonic()
-        os.kill(target, signal.SIGTERM)
-        while not ended(target) and time.monotonic() < begun + SOON:
+        still_alive = process.is_alive()
+        start = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        while not has_ended(pid) and time.monotonic() < start + SOON:
             time.sleep(0.01)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         code = process.wait()
         status = json.loads((runs_in(cwd)[0] / "status.json").read_text())
-        if not still or seconds > 1 or code != 143 or not status["resumable"]:
-            problems[cases[number]] = still, seconds, code, status, process.err
+        if not still_alive or seconds > 1 or code != 143 or not status["resumable"]:
+            problems[cases[number]] = still_alive, seconds, code, status, process.err
     promise(4, "a second signal ends at once", f"{len(cases) - len(problems)} of {len(cases)}")
     assert not problems
 
 
-def saved_soon(process, signum) -> str:
-    """What is wrong with how a run under torchrun, which makes 1 of every code, was left."""
+def find_failure(process, signum) -> str:
+    """What is not as promised after an interruption under torchrun, whose exit code is always 1."""
     (run,) = runs_in(process.cwd)
     end = time.monotonic() + SOON
     while (status := json.loads((run / "status.json").read_text()))["state"] == "running" and time.monotonic() < end:
         time.sleep(0.02)
     right = {"state": "interrupted", "resumable": True, "signal": signum.name}
-    return "" if right.items() <= status.items() and status["step"] == state(run)["step"] >= 13 else str(status)
+    return "" if right.items() <= status.items() and status["step"] == read_state(run)["step"] >= 13 else str(status)
 
 
-def test_torchrun(server, whole, tmp_path, count, promise):
-    """To torchrun, which passes SIGTERM and SIGINT on and dies of SIGUSR1, and to one process."""
+def test_a_signal_under_torchrun_ends_a_run_that_resumes_bit_for_bit(server, whole, tmp_path, count, promise):
+    """torchrun passes SIGTERM and SIGINT on and dies of SIGUSR1."""
     cases = [("launcher", signum) for signum in SIGNALS] + [(0, signal.SIGTERM), (1, signal.SIGINT)]
     cases = random.Random(4).sample(cases, count(len(cases)))
     problems = {}
-    for number, (reached, signum) in enumerate(cases):
+    for number, (target, signum) in enumerate(cases):
         cwd = tmp_path / str(number)
         process = server.start(cwd, *WORDS, kind="torchrun", SLOW="step", RESTARTS="0")
-        process.until((cwd / "here.0").exists)
-        os.kill(process.pid if reached == "launcher" else process.rank(reached), signum)
-        found = saved_soon(process, signal.SIGTERM if (reached, signum) == ("launcher", signal.SIGUSR1) else signum)
-        if process.wait() == 0 or found or not resumed_as(whole(2), server, cwd, 2):
+        process.wait_until((cwd / "here.0").exists)
+        os.kill(process.pid if target == "launcher" else process.rank(target), signum)
+        found = find_failure(process, signal.SIGTERM if (target, signum) == ("launcher", signal.SIGUSR1) else signum)
+        if process.wait() == 0 or found or not resumes_as(whole(2), server, cwd, 2):
             problems[cases[number]] = found, process.err
     promise(
         4,
@@ -197,10 +201,10 @@ def test_torchrun(server, whole, tmp_path, count, promise):
     assert not problems
 
 
-def test_torchrun_itself(server, whole, tmp_path, count, promise):
-    """The same once without forking."""
+def test_a_signal_to_a_real_torchrun_ends_a_run_that_resumes_bit_for_bit(server, whole, tmp_path, count, promise):
+    """Without forking."""
     if count(2) == 1:
-        pytest.skip("takes as long as all others; with --reliability")
+        pytest.skip("takes as long as all other tests; runs with --reliability")
     command = [
         sys.executable,
         "-m",
@@ -218,7 +222,7 @@ def test_torchrun_itself(server, whole, tmp_path, count, promise):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    left = saved_soon(SimpleNamespace(cwd=tmp_path), signal.SIGTERM)
-    right = not left and process.returncode == 1 and resumed_as(whole(2), server, tmp_path, 2)
+    failure = find_failure(SimpleNamespace(cwd=tmp_path), signal.SIGTERM)
+    right = not failure and process.returncode == 1 and resumes_as(whole(2), server, tmp_path, 2)
     promise(4, "the same, SIGTERM to torchrun itself, without forking", f"{int(right)} of 1")
-    assert right, (left, process.returncode)
+    assert right, (failure, process.returncode)

@@ -1,4 +1,4 @@
-"""Promise 14: a long run takes no more memory and files as it goes, and its records can be read meanwhile."""
+"""Promise 14: a long run needs no more memory and open files over time, and its records can be read at any time."""
 
 import json
 import os
@@ -30,17 +30,17 @@ TRAIN = (
     "trainer.init_batch=64",
     "dataset.rows=2000",
 )
-STARTED = 0.25  # of the run: until then caches fill
-DRIFT = 4.0  # MiB that noise may look like over the rest of the run
+WARM_UP = 0.25  # share of the run in which caches fill
+DRIFT = 4.0  # MiB of growth over the rest of the run that may be noise
 
 
-def resident(pid: int) -> float:
-    """MiB."""
+def resident_memory(pid: int) -> float:
+    """The resident memory of a process in MiB."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
-def records(run: Path) -> int:
-    """The step that the records have come to; each is read whole, but for a line that is being written."""
+def read_records(run: Path) -> int:
+    """Read all records, except for a line that is being written, and return their last step."""
     events = [event.step for file in run.glob("tb/events.*") for event in EventFileLoader(str(file)).Load()]
     *lines, _ = (run / "metrics.jsonl").read_text().split("\n")
     steps = [json.loads(line)["step"] for line in lines]
@@ -48,43 +48,47 @@ def records(run: Path) -> int:
     return steps[-1] if steps else 0
 
 
-def watched(process, folder: Path, pause: float) -> list[tuple[int, float, int]]:
-    """Step, MiB and open files of a run, read repeatedly while it lasts, with its records and checkpoint."""
-    seen = []
+def watch(process, folder: Path, pause: float) -> list[tuple[int, float, int]]:
+    """Read the records, the checkpoint, the memory and the open files of a run until it ends: step, MiB and files."""
+    readings = []
     while process.poll() is None:
         for file in folder.glob("outputs/*/*/checkpoints/last.pt"):
-            with suppress(FileNotFoundError, ProcessLookupError):  # it ends
-                files, memory = len(os.listdir(f"/proc/{process.pid}/fd")), resident(process.pid)
-                seen.append((records(file.parent.parent), memory, files))
+            with suppress(FileNotFoundError, ProcessLookupError):  # the process may end here
+                files, memory = len(os.listdir(f"/proc/{process.pid}/fd")), resident_memory(process.pid)
+                readings.append((read_records(file.parent.parent), memory, files))
             checkpoint.read(file)
         time.sleep(pause)
-    return seen
+    return readings
 
 
-def test_soak(tmp_path, count, promise):
+def test_memory_and_open_files_stay_constant(tmp_path, count, promise):
     steps = count(20_000)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "flowtrain", *TRAIN, f"max_steps={steps}"]
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
-        seen = watched(process, tmp_path, pause=steps / 20_000)
+        readings = watch(process, tmp_path, pause=steps / 20_000)
     finally:
         process.kill()
     assert process.wait() == 0, (tmp_path / "out").read_text()
     (run,) = tmp_path.glob("outputs/*/*")
-    assert records(run) == steps and json.loads((run / "summary.json").read_text())["steps"] == steps
-    step, memory, files = np.array([one for one in seen if STARTED * steps < one[0] < steps]).T
+    assert read_records(run) == steps and json.loads((run / "summary.json").read_text())["steps"] == steps
+    step, memory, files = np.array([one for one in readings if WARM_UP * steps < one[0] < steps]).T
     (slope, level), covariance = np.polyfit(step, memory, 1, cov=True)
-    rest = (1 - STARTED) * steps
+    rest = (1 - WARM_UP) * steps
     rise, noise = slope * rest, 2 * covariance[0, 0] ** 0.5 * rest
     promise(
         14,
-        f"memory from step {STARTED * steps:.0f} to {steps} of a run with every interval firing: flat",
+        f"memory from step {WARM_UP * steps:.0f} to {steps} of a run with every interval firing: flat",
         f"{rise:+.2f} ± {noise:.2f} MiB of {level:.0f}, {len(step)} readings",
     )
     promise(14, "open files meanwhile", f"{int(files.min())} to {int(files.max())}")
-    promise(14, "readings of metrics.jsonl, TensorBoard's events and last.pt meanwhile", f"{len(seen)} of {len(seen)}")
+    promise(
+        14,
+        "readings of metrics.jsonl, TensorBoard's events and last.pt meanwhile",
+        f"{len(readings)} of {len(readings)}",
+    )
     assert len(step) >= 8
     assert rise - noise < DRIFT and memory[-len(memory) // 4 :].mean() - memory[: len(memory) // 4].mean() < 2 * DRIFT
-    assert files.max() - files.min() <= 3  # those of a checkpoint and an image as they are written
+    assert files.max() - files.min() <= 3  # a checkpoint and an image that are being written

@@ -1,5 +1,5 @@
-"""Files from strangers: opening a checkpoint runs no code, reads no variable of the environment, writes no file; data
-archives and images are bounded."""
+"""Promise 8: opening a hostile checkpoint runs no code, reads no environment variable and writes no file; archives and
+images of data are bounded."""
 
 import copy
 import io
@@ -31,12 +31,12 @@ from flowtrain.data.inputs import ImageFiles
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
 
-# of what makes the hostile files
+# raised by the code that writes the hostile files
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (".*deprecated", ".*Duplicate name")]
 
 ROOT = Path(__file__).resolve().parents[2]
-DOORS = ["eval ckpt={}", "sample ckpt={}", "check ckpt={}", "score ckpt={} input=x.npy", "train resume={}"]
-DEEDS = (
+COMMANDS = ["eval ckpt={}", "sample ckpt={}", "check ckpt={}", "score ckpt={} input=x.npy", "train resume={}"]
+EVENTS = (
     "os.mkdir",
     "os.rename",
     "os.remove",
@@ -54,22 +54,22 @@ DEEDS = (
     "shutil.copyfile",
     "webbrowser.open",
 )
-_watched: list | None = None  # deeds since the watch began
+_actions: list | None = None  # recorded while a command is watched
 
 
-def _hook(event: str, arguments: tuple) -> None:
-    if _watched is None:
+def _record(event: str, arguments: tuple) -> None:
+    if _actions is None:
         return
     if event == "open":
         path, mode, flags = arguments
         writes = set(mode or "") & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if writes and "__pycache__" not in str(path):
-            _watched.append(f"open {path}")
-    elif event in DEEDS:
-        _watched.append(f"{event} {arguments}")
+            _actions.append(f"open {path}")
+    elif event in EVENTS:
+        _actions.append(f"{event} {arguments}")
 
 
-sys.addaudithook(_hook)
+sys.addaudithook(_record)
 
 
 @pytest.fixture(scope="module")
@@ -83,34 +83,34 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def watch(monkeypatch, tmp_path):
-    """``watch(cwd, *words)``: the command's exit code, its one line, and what it did to the machine meanwhile."""
+    """``watch(cwd, *words)``: a command's exit code, its message, and its actions on the machine."""
     read = []
     get = type(os.environ).__getitem__
     monkeypatch.setattr(type(os.environ), "__getitem__", lambda self, key: read.append(key) or get(self, key))
     monkeypatch.setenv(hostile.SECRET, "a secret")
 
     def run(cwd, *words) -> tuple[int, str, list[str]]:
-        global _watched
+        global _actions
         read.clear()
-        _watched = []
+        _actions = []
         try:
             code, text = flowtrain(cwd, *words), ""
         except Exception as error:
             text, code = exit_codes.describe_error(error)
         finally:
-            deeds, _watched = _watched, None
-        return code, text, deeds + [f"read {key}" for key in read if key == hostile.SECRET]
+            actions, _actions = _actions, None
+        return code, text, actions + [f"read {key}" for key in read if key == hostile.SECRET]
 
     return run
 
 
-def test_what_harms_does_harm_where_nothing_guards(trained, tmp_path):
-    """Else the tests below would pass for want of a danger."""
+def test_the_hostile_files_do_harm_when_they_are_opened_unsafely(trained, tmp_path):
+    """So that the tests below test a danger."""
     for number, name in enumerate(hostile.nodes(tmp_path)):
         touch = tmp_path / f"node{number}"
         try:
             instantiate(OmegaConf.create(hostile.nodes(touch)[name]))
-        except TypeError:  # of what was called too late
+        except TypeError:  # raised after the harmful call
             pass
         assert touch.exists(), name
     for number, name in enumerate(hostile.calls(tmp_path)):
@@ -121,9 +121,9 @@ def test_what_harms_does_harm_where_nothing_guards(trained, tmp_path):
         assert touch.exists(), name
 
 
-def test_the_watch_sees(trained, watch, tmp_path):
-    code, text, deeds = watch(tmp_path, "eval", f"ckpt={trained[1]}", "examples=20")
-    assert code == 0 and any("eval.json" in deed for deed in deeds)
+def test_the_watch_records_actions(trained, watch, tmp_path):
+    code, text, actions = watch(tmp_path, "eval", f"ckpt={trained[1]}", "examples=20")
+    assert code == 0 and any("eval.json" in action for action in actions)
     OmegaConf.to_container(OmegaConf.create({"a": "${oc.env:" + hostile.SECRET + "}"}), resolve=True)
 
 
@@ -131,20 +131,20 @@ def test_hostile_checkpoints_are_refused(trained, watch, tmp_path, promise, pyte
     state, _ = trained
     (tmp_path / "sentinel").mkdir()
     touch = tmp_path / "sentinel" / "touched"
-    files = hostile.every(state, touch)
+    files = hostile.all_files(state, touch)
     folder = tmp_path / "files"
     folder.mkdir()
     wrong, tried = {}, 0
     for number, (name, write) in enumerate(files.items()):
         file = folder / f"{number}.pt"
         write(file)
-        doors = DOORS if pytestconfig.getoption("--reliability") else [DOORS[number % len(DOORS)]]
-        for door in doors:
-            words = door.format(file).split(" ")
-            code, text, deeds = watch(tmp_path, *words)
+        commands = COMMANDS if pytestconfig.getoption("--reliability") else [COMMANDS[number % len(COMMANDS)]]
+        for command_line in commands:
+            words = command_line.format(file).split(" ")
+            code, text, actions = watch(tmp_path, *words)
             tried += 1
-            if code != 1 or str(file.name) not in text and "passwd" not in text or not text.isprintable() or deeds:
-                wrong[f"{name}: {' '.join(words[:1])}"] = code, text[:200], deeds[:3]
+            if code != 1 or str(file.name) not in text and "passwd" not in text or not text.isprintable() or actions:
+                wrong[f"{name}: {' '.join(words[:1])}"] = code, text[:200], actions[:3]
             if len(text) > 1000 or "HYDRA_FULL_ERROR" in text:
                 wrong[f"{name}: {' '.join(words[:1])}"] = "text", text[:300]
         file.unlink()
@@ -159,10 +159,10 @@ def test_hostile_checkpoints_are_refused(trained, watch, tmp_path, promise, pyte
     assert len(files) >= 40
 
 
-def test_some_of_them_in_processes_of_their_own(trained, tmp_path, promise, count):
+def test_hostile_checkpoints_are_refused_in_new_processes(trained, tmp_path, promise, count):
     state, _ = trained
     (tmp_path / "sentinel").mkdir()
-    files = hostile.every(state, tmp_path / "sentinel" / "touched")
+    files = hostile.all_files(state, tmp_path / "sentinel" / "touched")
     names = random.Random(0).sample(sorted(files), count(20))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), hostile.SECRET: "a secret"}
     wrong = {}
@@ -170,20 +170,20 @@ def test_some_of_them_in_processes_of_their_own(trained, tmp_path, promise, coun
         file = tmp_path / "stranger.pt"
         file.unlink(missing_ok=True)
         files[name](file)
-        command = [sys.executable, "-m", "flowtrain", *DOORS[number % len(DOORS)].format(file).split()]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-        if done.returncode != 1 or done.stdout or done.stderr.count("\n") != 1 or "a secret" in done.stderr:
-            wrong[name] = done.returncode, done.stdout, done.stderr
+        command = [sys.executable, "-m", "flowtrain", *COMMANDS[number % len(COMMANDS)].format(file).split()]
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        if result.returncode != 1 or result.stdout or result.stderr.count("\n") != 1 or "a secret" in result.stderr:
+            wrong[name] = result.returncode, result.stdout, result.stderr
         if sorted(os.listdir(tmp_path)) != ["sentinel", "stranger.pt"] or os.listdir(tmp_path / "sentinel"):
             wrong[name] = "sentinel"
     promise(8, "20 of them in processes of their own", f"{len(names) - len(wrong)} of {len(names)}")
     assert not wrong
 
 
-def test_init_takes_nothing_else_from_a_stranger(trained, tmp_path):
+def test_init_refuses_hostile_checkpoints(trained, tmp_path):
     state, _ = trained
     (tmp_path / "sentinel").mkdir()
-    files = hostile.every(state, tmp_path / "sentinel" / "touched")
+    files = hostile.all_files(state, tmp_path / "sentinel" / "touched")
     tiny = ("smoke=true", "trainer.tensorboard=false")
     for name in ("pickle in the weights", "weights: an enormous shape"):
         files[name](tmp_path / "stranger.pt")
@@ -193,7 +193,7 @@ def test_init_takes_nothing_else_from_a_stranger(trained, tmp_path):
 
 
 @pytest.mark.parametrize("link", ["eval", "train.log", "samples/image.png", "checkpoints/previous.pt"])
-def test_a_run_directory_holds_no_links(trained, tmp_path, link):
+def test_a_link_in_a_run_directory_is_refused(trained, tmp_path, link):
     shutil.copytree(trained[1].parents[1], tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     shutil.rmtree(tmp_path / "run" / "eval", ignore_errors=True)
@@ -206,8 +206,7 @@ def test_a_run_directory_holds_no_links(trained, tmp_path, link):
     assert not os.listdir(tmp_path / "elsewhere")
 
 
-def test_where_data_lie_comes_from_no_checkpoint(trained, tmp_path, capsys):
-    """Nor a checkpoint to start from, nor how many processes."""
+def test_paths_and_devices_are_not_read_from_a_checkpoint(trained, tmp_path, capsys):
     state = copy.deepcopy(trained[0])
     state["config"]["dataset"] |= {"root": "/a/strangers/root", "path": None, "download": False}
     state["config"] |= {"init": "/a/strangers/init", "devices": 7, "allow": ["strangers_module"], "resume": True}
@@ -246,7 +245,7 @@ def _member(name: str, **attributes) -> tarfile.TarInfo:
     ],
     ids=["above", "above within", "link", "through a link", "hard link", "device"],
 )
-def test_downloaded_archives_unpack_data_only(tmp_path, members):
+def test_a_downloaded_archive_cannot_write_elsewhere(tmp_path, members):
     from torchvision.datasets.utils import extract_archive
 
     archive = _tar(tmp_path / "data.tar.gz", *members)
@@ -257,7 +256,7 @@ def test_downloaded_archives_unpack_data_only(tmp_path, members):
     assert sorted(os.listdir(tmp_path)) == ["data.tar.gz"]
 
 
-def test_a_download_that_leads_out_is_one_line(tmp_path, monkeypatch):
+def test_a_download_that_would_write_elsewhere_is_a_usage_error(tmp_path, monkeypatch):
     archive = _tar(tmp_path / "data.tar.gz", _member("../evil", size=1))
 
     def build(self, root, part, download):
@@ -269,7 +268,7 @@ def test_a_download_that_leads_out_is_one_line(tmp_path, monkeypatch):
         CIFAR10(root=str(tmp_path / "root")).split("train")
 
 
-def test_good_archives_unpack(tmp_path):
+def test_a_good_archive_is_unpacked(tmp_path):
     archive = _tar(tmp_path / "data.tar.gz", _member("folder/file", size=3))
 
     def download(folder):
@@ -281,7 +280,7 @@ def test_good_archives_unpack(tmp_path):
 
 
 def _png(width: int, height: int) -> bytes:
-    """A grey PNG that declares a size; its rows are zeros, deflated to almost nothing."""
+    """A grey PNG that declares a size; its rows are zeros, which compress to almost nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -292,13 +291,13 @@ def _png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [8_001, 10_000, 100_000, 2**31 - 1])
-def test_images_beyond_so_many_pixels_are_refused(tmp_path, side):
-    """Before they are decoded, wherever images are read; without a word of the library's."""
+def test_an_image_with_too_many_pixels_is_refused(tmp_path, side):
+    """Before it is decoded, wherever images are read, and without a warning of the library."""
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(_png(side, side))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        begun, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for make in (
             lambda: ImageFolder(path=str(tmp_path), val_size=1, test_size=1).split("train").take(torch.tensor([0])),
             lambda: next(ImageFiles(tmp_path, (1, 8, 8)).groups()),
@@ -307,10 +306,10 @@ def test_images_beyond_so_many_pixels_are_refused(tmp_path, side):
         ):
             with pytest.raises(FlowtrainError, match="pixels"):
                 make()
-    assert time.process_time() - begun < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # kB
 
 
-def test_a_image_of_so_many_pixels_is_read():
+def test_an_image_with_many_pixels_is_read():
     assert load_image(io.BytesIO(_png(900, 900)), "L").size == (900, 900)
     assert MAX_PIXELS == 64_000_000

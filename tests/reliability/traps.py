@@ -1,4 +1,4 @@
-"""Faults to be trained into: a layer, and a set of data, in which a number is not finite after some steps."""
+"""A layer and a data set that make a number not finite after some training steps."""
 
 import inspect
 import math
@@ -10,12 +10,12 @@ from flowtrain import flows
 from flowtrain.bijections import Bijection
 from flowtrain.data import Moons
 
-EDGE = 0.5  # what lies to the right of it is spoiled
+EDGE = 0.5  # examples whose first number is larger are affected
 
 
 class Trap(Bijection):
-    """The identity, until training has passed it ``after`` times. Then one of the ``WAYS`` to go wrong, for those
-    examples whose first number is above ``EDGE``."""
+    """The identity for ``after`` training passes; then fails in one of the ``WAYS`` for examples whose first number is
+    above ``EDGE``."""
 
     def __init__(self, shape, way: str, value: float = math.nan, after: int = 5, context_shape=None):
         super().__init__(shape, context_shape)
@@ -37,8 +37,8 @@ class Trap(Bijection):
         return z / self.scale, -2 * self.scale.abs().log().expand(len(z))
 
 
-class _Spoil(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by ``value`` where ``bad``."""
+class _MultiplyGradient(torch.autograd.Function):
+    """The identity, with its gradient multiplied by ``value`` where ``bad``."""
 
     @staticmethod
     def forward(ctx, x, bad, value):
@@ -59,23 +59,23 @@ def log_determinant(trap, z, log_det, bad):
 
 
 def gradient(trap, z, log_det, bad):
-    return _Spoil.apply(z, bad[:, None], trap.value), log_det
+    return _MultiplyGradient.apply(z, bad[:, None], trap.value), log_det
 
 
 def gradient_of_a_weight(trap, z, log_det, bad):
-    scale = _Spoil.apply(trap.scale, bad.any(), trap.value)
+    scale = _MultiplyGradient.apply(trap.scale, bad.any(), trap.value)
     return z + (scale - scale.detach()), log_det
 
 
 def weight(trap, z, log_det, bad):
-    return z, log_det  # which is not finite any more
+    return z, log_det  # forward has changed the weight
 
 
 WAYS = {way.__name__: way for way in (output, log_determinant, gradient, gradient_of_a_weight, weight)}
 
 
 class Spoiled(Moons):
-    """Points of which those with the numbers ``spoiled`` are spoiled in the train split, or all beyond ``EDGE``."""
+    """Moons with ``value`` at the indices ``spoiled`` of the train split, or at all points beyond ``EDGE``."""
 
     def __init__(self, *, value: float = math.nan, spoiled: list[int] | None = None, **keys):
         super().__init__(**keys)
@@ -88,8 +88,8 @@ class Spoiled(Moons):
         return split
 
 
-def _trapped(constructor: Callable) -> Callable:
-    """A constructor of the same flow with a ``trap`` among its layers, in the given ``places``."""
+def _with_trap(constructor: Callable) -> Callable:
+    """Wrap a constructor so that its flow has a ``trap`` among its layers, whose order is ``places``."""
 
     def build(shape, *, trap, places, **arguments):
         flow = constructor(shape, **arguments)
@@ -103,4 +103,4 @@ def _trapped(constructor: Callable) -> Callable:
     return build
 
 
-maf, realnvp_vector = _trapped(flows.maf), _trapped(flows.realnvp_vector)
+maf, realnvp_vector = _with_trap(flows.maf), _with_trap(flows.realnvp_vector)

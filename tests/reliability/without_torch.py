@@ -1,6 +1,6 @@
-"""Command lines, tried one after another in a process that cannot import torch: ``python without_torch.py < JSON``.
+"""Run commands in a process that cannot import torch: ``python without_torch.py < JSON``.
 
-Reads a list of lists of words, writes a list of [exit code, what was said].
+Reads a list of lists of words, writes a list of [exit code, message].
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the peers' flows are put together with, and our weights for networks that are built like ours."""
+"""Containers for the peers' layers, and copies of our weights into networks that are built like ours."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from flowtrain.benchmarks.ours import BINS
 
-TAILS = {"tails": "linear", "tail_bound": 3.0}  # of a spline, as the bayesiains family says it
+TAILS = {"tails": "linear", "tail_bound": 3.0}  # of a spline, in nflows and normflows
 
 
 class Peer(nn.Module):
-    """A peer's flow: ``forward`` is the log-density under a standard normal latent.
+    """A peer's flow: ``forward`` is the log-density under a standard normal base distribution.
 
-    ``same`` says whether it has our flow's weights and with them our flow's density; ``nets`` are those of its networks
-    that must give what ours give.
+    ``same`` is true if it has our flow's weights and so must have our flow's density. ``nets`` are the networks that
+    must agree with ours.
     """
 
     same = False
@@ -33,11 +33,12 @@ class Peer(nn.Module):
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
+        """Latent (B, D) -> data (B, …)."""
         raise NotImplementedError
 
 
 class Layers(Peer):
-    """Layers whose ``forward`` and ``inverse`` give their output and its log-determinant."""
+    """A flow of layers whose ``forward`` and ``inverse`` return an output and its log-determinant."""
 
     def __init__(self, layers, same: bool = False, nets=()):
         super().__init__()
@@ -56,8 +57,8 @@ class Layers(Peer):
         return z
 
 
-class Turn(nn.Module):
-    """The order of a vector's elements turned round."""
+class Flip(nn.Module):
+    """Reverses the elements of a vector."""
 
     def forward(self, x):
         return x.flip(1), 0.0
@@ -65,11 +66,12 @@ class Turn(nn.Module):
     inverse = forward
 
 
-class Levels(Peer):
-    """Images: at each level a squeeze and layers, then the second half of the channels leaves."""
+class MultiScale(Peer):
+    """A flow of images: a squeeze and layers at each scale; then half of the channels become latents."""
 
     def __init__(self, levels: int, steps: int, step):
-        """``step(channels, side)`` gives the layers of one step, ``side`` counted in halvings of the image's."""
+        """``step(channels, factor)`` returns the layers of one step of flow; ``factor`` is how much smaller than the
+        image its input is."""
         super().__init__()
         channels = [3 * 2 ** (level + 2) for level in range(levels)]
         self.levels = nn.ModuleList(
@@ -85,8 +87,8 @@ class Levels(Peer):
                 x, log_det = layer(x)
                 total = total + log_det
             if level < len(self.levels) - 1:
-                x, leaves = x.chunk(2, 1)
-                done.append(leaves.flatten(1))
+                x, latents = x.chunk(2, 1)
+                done.append(latents.flatten(1))
         self.last = x.shape[1:]
         return torch.cat([*done, x.flatten(1)], 1), total
 
@@ -96,9 +98,9 @@ class Levels(Peer):
             sizes.insert(0, sizes[0] * (1 if len(sizes) == 1 else 2))
         *done, x = z.split(sizes, 1)
         x = x.unflatten(1, self.last)
-        for layers, leaves in zip(reversed(self.levels), [None, *reversed(done)]):
-            if leaves is not None:
-                x = torch.cat((x, leaves.unflatten(1, x.shape[1:])), 1)
+        for layers, latents in zip(reversed(self.levels), [None, *reversed(done)]):
+            if latents is not None:
+                x = torch.cat((x, latents.unflatten(1, x.shape[1:])), 1)
             for layer in reversed(layers):
                 x, _ = layer.inverse(x)
             x = F.pixel_shuffle(x, 2)
@@ -106,8 +108,8 @@ class Levels(Peer):
 
 
 @torch.no_grad()
-def copy_made(ours: nn.Module, theirs: nn.Module) -> None:
-    """Give a masked network of the bayesiains family the weights, and so the masks, of one of ours."""
+def copy_masked_network(ours: nn.Module, theirs: nn.Module) -> None:
+    """Copy the weights and masks of our masked network into one of nflows or normflows."""
     blocks = [getattr(block, "linear_layers", None) or [block.linear] for block in theirs.blocks]
     layers = [theirs.initial_layer, *(layer for block in blocks for layer in block), theirs.final_layer]
     for mine, other in zip(ours.linears, layers, strict=True):
@@ -121,8 +123,8 @@ def copy_made(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_residual(ours: nn.Module, theirs: nn.Module) -> None:
-    """The same for a dense residual network."""
+def copy_residual_network(ours: nn.Module, theirs: nn.Module) -> None:
+    """Copy the weights of our residual network into one of nflows or normflows."""
     pairs = [(ours.first, theirs.initial_layer), (ours.last, theirs.final_layer)]
     for one, other, block in zip(ours.ones, ours.others, theirs.blocks, strict=True):
         pairs += [(one, block.linear_layers[0]), (other, block.linear_layers[1])]
@@ -131,46 +133,48 @@ def copy_residual(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @torch.no_grad()
-def as_splines(layer: nn.Linear, bins: int, params_first: bool, hidden: int | None, min_derivative=1e-3) -> None:
-    """Change the last layer of a copied network so that its outputs mean in the bayesiains family what they mean to us.
+def convert_spline_parameters(
+    layer: nn.Linear, bins: int, params_first: bool, hidden: int | None, min_derivative=1e-3
+) -> None:
+    """Change a copied network's last layer so that its outputs describe our spline to nflows or normflows.
 
-    Theirs come element by element, ours of a coupling parameter by parameter (``params_first``); logits of bins are
-    divided by √hidden there (None: not); our slopes are shifted so that 0 is a slope of 1.
+    Their parameters are grouped by element, those of our couplings by parameter (``params_first``). They divide the
+    logits of bins by √hidden, unless it is None. Our slopes are shifted so that 0 means a slope of 1.
     """
     params = 3 * bins - 1
     scale = torch.ones(params)
     scale[: 2 * bins] = math.sqrt(hidden or 1)
     shift = torch.zeros(params)
     shift[2 * bins :] = math.log(math.expm1(1 - min_derivative))
-    for parameter, plus in ((layer.weight, 0.0), (layer.bias, shift)):
+    for parameter, offset in ((layer.weight, 0.0), (layer.bias, shift)):
         by_element = (
             parameter.unflatten(0, (params, -1)).transpose(0, 1)
             if params_first
             else parameter.unflatten(0, (-1, params))
         )
-        changed = by_element.movedim(1, -1) * scale + plus
+        changed = by_element.movedim(1, -1) * scale + offset
         parameter.copy_(changed.movedim(-1, 1).flatten(0, 1))
 
 
 def spline_autoregressive(ours, dimensions: int, hidden: int, kind: type[nn.Module]) -> Layers:
-    """Our autoregressive spline flow of a family's layers of that ``kind``."""
+    """Build our autoregressive spline flow from a library's layers, with our weights."""
     layers = []
     for net in ours:
         layer = kind(dimensions, hidden, num_blocks=2, num_bins=BINS, **TAILS)
-        made = layer.autoregressive_net
-        copy_made(net, made)
-        as_splines(made.final_layer, BINS, False, getattr(made, "hidden_features", None))
-        layers += [Turn(), layer]
-    return Layers([*layers, Turn()], same=True)
+        masked = layer.autoregressive_net
+        copy_masked_network(net, masked)
+        convert_spline_parameters(masked.final_layer, BINS, False, getattr(masked, "hidden_features", None))
+        layers += [Flip(), layer]
+    return Layers([*layers, Flip()], same=True)
 
 
 def spline_couplings(ours, dimensions: int, hidden: int, kind: type[nn.Module], network: type[nn.Module]) -> Layers:
-    """Our flow of spline couplings of a family's ``kind``, with its residual ``network``."""
+    """Build our flow of spline couplings from a library's layers and residual networks, with our weights."""
     layers = []
     for i, net in enumerate(ours):
-        moves = torch.tensor([(j + i + 1) % 2 for j in range(dimensions)])
-        layer = kind(moves, lambda inputs, out: network(inputs, out, hidden, num_blocks=2), num_bins=BINS, **TAILS)
-        copy_residual(net, layer.transform_net)
-        as_splines(layer.transform_net.final_layer, BINS, True, hidden)
+        mask = torch.tensor([(j + i + 1) % 2 for j in range(dimensions)])
+        layer = kind(mask, lambda inputs, out: network(inputs, out, hidden, num_blocks=2), num_bins=BINS, **TAILS)
+        copy_residual_network(net, layer.transform_net)
+        convert_spline_parameters(layer.transform_net.final_layer, BINS, True, hidden)
         layers.append(layer)
     return Layers(layers, same=True)

@@ -1,4 +1,4 @@
-"""FrEIA (Ardizzone et al.), whose block has a fixed rotation of the channels where Glow learns one."""
+"""FrEIA (Ardizzone et al.). Its block has a fixed rotation of the channels, where Glow learns a 1×1 convolution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from FrEIA.modules import AllInOneBlock
 from torch import nn
 
 from flowtrain.benchmarks.ours import convolutions
-from flowtrain.benchmarks.peers.common import Levels
+from flowtrain.benchmarks.peers.common import MultiScale
 
 
 class _Block(nn.Module):
@@ -25,8 +25,8 @@ class _Block(nn.Module):
         return x, log_det
 
 
-def glow(side: int, hidden: int, levels: int, steps: int) -> Levels:
-    def step(channels, halving):
-        return [_Block((channels, side // halving, side // halving), hidden)]
+def glow(side: int, hidden: int, levels: int, steps: int) -> MultiScale:
+    def step(channels, factor):
+        return [_Block((channels, side // factor, side // factor), hidden)]
 
-    return Levels(levels, steps, step)
+    return MultiScale(levels, steps, step)

@@ -17,23 +17,23 @@ from torch import nn
 from flowtrain.benchmarks.ours import convolutions
 from flowtrain.benchmarks.peers.common import (
     TAILS,
+    Flip,
     Layers,
-    Levels,
-    Turn,
-    copy_made,
+    MultiScale,
+    copy_masked_network,
     spline_autoregressive,
     spline_couplings,
 )
 
 
 def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:
-    """Its scale is a softplus, so that only the networks agree."""
+    """Build a MAF. Its scale is a softplus, so only its networks agree with ours."""
     layers, nets = [], []
     for net in ours:
         layer = MaskedAffineAutoregressiveTransform(dimensions, hidden, num_blocks=1, use_residual_blocks=False)
-        copy_made(net, layer.autoregressive_net)
+        copy_masked_network(net, layer.autoregressive_net)
         nets.append(layer.autoregressive_net)
-        layers += [layer, Turn()]
+        layers += [layer, Flip()]
     return Layers(layers, nets=nets)
 
 
@@ -50,7 +50,7 @@ def spline(x, widths, heights, slopes):
 
 
 class _Convolutions(nn.Module):
-    """With the context that it is handed."""
+    """Our convolutions, with nflows' argument ``context``."""
 
     def __init__(self, *sizes):
         super().__init__()
@@ -60,10 +60,10 @@ class _Convolutions(nn.Module):
         return self.net(x)
 
 
-def glow(side: int, hidden: int, levels: int, steps: int) -> Levels:
+def glow(side: int, hidden: int, levels: int, steps: int) -> MultiScale:
     def step(channels, _):
         mask = [int(i >= channels // 2) for i in range(channels)]
         net = AffineCouplingTransform(mask, lambda inputs, out: _Convolutions(inputs, hidden, out))
         return ActNorm(channels), OneByOneConvolution(channels), net
 
-    return Levels(levels, steps, step)
+    return MultiScale(levels, steps, step)

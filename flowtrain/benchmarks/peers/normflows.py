@@ -1,5 +1,5 @@
-"""normflows (Stimper et al.), its autoregressive affine layers trained in their direction of one pass: as shipped, it
-trains through the one of D passes."""
+"""normflows (Stimper et al.). Its autoregressive affine layers train in their one-pass direction here; as shipped they
+train through the direction of D passes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from normflows.nets.resnet import ResidualNet
 from normflows.utils.splines import unconstrained_rational_quadratic_spline
 from torch import nn
 
-from flowtrain.benchmarks.peers.common import TAILS, Layers, Levels, Turn, spline_autoregressive, spline_couplings
+from flowtrain.benchmarks.peers.common import TAILS, Flip, Layers, MultiScale, spline_autoregressive, spline_couplings
 
 
 def maf(ours, dimensions: int, hidden: int, steps: int) -> Layers:
-    """Its networks lack the rectifier after the first layer, so that nothing agrees with ours."""
+    """Build a MAF. Its networks lack the rectifier after the first layer, so nothing agrees with ours."""
     layers = []
     for _ in range(steps):
         layers += [
             MaskedAffineAutoregressive(dimensions, hidden, num_blocks=1, use_residual_blocks=False),
-            Turn(),
+            Flip(),
         ]
     return Layers(layers)
 
@@ -38,7 +38,7 @@ def spline(x, widths, heights, slopes):
 
 
 class _Backwards(nn.Module):
-    """Its blocks run from latent to data."""
+    """Inverts a block: normflows' blocks run from latent to data."""
 
     def __init__(self, block):
         super().__init__()
@@ -51,5 +51,5 @@ class _Backwards(nn.Module):
         return self.block(z)
 
 
-def glow(side: int, hidden: int, levels: int, steps: int) -> Levels:
-    return Levels(levels, steps, lambda channels, _: [_Backwards(nf.flows.GlowBlock(channels, hidden))])
+def glow(side: int, hidden: int, levels: int, steps: int) -> MultiScale:
+    return MultiScale(levels, steps, lambda channels, _: [_Backwards(nf.flows.GlowBlock(channels, hidden))])

@@ -1,4 +1,4 @@
-"""zuko (Rozet et al.). Its affine scales and its splines bend what the network says, so that no density equals ours."""
+"""zuko (Rozet et al.). It transforms the networks' outputs to scales and splines differently, so densities differ."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def nsf_autoregressive(ours, dimensions: int, hidden: int, steps: int, **kwargs)
 
 
 def nsf_coupling(ours, dimensions: int, hidden: int, steps: int) -> Peer:
-    """With splines on all elements: those of the half that is seen do not depend on it."""
+    """Build couplings with splines on all elements; the splines of the conditioning half are unconditional."""
     return nsf_autoregressive(ours, dimensions, hidden, steps, passes=2)
 
 

@@ -1,5 +1,8 @@
-"""Where a process kills itself, as ``DEATH`` says: {"place": …, "save": which save of last.pt, "byte": …}; and what
-a resumed run may lack of its state, as ``OMIT`` names it. ``COMPOSED`` spares a run the composing."""
+"""Points at which a process kills itself, and parts of the state that a resumed run lacks.
+
+The environment chooses: ``KILL_AT`` is {"place": …, "save": which save of last.pt, "byte": …}, ``OMIT`` names a part of
+the state, and ``VALUES`` is a file with the configuration, so that a run need not compose it.
+"""
 
 from __future__ import annotations
 
@@ -26,84 +29,86 @@ PLACES = ("mid-write", "before fsync", "before rename", "after rename", "pruning
 OMITTED = ("model", "ema", "optimizer", "noise", "schedule", "order", "figures", "records")
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def patch(place: str, save: int = 1, byte: int = 0, part: int = 0) -> None:
+    """Make this process kill itself at ``place`` of the ``save``-th save of last.pt."""
     if place == "no links":
-        os.link = _refuse
-        main.main = _save_for_ever
+        os.link = _raise_permission_error
+        main.main = _save_repeatedly
     elif place == "any":
-        main.main = _save_for_ever
+        main.main = _save_repeatedly
     else:
-        _count_saves(
+        _at_save(
             save,
             lambda: {
-                "mid-write": lambda: _in_write(byte),
-                "before fsync": lambda: _around(os, "fsync", before=lambda fd: stat.S_ISREG(os.fstat(fd).st_mode)),
-                "before rename": lambda: _around(os, "replace", before=lambda _, path: path.name == "last.pt"),
-                "after rename": lambda: _around(os, "replace", after=lambda _, path: path.name == "last.pt"),
-                "pruning": lambda: _pruning(part),
+                "mid-write": lambda: _kill_in_write(byte),
+                "before fsync": lambda: _kill_around(os, "fsync", before=lambda fd: stat.S_ISREG(os.fstat(fd).st_mode)),
+                "before rename": lambda: _kill_around(os, "replace", before=lambda _, path: path.name == "last.pt"),
+                "after rename": lambda: _kill_around(os, "replace", after=lambda _, path: path.name == "last.pt"),
+                "pruning": lambda: _kill_in_pruning(part),
             }[place](),
         )
 
 
-def _count_saves(which: int, arm) -> None:
+def _at_save(which: int, arm) -> None:
     """Call ``arm`` when last.pt is saved for the ``which``-th time."""
-    save, seen = checkpoint.save_last, []
+    save, calls = checkpoint.save_last, []
 
-    def counted(*args):
-        seen.append(1)
-        if len(seen) == which:
+    def count(*args):
+        calls.append(1)
+        if len(calls) == which:
             arm()
         return save(*args)
 
-    checkpoint.save_last = counted
+    checkpoint.save_last = count
 
 
-def _around(owner, name: str, before=lambda *args: False, after=lambda *args: False) -> None:
+def _kill_around(owner, name: str, before=lambda *args: False, after=lambda *args: False) -> None:
+    """Kill this process before or after a call of ``owner.name`` if the function of that name accepts its arguments."""
     original = getattr(owner, name)
 
-    def deadly(*args):
+    def patched(*args):
         if before(*args):
-            die()
+            kill_self()
         result = original(*args)
         if after(*args):
-            die()
+            kill_self()
         return result
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, patched)
 
 
-def _in_write(byte: int) -> None:
-    """When so many bytes of a checkpoint are on their way, of which the last part of a write is not."""
+def _kill_in_write(byte: int) -> None:
+    """Kill this process once ``byte`` bytes of a checkpoint are written."""
     write = checkpoint._Archive.write
 
-    def deadly(self, data):
+    def patched(self, data):
         if self.size + len(data) <= byte:
             return write(self, data)
         write(self, bytes(data)[: byte - self.size])
         self.file.flush()
-        die()
+        kill_self()
 
-    checkpoint._Archive.write = deadly
+    checkpoint._Archive.write = patched
 
 
-def _pruning(part: int) -> None:
-    """Before and after each of the two moves by which the old last.pt becomes previous.pt."""
+def _kill_in_pruning(part: int) -> None:
+    """Kill this process before or after one of the two steps by which the old last.pt becomes previous.pt."""
     if part < 2:
         arguments = {("before", "after")[part]: lambda *_: True}
-        return _around(os, "link", **arguments)
-    _around(os, "replace", **{("before", "after")[part - 2]: lambda _, path: path.name == "previous.pt"})
+        return _kill_around(os, "link", **arguments)
+    _kill_around(os, "replace", **{("before", "after")[part - 2]: lambda _, path: path.name == "previous.pt"})
 
 
-def _refuse(*_) -> None:
+def _raise_permission_error(*_) -> None:
     raise PermissionError(1, "Operation not permitted")
 
 
-def _save_for_ever() -> None:
-    """A run that only saves, from where it stopped; each state tells its number in every part."""
+def _save_repeatedly() -> None:
+    """Save checkpoints without end, starting after the last one. Every part of a state holds its number."""
     folder = Path.cwd()
     files.remove_temporary(folder)
     step = 0
@@ -116,45 +121,44 @@ def _save_for_ever() -> None:
 
 
 def omit(part: str) -> None:
-    """Resume as if the state did not hold ``part``."""
+    """Make a resumed run ignore ``part`` of its state."""
     load = Trainer.load_state_dict
     if part == "records":
         open_file = JsonLines.open
         JsonLines.open = lambda self, run: open_file(self, replace(run, records=None))
 
-    def incomplete(self, state):
+    def load_without_part(self, state):
         fresh = self.state_dict()
         load(self, {**state, part: fresh[part]} if part in fresh else state)
         if part == "figures":
             self.validation.load_state_dict({**fresh["validation"], "step": self.validation.step})
             self.loss_sum, self.loss_count = 0.0, 0
-        lost = self.step
+        start = self.step
         if part == "noise":
             backpropagate = TrainingPass.backpropagate
             TrainingPass.backpropagate = lambda self, x, context, step, *ranks: backpropagate(
-                self, x, context, step - lost, *ranks
+                self, x, context, step - start, *ranks
             )
         elif part == "schedule":
             factor = Trainer.rate_factor
 
-            def anew(self):
-                self.step -= lost
+            def restarted_rate_factor(self):
+                self.step -= start
                 try:
                     return factor(self)
                 finally:
-                    self.step += lost
+                    self.step += start
 
-            Trainer.rate_factor = anew
+            Trainer.rate_factor = restarted_rate_factor
         elif part == "order":
             batches = Loader.batches
-            Loader.batches = lambda self, step=0: batches(self, step - lost if step else step)
+            Loader.batches = lambda self, step=0: batches(self, step - start if step else step)
 
-    Trainer.load_state_dict = incomplete
+    Trainer.load_state_dict = load_without_part
 
 
-def _composed(file: str) -> None:
-    """What ``flowtrain train … resume=true`` comes to when its configuration, in ``file``, has been composed: that
-    alone takes a second."""
+def _train(file: str) -> None:
+    """Run ``flowtrain train … resume=true`` with the configuration in ``file``: composing it takes a second."""
     folder = Path("outputs/moons/run").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     found = runs.newest_intact(folder / "checkpoints")
@@ -163,9 +167,10 @@ def _composed(file: str) -> None:
 
 
 def prepare(environment) -> None:
-    if "COMPOSED" in environment:
-        main.main = lambda: _composed(environment["COMPOSED"])
-    if "DEATH" in environment:
-        patch(**json.loads(environment["DEATH"]))
+    """Patch this process as the environment says."""
+    if "VALUES" in environment:
+        main.main = lambda: _train(environment["VALUES"])
+    if "KILL_AT" in environment:
+        patch(**json.loads(environment["KILL_AT"]))
     if "OMIT" in environment:
         omit(environment["OMIT"])
