@@ -333,11 +333,11 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     log.info("run: %s", run_dir)
     log.info("device: %s × %d, precision %s", device_name(device), world, config.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
-    levels = spec.levels
+    levels = spec.grey_levels
     shape = "×".join(map(str, flow.shape))
     if levels:
         log.info(
-            "shape %s, D = %d, %d levels: a uniform code has %.4f bits/dim",
+            "shape %s, D = %d, %d grey levels: a uniform code has %.4f bits/dim",
             shape,
             flow.dimensions,
             levels,

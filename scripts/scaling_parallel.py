@@ -160,7 +160,7 @@ def _measure_preset(name: str, examples: int, overrides: tuple[str, ...]) -> dic
     print(f"        {name}", file=sys.stderr, flush=True)
     cfg = train_config(f"experiment={name}", *overrides)
     spec = build_dataset(cfg).spec
-    flow, levels = build_flow(cfg, spec, "cpu"), spec.levels
+    flow, levels = build_flow(cfg, spec, "cpu"), spec.grey_levels
     shape = (examples, *flow.shape)
     x = torch.randint(0, levels, shape, dtype=torch.uint8) if levels else torch.randn(shape)
     flow.initialize(x)

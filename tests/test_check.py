@@ -291,7 +291,7 @@ def test_a_layer_is_audited_on_a_small_event():
 @pytest.mark.parametrize(("scales", "wrong"), [(b.MultiScale, False), (ForgetsSplitPriors, True)])
 def test_what_is_too_large_is_audited_in_pieces(scales, wrong):
     layers = {
-        "dequantize": partial(b.Dequantize, levels=256),
+        "dequantize": partial(b.Dequantize, grey_levels=256),
         "center": b.Center,
         "scales": partial(
             scales,
@@ -303,7 +303,7 @@ def test_what_is_too_large_is_audited_in_pieces(scales, wrong):
     flow = Flow((3, 32, 32), partial(b.Chain, layers=layers))
     x = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     perturb(flow, x)
-    checks = {check.name: check for check in audit(flow, x[:2], levels=256, limit=500)}
+    checks = {check.name: check for check in audit(flow, x[:2], grey_levels=256, limit=500)}
     assert {name for name, check in checks.items() if not check.passed} == (
         {f"log-dets cancel in {kind}" for kind in ("float32", "float64")} | {"log-det of the flow, forward"}
         if wrong

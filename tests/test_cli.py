@@ -226,7 +226,7 @@ def test_a_refusal_inside_the_job_leaves_no_run(tmp_path, devices):
 
 
 def test_a_value_that_the_data_set_refuses_leaves_no_run(tmp_path):
-    with pytest.raises(WorkerError, match="dataset.bits=5: digits has 17 levels") as caught:
+    with pytest.raises(WorkerError, match="dataset.bits=5: digits has 17 grey levels") as caught:
         inprocess.flowtrain(tmp_path, "train", "dataset.bits=5")
     assert caught.value.exit_code == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused(words, says, tmp_path):
         trained(tmp_path, *words)
 
 
-PUBLISHED = {"split": "test", "data": "mnist", "levels": 256, "source": "a paper", "from_memory": False}
+PUBLISHED = {"split": "test", "data": "mnist", "grey_levels": 256, "source": "a paper", "from_memory": False}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ PUBLISHED = {"split": "test", "data": "mnist", "levels": 256, "source": "a paper
         ({"value": 1980.5, "unit": "nats", "space": "unit"}, 2129.35),  # 8 bits a dimension less
         ({"value": 1.0, "unit": "nats", "space": "logit"}, None),
         ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "split": "val"}, None),
-        ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "levels": 32}, None),
+        ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "grey_levels": 32}, None),
         ({"value": 1.0, "unit": "bits_per_dim", "space": "integers", "data": "cifar10"}, None),
     ],
 )

@@ -72,7 +72,7 @@ def test_every_dataset_has_the_shared_keys_and_builds_without_data(name, tmp_pat
     assert {*KEYS} <= {*config.dataset} and not {"levels", "halvings", "context_shape"} & {*config.dataset}
     spec = build_dataset(config).spec
     assert spec.name == config.dataset["name"] == name and spec.context is spec.context_shape is None
-    assert spec.is_image == ("image_size" in config.dataset) == (spec.levels is not None)
+    assert spec.is_image == ("image_size" in config.dataset) == (spec.grey_levels is not None)
     if spec.is_image:
         side = config.dataset["image_size"]
         assert spec.shape == (config.dataset["channels"], side, side)
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused(build, parts):
 
 def test_digits():
     digits = data.Digits()
-    assert digits.spec == DataSpec("digits", (1, 8, 8), levels=17)
+    assert digits.spec == DataSpec("digits", (1, 8, 8), grey_levels=17)
     parts = {name: digits.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 1259, "val": 179, "test": 359}
     test = parts["test"].take(torch.arange(359))[0]
@@ -157,7 +157,7 @@ def test_synthetic_is_the_same_every_time_and_has_any_shape():
 def test_bits_drop_the_last_ones(bits):
     whole = data.Synthetic(shape=[3, 4, 4]).split("test").data
     reduced = data.Synthetic(shape=[3, 4, 4], bits=bits)
-    assert reduced.spec.levels == 2**bits
+    assert reduced.spec.grey_levels == 2**bits
     assert torch.equal(reduced.split("test").data.float(), (whole.float() / 2 ** (8 - bits)).floor())
 
 

@@ -36,7 +36,7 @@ LEVELS, SHAPE, BATCH = 8, (6,), 16
 def small_flow(dropout=0.2):
     torch.manual_seed(0)
     layers = {
-        "dequantize": partial(b.Dequantize, levels=LEVELS),
+        "dequantize": partial(b.Dequantize, grey_levels=LEVELS),
         "actnorm": b.ActNorm,
         "mixing": b.LULinear,
         "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=dropout)),
@@ -176,7 +176,7 @@ def test_accumulated_parts_equal_the_whole_batch(tmp_path):
     flows = []
     for parts in (1, 4):
         layers = {
-            "dequantize": partial(b.Dequantize, levels=LEVELS),
+            "dequantize": partial(b.Dequantize, grey_levels=LEVELS),
             "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=partial(nets.MLP, hidden=16, dropout=0.3)),
         }
         torch.manual_seed(0)
@@ -567,7 +567,7 @@ def ode_flow(**options):
     torch.manual_seed(0)
     net = partial(nets.ODENet, hidden=8, depth=1)
     layer = partial(b.Continuous, net=net, **{"rtol": 1e-3, "atol": 1e-3, **options})
-    return Flow(SHAPE, partial(b.Chain, layers={"dequantize": partial(b.Dequantize, levels=LEVELS), "ode": layer}))
+    return Flow(SHAPE, partial(b.Chain, layers={"dequantize": partial(b.Dequantize, grey_levels=LEVELS), "ode": layer}))
 
 
 @pytest.mark.parametrize("adjoint", [False, True])

@@ -20,7 +20,7 @@ from flowtrain.runtime import fusion, global_batch
 
 def preprocess(levels, alpha):
     last = {"center": b.Center} if alpha is None else {"logit": partial(b.Logit, alpha=alpha)}
-    return partial(b.Chain, layers={"dequantize": partial(b.Dequantize, levels=levels), **last})
+    return partial(b.Chain, layers={"dequantize": partial(b.Dequantize, grey_levels=levels), **last})
 
 
 def image_flow(shape, levels=256, alpha=None, body=None):
@@ -303,7 +303,7 @@ def test_threads_use_a_flow_in_modes_of_their_own():
     """``encode`` maps integers to the centres of their bins and integrates no trace; ``log_prob`` does neither."""
     layers = {
         "first": Meeting,
-        "dequantize": partial(b.Dequantize, levels=4),
+        "dequantize": partial(b.Dequantize, grey_levels=4),
         "ode": partial(b.Continuous, net=partial(nets.ODENet, hidden=4, depth=1), solver="rk4"),
         "second": Meeting,
     }
@@ -384,7 +384,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
         (lambda: b.Chain((4,), {"a": b.ActNorm}, repeat=0), "repeat=0"),
         (lambda: b.MultiScale((4, 4, 4), 2, {"level0": b.Squeeze}), "needs level1"),
         (lambda: b.Inverse((4, 4, 4), b.Squeeze), "keeps its shape"),
-        (lambda: b.Inverse((4,), partial(b.Dequantize, levels=4)), "not a surjection"),
+        (lambda: b.Inverse((4,), partial(b.Dequantize, grey_levels=4)), "not a surjection"),
         (lambda: b.Dequantize((4,), 1), "levels=1"),
         (lambda: b.Logit((4,), 0.5), "alpha=0.5"),
         (lambda: b.Permutation((3,), [0, 1, 1]), "each of the 3 channels"),

@@ -149,7 +149,7 @@ def test_values_that_are_no_images(digits, capsys):
     assert "skipped         1, first: row 3 " in capsys.readouterr().out
     (folder / "some").mkdir()
     Image.fromarray(wrong[0, 0]).save(folder / "some/digit.png")
-    with pytest.raises(UsageError, match="17 levels: give an npy of 0 … 16"):
+    with pytest.raises(UsageError, match="17 grey levels: give an npy of 0 … 16"):
         scored(run_dir, folder, input="some")
 
 

@@ -13,17 +13,17 @@ from flowtrain.runtime import global_batch
 
 
 class Dequantize(Bijection):
-    """Integers x in 0 … levels − 1 to (x + u)/levels in [0, 1), u uniform (Theis et al. 2016, section 3.1).
+    """Integers x in 0 … grey_levels − 1 to (x + u)/grey_levels in [0, 1), u uniform (Theis et al. 2016, section 3.1).
 
-    The log-determinant is −D·log(levels), since the density of u is 1. So E[log p] is a lower bound of log P(x).
-    ``inverse`` rounds down to the integer whose bin holds the value: uint8 up to 256 levels, int64 above. An input that
-    is not one of these integers becomes NaN.
+    The log-determinant is −D·log(grey_levels), since the density of u is 1. So E[log p] is a lower bound of log P(x).
+    ``inverse`` rounds down to the integer whose bin holds the value: uint8 up to 256 grey levels, int64 above. An input
+    that is not one of these integers becomes NaN.
 
     Raises:
-        ValueError: fewer than 2 ``levels``.
+        ValueError: fewer than 2 ``grey_levels``.
         FloatingPointError: in ``inverse``, for NaN, which no integer can represent.
 
-    >>> layer = Dequantize((2,), levels=256)
+    >>> layer = Dequantize((2,), grey_levels=256)
     >>> layer.inverse(layer(torch.tensor([[0, 255]]))[0])[0]
     tensor([[  0, 255]], dtype=torch.uint8)
     """
@@ -31,13 +31,13 @@ class Dequantize(Bijection):
     exact = False
     anchor: Tensor
 
-    def __init__(self, shape, levels: int, context_shape=None):
+    def __init__(self, shape, grey_levels: int, context_shape=None):
         super().__init__(shape, context_shape)
-        if levels is None or levels < 2:
-            raise ValueError(f"levels={levels} must be at least 2: only integers are dequantized")
-        self.levels = int(levels)
-        self.log_det = -size(self.shape) * math.log(levels)
-        self.integers = torch.uint8 if levels <= 256 else torch.int64
+        if grey_levels is None or grey_levels < 2:
+            raise ValueError(f"grey_levels={grey_levels} must be at least 2: only integers are dequantized")
+        self.grey_levels = int(grey_levels)
+        self.log_det = -size(self.shape) * math.log(grey_levels)
+        self.integers = torch.uint8 if grey_levels <= 256 else torch.int64
         # not a parameter: it makes .double() and .to(device) reach this layer
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
@@ -47,14 +47,14 @@ class Dequantize(Bijection):
         # x + u sometimes rounds up to x + 1, and the division and its inverse round too: stay two roundings inside the
         # bin, or decoding returns another integer
         margin = 2 * torch.finfo(x.dtype).eps
-        y = torch.clamp(x + u, x * (1 + margin), (x + 1) * (1 - margin)) / self.levels
-        y = torch.where(x == x.floor().clamp(0, self.levels - 1), y, math.nan)
+        y = torch.clamp(x + u, x * (1 + margin), (x + 1) * (1 - margin)) / self.grey_levels
+        y = torch.where(x == x.floor().clamp(0, self.grey_levels - 1), y, math.nan)
         return y, zero_log_det(x) + self.log_det
 
     def inverse(self, z, context=None):
         if z.isnan().any():
             raise FloatingPointError("integers of what is not a number")
-        x = (z * self.levels).floor().clamp(0, self.levels - 1)
+        x = (z * self.grey_levels).floor().clamp(0, self.grey_levels - 1)
         return x.to(self.integers), zero_log_det(z) - self.log_det
 
 

@@ -56,7 +56,7 @@ def main(config: CheckConfig, run_dir: str) -> dict:
         perturb(flow, x, context)
         x, context = x[: config.examples], None if context is None else context[: config.examples]
     try:
-        checks = list(audit(flow, x, context, spec.levels, config.jacobian, config.tolerance, config.seed))
+        checks = list(audit(flow, x, context, spec.grey_levels, config.jacobian, config.tolerance, config.seed))
     except FloatingPointError as error:
         raise FlowtrainError(f"the flow cannot be run: {error}") from error
     failed = [check for check in checks if not check.passed]
@@ -111,11 +111,13 @@ def replay(config: CheckConfig, run_dir: str) -> dict:
 
 
 def _made_up(spec: DataSpec, flow: Flow, n: int) -> Tensor:
-    """n uniform integers of the data's levels, or normal numbers, (n, *shape)."""
-    device, levels = next(flow.parameters()).device, spec.levels
-    if not levels:
+    """n uniform integers of the data's grey levels, or normal numbers, (n, *shape)."""
+    device, grey_levels = next(flow.parameters()).device, spec.grey_levels
+    if not grey_levels:
         return torch.randn(n, *flow.shape).to(device)
-    return torch.randint(0, levels, (n, *flow.shape), dtype=torch.uint8 if levels <= 256 else torch.int64).to(device)
+    return torch.randint(0, grey_levels, (n, *flow.shape), dtype=torch.uint8 if grey_levels <= 256 else torch.int64).to(
+        device
+    )
 
 
 def _context(spec: DataSpec, flow: Flow, n: int) -> Tensor | None:

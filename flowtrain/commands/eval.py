@@ -63,7 +63,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
             result,
             flow.dimensions,
             config.split,
-            restored.dataset.spec.levels,
+            restored.dataset.spec.grey_levels,
             split.description,
             logit,
         )
@@ -98,7 +98,7 @@ def compare(
     result: Evaluation,
     dimensions: int,
     split: str,
-    levels: int | None,
+    grey_levels: int | None,
     description: str,
     logit: float | None = None,
 ) -> dict:
@@ -111,14 +111,14 @@ def compare(
         why = f"it is for the {published.split} split"
     elif published.data not in description:
         why = f"it is for other data ({published.data})"
-    elif published.levels != levels:
-        why = f"it is for {published.levels or 'no'} levels, not {levels}"
+    elif published.grey_levels != grey_levels:
+        why = f"it is for {published.grey_levels or 'no'} grey levels, not {grey_levels}"
     elif published.unit == "bits_per_dim" and published.space == "integers":
         ours = result.bits_per_dim
-    elif published.unit == "nats" and published.space == ("integers" if levels else "standardized"):
+    elif published.unit == "nats" and published.space == ("integers" if grey_levels else "standardized"):
         ours = result.log_likelihood
-    elif published.unit == "nats" and published.space == "unit":  # the density of (x + u)/levels on [0, 1]
-        ours = result.log_likelihood + dimensions * math.log(levels)
+    elif published.unit == "nats" and published.space == "unit":  # the density of (x + u)/grey_levels on [0, 1]
+        ours = result.log_likelihood + dimensions * math.log(grey_levels)
     elif published.unit == "nats" and published.space == "logit" and logit is not None:
         ours = logit
     else:

@@ -29,7 +29,7 @@ class Preview:
     """
 
     def __init__(self, val: Split, spec: DataSpec, config: TrainConfig):
-        self.levels, self.is_image = spec.levels, spec.is_image
+        self.grey_levels, self.is_image = spec.grey_levels, spec.is_image
         if self.is_image:
             self.count, self.seed = config.trainer.sample_n, config.seed
             _, self.context = val.take(torch.arange(self.count) % len(val))
@@ -38,7 +38,7 @@ class Preview:
 
     def __call__(self, flow: Flow) -> Tensor | None:
         if self.is_image:
-            return image_grid(draw_samples(flow, self.count, self.seed, self.context), self.levels)
+            return image_grid(draw_samples(flow, self.count, self.seed, self.context), self.grey_levels)
         if flow.dimensions > 2:
             return None
         return density_of(flow, self.points, self.context)

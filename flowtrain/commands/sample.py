@@ -45,7 +45,7 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     np.save(paths["npy"], samples.numpy())
     if spec.is_image:
         paths["png"] = folder / "samples.png"
-        save_png(image_grid(samples, spec.levels, config.n if rows else None), paths["png"])
+        save_png(image_grid(samples, spec.grey_levels, config.n if rows else None), paths["png"])
     else:
         paths |= _write_rows(restored, samples, folder, config.plot)
     for path in paths.values():

@@ -94,24 +94,26 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
     if not config.input:
         raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
     path, data = input_path(config.input), restored.dataset
-    shape, levels = data.spec.shape, data.spec.levels
+    shape, grey_levels = data.spec.shape, data.spec.grey_levels
     suffix = "" if path.is_dir() else path.suffix.lower()
     if not data.spec.is_image:
         if suffix not in TABLES:
             raise UsageError(f"input={config.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
-        return TableRows(path, restored.columns or unnamed_columns(restored.flow.dimensions, levels), config.on_bad)
+        return TableRows(
+            path, restored.columns or unnamed_columns(restored.flow.dimensions, grey_levels), config.on_bad
+        )
     if suffix == ARRAY:
-        return ImageArray(path, shape, levels, config.on_bad)
+        return ImageArray(path, shape, grey_levels, config.on_bad)
     if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
         raise UsageError(f"input={config.input}: this model takes a folder, .zip or .tar of images, an image or an npy")
-    if levels & (levels - 1) or levels > 256:
+    if grey_levels & (grey_levels - 1) or grey_levels > 256:
         raise UsageError(
-            f"input={config.input}: this model's data have {levels} levels: give an npy of 0 … {levels - 1}"
+            f"input={config.input}: this model has {grey_levels} grey levels: give an npy of 0 … {grey_levels - 1}"
         )
     return ImageFiles(
         path,
         shape,
-        8 - int(math.log2(levels)),
+        8 - int(math.log2(grey_levels)),
         config.on_bad,
         getattr(data, "box", None),
         getattr(data, "exact", False),

@@ -86,7 +86,7 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
         UsageError: an unknown argument, or one that a constructor rejects.
     """
     device = torch.device(device)
-    data = {"shape": spec.shape, "context_shape": spec.context_shape, "grey_levels": spec.levels}
+    data = {"shape": spec.shape, "context_shape": spec.context_shape, "grey_levels": spec.grey_levels}
     parts = {
         name: _constructor(node, name, config.allow, data)
         for name, node in config.parts.items()
@@ -106,7 +106,7 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
 
 def build_objective(config: TrainConfig, spec: DataSpec):
     """What a step of ``config`` minimizes on the data that ``spec`` describes."""
-    make = _constructor(config.objective, "objective", config.allow, {"grey_levels": spec.levels})
+    make = _constructor(config.objective, "objective", config.allow, {"grey_levels": spec.grey_levels})
     try:
         return make()
     except (ValueError, TypeError, RuntimeError) as error:

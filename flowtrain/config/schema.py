@@ -47,14 +47,14 @@ class PublishedConfig:
     space: Literal["integers", "unit", "logit", "standardized"]
     split: str
     data: str  # what the description of the split must contain to be the same data
-    levels: int | None  # null: real numbers
+    grey_levels: int | None  # null: real numbers
     source: str
     from_memory: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """Where and how long a job runs: the keys of ``conf/base.yaml``."""
+    """Where and how long a job runs: the keys of ``conf/job.yaml``."""
 
     devices: Literal["auto"] | int = number(least=1)
     allow: list[str]

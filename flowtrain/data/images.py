@@ -11,7 +11,7 @@ from flowtrain.data.split import ArraySplit, split_indices
 
 
 class Images(Dataset):
-    """Images of integers 0 … levels − 1. Arguments besides those of :class:`Dataset`:
+    """Images of integers 0 … grey_levels − 1. Arguments besides those of :class:`Dataset`:
 
     Args:
         image_size: side in pixels.
@@ -46,7 +46,7 @@ class Images(Dataset):
         self._check_type("bits", bits, int, "a number from 1 to 8")
         self._check_type("shift", shift, int, "a number of pixels")
         shape = self._choose_shape(image_size, channels)
-        levels, self._dropped_bits = self._choose_levels(bits)
+        grey_levels, self._dropped_bits = self._choose_levels(bits)
         self.flip, self.shift = flip, shift
         if context is not None and (context != "label" or not self.classes):
             self._refuse("context", context, "must be label, or null" if self.classes else f"{self.name} has no labels")
@@ -54,7 +54,7 @@ class Images(Dataset):
             self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
         if shift < 0 or shift >= min(shape[-2:]):
             self._refuse("shift", shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
-        self.spec = DataSpec(self.name, shape, levels, None if context is None else LabelContext(self.classes))
+        self.spec = DataSpec(self.name, shape, grey_levels, None if context is None else LabelContext(self.classes))
 
     @property
     def augment(self) -> Augment | None:
@@ -74,7 +74,7 @@ class Images(Dataset):
     def _choose_levels(self, bits: int | None) -> tuple[int, int]:
         """The number of grey levels, and how many of the 8 bits to drop."""
         if bits is not None and self.native_levels != 256:
-            self._refuse("bits", bits, f"{self.name} has {self.native_levels} levels; only 256 levels can be reduced")
+            self._refuse("bits", bits, f"{self.name} has {self.native_levels} grey levels; only 256 can be reduced")
         if bits is not None and not 1 <= bits <= 8:
             self._refuse("bits", bits, "must be between 1 and 8")
         return (self.native_levels, 0) if bits is None else (2**bits, 8 - bits)

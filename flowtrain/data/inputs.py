@@ -111,10 +111,10 @@ class _SingleImage:
 
 
 class ImageArray(Input):
-    """Integers 0 … levels − 1 in an .npy array, (N, *shape), or (N, height, width) for grey images."""
+    """Integers 0 … grey_levels − 1 in an .npy array, (N, *shape), or (N, height, width) for grey images."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], levels: int, on_bad: str = "stop"):
-        self.path, self.shape, self.levels, self.on_bad = path, tuple(shape), levels, on_bad
+    def __init__(self, path: Path, shape: tuple[int, ...], grey_levels: int, on_bad: str = "stop"):
+        self.path, self.shape, self.grey_levels, self.on_bad = path, tuple(shape), grey_levels, on_bad
         self.array = Array(path)
         fitting = [self.shape, self.shape[1:]] if self.shape[0] == 1 else [self.shape]
         if self.array.shape[1:] not in fitting or self.array.dtype.kind not in "iu":
@@ -127,13 +127,13 @@ class ImageArray(Input):
     def groups(self, rank=0, world=1):
         for first in range(rank * GROUP, len(self.array), world * GROUP):
             part = np.array(self.array[first : first + GROUP]).reshape(-1, *self.shape)
-            inside = ((part >= 0) & (part < self.levels)).reshape(len(part), -1).all(1)
-            why = f"values outside 0 … {self.levels - 1}"
+            inside = ((part >= 0) & (part < self.grey_levels)).reshape(len(part), -1).all(1)
+            why = f"values outside 0 … {self.grey_levels - 1}"
             bad = {int(i): f"row {first + i + 1} (the first is 1): {why}" for i in np.flatnonzero(~inside)}
             for line in bad.values():
                 self.refuse(f"{self.path}: {line}")
             part[~inside] = 0
-            x = torch.from_numpy(part.astype(np.uint8 if self.levels <= 256 else np.int64))
+            x = torch.from_numpy(part.astype(np.uint8 if self.grey_levels <= 256 else np.int64))
             yield Group(first, list(range(first + 1, first + len(part) + 1)), x, None, bad)
 
 
@@ -198,9 +198,9 @@ class TableRows(Input):
         return Group(first, names, x, context, bad)
 
 
-def unnamed_columns(dims: int, levels: int | None) -> Columns:
-    """Columns named x0, x1, … for rows of D numbers: integers if they have ``levels``, otherwise real."""
-    kind = "integer" if levels else "real"
+def unnamed_columns(dims: int, grey_levels: int | None) -> Columns:
+    """Columns named x0, x1, … for rows of D numbers: integers if there are ``grey_levels``, otherwise real."""
+    kind = "integer" if grey_levels else "real"
     return Columns(tuple(Column(f"x{i}", kind) for i in range(dims)))
 
 

@@ -36,14 +36,14 @@ class DataSpec:
     Attributes:
         name: of the dataset, as in ``dataset=name``.
         shape: of one example without a batch: ``(channels, height, width)`` of an image, ``(D,)`` of a vector.
-        levels: grey levels: the values are the integers 0 … levels − 1. None for real numbers and for tables, which
+        grey_levels: the values are the integers 0 … grey_levels − 1. None for real numbers and for tables, which
             may have columns of integers all the same.
         context: what a conditional flow is given with each example, or None.
     """
 
     name: str
     shape: tuple[int, ...]
-    levels: int | None = None
+    grey_levels: int | None = None
     context: LabelContext | ColumnContext | None = None
 
     @property
@@ -61,4 +61,4 @@ def has_bits(spec: DataSpec, columns) -> bool:
     Args:
         columns: of a table, a :class:`flowtrain.data.Columns`; else None.
     """
-    return spec.levels is not None or columns is not None and columns.all_integer
+    return spec.grey_levels is not None or columns is not None and columns.all_integer

@@ -52,7 +52,7 @@ def audit(
     flow: Flow,
     x: Tensor,
     context: Tensor | None = None,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     limit: int = 4096,
     scale: float = 1.0,
     seed: int = 0,
@@ -60,7 +60,7 @@ def audit(
     """Audit ``flow`` in evaluation mode on examples ``x`` (B, *shape), which should be data.
 
     Args:
-        levels: of integer data 0 … levels − 1; None for real numbers.
+        grey_levels: of integer data 0 … grey_levels − 1; None for real numbers.
         limit: the most dimensions of a Jacobian. A segment with more is audited in pieces, each on the smallest event
             that it accepts.
         scale: multiplies every tolerance but those of counts.
@@ -85,7 +85,7 @@ def audit(
         yield from _check_log_dets(trace, limit, scale)
         if size(double.bijection.out_shape) <= 2 and trace.ends_exactly:
             yield _check_mass(double, trace.segments[-1], 5e-3 * scale)
-        yield from _check_large(double, x, context, levels)
+        yield from _check_large(double, x, context, grey_levels)
 
 
 def _check_state(flow: Flow) -> Iterator[Check]:
@@ -382,14 +382,14 @@ def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> t
 # ---- large numbers -------------------------------------------------------------------------------------------------
 
 
-def _check_large(flow: Flow, x: Tensor, context: Tensor | None, levels: int | None) -> Iterator[Check]:
+def _check_large(flow: Flow, x: Tensor, context: Tensor | None, grey_levels: int | None) -> Iterator[Check]:
     """Samples, large latents, large real data and extreme integers must map to finite numbers, or raise an error."""
     context = _to_weights(flow, context)
-    if levels is None:
+    if grey_levels is None:
         extremes = _to_weights(flow, LARGE * torch.randn(x.shape, device=x.device))
     else:
-        extremes = torch.randint(0, 2, x.shape, device=x.device) * (levels - 1)
-        extremes[0], extremes[-1] = 0, levels - 1
+        extremes = torch.randint(0, 2, x.shape, device=x.device) * (grey_levels - 1)
+        extremes[0], extremes[-1] = 0, grey_levels - 1
     latents = _to_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
     for name, method, start in (
         ("numbers not finite in samples", flow.bijection.inverse, latents),

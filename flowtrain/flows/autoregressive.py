@@ -49,7 +49,7 @@ def autoregressive(
     )
     histogram = partial(PiecewiseLinear, bins=grey_levels, floor=1e-5)
     layers = chain(
-        dequantize=partial(Dequantize, levels=grey_levels),
+        dequantize=partial(Dequantize, grey_levels=grey_levels),
         flatten=Flatten,
         autoregressive=partial(Autoregressive, univariate=histogram, net=net),
         logit=partial(Logit, alpha=0.0),  # from uniform to logistic

@@ -66,13 +66,13 @@ def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bije
 
 def center(shape, grey_levels: int, context_shape=None) -> Bijection:
     """Integers 0 … grey_levels − 1 to (−½, ½): uniform dequantization, then centring."""
-    layers = chain(dequantize=partial(Dequantize, levels=grey_levels), center=Center)
+    layers = chain(dequantize=partial(Dequantize, grey_levels=grey_levels), center=Center)
     return layers(shape=shape, context_shape=context_shape)
 
 
 def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> Bijection:
     """Integers 0 … grey_levels − 1 to the real line: uniform dequantization, then logit(alpha + (1 − 2·alpha)·x)."""
-    layers = chain(dequantize=partial(Dequantize, levels=grey_levels), logit=partial(Logit, alpha=alpha))
+    layers = chain(dequantize=partial(Dequantize, grey_levels=grey_levels), logit=partial(Logit, alpha=alpha))
     return layers(shape=shape, context_shape=context_shape)
 
 
