@@ -118,7 +118,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         with compile_errors(), determinism.determinism_errors(), _one_line_errors(config, trainer, device):
             loggers.open(RunRecord(Path(run_dir), trainer.step, loggers.records, budget, objective.key, objective.unit))
             trainer.fit()
-            with trainer.uncompiled():
+            with trainer.pause_compilation():
                 summary, score = _conclude(config, spec, trainer, val, run_dir)
             loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
     finally:

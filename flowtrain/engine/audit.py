@@ -235,7 +235,7 @@ def _to_weights(flow: Flow, x: Tensor | None) -> Tensor | None:
     return x if x is None or like is None or not x.is_floating_point() else x.to(like.dtype)
 
 
-def _allowed(strict: float, layer: nn.Module, scale: float) -> float:
+def _tolerance(strict: float, layer: nn.Module, scale: float) -> float:
     """A tolerance, wider for a layer with an ODE, which is as accurate as its solver."""
     solver = max((max(ode.rtol, ode.atol) for ode in continuous_layers(layer)), default=0.0)
     return scale * max(strict, SOLVER * solver)
@@ -253,11 +253,11 @@ def _check_round_trips(flow: Flow, trace: Trace, x, context, kind: str, scale: f
     of_layers = {layer.name: _round_trip(layer) for layer in trace.layers}
     worst_trip = _worst({name: trip for name, (trip, _) in of_layers.items()})
     worst_total = _worst({name: total for name, (_, total) in of_layers.items()})
-    median, greatest, sums = (_allowed(strict, flow, scale) for strict in _ROUND_TRIPS[kind])
+    median, greatest, sums = (_tolerance(strict, flow, scale) for strict in _ROUND_TRIPS[kind])
     yield Check(f"round trip in {kind}, median", trips.median().item(), median, worst_trip)
     yield Check(f"round trip in {kind}, greatest", trips.max().item(), greatest, worst_trip)
     if not flow.bijection.exact:
-        yield Check(f"integers that come back as others in {kind}", _changed(flow, x, context), 0, worst_trip)
+        yield Check(f"integers that come back as others in {kind}", _count_changes(flow, x, context), 0, worst_trip)
     yield Check(f"log-dets cancel in {kind}", totals.max().item(), sums, worst_total, "nats/dim")
 
 
@@ -277,7 +277,7 @@ def _worst(found: dict[str, Tensor]) -> str | None:
     return name if name and greatest[name] > 0 else None
 
 
-def _changed(flow: Flow, x: Tensor, context: Tensor | None) -> int:
+def _count_changes(flow: Flow, x: Tensor, context: Tensor | None) -> int:
     """The number of integers in the data that come back as another integer."""
     x, context = _to_weights(flow, x), _to_weights(flow, context)
     try:
@@ -318,7 +318,7 @@ def _check_log_dets(trace: Trace, limit: int, scale: float) -> Iterator[Check]:
 def _greatest(found: list[tuple[Piece, tuple[Tensor, Tensor]]], index: int, scale: float) -> tuple:
     """The error that is greatest relative to its tolerance, that tolerance, and the piece's name."""
     rows = [
-        (errors[index].nan_to_num(math.inf).max().item(), _allowed(1e-7, piece.layer, scale), piece.name)
+        (errors[index].nan_to_num(math.inf).max().item(), _tolerance(1e-7, piece.layer, scale), piece.name)
         for piece, errors in found
     ]
     return max(rows, key=lambda row: row[0] / row[1], default=(math.nan, scale, None))

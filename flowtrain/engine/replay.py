@@ -77,7 +77,7 @@ class Record:
         return record
 
     def replay(self, flow: Flow, objective: Objective, autocast: torch.dtype | None) -> Finding | None:
-        """The first finding of ``flow``, which has the weights of then.
+        """What first goes wrong in ``flow``, whose weights are those of the recorded step.
 
         The slices of several processes take turns, so that batch normalization has the moments of each alone.
         """

@@ -165,7 +165,7 @@ class Trainer(Stateful):
 
     def describe_divergence(self) -> str:
         """Where the last batch first goes wrong, in words; saves its record for a replay. Called on every process."""
-        with self.uncompiled():
+        with self.pause_compilation():
             own = examine(self.flow, self.backward)
         examples = self.loader.examples(self.step)
         record, rank = Record.gather(own, self.batch, examples, self.step, self.training_pass)
@@ -184,7 +184,7 @@ class Trainer(Stateful):
         """Evaluate the averaged weights, where there are any, and save the best; once a step."""
         if self.validation.step == self.step:
             return
-        with self.uncompiled():
+        with self.pause_compilation():
             score = self.validation.run(self.weights.average, self.step)
         if score:
             self.loggers.scalars(self.step, {f"val/{self.objective.key}": score.figure})
@@ -195,7 +195,7 @@ class Trainer(Stateful):
         """Draw samples or a density; once a step."""
         if self.previews.step == self.step:
             return
-        with self.uncompiled():
+        with self.pause_compilation():
             image = self.previews.run(self.weights.average, self.step)
         if image is not None:
             self.loggers.image(self.step, "samples", image)
@@ -219,7 +219,7 @@ class Trainer(Stateful):
         self.flow.statistics()  # raises, where gradients since the last report were wrong, before weights are kept
         self.checkpoints.save_last(self.state_dict())
 
-    def uncompiled(self):
+    def pause_compilation(self):
         """Within it nothing runs compiled: only training steps do."""
         return self.compilation.pause() if self.compilation else nullcontext()
 

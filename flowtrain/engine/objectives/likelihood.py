@@ -8,7 +8,7 @@ from flowtrain.flow import to_bits_per_dim
 
 
 def maximum_likelihood(grey_levels: int | None) -> BitsPerDim | NatsPerRow:
-    """The objective for data of so many ``grey_levels``, or of real numbers (None)."""
+    """The objective for integers of ``grey_levels`` values, or for real numbers (None)."""
     return BitsPerDim() if grey_levels else NatsPerRow()
 
 
