@@ -42,7 +42,7 @@ def _run(found: dict) -> str:
 def _growth(found: dict) -> str:
     curves = found["growth"]
     kinds = [("density", "s"), ("training step", "s"), ("sampling", "s"), ("density", "B"), ("training step", "B")]
-    head = ["with", "family", *(work + ", memory" * (unit == "B") for work, unit in kinds)]
+    head = ["axis", "family", *(work + ", memory" * (unit == "B") for work, unit in kinds)]
     rows = []
     for axis, family in dict.fromkeys((one["axis"], one["family"]) for one in curves):
         mine = {(one["work"], one["unit"]): one for one in curves if (one["axis"], one["family"]) == (axis, family)}
@@ -163,7 +163,7 @@ def _parallel(found: dict) -> str:
 
 
 def _overlap(found: dict) -> str:
-    head = ["flow", "step", "backward", "all-reduces, from – to", "of their time, during backward"]
+    head = ["flow", "step", "backward", "all-reduces, from – to", "share of their time during backward"]
     body = []
     for one in found["parallel"]["flows"]:
         for number, step in enumerate(one["profile"], 1):
@@ -201,7 +201,7 @@ def _presets(found: dict) -> str:
 
 
 def _model(found: dict) -> str:
-    head = ["preset", "GPUs", "examples on each", "compute", "all-reduce", "of it exposed", "efficiency"]
+    head = ["preset", "GPUs", "examples on each", "compute", "all-reduce", "exposed", "efficiency"]
     body = (
         [
             f"`{one['preset']}`",

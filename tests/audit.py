@@ -8,7 +8,7 @@ from torch.autograd.functional import jacobian
 from flowtrain.runtime import global_batch
 
 
-def randomized(module, scale=0.1, seed=0):
+def randomize(module, scale=0.1, seed=0):
     """Put a module into float64 and evaluation mode, and move its parameters and moments off their neutral start."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval()

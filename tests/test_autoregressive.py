@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from audit import context_for, event, jacobian_log_det, randomized
+from audit import context_for, event, jacobian_log_det, randomize
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain import bijections as b
@@ -27,7 +27,7 @@ EVERY = pytest.mark.parametrize("name", NETS)
 
 
 def random_net(name, dimensions=6, out=3, context_shape=None):
-    return randomized(NETS[name](shape=(dimensions,), out=out, context_shape=context_shape), scale=0.3)
+    return randomize(NETS[name](shape=(dimensions,), out=out, context_shape=context_shape), scale=0.3)
 
 
 def in_steps(net, x, context=None):
@@ -95,7 +95,7 @@ def without_blocks(net):
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize(("dimensions", "out", "context_shape"), [(2, 70, None), (5, 60, (2,)), (300, 1, None)])
 def test_blocks_of_a_masked_product_are_the_whole_product(name, dimensions, out, context_shape):
-    net = randomized(WIDE[name](shape=(dimensions,), out=out, context_shape=context_shape))
+    net = randomize(WIDE[name](shape=(dimensions,), out=out, context_shape=context_shape))
     whole = without_blocks(net)
     assert max(len(linear.rows) for linear in net.linears) > 1
     x, context = torch.randn(7, dimensions).double(), None if context_shape is None else torch.randn(7, 2).double()
@@ -112,7 +112,7 @@ def test_blocks_of_a_masked_product_are_the_whole_product(name, dimensions, out,
 
 
 def test_blocks_save_multiplications():
-    net = randomized(nets.MADE((40,), 20, hidden=256))
+    net = randomize(nets.MADE((40,), 20, hidden=256))
     x = torch.randn(16, 40).double()
 
     def multiplications(net):
@@ -124,7 +124,7 @@ def test_blocks_save_multiplications():
 
 
 def test_blocks_under_autocast():
-    net = randomized(nets.MADE((40,), 2, hidden=256)).float()
+    net = randomize(nets.MADE((40,), 2, hidden=256)).float()
     x = torch.randn(8, 40)
 
     def results(net):
@@ -138,7 +138,7 @@ def test_blocks_under_autocast():
 
 
 def test_blocks_under_transformations():
-    net = randomized(nets.MADE((40,), 2, hidden=256))
+    net = randomize(nets.MADE((40,), 2, hidden=256))
     x = torch.randn(8, 40).double()
     torch.testing.assert_close(torch.vmap(lambda x: net(x[None])[0])(x), net(x))
     expected = each_jacobian(without_blocks(net), x)
@@ -147,7 +147,7 @@ def test_blocks_under_transformations():
 
 
 def test_blocks_forward_of_weights():
-    net = randomized(nets.MADE((40,), 2, hidden=256))
+    net = randomize(nets.MADE((40,), 2, hidden=256))
     x, weights = torch.randn(8, 40).double(), dict(net.named_parameters())
     along = {name: torch.randn_like(weight) for name, weight in weights.items()}
 
@@ -176,7 +176,7 @@ def test_blocks_forward_of_weights():
 )
 def test_a_layer_is_one_graph_with_the_same_numbers(make):
     """What torch.compile is given, without the compiler itself: that would take most of a minute a layer."""
-    layer = randomized(make())
+    layer = randomize(make())
     x = event(layer, 5).requires_grad_()
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -203,7 +203,7 @@ def test_random_degrees_travel_with_the_state():
     torch.manual_seed(2)
     other = nets.MADE((6,), 3, degrees="random")
     assert not torch.equal(one.degrees, other.degrees)
-    randomized(one)
+    randomize(one)
     other.double().load_state_dict(one.state_dict())
     x = torch.randn(4, 6).double()
     torch.testing.assert_close(one(x), other(x), rtol=0, atol=0)
@@ -212,7 +212,7 @@ def test_random_degrees_travel_with_the_state():
 
 @pytest.mark.parametrize("order", ["sequential", "reversed", "random"])
 def test_the_jacobian_is_triangular_in_the_order(order):
-    layer = randomized(b.Autoregressive((6,), b.ExpAffine, NETS["made"], order=order), scale=0.3)
+    layer = randomize(b.Autoregressive((6,), b.ExpAffine, NETS["made"], order=order), scale=0.3)
     ranks = {"sequential": torch.arange(6), "reversed": torch.arange(6).flip(0)}.get(order)
     ranks = layer.order if ranks is None else ranks
     if order != "sequential":
@@ -268,7 +268,7 @@ def test_sampling_costs_one_pass(name):
 def test_iaf_trains_with_the_gradients_of_a_dense_reference(name, order):
     """Through the inverse by degrees as through D passes of the whole network, to weights, input and context."""
     iaf = b.Inverse((6,), partial(b.Autoregressive, univariate=b.ExpAffine, net=NETS[name], order=order), (2,))
-    randomized(iaf)
+    randomize(iaf)
     layer = iaf.bijection
     z, context = event(iaf, 4).requires_grad_(), context_for(iaf, 4).requires_grad_()
     order = torch.arange(6) if order == "sequential" else layer.order
@@ -292,8 +292,8 @@ def test_iaf_trains_with_the_gradients_of_a_dense_reference(name, order):
 @pytest.mark.parametrize("hidden", [3, 30, 150])
 def test_the_inverse_follows_every_change_of_the_weights(grad, hidden):
     """In place, by new data, by load_state_dict and by to(): nothing computed from weights outlives a call."""
-    layer = randomized(b.Autoregressive((40,), b.ExpAffine, partial(nets.MADE, hidden=hidden)), scale=0.3)
-    other = randomized(b.Autoregressive((40,), b.ExpAffine, partial(nets.MADE, hidden=hidden)), scale=0.3, seed=5)
+    layer = randomize(b.Autoregressive((40,), b.ExpAffine, partial(nets.MADE, hidden=hidden)), scale=0.3)
+    other = randomize(b.Autoregressive((40,), b.ExpAffine, partial(nets.MADE, hidden=hidden)), scale=0.3, seed=5)
     x = torch.randn(9, 40).double()
 
     def assert_inverts(tolerance=1e-10):
@@ -332,7 +332,7 @@ def test_a_narrow_network_takes_as_many_steps_as_it_has_degrees():
 
 def test_dropout_reaches_the_inverse_while_training():
     layer = b.Autoregressive((6,), b.ExpAffine, partial(nets.MADE, hidden=24, dropout=0.5))
-    layer = randomized(layer).train()
+    layer = randomize(layer).train()
     z = event(layer, 4)
     assert not torch.equal(layer.inverse(z)[0], layer.inverse(z)[0])
     assert torch.equal(layer.eval().inverse(z)[0], layer.inverse(z)[0])
@@ -355,7 +355,7 @@ def test_the_cost_of_a_likelihood_is_known():
 def test_the_conditioner_reads_the_conditioning_half_before_that_is_mapped():
     net = partial(nets.ResidualMLP, hidden=8)
     layer = b.Coupling((5,), b.ExpAffine, net, b.Alternate, unconditional=b.ActNorm)
-    randomized(layer)
+    randomize(layer)
     x = event(layer, 4)
     z, _ = layer(x)
     conditioning, transformed = layer.partition.split(x)

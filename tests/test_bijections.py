@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from audit import assert_exact, context_for, event, randomized
+from audit import assert_exact, context_for, event, randomize
 from layers import LAYERS, UNIVARIATE
 from torch import nn
 
@@ -16,7 +16,7 @@ EVERY = pytest.mark.parametrize("name", LAYERS)
 
 def make(name, scale=0.1):
     torch.manual_seed(0)
-    return randomized(LAYERS[name](), scale)
+    return randomize(LAYERS[name](), scale)
 
 
 @EVERY
@@ -161,6 +161,6 @@ class Wrong(b.ActNorm):
 
 
 def test_the_audit_catches_a_log_det_that_is_one_percent_off():
-    layer = randomized(Wrong((3,)))
+    layer = randomize(Wrong((3,)))
     with pytest.raises(AssertionError):
         assert_exact(layer)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from audit import randomized
+from audit import randomize
 from torch import distributions as reference
 
 from flowtrain import bijections as b
@@ -22,7 +22,7 @@ BASES = {
 
 def random_base(name, shape, scale=0.5):
     """The base with its parameters away from their start."""
-    return randomized(BASES[name](shape), scale)
+    return randomize(BASES[name](shape), scale)
 
 
 def seed(value=0):
@@ -111,7 +111,7 @@ def test_a_class_has_its_own_normal():
     base = ConditionalNormal((2,), (3,))
     z = torch.randn(5, 2)
     torch.testing.assert_close(base.log_prob(z, torch.eye(3)[[0, 1, 2, 0, 1]]), StandardNormal((2,)).log_prob(z))
-    base = randomized(base, 1.0)
+    base = randomize(base, 1.0)
     labels = torch.arange(3).repeat_interleave(40_000)
     z = base.sample(len(labels), context=torch.eye(3)[labels], generator=seed())
     weight, bias = base.affine.weight.detach(), base.affine.bias.detach()
@@ -205,7 +205,7 @@ def test_a_flow_draws_from_its_base_as_it_is_now(name):
     z = flow.latents(40, 0.7, seed(), context)
     assert z.shape == (40, 2) and z.dtype == torch.float32 and not z.requires_grad
     assert torch.equal(flow.sample(40, 0.7, context, seed()), flow.decode(z, context))
-    flow = randomized(flow)
+    flow = randomize(flow)
     moved = flow.latents(40, 0.7, seed(), context)
     assert moved.dtype == torch.float64
     assert torch.equal(moved, z.double()) == (name in ("normal", "logistic"))
@@ -230,7 +230,7 @@ def test_a_flow_learns_its_base():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", BASES)
 def test_a_seed_draws_the_same_on_every_device(name):
-    flow = randomized(flow_on(name)).float()
+    flow = randomize(flow_on(name)).float()
     context = torch.eye(3)[torch.arange(40) % 3] if flow.base.context_shape else None
     here = flow.latents(40, 0.7, seed(), context)
     there = flow.cuda().latents(40, 0.7, seed(), None if context is None else context.cuda())

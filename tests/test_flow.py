@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from audit import assert_exact, randomized
+from audit import assert_exact, randomize
 from layers import LAYERS, conv, glow_step, mlp, residual
 
 from flowtrain import bijections as b
@@ -67,16 +67,16 @@ def mass(flow, levels, noise, nodes=48):
 
 @pytest.mark.parametrize("body", [None, two_pixels], ids=["identity", "flow"])
 def test_probabilities_of_all_images_sum_to_one(body, noise):
-    flow = randomized(image_flow((2, 1, 1), levels=4, alpha=0.0, body=body), scale=0.3)
+    flow = randomize(image_flow((2, 1, 1), levels=4, alpha=0.0, body=body), scale=0.3)
     assert mass(flow, 4, noise) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(("alpha", "inside"), [(0.05, 0.9935), (None, 0.1466)])
 def test_probabilities_sum_to_the_mass_inside_the_cube(alpha, inside, noise):
-    identity = randomized(image_flow((2, 1, 1), levels=4, alpha=alpha))
+    identity = randomize(image_flow((2, 1, 1), levels=4, alpha=alpha))
     assert mass(identity, 4, noise) == pytest.approx(inside, abs=1e-4)
 
-    flow = randomized(image_flow((2, 1, 1), levels=4, alpha=alpha, body=two_pixels), scale=0.3)
+    flow = randomize(image_flow((2, 1, 1), levels=4, alpha=alpha, body=two_pixels), scale=0.3)
     y = flow.latents(400_000, generator=torch.Generator().manual_seed(0))
     for layer in [*flow.bijection.body][::-1] + [*flow.bijection.preprocess][:0:-1]:
         y = layer.inverse(y)[0]
@@ -87,14 +87,14 @@ def test_probabilities_sum_to_the_mass_inside_the_cube(alpha, inside, noise):
 @pytest.mark.parametrize("base", [StandardNormal, Logistic])
 def test_densities_integrate_to_one(base):
     at = torch.linspace(-40, 40, 200_001, dtype=torch.float64)
-    line = randomized(Flow((1,), partial(b.Elementwise, univariate=b.ExpAffine), base))
+    line = randomize(Flow((1,), partial(b.Elementwise, univariate=b.ExpAffine), base))
     assert torch.trapezoid(line(at[:, None]).exp(), at).item() == pytest.approx(1, abs=1e-6)
 
     at = torch.linspace(-16, 16, 801, dtype=torch.float64)
     chain = partial(
         b.Chain, layers={"linear": b.LULinear, "coupling": partial(b.Coupling, univariate=b.SigmoidAffine, net=mlp)}
     )
-    plane = randomized(Flow((2,), chain, base))
+    plane = randomize(Flow((2,), chain, base))
     density = plane(torch.cartesian_prod(at, at)).exp().view(801, 801)
     assert torch.trapezoid(torch.trapezoid(density, at), at).item() == pytest.approx(1, abs=2e-3)
 
@@ -199,7 +199,7 @@ def test_encode_then_decode_returns_the_very_integers(alpha):
 
 def test_every_latent_depends_on_every_pixel():
     torch.manual_seed(0)
-    flow = randomized(multiscale_flow())
+    flow = randomize(multiscale_flow())
     body = flow.bijection.body
     total = 0
     for seed in range(3):
@@ -423,6 +423,6 @@ def test_dropout_evaluates_as_the_identity_and_keeps_the_mean():
 @pytest.mark.parametrize("name", ["glow_step", "checkerboard", "multiscale"])
 def test_compiled_layers_give_the_same_numbers(name):
     torch.manual_seed(0)
-    layer = randomized(LAYERS[name]()).float()
+    layer = randomize(LAYERS[name]()).float()
     x = torch.randn(3, *layer.shape)
     torch.testing.assert_close(torch.compile(layer)(x), layer(x), atol=1e-4, rtol=1e-4)

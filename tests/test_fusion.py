@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from audit import assert_exact, context_for, event, randomized
+from audit import assert_exact, context_for, event, randomize
 from layers import conv, glow_step
 
 from flowtrain import bijections as b
@@ -51,7 +51,7 @@ def assert_same(layer, x, context=None):
 def test_channel_maps_fuse_into_one_product(name, memory_format):
     layers, left = CHAINS[name]
     torch.manual_seed(0)
-    chain = randomized(b.Chain(image, layers))
+    chain = randomize(b.Chain(image, layers))
     links = fuse(chain)
     assert len(links) == left and any(isinstance(link, FusedChannelAffine) for link in links)
     with fusion.layer_by_layer():
@@ -82,7 +82,7 @@ def test_a_subclass_that_overrides_forward_is_not_fused():
 def test_a_layer_with_a_hook_is_not_fused(where, hook):
     layers = {"actnorm": b.ActNorm, "mixing": b.LULinear, "coupling": partial(b.Coupling, univariate=b.SigmoidAffine)}
     layers["coupling"] = partial(layers["coupling"], net=partial(nets.ConvNet, hidden=6, norm=nets.ActNorm))
-    chain = randomized(b.Chain(image, layers))
+    chain = randomize(b.Chain(image, layers))
     calls = []
     getattr(chain.get_submodule(where), f"register_{hook}_hook")(lambda *_: calls.append(hook))
     z, log_det = chain(event(chain).requires_grad_())
@@ -94,14 +94,14 @@ def test_a_layer_with_a_hook_is_not_fused(where, hook):
 @pytest.mark.parametrize("norm", [nets.ActNorm, nets.BatchNorm, None])
 def test_norms_inside_a_network_fuse_into_its_convolutions(norm, context_shape):
     net = partial(nets.ConvNet, hidden=6, norm=norm)
-    layer = randomized(b.Coupling(image, b.SigmoidAffine, net, context_shape=context_shape))
+    layer = randomize(b.Coupling(image, b.SigmoidAffine, net, context_shape=context_shape))
     assert_same(layer, event(layer), context_for(layer))
 
 
 def test_a_whole_glow_equals_its_layers():
     level = partial(b.Chain, layers={"squeeze": b.Squeeze, "steps": glow_step})
     split_prior = partial(b.Conditional, univariate=b.ExpAffine, net=nets.ZeroConv)
-    layer = randomized(b.MultiScale((3, 8, 8), levels=2, level=level, split_prior=split_prior))
+    layer = randomize(b.MultiScale((3, 8, 8), levels=2, level=level, split_prior=split_prior))
     x = event(layer)
     fused = gradients(layer, layer.__call__, x, None)
     with fusion.layer_by_layer():

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from audit import context_for, event, randomized
+from audit import context_for, event, randomize
 from inprocess import flowtrain
 from layers import LAYERS, conv, mlp
 from ranks import run_on_two_ranks
@@ -169,7 +169,7 @@ def test_every_layer_has_exact_gradients_in_every_mode(name):
 
     layers = {"layer": lambda **_: layer, "one": coupling, "two": coupling}
     flow = Flow(layer.shape, partial(b.Chain, layers=layers), context_shape=layer.context_shape)
-    flow = randomized(flow, scale=0.3).train()
+    flow = randomize(flow, scale=0.3).train()
     x = (5 * event(layer, 16)).round() / 5
     x[x == 0] = 0.4  # an inverse misses 0 by more than its lower bytes tell
     x.requires_grad_()

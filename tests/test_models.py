@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from audit import assert_exact, randomized
+from audit import assert_exact, randomize
 from composed import IMAGES, ONLY_IMAGES, VECTORS, configuration, flow_of, options, parameters
 
 from flowtrain import bijections as b
@@ -75,7 +75,7 @@ TINY_GLOW = partial(flows.glow, steps=1, hidden=4)
 )
 def test_exact_on_3x8x8(make):
     """The whole flow without preprocessing, against the autograd Jacobian."""
-    bijection = randomized(make((3, 8, 8)).bijection, scale=0.03)
+    bijection = randomize(make((3, 8, 8)).bijection, scale=0.03)
     assert_exact(bijection, 0.3 * torch.randn(2, 3, 8, 8, dtype=torch.float64))
 
 

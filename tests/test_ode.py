@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from audit import event, randomized
+from audit import event, randomize
 from torch import nn
 
 from flowtrain import flows
@@ -57,7 +57,7 @@ class Steep(nn.Module):
 
 def layer_of(net=net, shape=(3,), scale=0.5, **kwargs):
     torch.manual_seed(0)
-    return randomized(exactly(shape, net, **kwargs), scale)
+    return randomize(exactly(shape, net, **kwargs), scale)
 
 
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
@@ -270,7 +270,7 @@ def test_one_evaluation_of_the_net_serves_state_and_trace(solver):
 @pytest.mark.parametrize("solver", ["dopri5", "rk4"])
 def test_sampling_and_encoding_compute_no_trace(solver, trace, monkeypatch):
     layer = partial(Continuous, net=net, solver=solver, trace=trace, rtol=1e-6, atol=1e-6)
-    flow = randomized(Flow((3,), partial(Chain, layers={"ode": layer}))).float().eval()
+    flow = randomize(Flow((3,), partial(Chain, layers={"ode": layer}))).float().eval()
     x, pulls, grad = torch.randn(5, 3), [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pulls.append(1) or grad(*args, **kwargs))
     with torch.no_grad():
@@ -416,7 +416,7 @@ def test_a_density_in_the_plane_integrates_to_one():
     flow = Flow((2,), partial(Chain, layers={"a": partial(exactly, net=net), "b": partial(exactly, net=net)}))
     for layer in continuous_layers(flow):
         layer.rtol = layer.atol = 1e-5
-    randomized(flow, 0.5)
+    randomize(flow, 0.5)
     side = torch.linspace(-9, 9, 181, dtype=DOUBLE)
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad(), exact_trace():
@@ -479,7 +479,7 @@ def test_whole_models_invert_and_their_equations_are_found(make, sizes):
     """Whatever is before the first equation, the log-determinants of both ways cancel."""
     flow = make()
     assert [math.prod(layer.shape) for layer in continuous_layers(flow)] == sizes
-    bijection = randomized(flow.bijection, 0.05)
+    bijection = randomize(flow.bijection, 0.05)
     for layer in continuous_layers(flow):
         layer.rtol = layer.atol = 1e-9
     x = 0.5 * torch.randn(2, *flow.shape, dtype=DOUBLE)

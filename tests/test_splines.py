@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from audit import assert_exact, randomized
+from audit import assert_exact, randomize
 from torch.nn import functional as F
 
 from flowtrain import bijections as b
@@ -162,7 +162,7 @@ def test_neural_spline_flow_of_images(scales, channels):
     flow = flows.nsf_image((1, 8, 8), levels=2, steps=1, hidden=4, scales=scales)
     couplings = [layer for layer in flow.modules() if isinstance(layer, b.Coupling)]
     assert [layer.shape[0] for layer in couplings] == channels
-    layers = randomized(flow.bijection.scales, scale=0.03)
+    layers = randomize(flow.bijection.scales, scale=0.03)
     assert layers.out_shape == (64,)
     assert_exact(layers, 0.3 * torch.randn(2, 1, 8, 8, dtype=torch.float64))
 
@@ -170,7 +170,7 @@ def test_neural_spline_flow_of_images(scales, channels):
 def test_the_first_half_moves_and_the_second_sets_how():
     """As in the reference code, on whose parameter counts the presets' depend."""
     flow = flows.nsf_image((3, 8, 8), steps=1, hidden=4)
-    coupling = randomized(next(layer for layer in flow.modules() if isinstance(layer, b.Coupling)))
+    coupling = randomize(next(layer for layer in flow.modules() if isinstance(layer, b.Coupling)))
     x = 0.5 * torch.randn(2, *coupling.shape, dtype=torch.float64)
     z, _ = coupling(x)
     half = coupling.shape[0] // 2

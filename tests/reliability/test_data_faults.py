@@ -312,8 +312,8 @@ def test_a_killed_reader_is_reported_or_replaced(folder, count, promise, caplog)
             kill_reader(patch, at)
             try:
                 _, run_dir = train_run(folder, f"killed{number}", f"on_bad={on_bad}")
-            except FlowtrainError as error:
-                error = str(error)
+            except FlowtrainError as failure:
+                error = str(failure)
         if on_bad == "stop":
             kept = all(word in error for word in ("a data worker ended early", f"{folder}/", "(index "))
         else:
