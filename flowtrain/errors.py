@@ -1,5 +1,7 @@
 """The errors that a user meets: each is one clear line and an exit code."""
 
+import signal
+
 
 class FlowtrainError(Exception):
     """Something failed. Its text says in one line what, and what would be right."""
@@ -8,7 +10,7 @@ class FlowtrainError(Exception):
 
 
 class UsageError(FlowtrainError):
-    """UsageError before any data are touched: a bad key or value, a missing file, no such checkpoint."""
+    """A mistake found before any data are touched: a bad key or value, a missing file, no such checkpoint."""
 
     exit_code = 2
 
@@ -17,8 +19,6 @@ class Interrupted(FlowtrainError):
     """Ended by a signal: the exit code is 128 + `signum` (130 for SIGINT), but 143 for SIGTERM and SIGUSR1 alike."""
 
     def __init__(self, signum: int):
-        import signal
-
         signum = int(signum)
         self.signum, self.name = signum, signal.Signals(signum).name
         super().__init__(f"interrupted by {self.name}")

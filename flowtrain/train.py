@@ -17,10 +17,10 @@ from flowtrain.bijections.autoregressive import cost_of_likelihood
 from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
-from flowtrain.config.build import add_hint, build, build_dataset, build_flow, build_objective, model_name
+from flowtrain.config.build import build, build_dataset, build_flow, build_objective, model_name
 from flowtrain.config.compose import conf_dir
 from flowtrain.config.conversion import to_dict
-from flowtrain.config.schema import TrainConfig
+from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.data import Loader
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
@@ -72,11 +72,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
     train, val = data.split("train"), data.split("val")
     place = device, distributed.rank(), distributed.world()
     loader = Loader(train, config.batch_size, config.seed, data.augment, *place, config.trainer.workers)
-    if config.batch_size % (distributed.world() * config.trainer.accumulate):
-        raise UsageError(
-            f"batch_size={config.batch_size} is not a multiple of devices × trainer.accumulate "
-            f"({distributed.world()} × {config.trainer.accumulate})"
-        )
+    check_batch_size(config.batch_size, distributed.world(), config.trainer.accumulate)
     budget = _budget(config, loader.steps_per_epoch)
     flow = build_flow(config, spec, device)
     state = checkpoint.read(config.resume) if config.resume else None
@@ -318,7 +314,7 @@ def _optimizer(config: TrainConfig, flow: Flow) -> torch.optim.Optimizer:
     try:
         return make([group for group in groups if group["params"]])
     except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer: {add_hint(str(error), config.optimizer)}") from error
+        raise UsageError(f"optimizer: {error}") from error
 
 
 def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, device, run_dir: str) -> None:

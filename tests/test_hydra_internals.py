@@ -28,8 +28,8 @@ def test_one_file_imports_them():
 
 
 def test_the_parser_separates_flags_from_overrides():
-    args = flag_parser().parse_intermixed_args(["seed=2", "--multirun", "~model.net", "--cfg", "job"])
-    assert args.overrides == ["seed=2", "~model.net"] and args.multirun and args.cfg == "job"
+    args = flag_parser().parse_intermixed_args(["seed=2", "--multirun", "~model.steps", "--cfg", "job"])
+    assert args.overrides == ["seed=2", "~model.steps"] and args.multirun and args.cfg == "job"
     assert not (args.help or args.hydra_help or args.info) and args.config_dir is None and args.config_name is None
 
 

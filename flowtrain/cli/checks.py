@@ -18,9 +18,9 @@ from flowtrain.cli.messages import no_option, suggest, usage_error
 from flowtrain.cli.overrides import parse, split_jobs
 from flowtrain.commands import CHECKPOINT_KEYS, Command
 from flowtrain.config import runs
-from flowtrain.config.compose import conf_dir, is_part, typed
+from flowtrain.config.compose import conf_dir, is_part, make_config
 from flowtrain.config.conversion import dotted_keys, format_value, key_names
-from flowtrain.config.schema import TrainConfig
+from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.errors import UsageError
 from flowtrain.runtime import distributed
 
@@ -51,7 +51,7 @@ def check_names(command: Command, words: list[str]) -> None:
         if item.is_hydra_override() or root == "hydra":
             continue
         if _is_fixed(command, key):
-            raise _fixed(key)
+            raise _refusal(key)
         has_schema = any(name.startswith(f"{root}.") for name in declared)
         if root not in known or has_schema and key not in declared:
             raise UsageError(f"no key '{key}'; {suggest(key, known)}".rstrip("; "))
@@ -81,10 +81,12 @@ class _Job:
     def _check_options(self) -> None:
         for item in self.parsed:
             group, value = item.key_or_group, item.value()
+            if item.is_delete() and group in key_names(self.command.config) and self.loader.group_exists(group):
+                raise UsageError(f"~{group}: cannot be left out; choose one of {', '.join(self.loader.options(group))}")
             if item.is_delete() or not self.loader.group_exists(group):
                 continue
             if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
-                raise _fixed(group)
+                raise _refusal(group)
             options = self.loader.options(group)
             if value is None:
                 raise UsageError(f"{group}=null: choose one of {', '.join(options)}")
@@ -121,11 +123,13 @@ class _Job:
             if item.package is not None or item.is_hydra_override():
                 continue
             if self.restored and _is_fixed(self.command, key):
-                raise _fixed(key)
+                raise _refusal(key)
             if not (item.is_add() or item.is_force_add()):
                 keys.check_exists(key, content, known)
             if self.restored and _changes_nothing(self.command, key):
                 raise UsageError(f"{key}: this command does not train, so it would change nothing")
+            if item.is_delete() and key in dotted_keys(self.command.config):
+                raise UsageError(f"~{key}: cannot be left out")
             if not item.is_delete():
                 keys.check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False))
 
@@ -136,16 +140,24 @@ class _Job:
                 hint = suggest(key, known) or "its file needs '# @package _global_' as its first line; "
                 raise UsageError(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
         if not self.restored:
-            keys.check_used(cfg, {item.key_or_group.split(".")[0] for item in self.parsed})
+            for item in self.parsed:
+                self._check_preset(item.key_or_group.split(".")[0], cfg)
         try:
-            config = typed(cfg, self.command.config, restored=self.restored)
+            config = make_config(cfg, self.command.config, restored=self.restored)
         except OmegaConfBaseException as error:
             raise usage_error(error) from error
         processes = distributed.processes(config.devices)
         if self.command.trains:
-            _check_shares(config.batch_size, processes, config.trainer.accumulate)
+            check_batch_size(config.batch_size, processes, config.trainer.accumulate)
             if config.init:
                 runs.checkpoint_in(config.init, "init")
+
+    def _check_preset(self, part: str, cfg: DictConfig) -> None:
+        """Refuse a part that the model's own file sets: to choose another would change nothing."""
+        if is_part(part) and part in cfg.model:
+            name = cfg.hydra.runtime.choices.model
+            own = "takes none" if cfg.model[part] is None else "sets its own"
+            raise UsageError(f"{part}: model={name} {own}")
 
 
 def _is_fixed(command: Command, key: str) -> bool:
@@ -159,14 +171,5 @@ def _changes_nothing(command: Command, key: str) -> bool:
     return not command.trains and key.split(".")[0] in OF_TRAINING and key not in READ_BY_ALL
 
 
-def _fixed(key: str) -> UsageError:
-    return UsageError(f"{key} is fixed by the checkpoint; only {', '.join(PLACES)} can be given")
-
-
-def _check_shares(batch_size: int, processes: int, accumulate: int) -> None:
-    share = processes * accumulate
-    if batch_size % share:
-        raise UsageError(
-            f"batch_size={batch_size}: does not divide by {processes} processes × trainer.accumulate={accumulate}; "
-            f"batch_size={max(1, round(batch_size / share)) * share} does"
-        )
+def _refusal(key: str) -> UsageError:
+    return UsageError(f"{key} is fixed by the checkpoint; of the model and its data, only {', '.join(PLACES)} are not")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from contextlib import suppress
 
 from flowtrain.errors import FlowtrainError, cause_of
@@ -22,8 +24,6 @@ class WorkerError(FlowtrainError):
 def leave(code: int) -> None:
     """End a process of a group at once, without finalizing the interpreter: a thread of gloo that still holds a tensor
     would then abort. After an error, the launcher ends the other ranks."""
-    import logging
-
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -32,8 +32,6 @@ def leave(code: int) -> None:
 
 def describe_error(error: BaseException, run_dir: str | None = None) -> tuple[str, int]:
     """An error as one line, and its exit code. An unexpected error leaves its traceback in the run's log."""
-    import traceback
-
     if FULL_ERROR and not isinstance(error, WorkerError):  # the worker has printed its own
         traceback.print_exception(error)
     if found := cause_of(error, FlowtrainError):

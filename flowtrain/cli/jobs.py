@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def job(cfg: DictConfig):
 
 def _run(command: str, cfg: DictConfig, run_dir: str, hydra, is_sweep: bool) -> dict | None:
     entry = COMMANDS[command]
-    config = compose.typed(cfg, entry.config, restored=entry.opens_checkpoint(hydra.job.config_name))
+    config = compose.make_config(cfg, entry.config, restored=entry.opens_checkpoint(hydra.job.config_name))
     if entry.trains:
         config = _find_checkpoints(config, Path(run_dir))
         summary = _final_summary(config, Path(run_dir))
@@ -128,5 +129,6 @@ def _discard(run_dir: Path) -> None:
     """Remove a new run directory that holds only Hydra's record, the lock and the log of a usage error."""
     if {item.name for item in run_dir.iterdir()} <= {".hydra", status.LOCK, status.NAME, "train.log"}:
         shutil.rmtree(run_dir)
-        if not any(run_dir.parent.iterdir()):
+        with suppress(OSError):  # it is not empty
             run_dir.parent.rmdir()
+            runs.OUTPUTS.rmdir()

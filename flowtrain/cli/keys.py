@@ -1,13 +1,10 @@
-"""Checks of keys against a composed tree: each exists, keeps the kind of its value, and has an effect."""
+"""Checks of keys against a composed tree: each exists and keeps the kind of its value."""
 
 from __future__ import annotations
-
-import re
 
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.cli.messages import suggest
-from flowtrain.config.compose import is_part
 from flowtrain.config.conversion import format_value
 from flowtrain.errors import UsageError
 
@@ -77,29 +74,3 @@ def check_kind(key: str, new, old, where: str = "") -> None:
         return
     if not fits:
         raise UsageError(f"{where}{key}={format_value(new)}: must be {expected}, as in {key}={format_value(old)}")
-
-
-def check_used(tree: DictConfig, named: set[str]) -> None:
-    """Refuse a part that the command line ``named`` and the model does not use: it would change nothing.
-
-    A part that the data set brings along may stay unused.
-    """
-    content = plain(tree)
-    model = content.get("model") or {}
-    for part in filter(is_part, named):
-        if part in model:
-            raise UsageError(f"{part}: this model sets it itself, to {format_value(model[part])}")
-        if "layers" in model and part not in ("base", "preprocess"):  # model=custom: its layers refer to parts
-            used = {key for name, node in content.items() if name != part for key in _references(node, (name,))}
-            if not any(key == part or key.startswith(f"{part}.") for key in used):
-                raise UsageError(f"{part}: no layer of this model refers to it, so it would change nothing")
-
-
-def _references(value, path: tuple):
-    """The dotted keys that ``${…}`` in ``value``, found at ``path``, refer to."""
-    if isinstance(value, dict | list):
-        for name, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _references(child, (*path, str(name)))
-    elif isinstance(value, str):
-        for dots, key in re.findall(r"\$\{(\.*)([A-Za-z_][\w.]*)", value):
-            yield ".".join((*path[: -len(dots)], key)) if dots else key

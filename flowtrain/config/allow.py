@@ -12,6 +12,8 @@ import os
 import sys
 from functools import cache
 
+import torch.optim
+
 from flowtrain.errors import UsageError
 
 MODULES = (
@@ -30,8 +32,6 @@ MODULES = (
 @cache
 def allow_list() -> frozenset[str]:
     """Every public class or function of flowtrain's parts, and the optimizers of torch.optim."""
-    import torch.optim
-
     names = {f"{name}.{public}" for name in MODULES for public in _public(importlib.import_module(name))}
     for name, item in vars(torch.optim).items():
         if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer:
@@ -42,22 +42,24 @@ def allow_list() -> frozenset[str]:
 def check_targets(config, allow=(), where: str = "") -> None:
     """Raise UsageError for a ``_target_`` in a plain ``config`` that is not allowed; ``where``: its dotted key."""
     names = allow_list().union(*(_own_names(module) for module in allow))
-    for key, target in _targets(config, where):
+    for key, mapping in find_targets(config, where):
+        target = mapping["_target_"]
         if not isinstance(target, str) or target not in names:
             near = difflib.get_close_matches(str(target), names, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"{key}: _target_ {target} is not allowed{hint} (your own classes: allow=[module])")
 
 
-def _targets(config, key: str):
+def find_targets(config, key: str):
+    """Yield the dotted key and the mapping of each ``_target_`` in a plain ``config``, whose own key is ``key``."""
     if isinstance(config, dict):
         if "_target_" in config:
-            yield key, config["_target_"]
+            yield key, config
         items = config.items()
     else:
         items = enumerate(config) if isinstance(config, list) else ()
     for name, value in items:
-        yield from _targets(value, f"{key}.{name}" if key else str(name))
+        yield from find_targets(value, f"{key}.{name}" if key else str(name))
 
 
 def _public(module) -> list[str]:

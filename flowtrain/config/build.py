@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from omegaconf import OmegaConf
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
-from flowtrain.config.allow import check_targets
+from flowtrain.config.allow import check_targets, find_targets
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Columns
 from flowtrain.data.dataset import Dataset
@@ -28,13 +30,11 @@ def build(node: dict, where: str, *, allow=(), **kwargs):
         allow: modules whose own classes a ``_target_`` may name, beside the allow-list.
 
     Raises:
-        UsageError: a constructor rejects one of its arguments (by ValueError, TypeError or RuntimeError), or a
-            ``_target_`` is not allowed.
+        UsageError: a ``_target_`` is not allowed, a constructor does not take one of its arguments, or rejects its
+            value (by ValueError, TypeError or RuntimeError).
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
     check_targets(node, allow, where)
+    _check_arguments(node, where)
     try:
         return instantiate(node, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -44,22 +44,23 @@ def build(node: dict, where: str, *, allow=(), **kwargs):
         if cause is None or isinstance(cause, ValueError | TypeError | RuntimeError):
             _, found, key = str(error).rpartition("full_key: ")  # below node
             inner = key.strip() if found else ""
-            text = add_hint(str(cause or str(error).splitlines()[0]), _select(node, inner))
+            text = cause or str(error).splitlines()[0]
             raise UsageError(f"{'.'.join(filter(None, (where, inner)))}: {text}") from error
         raise cause from None  # not from error, whose cause it is: the chain would have no end
 
 
-def _select(node: dict, key: str):
-    return OmegaConf.select(OmegaConf.create(node), key) if key else node
-
-
-def add_hint(text: str, node) -> str:
-    """``text``, a constructor's message about an argument that it does not know, with the nearest key of ``node``."""
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
-    if not unknown or not isinstance(node, Mapping):
-        return text
-    near = difflib.get_close_matches(unknown[1], [name for name in node if name != unknown[1]], 1)
-    return f"{text}; did you mean '{near[0]}'?" if near else text
+def _check_arguments(node: dict, where: str) -> None:
+    """Raise UsageError for a key that the constructor of its mapping does not take; all targets are allowed."""
+    for key, mapping in find_targets(node, where):
+        module, _, name = mapping["_target_"].rpartition(".")
+        takes = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+            continue
+        for argument in mapping:
+            if argument not in takes and not argument.startswith("_"):
+                near = difflib.get_close_matches(argument, takes, 1)
+                hint = f"; did you mean '{key}.{near[0]}'?" if near else f": {name} takes no such argument"
+                raise UsageError(f"no key '{key}.{argument}'{hint}")
 
 
 def build_dataset(config: TrainConfig, columns: dict | None = None) -> Dataset:
@@ -79,29 +80,56 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
 
     The model's node names a constructor, such as those of :mod:`flowtrain.flows`, and its arguments. What else the
     constructor takes comes from ``spec`` (shape, context_shape, grey_levels) and from ``config.parts``, such as
-    ``univariate`` and ``base``, unless the model's node sets that part itself. The random start is a function of
-    ``config.seed`` alone.
+    ``univariate`` and ``base``, unless the model's node sets that part itself. An empty part is None. The random start
+    is a function of ``config.seed`` alone.
 
     Raises:
-        UsageError: an unknown argument, or one that a constructor rejects.
+        UsageError: an unknown argument, one that a constructor rejects, or a part that the model does not read.
     """
     device = torch.device(device)
     data = {"shape": spec.shape, "context_shape": spec.context_shape, "grey_levels": spec.grey_levels}
-    parts = {
-        name: _constructor(node, name, config.allow, data)
-        for name, node in config.parts.items()
-        if name not in config.model
-    }
-    own = {name: value for name, value in config.model.items() if value is not None or name not in config.parts}
-    make = _constructor(own, "model", config.allow, {**data, **parts})
+    model = {name: value for name, value in config.model.items() if value is not None or name not in config.parts}
+    parts = {name: node for name, node in config.parts.items() if name not in config.model}
+    for name, value in model.items():
+        if name in config.parts and value and "_target_" not in value:  # +model.univariate.bins=3
+            raise UsageError(f"no key 'model.{name}.{min(value)}'; did you mean '{name}.{min(value)}'?")
+    made = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
+    make = _constructor(_null_empty(model), "model", config.allow, data, made)
+    takes = inspect.signature(make.func).parameters
+    for name, node in parts.items():  # preprocess comes with the data
+        if node and name not in takes and name != "preprocess" and not _holds(model, node):
+            raise UsageError(f"{name}: nothing in this model reads it; leave it out (~{name}, or {name}=none)")
     if device.type != "meta":
         torch.manual_seed(config.seed)
     try:
         with torch.device("meta" if device.type == "meta" else "cpu"):
             flow = make()
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"model: {error}") from error
+        raise UsageError(f"{_key_of(str(error), config.model)}: {error}") from error
     return flow if device.type == "meta" else flow.to(device)
+
+
+def _null_empty(node):
+    """``node`` with None for each empty mapping, which is a part's option ``none``; ``layers`` may be empty."""
+    if isinstance(node, list):
+        return [_null_empty(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: None if value == {} and key != "layers" else _null_empty(value) for key, value in node.items()}
+
+
+def _holds(node, part: dict) -> bool:
+    """Whether ``part`` stands somewhere in ``node``: the layers of model=custom refer to parts."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return node == part or any(_holds(child, part) for child in children)
+
+
+def _key_of(text: str, model: dict) -> str:
+    """The key of ``model`` that a constructor's message is about, such as model.levels=9; else model."""
+    for name, value in model.items():
+        if value is not None and re.search(rf"\b{name}={re.escape(str(value))}(?!\w)|fewer {name}\b", text):
+            return f"model.{name}={value}"
+    return "model"
 
 
 def build_objective(config: TrainConfig, spec: DataSpec):
@@ -113,19 +141,18 @@ def build_objective(config: TrainConfig, spec: DataSpec):
         raise UsageError(f"objective: {error}") from error
 
 
-def _constructor(node, where: str, allow, offered: dict) -> Callable | None:
-    """What a node names, with the node's arguments and those of ``offered`` that it takes; None for an empty node."""
+def _constructor(node: dict, where: str, allow, data: dict, parts: dict | None = None) -> Callable | None:
+    """What a node names, with the node's arguments and those of ``data`` and ``parts`` that it takes; None for an empty
+    node."""
     if not node:
         return None
+    for name in data:
+        if name in node:
+            raise UsageError(f"{where}.{name}: the dataset decides this")
     make = build({**node, "_partial_": True}, where, allow=allow)
     takes = inspect.signature(make.func).parameters
-    for name in make.keywords:
-        if name not in takes:
-            near = difflib.get_close_matches(name, takes, 1)
-            hint = f"; did you mean '{where}.{near[0]}'?" if near else ""
-            raise UsageError(f"no key '{where}.{name}': {node['_target_']} takes no such argument{hint}")
-    missing = {name: offered[name] for name in offered if name in takes and name not in make.keywords}
-    return partial(make, **missing)
+    offered = {**data, **(parts or {})}
+    return partial(make, **{name: offered[name] for name in offered if name in takes and name not in make.keywords})
 
 
 def model_name(config: TrainConfig) -> str:

@@ -29,7 +29,7 @@ def is_part(key: str) -> bool:
     return key not in ("experiment", "launcher", "hydra", *key_names(TrainConfig)) and (conf_dir() / key).is_dir()
 
 
-def typed(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):
+def make_config(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):
     """The ``schema`` instance that a command receives for the tree that Hydra composed.
 
     ``smoke=true`` is applied, except on top of a ``restored`` checkpoint, which has been shrunk already.
@@ -45,7 +45,7 @@ def typed(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):
 def train_config(*overrides: str) -> TrainConfig:
     """What ``flowtrain train OVERRIDES`` receives, for callers outside the command line."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return typed(compose("train", overrides=list(overrides)))
+        return make_config(compose("train", overrides=list(overrides)))
 
 
 _run_dirs: dict[str, str] = {}
@@ -55,7 +55,7 @@ def run_dir(path: str, resume, *, _root_) -> str:
     """A training run's directory: the one to continue, else a new one at ``path``; the same one at each reading."""
     if path not in _run_dirs:
         if resume is True:
-            found = runs.find_run(to_dict(typed(_root_)))
+            found = runs.find_run(to_dict(make_config(_root_)))
         else:
             found = runs.run_of(Path(resume)) if resume else None
         _run_dirs[path] = str(found) if found else runs.claim(path)
@@ -68,8 +68,10 @@ def _shrink(cfg: DictConfig) -> None:
     """``smoke=true``: reduce each key that ``conf/smoke.yaml`` names, where the configuration has it, to its size."""
     for key, size in OmegaConf.load(conf_dir() / "smoke.yaml").items():
         value = OmegaConf.select(cfg, key, default="absent")
-        if value != "absent":  # null: unlimited
-            OmegaConf.update(cfg, key, size if value is None else min(value, size))
+        if value is None and not key.startswith("model."):  # unlimited; a model's null is a size that suits the data
+            OmegaConf.update(cfg, key, size)
+        elif isinstance(value, int):
+            OmegaConf.update(cfg, key, min(value, size))
 
 
 OmegaConf.register_new_resolver("output_path", runs.output_path, replace=True)

@@ -113,7 +113,7 @@ def _describe(kind, limits) -> str:
     """A type in plain words: "a whole number of at least 1, or null"."""
     origin, options = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return " or ".join(options)
+        return " or ".join(filter(None, (", ".join(options[:-1]), options[-1])))
     if origin in (Union, UnionType):
         return ", or ".join(_describe(option, limits) for option in options)
     if origin is list:

@@ -14,14 +14,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from flowtrain.config import runs
+from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part
 from flowtrain.config.conversion import key_names, to_dict, validate
 from flowtrain.config.schema import TrainConfig
+from flowtrain.data.dataset import Dataset
 from flowtrain.errors import FlowtrainError
+from flowtrain.flow import Flow
+from flowtrain.runtime import checkpoint
+from flowtrain.runtime.checkpoint import load_weights
 
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100
 MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, such as a width, and of an example
@@ -39,9 +47,6 @@ def load(path: str, weights: str = "auto", allow=()):
         weights: ``ema`` (averaged), ``raw``, or ``auto``: the averaged weights where the checkpoint has them.
         allow: names of modules whose own classes the checkpoint may name.
     """
-    from flowtrain.runtime import checkpoint
-    from flowtrain.runtime.checkpoint import load_weights
-
     file = runs.checkpoint_in(path, "load")
     config, state = checkpoint_config(file, allow), checkpoint.read(file)
     config = replace(config, allow=list(allow))
@@ -57,9 +62,6 @@ def checkpoint_config(file: Path, allow=()) -> TrainConfig:
     Raises:
         FlowtrainError: the file is damaged, not a flowtrain checkpoint, or names a class that is not allowed.
     """
-    from flowtrain.config.allow import check_targets
-    from flowtrain.runtime import checkpoint
-
     state = checkpoint.read(file, mmap=True)
     try:
         values = state.get("config")
@@ -112,9 +114,6 @@ def _check_flow(config: TrainConfig, state: dict) -> None:
     where they are not a Flow and a Dataset, or where the flow's weights are not those of the file. Otherwise a small
     file could ask for any amount of memory.
     """
-    from flowtrain.data.dataset import Dataset
-    from flowtrain.flow import Flow
-
     stored = [state.get("model"), state.get("ema", "missing") or {}]
     if not all(isinstance(weights, dict) for weights in stored):
         raise ValueError("the file has no weights")
@@ -122,8 +121,6 @@ def _check_flow(config: TrainConfig, state: dict) -> None:
         raise ValueError("the file does not say its columns")
     if any(abs(number) > MAX_NUMBER for number in _whole_numbers(config.model)):
         raise ValueError(f"model holds a number beyond {MAX_NUMBER:,}")
-    if "path" in config.dataset:  # a stranger's: the description must not come from that file
-        config = replace(config, dataset={**config.dataset, "path": None})
     if "path" in config.dataset:  # a stranger's path: the description must not be read from that file
         config = replace(config, dataset=config.dataset | {"path": None})
     data = build_dataset(config, state["columns"])
@@ -158,16 +155,12 @@ def _whole_numbers(node) -> Iterator[int]:
 
 
 def _describe_tensor(value) -> str:
-    import torch
-
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 @contextmanager
 def _limit_modules(most: int) -> Iterator[None]:
     """Raise ValueError as soon as more modules are built inside: a short configuration may ask for any number."""
-    from torch.nn.modules.module import register_module_module_registration_hook
-
     count = 0
 
     def count_module(*_) -> None:
@@ -188,8 +181,6 @@ def store_option(group: str, file: Path, allow=()) -> str:
 
     Then Hydra's whole grammar applies to it: overrides, sweeps over several checkpoints, ``--cfg``, completion.
     """
-    from hydra.core.config_store import ConfigStore
-
     values = to_dict(checkpoint_config(file, allow))
     config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
     config["dataset"] |= {key: value for key, value in LOCAL.items() if key in config["dataset"]}

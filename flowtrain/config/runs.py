@@ -135,7 +135,7 @@ def find_run(config: dict) -> Path | None:
     """The newest run under ``outputs/`` with this configuration; the keys in FREE may differ."""
     from flowtrain.runtime import checkpoint
 
-    def fixed(config):
+    def without_free(config):
         return {key: value for key, value in config.items() if key not in FREE}
 
     for run in newest_first():
@@ -143,7 +143,7 @@ def find_run(config: dict) -> Path | None:
         if file is None and any((run / "checkpoints").glob("*.pt")):
             log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
         try:
-            if file and fixed(checkpoint.read_config(file)) == fixed(config):
+            if file and without_free(checkpoint.read_config(file)) == without_free(config):
                 return run.resolve()
         except FlowtrainError as error:  # of another version of flowtrain
             log.warning("no checkpoint of %s can be used: %s", run, error)

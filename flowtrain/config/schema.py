@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flowtrain.errors import UsageError
+
 
 def number(least=None, above=None, below=None):
     """A field whose number, or every number of whose list, keeps to these limits."""
@@ -66,7 +68,8 @@ class JobConfig:
 class TrainConfig(JobConfig):
     """A flow, its data and how it is trained: what a checkpoint contains.
 
-    The nodes ``model``, ``dataset``, ``optimizer`` and ``scheduler`` are plain dicts: their constructors check them.
+    The nodes ``model``, ``dataset``, ``optimizer``, ``objective``, ``scheduler`` and ``logger`` are plain dicts: their
+    constructors check them.
     So are the ``parts`` (``univariate``, ``norm``, ``preprocess`` …): nodes at the root that models and data choose.
     """
 
@@ -91,3 +94,13 @@ class TrainConfig(JobConfig):
     trainer: TrainerConfig
     published: PublishedConfig | None
     parts: dict[str, Any]
+
+
+def check_batch_size(batch_size: int, processes: int, accumulate: int) -> None:
+    """Raise UsageError for a batch that processes and their accumulated steps cannot share equally."""
+    share = processes * accumulate
+    if batch_size % share:
+        raise UsageError(
+            f"batch_size={batch_size}: is not a multiple of processes × trainer.accumulate = "
+            f"{processes} × {accumulate}; batch_size={max(1, round(batch_size / share)) * share} is"
+        )

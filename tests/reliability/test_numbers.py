@@ -19,9 +19,9 @@ GROUPS = {
     "couplings of vectors": ["glow_vector", "nice", "nsf_coupling", "realnvp_vector"],
     "autoregressive": ["iaf", "made", "maf", "nsf_autoregressive"],
     "mixtures of normals": ["made_mog", "maf_mog"],
-    "continuous": ["ffjord", "hybrid"],
+    "continuous": ["custom", "ffjord", "hybrid"],
     "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp"],
-    "continuous, of images": ["ffjord_image"],
+    "continuous, of images": ["custom_image", "ffjord_image"],
 }
 # examples: rows of 3 numbers, images of 64; root finding and ODEs cost a hundred times an inverse in closed form
 EXAMPLES = {
@@ -53,13 +53,11 @@ def draw_images(n):
 
 def build(model):
     """Build a small flow and initialize it from data; returns it and the function that draws data."""
+    small = () if model.startswith("custom") else ("model.hidden=8" if model in ONLY_IMAGES else "model.hidden=16",)
     if model in ONLY_IMAGES:
-        flow, draw = flow_of(f"model={model}", "dataset=digits", "model.hidden=8"), draw_images
+        flow, draw = flow_of(f"model={model}", "dataset=digits", *small), draw_images
     else:
-        flow, draw = (
-            flow_of(f"model={model}", "dataset=moons", "model.hidden=16", spec=DataSpec("rows", (3,))),
-            draw_rows,
-        )
+        flow, draw = flow_of(f"model={model}", "dataset=moons", *small, spec=DataSpec("rows", (3,))), draw_rows
     flow.initialize(draw(256))
     return flow.eval(), draw
 
