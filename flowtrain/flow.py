@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, size
+from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, check_shape, size
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
 from flowtrain.runtime import fusion, global_batch
@@ -28,7 +28,8 @@ class Flow(nn.Module):
         context_shape: of the context of each example, or None.
 
     Raises:
-        ValueError: in the methods that check values: a wrong shape, or an input or result that is not finite. The
+        ValueError: ``shape`` is not a sequence of positive integers. In the methods that check values: a wrong shape, a
+            context that is missing or that the flow does not take, or an input or result that is not finite. The
             message names the shape or the first row (from 0) at fault.
 
     >>> from functools import partial
@@ -48,7 +49,7 @@ class Flow(nn.Module):
         context_shape=None,
     ):
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = check_shape(shape)
         self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=context_shape)
         self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
 
@@ -90,9 +91,10 @@ class Flow(nn.Module):
     def latents(
         self,
         n: int,
+        *,
         temperature: float = 1.0,
-        generator: torch.Generator | None = None,
         context: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """n samples of the base distribution, in float32 or float64, on the flow's device.
 
@@ -105,13 +107,14 @@ class Flow(nn.Module):
     def sample(
         self,
         n: int,
+        *,
         temperature: float = 1.0,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n examples, (n, *shape). ``temperature`` scales the distance of the latents from their means, which are 0 for
         standard base distributions (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`."""
-        return self.decode(self.latents(n, temperature, generator, context), context)
+        return self.decode(self.latents(n, temperature=temperature, context=context, generator=generator), context)
 
     @property
     def _weight(self) -> Tensor:
@@ -123,6 +126,8 @@ class Flow(nn.Module):
         dtype, context_shape = at_least_float32(self._weight.dtype), self.bijection.context_shape
         x = check_events(name, x, shape, dtype)
         if context_shape is None:
+            if context is not None:
+                raise ValueError("this flow takes no context")
             return x, None
         if context is None or len(context) != len(x):
             raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(context_shape)} each")

@@ -181,10 +181,10 @@ def test_a_run(command, folder, run, capsys):
     assert len(list(run.glob("check/*/check.json"))) == 1
 
     state = checkpoint.read(run / "checkpoints/best.pt")
-    key = next(name for name in state["ema"] if name.endswith("levels.level0.steps.norm.started"))
+    key = next(name for name in state["ema"] if name.endswith("scales.level0.steps.norm.started"))
     state["ema"][key].fill_(False)
     checkpoint.save(state, folder / "idle.pt")
-    with pytest.raises(FlowtrainError, match="still to be started from data .levels.level0.steps.norm. is 1"):
+    with pytest.raises(FlowtrainError, match="still to be started from data .scales.level0.steps.norm. is 1"):
         command("check", "ckpt=idle.pt")
 
     state["ema"][key].fill_(True)
@@ -193,8 +193,8 @@ def test_a_run(command, folder, run, capsys):
     with pytest.raises(FlowtrainError, match="weights that are not finite"):
         command("check", "ckpt=nan.pt", "json=true")
     report = newest(folder)
-    assert failed(report)["weights that are not finite"] == "levels.level0.steps.norm"
-    assert failed(report)["numbers not finite in samples"] == "levels.level0.steps.norm"
+    assert failed(report)["weights that are not finite"] == "scales.level0.steps.norm"
+    assert failed(report)["numbers not finite in samples"] == "scales.level0.steps.norm"
     assert all(check["value"] is None or check["value"] >= 0 for check in report["checks"])
 
 

@@ -27,7 +27,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-LOGIT = partial(flows.logit, grey_levels=17)
+LOGIT = partial(flows.parts.logit, grey_levels=17)
 
 
 def digits_flow(constructor, **knobs):

@@ -202,14 +202,14 @@ def test_a_flow_draws_from_its_base_as_it_is_now(name):
     torch.manual_seed(0)
     flow = flow_on(name)
     context = torch.eye(3)[torch.arange(40) % 3] if flow.base.context_shape else None
-    z = flow.latents(40, 0.7, seed(), context)
+    z = flow.latents(40, temperature=0.7, context=context, generator=seed())
     assert z.shape == (40, 2) and z.dtype == torch.float32 and not z.requires_grad
-    assert torch.equal(flow.sample(40, 0.7, context, seed()), flow.decode(z, context))
+    assert torch.equal(flow.sample(40, temperature=0.7, context=context, generator=seed()), flow.decode(z, context))
     flow = randomize(flow)
-    moved = flow.latents(40, 0.7, seed(), context)
+    moved = flow.latents(40, temperature=0.7, context=context, generator=seed())
     assert moved.dtype == torch.float64
     assert torch.equal(moved, z.double()) == (name in ("normal", "logistic"))
-    assert flow.bfloat16().latents(40, 0.7, seed(), context).dtype == torch.float32
+    assert flow.bfloat16().latents(40, temperature=0.7, context=context, generator=seed()).dtype == torch.float32
 
 
 def test_a_flow_learns_its_base():
@@ -232,8 +232,10 @@ def test_a_flow_learns_its_base():
 def test_a_seed_draws_the_same_on_every_device(name):
     flow = randomize(flow_on(name)).float()
     context = torch.eye(3)[torch.arange(40) % 3] if flow.base.context_shape else None
-    here = flow.latents(40, 0.7, seed(), context)
-    there = flow.cuda().latents(40, 0.7, seed(), None if context is None else context.cuda())
+    here = flow.latents(40, temperature=0.7, context=context, generator=seed())
+    there = flow.cuda().latents(
+        40, temperature=0.7, context=None if context is None else context.cuda(), generator=seed()
+    )
     assert there.is_cuda
     torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=1e-6)
 

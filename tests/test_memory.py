@@ -26,12 +26,12 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import distributed, fusion, global_batch, modes
 
 SMALL = (1, 8, 8)
-LOGIT = partial(flows.logit, grey_levels=17)
+LOGIT = partial(flows.parts.logit, grey_levels=17)
 FLOWS = {
     "glow": partial(flows.glow, SMALL, steps=3, hidden=16, preprocess=LOGIT),
     "glow_class": partial(flows.glow, SMALL, steps=2, hidden=16, preprocess=LOGIT, context_shape=(10,)),
     "glow_spline": partial(
-        flows.glow, SMALL, steps=2, univariate=b.RationalQuadratic, mixing=flows.permuted_lu, preprocess=LOGIT
+        flows.glow, SMALL, steps=2, univariate=b.RationalQuadratic, mixing=flows.parts.permuted_lu, preprocess=LOGIT
     ),
     "glow_logit": partial(flows.glow, SMALL, steps=2, univariate=b.MixtureLogistic, preprocess=LOGIT),
     "realnvp": partial(flows.realnvp, SMALL, hidden=8, dropout=0.2, net_norm=False, norm=b.ActNorm, preprocess=LOGIT),

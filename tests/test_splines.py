@@ -157,7 +157,7 @@ def test_refusals_name_the_argument(wrong):
         b.RationalQuadratic((1,), **wrong)
 
 
-@pytest.mark.parametrize(("scales", "channels"), [(flows.single_scale, [4, 16]), (b.MultiScale, [4, 8])])
+@pytest.mark.parametrize(("scales", "channels"), [(flows.parts.single_scale, [4, 16]), (b.MultiScale, [4, 8])])
 def test_neural_spline_flow_of_images(scales, channels):
     flow = flows.nsf_image((1, 8, 8), levels=2, steps=1, hidden=4, scales=scales)
     couplings = [layer for layer in flow.modules() if isinstance(layer, b.Coupling)]

@@ -23,9 +23,9 @@ IMAGES, SIDE = 512, 48  # in the folder
 def rows(session: Session) -> Iterator[Row]:
     digits = data.Digits()
     yield _measure(
-        session, "digits, on the device", digits, partial(flows.logit, grey_levels=digits.spec.grey_levels), RESIDENT
+        session, "digits, on the device", digits, partial(flows.parts.logit, grey_levels=digits.spec.grey_levels), RESIDENT
     )
-    center = partial(flows.center, grey_levels=256)
+    center = partial(flows.parts.center, grey_levels=256)
     images = data.Synthetic(flip=True, shift=2)
     yield _measure(session, "32×32 images, on the device, augmented", images, center, RESIDENT)
     with tempfile.TemporaryDirectory() as folder:

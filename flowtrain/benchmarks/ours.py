@@ -69,7 +69,7 @@ def glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
 def whole_glow(side: int, hidden: int, levels: int, steps: int) -> Flow:
     """Build a Glow for 256 grey levels with dequantization, learned priors, and actnorms inside its networks."""
     sizes = {"levels": levels, "steps": steps, "hidden": hidden}
-    return flows.glow((3, side, side), **sizes, dropout=0.0, preprocess=partial(flows.center, grey_levels=256))
+    return flows.glow((3, side, side), **sizes, dropout=0.0, preprocess=partial(flows.parts.center, grey_levels=256))
 
 
 def build_perturbed(make: Callable[[], Flow], x: Tensor, seed: int) -> Flow:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from operator import index
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Bijection(nn.Module):
 
     def __init__(self, shape, context_shape=None):
         super().__init__()
-        self.shape = tuple(int(n) for n in shape)
+        self.shape = check_shape(shape)
         self.out_shape = self.shape
         self.context_shape = None if context_shape is None else tuple(int(n) for n in context_shape)
 
@@ -287,6 +288,17 @@ class Inverse(Bijection):
 
     def inverse(self, z, context=None):
         return self.bijection(z, context)
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as a tuple of integers. ValueError if it is not a sequence of positive integers."""
+    try:
+        sizes = tuple(index(n) for n in shape)
+    except TypeError:
+        sizes = (0,)
+    if min(sizes, default=0) < 1:
+        raise ValueError(f"shape must be a sequence of positive integers, such as (3,), not {shape!r}")
+    return sizes
 
 
 def size(shape) -> int:

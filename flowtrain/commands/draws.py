@@ -14,7 +14,7 @@ def draw_samples(
 ) -> torch.Tensor:
     """Draw n examples, (n, *shape) on the CPU. A seed gives the same noise at every temperature and on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return decode(flow, flow.latents(n, temperature, generator, context), context)
+    return decode(flow, flow.latents(n, temperature=temperature, context=context, generator=generator), context)
 
 
 def decode(flow: Flow, latents: torch.Tensor, context: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:

@@ -18,6 +18,7 @@ from flowtrain.errors import UsageError
 
 MODULES = (
     "flowtrain.flows",
+    "flowtrain.flows.parts",
     "flowtrain.bijections",
     "flowtrain.nets",
     "flowtrain.distributions",

@@ -29,7 +29,7 @@ class Finding:
     Attributes:
         order: sorts findings by time; the same in all parts and processes.
         layer: dotted name of the layer to blame; "data", "context", "base" or "loss" where it is none.
-        what: description, as in "the output of layer pairs.0.even".
+        what: description, as in "the output of layer couplings.0.even".
         rows: rows of the global batch; empty where the result belongs to no example.
     """
 

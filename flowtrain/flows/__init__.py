@@ -3,10 +3,12 @@
 A constructor takes the ``shape`` of one example and returns a :class:`flowtrain.flow.Flow`. Its other arguments are the
 knobs of ``flowtrain train model=…`` and factories of what can be exchanged. All share these:
 
-    base: of the base distribution, called with the latent's ``shape`` and ``context_shape``.
-    preprocess: of the first link, from raw data to what the layers work on, called like a layer; None for real numbers
-        as they are. For integers: ``partial(logit, grey_levels=256, alpha=0.05)``, or ``center``.
-    context_shape: of the context that comes with each example, or None: what the flow is conditional on.
+    base: factory of the base distribution, called with the latent's ``shape`` and with ``context_shape``.
+    preprocess: factory of the first layer, which maps raw data to what the other layers work on; None for real numbers
+        as they are. For integers: ``partial(parts.logit, grey_levels=256, alpha=0.05)``, or ``parts.center``.
+    context_shape: shape of the context of each example, on which the density depends; None if there is none.
+
+:mod:`flowtrain.flows.parts` holds the parts that several flows share.
 """
 
 from flowtrain.flows.autoregressive import autoregressive
@@ -17,21 +19,10 @@ from flowtrain.flows.hybrid import hybrid, hybrid_image
 from flowtrain.flows.maf import iaf, made, maf, maf_mog
 from flowtrain.flows.nice import nice
 from flowtrain.flows.nsf import nsf_autoregressive, nsf_coupling, nsf_image
-from flowtrain.flows.parts import (
-    batchnorm_affine,
-    center,
-    logit,
-    permuted_lu,
-    permuted_lu_actnorm,
-    single_scale,
-    standardize,
-)
 from flowtrain.flows.realnvp import realnvp, realnvp_vector
 
 __all__ = [
     "autoregressive",
-    "batchnorm_affine",
-    "center",
     "custom",
     "ffjord",
     "ffjord_image",
@@ -40,7 +31,6 @@ __all__ = [
     "hybrid",
     "hybrid_image",
     "iaf",
-    "logit",
     "made",
     "maf",
     "maf_mog",
@@ -48,10 +38,6 @@ __all__ = [
     "nsf_autoregressive",
     "nsf_coupling",
     "nsf_image",
-    "permuted_lu",
-    "permuted_lu_actnorm",
     "realnvp",
     "realnvp_vector",
-    "single_scale",
-    "standardize",
 ]

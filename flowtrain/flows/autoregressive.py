@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain.bijections import Autoregressive, Dequantize, Flatten, Logit, PiecewiseLinear
 from flowtrain.distributions import Logistic
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import chain
+from flowtrain.flows.parts import Factory, chain, check_image
 from flowtrain.nets import CausalTransformer
 
 
 def autoregressive(
-    shape,
+    shape: Sequence[int],
     *,
     grey_levels: int,
     hidden: int = 64,
@@ -20,8 +21,8 @@ def autoregressive(
     heads: int = 4,
     dropout: float = 0.1,
     offsets: list[int] | None = None,
-    base=Logistic,
-    context_shape=None,
+    base: Factory = Logistic,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Causal attention gives each pixel a histogram, with one bin for each grey level, from the pixels before it.
 
@@ -39,6 +40,7 @@ def autoregressive(
     >>> autoregressive((1, 4, 4), grey_levels=5, hidden=8).sample(5).dtype
     torch.uint8
     """
+    check_image(shape)
     net = partial(
         CausalTransformer,
         hidden=hidden,

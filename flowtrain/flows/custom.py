@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from flowtrain.bijections import Chain
@@ -12,12 +12,12 @@ from flowtrain.flows.parts import Factory
 
 
 def custom(
-    shape,
+    shape: Sequence[int],
     *,
     layers: Mapping[str, Factory | None],
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """The named layers one after another, each built for the shape that the one before leaves.
 

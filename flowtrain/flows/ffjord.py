@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-from flowtrain.bijections import ActNorm, Continuous, Flatten, LULinear, MultiScale, Squeeze
+from flowtrain.bijections import ActNorm, Flatten, LULinear, MultiScale, Squeeze
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import chain, count_halvings
+from flowtrain.flows.parts import Factory, chain, count_halvings, training_solver
 from flowtrain.nets import ConvODENet, ODENet
-
-# Looser tolerances in training than in evaluation, and gradients through the solver's steps.
-training_solver = partial(Continuous, train_tolerance=1e-3, steps=4, adjoint=False)
 
 
 def ffjord(
-    shape,
+    shape: Sequence[int],
     *,
     blocks: int = 1,
     hidden: int = 64,
@@ -23,10 +21,10 @@ def ffjord(
     layer: str = "concatsquash",
     activation: str = "tanh",
     whiten: bool = True,
-    ode=training_solver,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    ode: Factory = training_solver,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Ordinary differential equations as layers (Grathwohl et al. 2019, section 3).
 
@@ -56,7 +54,7 @@ def ffjord(
 
 
 def ffjord_image(
-    shape,
+    shape: Sequence[int],
     *,
     levels: int | None = None,
     blocks: int = 1,
@@ -65,10 +63,10 @@ def ffjord_image(
     layer: str = "concat",
     activation: str = "softplus",
     actnorm: bool = True,
-    ode=training_solver,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    ode: Factory = training_solver,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Convolutional equations at several scales (Grathwohl et al. 2019, section 4.2 and reference code).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain import nets
@@ -19,14 +20,14 @@ from flowtrain.bijections import (
 )
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import PER_CHANNEL, chain, count_halvings
+from flowtrain.flows.parts import PER_CHANNEL, Factory, chain, count_halvings
 
 # The learned prior of the half that is factored out, given the half that stays; always affine.
 split_prior = partial(Conditional, univariate=ExpAffine, net=nets.ZeroConv)
 
 
 def glow(
-    shape,
+    shape: Sequence[int],
     *,
     levels: int | None = None,
     steps: int = 6,
@@ -34,12 +35,12 @@ def glow(
     dropout: float = 0.1,
     net_norm: bool = True,
     learned_prior: bool = True,
-    univariate=SigmoidAffine,
-    mixing=LULinear,
-    norm=ActNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = SigmoidAffine,
+    mixing: Factory | None = LULinear,
+    norm: Factory | None = ActNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Steps of actnorm, 1×1 convolution and coupling at several scales (Kingma and Dhariwal 2018, figure 2).
 
@@ -74,22 +75,22 @@ def glow(
         last=chain(level=level, top=top),
         split_prior=split_prior if learned_prior else None,
     )
-    return Flow(shape, chain(preprocess=preprocess, levels=scales), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, scales=scales), base, context_shape)
 
 
 def glow_vector(
-    shape,
+    shape: Sequence[int],
     *,
     steps: int = 6,
     hidden: int = 128,
     depth: int = 2,
     dropout: float = 0.0,
-    univariate=SigmoidAffine,
-    mixing=LULinear,
-    norm=ActNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = SigmoidAffine,
+    mixing: Factory | None = LULinear,
+    norm: Factory | None = ActNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Glow's steps on a vector: actnorm, a linear layer, a coupling of its two halves.
 

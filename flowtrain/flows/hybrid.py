@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain import nets
@@ -9,7 +10,6 @@ from flowtrain.bijections import (
     ActNorm,
     Alternate,
     Autoregressive,
-    Continuous,
     Coupling,
     ExpAffine,
     Flatten,
@@ -23,23 +23,23 @@ from flowtrain.bijections import (
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
 from flowtrain.flows.glow import split_prior
-from flowtrain.flows.parts import chain, count_halvings, permuted_lu
+from flowtrain.flows.parts import Factory, chain, count_halvings, permuted_lu, training_solver
 
 
 def hybrid(
-    shape,
+    shape: Sequence[int],
     *,
     pairs: int = 1,
     steps: int = 2,
     blocks: int = 1,
     hidden: int = 64,
     depth: int = 2,
-    univariate=RationalQuadratic,
-    mixing=permuted_lu,
-    norm=ActNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = RationalQuadratic,
+    mixing: Factory | None = permuted_lu,
+    norm: Factory | None = ActNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Couplings and autoregressive layers of splines, then continuous-time layers, on whitened data.
 
@@ -63,32 +63,32 @@ def hybrid(
     even = partial(coupling, partition=partial(Alternate, first=0))
     odd = partial(coupling, partition=partial(Alternate, first=1))
     autoregressive = partial(Autoregressive, univariate=univariate, net=partial(nets.MADE, hidden=hidden, depth=depth))
-    ode = partial(Continuous, net=partial(nets.ODENet, hidden=hidden, depth=depth), train_tolerance=1e-3, adjoint=False)
+    ode = partial(training_solver, net=partial(nets.ODENet, hidden=hidden, depth=depth))
     layers = chain(
         preprocess=preprocess,
         flatten=Flatten,
         norm=norm,
         whiten=partial(LULinear, start="whitening"),
         couplings=chain(repeat=pairs, mixing=mixing, even=even, odd=odd),
-        maf=chain(repeat=steps, norm=norm, autoregressive=autoregressive, turn=Reverse),
+        maf=chain(repeat=steps, norm=norm, autoregressive=autoregressive, mixing=Reverse),
         equations=chain(repeat=blocks, norm=norm, ode=ode),
     )
     return Flow(shape, layers, base, context_shape)
 
 
 def hybrid_image(
-    shape,
+    shape: Sequence[int],
     *,
     levels: int | None = None,
     steps: int = 4,
     hidden: int = 64,
     dropout: float = 0.1,
-    univariate=SigmoidAffine,
-    mixing=LULinear,
-    norm=ActNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = SigmoidAffine,
+    mixing: Factory | None = LULinear,
+    norm: Factory | None = ActNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Glow, whose last and smallest scale goes on with a short continuous-time layer and an autoregressive one.
 
@@ -113,7 +113,7 @@ def hybrid_image(
     dynamics = partial(nets.ConvODENet, hidden=hidden, depth=1)
     last = chain(
         level=level,
-        ode=partial(Continuous, net=dynamics, time=0.5, train_tolerance=1e-3, adjoint=False),
+        ode=partial(training_solver, net=dynamics, time=0.5),
         flatten=Flatten,
         autoregressive=partial(Autoregressive, univariate=ExpAffine, net=partial(nets.MADE, hidden=hidden)),
     )
@@ -124,4 +124,4 @@ def hybrid_image(
         last=last,
         split_prior=split_prior,
     )
-    return Flow(shape, chain(preprocess=preprocess, levels=scales), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, scales=scales), base, context_shape)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain.bijections import Autoregressive, BatchNorm, ExpAffine, Flatten, Inverse, MixtureNormal, Reverse
 from flowtrain.distributions import Logistic, StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import chain
+from flowtrain.flows.parts import Factory, chain
 from flowtrain.nets import MADE
 
 
 def made(
-    shape,
+    shape: Sequence[int],
     *,
     order: str = "sequential",
     hidden: int = 256,
@@ -20,10 +21,10 @@ def made(
     degrees: str = "sequential",
     activation: str = "relu",
     dropout: float = 0.0,
-    univariate=ExpAffine,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = ExpAffine,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """One masked autoregressive layer: a Gaussian for each element, given the elements before it (Germain et al. 2015).
 
@@ -48,7 +49,7 @@ def made(
 
 
 def maf(
-    shape,
+    shape: Sequence[int],
     *,
     steps: int = 5,
     order: str = "sequential",
@@ -57,17 +58,31 @@ def maf(
     degrees: str = "sequential",
     activation: str = "relu",
     dropout: float = 0.0,
-    univariate=ExpAffine,
-    mixing=Reverse,
-    norm=BatchNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = ExpAffine,
+    mixing: Factory | None = Reverse,
+    norm: Factory | None = BatchNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Masked autoregressive layers, a norm after each, the order of the elements reversed between them.
 
-    The density of a point takes one pass of each network, a sample as many steps as elements (Papamakarios et al. 2017,
-    sections 3.1 and 3.2).
+    Each step maps a vector x by three layers (Papamakarios et al. 2017, sections 3.1 to 3.4):
+
+        yᵢ = (xᵢ + tᵢ)·exp(sᵢ), where (tᵢ, sᵢ) is a function of x₁ … xᵢ₋₁        log|det| = Σ sᵢ
+        nᵢ = (yᵢ − mᵢ)/√(vᵢ + ε), where m and v are means and variances of y     log|det| = −½ Σ log(vᵢ + ε)
+        n in reversed order, the input of the next step                          log|det| = 0
+
+    In the paper's words μ = −t and α = −s. The output of the last step is z, and log p(x) = log N(z; 0, I) + the sum of
+    all log|det|.
+
+    :class:`flowtrain.nets.MADE` computes all t and s in one pass, :class:`flowtrain.bijections.ExpAffine` each y and s,
+    :class:`flowtrain.bijections.Autoregressive` calls both and sums s. :class:`flowtrain.bijections.BatchNorm` and
+    :class:`flowtrain.bijections.Reverse` are the other two lines. :class:`flowtrain.bijections.Chain` sums log|det|
+    over layers, and :meth:`flowtrain.flow.Flow.forward` adds log N(z), of
+    :class:`flowtrain.distributions.StandardNormal`.
+
+    So a density takes one pass of each network; a sample takes as many steps as there are elements.
 
     Args:
         shape: of one example; it is flattened to D dimensions.
@@ -88,7 +103,7 @@ def maf(
 
 
 def maf_mog(
-    shape,
+    shape: Sequence[int],
     *,
     steps: int = 5,
     order: str = "sequential",
@@ -98,12 +113,12 @@ def maf_mog(
     activation: str = "relu",
     dropout: float = 0.0,
     components: int = 10,
-    univariate=ExpAffine,
-    mixing=Reverse,
-    norm=BatchNorm,
-    base=Logistic,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = ExpAffine,
+    mixing: Factory | None = Reverse,
+    norm: Factory | None = BatchNorm,
+    base: Factory = Logistic,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """MAF on a base that is a MADE of mixtures of Gaussians (Papamakarios et al. 2017, section 4).
 
@@ -112,7 +127,8 @@ def maf_mog(
 
     Args:
         components: Gaussians in the mixture of each element.
-        shape and the others: see :func:`maf`.
+
+    The other arguments are those of :func:`maf`.
 
     >>> maf_mog((3,), steps=2, hidden=16).sample(5).shape
     torch.Size([5, 3])
@@ -125,7 +141,7 @@ def maf_mog(
 
 
 def iaf(
-    shape,
+    shape: Sequence[int],
     *,
     steps: int = 5,
     order: str = "sequential",
@@ -134,20 +150,19 @@ def iaf(
     degrees: str = "sequential",
     activation: str = "relu",
     dropout: float = 0.0,
-    univariate=ExpAffine,
-    mixing=Reverse,
-    norm=BatchNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = ExpAffine,
+    mixing: Factory | None = Reverse,
+    norm: Factory | None = BatchNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """MAF with each autoregressive layer inverted (Kingma et al. 2016).
 
     A sample takes one pass of each network; the density of a point, and so training by likelihood, as many steps as
     elements.
 
-    Args:
-        shape and the others: see :func:`maf`.
+    The arguments are those of :func:`maf`.
 
     >>> iaf((3,), steps=2, hidden=16).sample(5).shape
     torch.Size([5, 3])

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain.bijections import Additive, Alternate, Coupling, Elementwise, Flatten, Scale
 from flowtrain.distributions import Logistic
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import chain
+from flowtrain.flows.parts import Factory, chain
 from flowtrain.nets import MLP
 
 
 def nice(
-    shape,
+    shape: Sequence[int],
     *,
     pairs: int = 2,
     hidden: int = 256,
     depth: int = 3,
     dropout: float = 0.0,
-    univariate=Additive,
-    base=Logistic,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = Additive,
+    base: Factory = Logistic,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Additive couplings on alternating dimensions, then a diagonal scaling (Dinh et al. 2015, section 5).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain import nets
@@ -19,22 +20,22 @@ from flowtrain.bijections import (
 )
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import chain, count_halvings, permuted_lu, permuted_lu_actnorm
+from flowtrain.flows.parts import Factory, chain, count_halvings, permuted_lu, permuted_lu_actnorm
 
 
 def nsf_coupling(
-    shape,
+    shape: Sequence[int],
     *,
     pairs: int = 2,
     hidden: int = 64,
     blocks: int = 2,
     dropout: float = 0.0,
     unconditional: bool = True,
-    univariate=RationalQuadratic,
-    mixing=permuted_lu_actnorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = RationalQuadratic,
+    mixing: Factory | None = permuted_lu_actnorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """RQ-NSF(C): couplings of splines on alternating dimensions, a linear layer before each and at the end.
 
@@ -59,22 +60,22 @@ def nsf_coupling(
     even = partial(coupling, partition=partial(Alternate, first=0))
     odd = partial(coupling, partition=partial(Alternate, first=1))
     pair = chain(repeat=pairs, mixing_even=mixing, even=even, mixing_odd=mixing, odd=odd)
-    layers = chain(preprocess=preprocess, flatten=Flatten, pairs=pair, mixing=mixing)
+    layers = chain(preprocess=preprocess, flatten=Flatten, couplings=pair, mixing=mixing)
     return Flow(shape, layers, base, context_shape)
 
 
 def nsf_autoregressive(
-    shape,
+    shape: Sequence[int],
     *,
     steps: int = 3,
     hidden: int = 64,
     blocks: int = 2,
     dropout: float = 0.0,
-    univariate=RationalQuadratic,
-    mixing=permuted_lu_actnorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = RationalQuadratic,
+    mixing: Factory | None = permuted_lu_actnorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """RQ-NSF(AR): masked autoregressive layers of splines, a linear layer before each and at the end.
 
@@ -98,7 +99,7 @@ def nsf_autoregressive(
 
 
 def nsf_image(
-    shape,
+    shape: Sequence[int],
     *,
     levels: int | None = None,
     steps: int = 4,
@@ -106,13 +107,13 @@ def nsf_image(
     blocks: int = 1,
     dropout: float = 0.1,
     net_norm: bool = True,
-    univariate=RationalQuadratic,
-    mixing=permuted_lu,
-    norm=ActNorm,
-    scales=MultiScale,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = RationalQuadratic,
+    mixing: Factory | None = permuted_lu,
+    norm: Factory | None = ActNorm,
+    scales: Factory = MultiScale,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """RQ-NSF(C) for images: Glow's steps with splines, and one more linear layer at the end of each scale.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from flowtrain.bijections import (
     ActNorm,
@@ -12,6 +13,7 @@ from flowtrain.bijections import (
     Bijection,
     Center,
     Chain,
+    Continuous,
     Dequantize,
     DequantizeColumns,
     Elementwise,
@@ -22,8 +24,9 @@ from flowtrain.bijections import (
     Shuffle,
     Standardize,
 )
+from flowtrain.bijections.bijection import check_shape
 
-Factory = Callable[..., Bijection]
+Factory = Callable[..., Any]  # of a layer, a univariate map or a base distribution: called with ``shape``
 PER_CHANNEL = (1, 2)  # the axes of an image along which all pixels of a channel share their parameters
 
 
@@ -37,7 +40,17 @@ def chain(repeat: int = 1, **layers: Factory | None) -> Factory:
     return partial(Chain, layers=layers, repeat=repeat)
 
 
-def count_halvings(shape) -> int:
+# ODE layers with looser tolerances in training than in evaluation, and gradients through the solver's steps.
+training_solver = partial(Continuous, train_tolerance=1e-3, steps=4, adjoint=False)
+
+
+def check_image(shape: Sequence[int]) -> None:
+    """Raise ValueError if ``shape`` is not that of an image."""
+    if len(check_shape(shape)) != 3:
+        raise ValueError(f"this model takes images (channels, height, width), not {list(shape)}")
+
+
+def count_halvings(shape: Sequence[int]) -> int:
     """How often both sides of an image can be halved: down to 4 pixels, or to 2 where they start from 8 or fewer.
 
     >>> count_halvings((3, 32, 32)), count_halvings((1, 28, 28)), count_halvings((1, 8, 8)), count_halvings((3, 32, 48))
@@ -46,8 +59,7 @@ def count_halvings(shape) -> int:
     Raises:
         ValueError: ``shape`` is not that of an image.
     """
-    if len(shape) != 3:
-        raise ValueError(f"this model takes images (channels, height, width), not {list(shape)}")
+    check_image(shape)
     sides, count = shape[1:], 0
     smallest = 4 if min(sides) > 8 else 2
     while all(side % 2 == 0 and side // 2 >= smallest for side in sides):
@@ -56,7 +68,7 @@ def count_halvings(shape) -> int:
 
 
 def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bijection:
-    """All channels go through every level: what stands for :class:`MultiScale` where nothing is factored out."""
+    """Levels one after another, without factoring out: use it in place of :class:`MultiScale`."""
     layers = chain(levels=chain(repeat=levels, level=level), flatten=Flatten)
     return layers(shape=shape, context_shape=context_shape)
 

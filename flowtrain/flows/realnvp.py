@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flowtrain import nets
@@ -19,22 +20,22 @@ from flowtrain.bijections import (
 )
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import chain, count_halvings
+from flowtrain.flows.parts import Factory, chain, check_image, count_halvings
 
 
 def realnvp(
-    shape,
+    shape: Sequence[int],
     *,
     levels: int | None = None,
     hidden: int = 16,
     blocks: int = 1,
     dropout: float = 0.0,
     net_norm: bool = True,
-    univariate=TanhAffine,
-    norm=BatchNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = TanhAffine,
+    norm: Factory | None = BatchNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Checkerboard and channel couplings at several scales (Dinh et al. 2017, figures 2 and 3, section 3.6).
 
@@ -56,6 +57,7 @@ def realnvp(
     >>> flow.log_prob(torch.zeros(5, 3, 8, 8)).shape
     torch.Size([5])
     """
+    check_image(shape)
     net = partial(
         nets.ResidualConvNet,
         hidden=hidden,
@@ -95,23 +97,25 @@ def realnvp(
         checkerboard3=even,
         norm3=norm,
     )
-    levels = count_halvings(shape) if levels is None else levels
-    layers = chain(preprocess=preprocess, scales=partial(MultiScale, levels=levels, level=level, last=last))
+    layers = chain(
+        preprocess=preprocess,
+        scales=partial(MultiScale, levels=count_halvings(shape) if levels is None else levels, level=level, last=last),
+    )
     return Flow(shape, layers, base, context_shape)
 
 
 def realnvp_vector(
-    shape,
+    shape: Sequence[int],
     *,
     pairs: int = 3,
     hidden: int = 128,
     depth: int = 2,
     dropout: float = 0.0,
-    univariate=TanhAffine,
-    norm=BatchNorm,
-    base=StandardNormal,
-    preprocess=None,
-    context_shape=None,
+    univariate: Factory = TanhAffine,
+    norm: Factory | None = BatchNorm,
+    base: Factory = StandardNormal,
+    preprocess: Factory | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> Flow:
     """Couplings on alternating dimensions, a norm after each: the baseline of Papamakarios et al. 2017, section 4.
 
@@ -133,4 +137,4 @@ def realnvp_vector(
     even = partial(Coupling, univariate=univariate, net=net, partition=partial(Alternate, first=0))
     odd = partial(Coupling, univariate=univariate, net=net, partition=partial(Alternate, first=1))
     pair = chain(repeat=pairs, even=even, norm_even=norm, odd=odd, norm_odd=norm)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, pairs=pair), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, couplings=pair), base, context_shape)
