@@ -349,8 +349,7 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
         log.info("paper size: experiment=%s", preset)
     if layers := sequential_layers(flow.bijection):
         log.info(
-            "likelihood: %d sequential steps in each of %d layer(s): sampling takes one pass; model=maf is the other way "
-            "round",
+            "likelihood: %d sequential steps in each of %d layer(s); sampling takes one pass; model=maf: the reverse",
             max(layer.shape[0] for layer in layers),
             len(layers),
         )

@@ -23,7 +23,11 @@ IMAGES, SIDE = 512, 48  # in the folder
 def rows(session: Session) -> Iterator[Row]:
     digits = data.Digits()
     yield _measure(
-        session, "digits, on the device", digits, partial(flows.parts.logit, grey_levels=digits.spec.grey_levels), RESIDENT
+        session,
+        "digits, on the device",
+        digits,
+        partial(flows.parts.logit, grey_levels=digits.spec.grey_levels),
+        RESIDENT,
     )
     center = partial(flows.parts.center, grey_levels=256)
     images = data.Synthetic(flip=True, shift=2)

@@ -231,12 +231,14 @@ class MADE(_Masked):
     >>> MADE((6,), out=2)(torch.randn(5, 6)).shape
     torch.Size([5, 6, 2])
 
-    The masks for D = 3: the hidden units have degrees 1, 1, 2, 2. The first two see element 0, the others see elements 0
-    and 1. Row 0 of the output sees none of them, row 1 the first two, row 2 all.
+    The masks for D = 3: the hidden units have degrees 1, 1, 2, 2. The first two see element 0, the others see
+    elements 0 and 1. Row 0 of the output sees none of them, row 1 the first two, row 2 all.
 
     >>> net = MADE((3,), out=1, hidden=4, depth=1)
-    >>> for linear in net.linears:
-    ...     print(linear.mask.int())
+    >>> net.linears[0].mask.int().tolist()
+    [[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
+    >>> net.linears[1].mask.int().tolist()
+    [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     """
 
     def __init__(
