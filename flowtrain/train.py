@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.bijections.autoregressive import cost_of_likelihood
+from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
@@ -347,8 +347,12 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     preset = f"{model_name(config)}_{spec.name}"
     if config.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)
-    if cost := cost_of_likelihood(flow.bijection):
-        log.info("%s", cost)
+    if layers := sequential_layers(flow.bijection):
+        log.info(
+            "likelihood: %d sequential steps in each of %d layer(s); sampling takes one pass; model=maf: the reverse",
+            max(layer.shape[0] for layer in layers),
+            len(layers),
+        )
     if config.memory != "none" and not flow.backpropagation.chains(flow.bijection):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", config.memory)
     share, parts = config.batch_size // world, config.trainer.accumulate

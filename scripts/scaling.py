@@ -32,7 +32,7 @@ from flowtrain.benchmarks.sampling import without_gradients
 from flowtrain.benchmarks.timing import Spread, Times, ratio, time_in_turns
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.bijections import MixtureNormal
-from flowtrain.bijections.ode import exact_trace, traced_exactly
+from flowtrain.bijections.ode import exact_trace, needs_exact_trace
 from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.split import ArraySplit
 from flowtrain.distributions import Logistic
@@ -266,7 +266,7 @@ def measure_families(dimensions: int, batch: int, clock: Clock) -> list[dict]:
         say(f"{model} at D = {dimensions}")
         x = torch.randn(batch, dimensions)
         flow = ours.build_perturbed(partial(constructor, (dimensions,)), x, 0).eval()
-        with exact_trace() if traced_exactly(flow) else nullcontext():  # as in `flowtrain eval`
+        with exact_trace() if needs_exact_trace(flow) else nullcontext():  # as in `flowtrain eval`
             times = clock(
                 {
                     "density": without_gradients(flow, lambda: flow(x)),

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain import bijections as b
 from flowtrain import flows, nets
-from flowtrain.bijections.autoregressive import cost_of_likelihood, sequential_layers
+from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.univariate import Univariate
 
 NETS = {
@@ -338,15 +338,14 @@ def test_dropout_reaches_the_inverse_while_training():
     assert torch.equal(layer.eval().inverse(z)[0], layer.inverse(z)[0])
 
 
-def test_the_cost_of_a_likelihood_is_known():
+def test_sequential_layers_are_those_that_run_backwards():
     layer = partial(b.Autoregressive, univariate=b.ExpAffine, net=NETS["made"])
     inverse = partial(b.Inverse, bijection=layer)
     flow = b.Chain((6,), {"a": layer, "b": inverse, "c": partial(b.Inverse, bijection=inverse)})
     assert sequential_layers(flow) == [flow.b.bijection]
-    assert cost_of_likelihood(flow).startswith("likelihood: 6 sequential steps a layer (1 layer)")
     inside = b.Inverse((6,), partial(b.Chain, layers={"a": layer, "b": layer}))
-    assert "(2 layers)" in cost_of_likelihood(inside)
-    assert cost_of_likelihood(b.Chain((6,), {"a": layer})) is None
+    assert sequential_layers(inside) == [*inside.bijection]
+    assert not sequential_layers(b.Chain((6,), {"a": layer}))
 
 
 # -- vector couplings
@@ -554,4 +553,4 @@ def test_iaf_is_the_inverse_of_mafs_layers(make):
     flow = make((5,), hidden=8, steps=2)
     names = [name.replace("autoregressive.bijection.", "autoregressive.") for name, _ in flow.named_parameters()]
     assert names == [name for name, _ in flows.maf((5,), hidden=8, steps=2).named_parameters()]
-    assert (cost_of_likelihood(flow.bijection) is None) == (make is flows.maf)
+    assert len(sequential_layers(flow.bijection)) == (0 if make is flows.maf else 2)

@@ -12,7 +12,7 @@ from audit import assert_exact, randomize
 from layers import LAYERS, conv, glow_step, mlp, residual
 
 from flowtrain import bijections as b
-from flowtrain import nets
+from flowtrain import flows, nets
 from flowtrain.distributions import Logistic, StandardNormal
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import fusion, global_batch
@@ -385,6 +385,7 @@ def test_a_bad_batch_leaves_no_trace_in_the_moments():
         (lambda: b.MultiScale((4, 4, 4), 2, {"level0": b.Squeeze}), "needs level1"),
         (lambda: b.Inverse((4, 4, 4), b.Squeeze), "keeps its shape"),
         (lambda: b.Inverse((4,), partial(b.Dequantize, grey_levels=4)), "not a surjection"),
+        (lambda: b.Dequantize((4,), None), "needs integer data; these are real numbers"),
         (lambda: b.Dequantize((4,), 1), "levels=1"),
         (lambda: b.Logit((4,), 0.5), "alpha=0.5"),
         (lambda: b.Permutation((3,), [0, 1, 1]), "each of the 3 channels"),
@@ -410,6 +411,25 @@ def test_constructors_name_what_they_refuse(make, says):
 def test_a_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"takes \[3, 8, 8\]"):
         multiscale_flow()(torch.zeros(2, 3, 4, 4))
+
+
+def test_a_context_is_refused_where_the_flow_takes_none():
+    flow, context = flows.maf((2,), hidden=4), torch.zeros(3, 9)
+    for method in (flow.log_prob, flow.bits_per_dim, flow.encode, flow.decode, partial(flow.sample, context=context)):
+        with pytest.raises(ValueError, match="this flow takes no context"):
+            method(3) if isinstance(method, partial) else method(torch.zeros(3, 2), context)
+
+
+@pytest.mark.parametrize("shape", [5, (0,), (-1, 2), (2.5,), "ab", ()])
+@pytest.mark.parametrize("make", [flows.maf, partial(flows.realnvp, levels=1), flows.glow, b.ActNorm])
+def test_a_shape_is_a_sequence_of_positive_integers(make, shape):
+    with pytest.raises(ValueError, match="shape must be a sequence of positive integers"):
+        make(shape)
+
+
+def test_attention_over_pixels_takes_images():
+    with pytest.raises(ValueError, match="takes images"):
+        flows.autoregressive((3,), grey_levels=5)
 
 
 def test_dropout_evaluates_as_the_identity_and_keeps_the_mean():

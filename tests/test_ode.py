@@ -11,7 +11,14 @@ from torch import nn
 
 from flowtrain import flows
 from flowtrain.bijections import Chain, Continuous
-from flowtrain.bijections.ode import ADAPTIVE, FIXED, continuous_layers, exact_trace, states_only, unsolved_is_nan
+from flowtrain.bijections.ode import (
+    ADAPTIVE,
+    FIXED,
+    continuous_layers,
+    exact_trace,
+    replace_unsolved_by_nan,
+    states_only,
+)
 from flowtrain.flow import Flow
 from flowtrain.nets import ConvODENet, ODENet
 from flowtrain.runtime import global_batch
@@ -303,7 +310,7 @@ def test_where_it_can_be_solved_a_lenient_solve_is_the_same(adjoint, options):
     layer = layer_of(adjoint=adjoint, **options)
     x = event(layer)
     expected = everything(layer, x)
-    with unsolved_is_nan() as reasons:
+    with replace_unsolved_by_nan() as reasons:
         assert all(map(torch.equal, everything(layer, x), expected))
     assert reasons == []
 
@@ -311,7 +318,7 @@ def test_where_it_can_be_solved_a_lenient_solve_is_the_same(adjoint, options):
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_what_cannot_be_solved_is_nan_where_that_is_wanted(adjoint):
     layer = layer_of(adjoint=adjoint, max_steps=3)
-    with unsolved_is_nan() as reasons:
+    with replace_unsolved_by_nan() as reasons:
         found = everything(layer, event(layer))
     assert all(one.isnan().all() for one in found)
     assert len(reasons) == 1 and "max_steps=3" in reasons[0]
@@ -321,7 +328,7 @@ def test_what_cannot_be_solved_is_nan_where_that_is_wanted(adjoint):
 
 def test_a_gradient_that_cannot_be_solved_is_nan_where_that_is_wanted():
     layer = layer_of(max_steps=100)
-    with unsolved_is_nan() as reasons:
+    with replace_unsolved_by_nan() as reasons:
         z, _ = layer(event(layer).requires_grad_())
         layer.max_steps = 3
         z.sum().backward()

@@ -100,14 +100,3 @@ def _concatenate(columns: list[torch.Tensor]) -> torch.Tensor:
 def sequential_layers(bijection: Bijection) -> list[Autoregressive]:
     """The autoregressive layers that ``bijection.forward`` runs backwards, so that it takes one element at a time."""
     return [layer for layer, inverted in walk(bijection) if inverted and isinstance(layer, Autoregressive)]
-
-
-def cost_of_likelihood(bijection: Bijection) -> str | None:
-    """What ``train`` says of a flow whose likelihood takes as many steps as elements, such as IAF's; or None."""
-    if not (found := sequential_layers(bijection)):
-        return None
-    steps, layers = max(layer.shape[0] for layer in found), f"{len(found)} layer{'s' * (len(found) > 1)}"
-    return (
-        f"likelihood: {steps} sequential steps a layer ({layers}): sampling takes one pass; "
-        "model=maf is the other way round"
-    )

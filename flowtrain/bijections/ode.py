@@ -35,7 +35,7 @@ def states_only() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def unsolved_is_nan() -> Iterator[list[str]]:
+def replace_unsolved_by_nan() -> Iterator[list[str]]:
     """Within it, NaN replaces a solution or gradient that would raise FloatingPointError; yields a list of the reasons.
 
     If one of several processes raised, the others would wait for its gradients. So all go on, and find together that
@@ -51,7 +51,7 @@ def continuous_layers(module: nn.Module) -> list[Continuous]:
     return [layer for layer in module.modules() if isinstance(layer, Continuous)]
 
 
-def traced_exactly(module: nn.Module) -> bool:
+def needs_exact_trace(module: nn.Module) -> bool:
     """Whether a flow has ODEs, all of so few dimensions that it should be evaluated within :func:`exact_trace`."""
     layers = continuous_layers(module)
     return bool(layers) and all(size(layer.shape) <= EXACT_LIMIT for layer in layers)

@@ -20,7 +20,7 @@ class Dequantize(Bijection):
     that is not one of these integers becomes NaN.
 
     Raises:
-        ValueError: fewer than 2 ``grey_levels``.
+        ValueError: ``grey_levels`` is None, as that of real numbers is, or below 2.
         FloatingPointError: in ``inverse``, for NaN, which no integer can represent.
 
     >>> layer = Dequantize((2,), grey_levels=256)
@@ -33,8 +33,10 @@ class Dequantize(Bijection):
 
     def __init__(self, shape, grey_levels: int, context_shape=None):
         super().__init__(shape, context_shape)
-        if grey_levels is None or grey_levels < 2:
-            raise ValueError(f"grey_levels={grey_levels} must be at least 2: only integers are dequantized")
+        if grey_levels is None:
+            raise ValueError("this preprocessing needs integer data; these are real numbers")
+        if grey_levels < 2:
+            raise ValueError(f"grey_levels={grey_levels} must be at least 2")
         self.grey_levels = int(grey_levels)
         self.log_det = -size(self.shape) * math.log(grey_levels)
         self.integers = torch.uint8 if grey_levels <= 256 else torch.int64

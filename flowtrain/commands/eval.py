@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flowtrain.bijections import Logit
-from flowtrain.bijections.ode import continuous_layers, traced_exactly
+from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
 from flowtrain.commands import EvalConfig
 from flowtrain.commands.evaluation import evaluate_split, split_batches
 from flowtrain.commands.restored import restore
@@ -33,7 +33,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
     flow = restored.flow
     split = restored.dataset.split(config.split)
     has_ode = bool(continuous_layers(flow))
-    exact = traced_exactly(flow)
+    exact = needs_exact_trace(flow)
     examples = config.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None

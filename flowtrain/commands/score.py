@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.ode import exact_trace, traced_exactly
+from flowtrain.bijections.ode import exact_trace, needs_exact_trace
 from flowtrain.commands import ScoreConfig
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
@@ -168,7 +168,7 @@ def log_likelihoods(
     device = next(flow.parameters()).device
     total = torch.zeros(len(x), dtype=torch.float64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
-        with exact_trace() if traced_exactly(flow) else nullcontext():
+        with exact_trace() if needs_exact_trace(flow) else nullcontext():
             for start in range(0, len(x), batch):
                 part = slice(start, start + batch)
                 given = x[part].to(device), None if context is None else context[part].to(device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections import Bijection
 from flowtrain.bijections.bijection import is_sequence, size
-from flowtrain.bijections.ode import continuous_layers, exact_trace, states_only, traced_exactly
+from flowtrain.bijections.ode import continuous_layers, exact_trace, needs_exact_trace, states_only
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.engine.jacobian import Piece, log_det_errors, max_dimensions, shrink
 from flowtrain.flow import Flow
@@ -74,7 +74,7 @@ def audit(
     for ode in odes:
         ode.rtol, ode.atol, ode.max_steps = ode.rtol / FINER, ode.atol / FINER, 4 * ode.max_steps
         ode.steps, ode.adjoint = 4 * ode.steps, False  # of a fixed solver; gradients are those of its steps
-    traced = exact_trace if traced_exactly(double) else nullcontext
+    traced = exact_trace if needs_exact_trace(double) else nullcontext
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), exact_arithmetic():
         torch.manual_seed(seed)
         yield from _check_state(double)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain.bijections.ode import continuous_layers, unsolved_is_nan
+from flowtrain.bijections.ode import continuous_layers, replace_unsolved_by_nan
 from flowtrain.engine.objectives import Objective
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch
@@ -49,7 +49,7 @@ class TrainingPass:
         parts = x.chunk(self.parts)
         contexts = [None] * len(parts) if context is None else context.chunk(self.parts)
         row, total = rank * len(x), 0.0
-        with unsolved_is_nan() as reasons:
+        with replace_unsolved_by_nan() as reasons:
             for i, (part, context) in enumerate(zip(parts, contexts)):
                 torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
                 with nullcontext() if i == len(parts) - 1 else self._without_synchronization():

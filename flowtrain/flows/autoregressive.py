@@ -41,6 +41,8 @@ def autoregressive(
     torch.uint8
     """
     check_image(shape)
+    if grey_levels is None:
+        raise ValueError("this model takes images of integers; these are real numbers")
     net = partial(
         CausalTransformer,
         hidden=hidden,

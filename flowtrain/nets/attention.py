@@ -26,7 +26,7 @@ class CausalTransformer(nn.Module):
         dropout: probability.
         offsets: token i holds the elements i − o for o in ``offsets``, 0 where there is none. [1], the default, is the
             previous element; [1, 8, 7] in an image 8 pixels wide are the left, upper and upper right neighbours.
-        context_shape: of a vector, of which a linear map is added to every token; or None.
+        context_shape: (C,), or None. A linear map of the context is added to every token.
 
     Raises:
         ValueError: ``shape`` is not a vector's, a size below 1, ``hidden`` not a multiple of ``heads``, or an offset

@@ -48,7 +48,7 @@ class ConvNet(nn.Module):
         hidden: channels between.
         norm: factory of the normalization after each of the first two convolutions, in place of their biases; or None.
         dropout: probability, after each rectifier.
-        context_shape: of a vector, of which a linear map is added after the first convolution; or None.
+        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, or ``hidden`` below 1.
@@ -104,7 +104,7 @@ class ResidualConvNet(nn.Module):
         blocks: number of residual blocks.
         norm: factory of the normalization before each rectifier; or None.
         dropout: probability, inside each block.
-        context_shape: of a vector, of which a linear map is added after the first convolution; or None.
+        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, or a size is below 1.
@@ -180,7 +180,7 @@ class PreactivatedConvNet(nn.Module):
         blocks: number of residual blocks.
         norm: factory of the normalization before each rectifier; or None.
         dropout: probability, inside each block.
-        context_shape: of a vector, of which a linear map is added after the first convolution; or None.
+        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, or a size is below 1.

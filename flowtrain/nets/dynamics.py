@@ -114,7 +114,7 @@ class ODENet(Dynamics):
         depth: number of hidden layers.
         layer: "concatsquash", as in FFJORD's experiments on tables, or "concat".
         activation: "tanh" or "softplus".
-        context_shape: of a vector, of which a linear map is added to the first hidden layer; or None.
+        context_shape: (C,), or None. A linear map of the context is added to the first hidden layer.
 
     Raises:
         ValueError: ``shape`` is not a vector's, a size below 1, or an unknown name.
@@ -149,7 +149,7 @@ class ConvODENet(Dynamics):
         depth: number of hidden layers.
         layer: "concat", as in FFJORD's experiments on images, or "concatsquash"; each with a 3×3 convolution.
         activation: "softplus" or "tanh".
-        context_shape: of a vector, of which a linear map is added to the first hidden layer; or None.
+        context_shape: (C,), or None. A linear map of the context is added to the first hidden layer.
 
     Raises:
         ValueError: ``shape`` is not an image's, a size below 1, or an unknown name.

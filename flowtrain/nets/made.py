@@ -1,10 +1,14 @@
 """Masked networks, the conditioners of autoregressive maps (Germain et al. 2015, section 4).
 
-Every unit has a degree: the number of first elements that it may depend on. Element i (from 0) has degree i + 1, and
-row i of the output degree i. A unit sees the units of the layer before whose degree is not greater than its own. Units
-are sorted by degree, so that a mask is block-triangular, and the network can also be run in steps: once the elements
-before i are known, row i lacks only the units of degree i. So an inverse computes each unit once. Rows between two
-degrees of hidden units need the same units and are computed in one step.
+A unit of degree d depends on the first d elements of x and on no others. Inputs and outputs are units too: the element
+at index i, counted from 0, has degree i + 1, and row i of the output, which holds that element's parameters, has degree
+i. Hidden units have degrees from 1 to D − 1, or from 0 if there is a context. The mask keeps the weight from a unit to
+one of the next layer where the first has no greater degree than the second. :class:`MADE` shows the masks for D = 3.
+
+Each layer's units are sorted by degree, so masks are block-triangular and the network can also be run in steps. A step
+computes the units of one degree d, in every layer, once the first d elements are known. So an inverse computes each
+unit once. If no hidden unit has degree d + 1, row d + 1 needs no more hidden units than row d, and the same step
+computes both rows.
 """
 
 from __future__ import annotations
@@ -45,15 +49,15 @@ class _Staircase(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[0]
-        of_weight, of_x = grad.new_zeros(weight.shape), []
+        grad_weight, grad_x = grad.new_zeros(weight.shape), []
         top = left = 0
         for size, right in zip(ctx.rows, ctx.columns):
-            of_weight[top : top + size, :right] = grad[:, top : top + size].T @ x[:, :right]
+            grad_weight[top : top + size, :right] = grad[:, top : top + size].T @ x[:, :right]
             if needed:
-                of_x.append(grad[:, top:] @ weight[top:, left:right])
+                grad_x.append(grad[:, top:] @ weight[top:, left:right])
             top, left = top + size, right
         unseen = x.new_zeros(len(x), x.shape[1] - left)
-        return torch.cat([*of_x, unseen], 1) if needed else None, of_weight, grad.sum(0), None, None
+        return torch.cat([*grad_x, unseen], 1) if needed else None, grad_weight, grad.sum(0), None, None
 
 
 class _StaircaseWithForwardMode(_Staircase):
@@ -65,14 +69,14 @@ class _StaircaseWithForwardMode(_Staircase):
         ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
-    def jvp(ctx, of_x, of_weight, of_bias, *_):
+    def jvp(ctx, tangent_x, tangent_weight, tangent_bias, *_):
         x, weight = ctx.saved_tensors
         tangent = x.new_zeros(len(x), len(weight))
-        if of_x is not None:
-            tangent = tangent + F.linear(of_x, weight)
-        if of_weight is not None:
-            tangent = tangent + F.linear(x, of_weight)
-        return tangent if of_bias is None else tangent + of_bias
+        if tangent_x is not None:
+            tangent = tangent + F.linear(tangent_x, weight)
+        if tangent_weight is not None:
+            tangent = tangent + F.linear(x, tangent_weight)
+        return tangent if tangent_bias is None else tangent + tangent_bias
 
 
 class MaskedLinear(nn.Linear):
@@ -219,13 +223,22 @@ class MADE(_Masked):
             they start at 0, so that the parameters of the first element depend on it too.
         activation: "relu" or "tanh".
         dropout: probability, after each hidden layer.
-        context_shape: of a vector, of which a linear map is added to the first hidden layer; or None.
+        context_shape: (C,), or None. A linear map of the context is added to the first hidden layer.
 
     Raises:
         ValueError: ``shape`` is not a vector's, a size below 1, or an unknown name.
 
     >>> MADE((6,), out=2)(torch.randn(5, 6)).shape
     torch.Size([5, 6, 2])
+
+    The masks for D = 3: the hidden units have degrees 1, 1, 2, 2. The first two see element 0, the others see
+    elements 0 and 1. Row 0 of the output sees none of them, row 1 the first two, row 2 all.
+
+    >>> net = MADE((3,), out=1, hidden=4, depth=1)
+    >>> net.linears[0].mask.int().tolist()
+    [[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
+    >>> net.linears[1].mask.int().tolist()
+    [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     """
 
     def __init__(
