@@ -524,7 +524,7 @@ def test_a_run_in_less_memory_is_the_same_run(tmp_path):
     [
         (["model=realnvp", "memory=reversible"], "memory=reversible: batch normalization"),
         (["memory=reversible", "compile=true"], "compile=true: .* memory=checkpoint"),
-        (["memory=less"], "memory=less: must be none or checkpoint or reversible"),
+        (["memory=less"], "memory=less: must be none, checkpoint or reversible"),
     ],
 )
 def test_what_is_refused(words, said, tmp_path):

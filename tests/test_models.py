@@ -42,7 +42,7 @@ def test_every_other_model_fits_every_vector(model, dataset):
 
 @pytest.mark.parametrize("model", ONLY_IMAGES)
 def test_a_model_of_images_says_so_of_vectors(model):
-    with pytest.raises(UsageError, match="this model takes images"):
+    with pytest.raises(UsageError, match="takes images"):
         flow_of(f"model={model}", "dataset=moons", device="meta")
 
 
