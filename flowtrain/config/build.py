@@ -102,11 +102,10 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     data = {"shape": spec.shape, "context_shape": spec.context_shape, "grey_levels": spec.grey_levels}
     model = {name: value for name, value in config.model.items() if value is not None or name not in config.parts}
     parts = {name: node for name, node in config.parts.items() if name not in config.model}
-    for name, value in model.items():
-        if (
-            name in config.parts and value and isinstance(value, dict) and "_target_" not in value
-        ):  # +model.univariate.bins=3
-            raise UsageError(f"no key 'model.{name}.{min(value)}'; did you mean '{name}.{min(value)}'?")
+    for name in config.parts:
+        node = model.get(name)
+        if node and isinstance(node, dict) and "_target_" not in node:  # +model.univariate.bins=3
+            raise UsageError(f"no key 'model.{name}.{min(node)}'; did you mean '{name}.{min(node)}'?")
     made = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
     make = _constructor(_null_empty(model), "model", config.allow, data, made)
     takes = inspect.signature(make.func).parameters
