@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from composed import checkpoint_command_config, configuration
+from composed import checkpoint_command_config, configuration, flow_of
 
 import flowtrain
 from flowtrain.cli import exit_codes
@@ -101,8 +101,48 @@ def test_an_unforeseen_error_of_a_constructor_is_one_line(tmp_path, monkeypatch)
 def test_build_names_the_node_that_is_refused():
     with pytest.raises(UsageError, match="model.part: "):
         build.build({"part": {"_target_": "flowtrain.bijections.Squeeze", "shape": [3]}}, "model")
-    with pytest.raises(UsageError, match="model: .*nonsense"):
+    with pytest.raises(UsageError, match="no key 'model.nonsense'"):
         build.build({"_target_": "flowtrain.bijections.Squeeze", "nonsense": 1}, "model")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("+dataset.fliq=true", "no key 'dataset.fliq'; did you mean 'dataset.flip'?"),
+        ("model=made +norm=actnorm", "norm: nothing in this model reads it"),
+        ("model=custom +norm=actnorm", "norm: nothing in this model reads it"),
+        ("model=autoregressive +univariate=affine", "univariate: nothing in this model reads it"),
+        ("+model.context_shape=[2]", "model.context_shape: the dataset decides this"),
+        ("+preprocess.grey_levels=3", "preprocess.grey_levels: the dataset decides this"),
+        ("+model.univariate.bins=3", "no key 'model.univariate.bins'; did you mean 'univariate.bins'?"),
+        ("model=custom +model.layers.even.net.hidde=3", "did you mean 'model.layers.even.net.hidden'?"),
+        ("model=ffjord +model.ode.foo=1", "no key 'model.ode.foo': Continuous takes no such argument"),
+        ("dataset=moons smoke=true", "this model takes images"),
+    ],
+)
+def test_a_flow_is_refused(words, says):
+    with pytest.raises(UsageError) as caught:
+        flow_of(*words.split(), device="meta")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["custom dataset=moons", "custom_image", "glow"])
+def test_none_leaves_a_part_out(model):
+    names = {"mixing", "preprocess"} | ({"norm"} if "image" in model or model == "glow" else set())
+
+    def count_layers(*words: str) -> int:
+        flow = flow_of(f"model={model.split()[0]}", *model.split()[1:], *words, device="meta")
+        return sum(1 for name, _ in flow.named_modules() if name.rpartition(".")[2] in names)
+
+    left = [count_layers(f"{name}=none") for name in sorted(names)]
+    assert count_layers(*(f"{name}=none" for name in names)) == 0 and count_layers() >= max(left)
+
+
+def test_smoke_leaves_a_models_null_alone():
+    assert configuration("smoke=true").model["levels"] is None
+    assert configuration("smoke=true", "model.levels=3").model["levels"] == 2
+    assert configuration("smoke=true", "max_steps=null").max_steps == 3
+    assert flow_of("dataset=synthetic", "dataset.shape=[1,6,6]", "smoke=true", device="meta")
 
 
 def test_claim_gives_each_run_its_directory(tmp_path, monkeypatch):

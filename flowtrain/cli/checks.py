@@ -154,10 +154,10 @@ class _Job:
 
     def _check_preset(self, part: str, cfg: DictConfig) -> None:
         """Refuse a part that the model's own file sets: to choose another would change nothing."""
-        if is_part(part) and part in cfg.model:
-            name = cfg.hydra.runtime.choices.model
-            own = "takes none" if cfg.model[part] is None else "sets its own"
-            raise UsageError(f"{part}: model={name} {own}")
+        model = cfg.get("model") or {}
+        if is_part(part) and part in model:
+            what = f"takes no {part}" if model[part] is None else f"sets {part} itself"
+            raise UsageError(f"model={cfg.hydra.runtime.choices.model} {what}")
 
 
 def _is_fixed(command: Command, key: str) -> bool:

@@ -73,12 +73,9 @@ def summary(file: Path) -> str:
 
 
 def keys(file: Path, prefix: str = "") -> list[Key]:
-    """The keys of a file that have a value, and their comments, which may go on in the lines below.
-
-    ``prefix`` is that of an option's keys: then without its mappings, which describe objects.
-    """
+    """The dotted keys of a file that have a value, and their comments, which may go on in the lines below."""
     found: list[Key] = []
-    parent, skipped = "", False
+    parents: dict[int, str] = {}  # indentation -> key, of the mappings around a line
     for line in file.read_text().splitlines():
         more = re.fullmatch(r" {12,}# (.*)", line)
         if more and found:
@@ -87,13 +84,16 @@ def keys(file: Path, prefix: str = "") -> list[Key]:
         match = LINE.fullmatch(line)
         if not match:
             continue
-        key, value, comment = match["key"], (match["value"] or "").strip(), match["comment"] or ""
-        if not match["indent"]:
-            parent, skipped = "" if value else f"{key}.", key in ("hydra", "defaults")
-        if skipped and value != "???" or not value or value.startswith("{") or prefix and match["indent"]:
+        indent, key, value = len(match["indent"]), match["key"], (match["value"] or "").strip()
+        parents = {depth: name for depth, name in parents.items() if depth < indent}
+        path = [*parents.values(), key]
+        skipped = path[0] in ("hydra", "defaults")
+        if not value:
+            parents[indent] = key
+        if skipped and value != "???" or not value or value.startswith("{") or parents and "${" in value:
             continue
         value = "computed" if "${" in value else value
-        name = key if skipped or not match["indent"] else parent + key
+        name, comment = key if skipped else ".".join(path), match["comment"] or ""
         found.append(Key(prefix + name, "" if value == "???" else value, comment))
     return found
 

@@ -53,14 +53,26 @@ def _check_arguments(node: dict, where: str) -> None:
     """Raise UsageError for a key that the constructor of its mapping does not take; all targets are allowed."""
     for key, mapping in find_targets(node, where):
         module, _, name = mapping["_target_"].rpartition(".")
-        takes = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
-            continue
+        takes = _arguments_of(getattr(importlib.import_module(module), name))
         for argument in mapping:
-            if argument not in takes and not argument.startswith("_"):
+            if takes is not None and argument not in takes and not argument.startswith("_"):
                 near = difflib.get_close_matches(argument, takes, 1)
                 hint = f"; did you mean '{key}.{near[0]}'?" if near else f": {name} takes no such argument"
                 raise UsageError(f"no key '{key}.{argument}'{hint}")
+
+
+def _arguments_of(target: Callable) -> set[str] | None:
+    """The names of a constructor's arguments, with those that our classes hand to their bases by ``**``; None: any."""
+    names: set[str] = set()
+    classes = [kind for kind in getattr(target, "__mro__", (object,))[:-1] if "__init__" in vars(kind)]
+    for function in [vars(kind)["__init__"] for kind in classes] or [target]:
+        parameters = inspect.signature(function).parameters.values()
+        names |= {parameter.name for parameter in parameters} - {"self"}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return names
+        if not function.__module__.startswith("flowtrain."):
+            break
+    return None
 
 
 def build_dataset(config: TrainConfig, columns: dict | None = None) -> Dataset:
@@ -90,9 +102,10 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     data = {"shape": spec.shape, "context_shape": spec.context_shape, "grey_levels": spec.grey_levels}
     model = {name: value for name, value in config.model.items() if value is not None or name not in config.parts}
     parts = {name: node for name, node in config.parts.items() if name not in config.model}
-    for name, value in model.items():
-        if name in config.parts and value and "_target_" not in value:  # +model.univariate.bins=3
-            raise UsageError(f"no key 'model.{name}.{min(value)}'; did you mean '{name}.{min(value)}'?")
+    for name in config.parts:
+        node = model.get(name)
+        if node and isinstance(node, dict) and "_target_" not in node:  # +model.univariate.bins=3
+            raise UsageError(f"no key 'model.{name}.{min(node)}'; did you mean '{name}.{min(node)}'?")
     made = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
     make = _constructor(_null_empty(model), "model", config.allow, data, made)
     takes = inspect.signature(make.func).parameters

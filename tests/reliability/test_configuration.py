@@ -83,7 +83,7 @@ def mistype(key: str, valid, draw: random.Random) -> str:
 
 def names_the_nearest(text: str, wrong: str, meant: str, valid) -> bool:
     """Whether a message suggests the intended key, or a valid key that is as similar to the wrong one."""
-    if "is fixed by the checkpoint; only dataset.root" in text:
+    if "is fixed by the checkpoint" in text:
         return True
     if "did you mean '" not in text:
         return False
