@@ -1,6 +1,12 @@
 """Normalizing flows: ``flow = flowtrain.load("outputs/…"); flow.log_prob(x)``, or build one by ``flowtrain.flows``."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time, __getattr__ imports them
+    from flowtrain import bijections, distributions, flows, nets
+    from flowtrain.config.restore import load
+    from flowtrain.flow import Flow
 
 __version__ = "0.1.0"
 

@@ -92,6 +92,9 @@ def test_other_refusals(refusal):
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
     assert "model.ode=3: model.ode is a mapping" in refusal("train", "model=ffjord", "model.ode=3")
     assert "takes no preprocess" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
+    assert "norm: no layer of this model refers to it" in refusal(
+        "train", "model=custom", "dataset=moons", "+norm=actnorm"
+    )
     assert "no such option" in refusal("train", "--multirun", "model=nice,glwo")
     assert "--cfg shows one job" in refusal("train", "--multirun", "model=nice,glow", "--cfg", "job")
     assert "under outputs/" in refusal("eval")

@@ -110,7 +110,6 @@ def test_build_names_the_node_that_is_refused():
     [
         ("+dataset.fliq=true", "no key 'dataset.fliq'; did you mean 'dataset.flip'?"),
         ("model=made +norm=actnorm", "norm: nothing in this model reads it"),
-        ("model=custom +norm=actnorm", "norm: nothing in this model reads it"),
         ("model=autoregressive +univariate=affine", "univariate: nothing in this model reads it"),
         ("+model.context_shape=[2]", "model.context_shape: the dataset decides this"),
         ("+preprocess.grey_levels=3", "preprocess.grey_levels: the dataset decides this"),

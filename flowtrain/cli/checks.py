@@ -141,7 +141,7 @@ class _Job:
                 raise UsageError(f"no key '{key}' at the root: {hint.removesuffix('; ')}")
         if not self.restored:
             for item in self.parsed:
-                self._check_preset(item.key_or_group.split(".")[0], cfg)
+                _check_part(item.key_or_group.split(".")[0], cfg)
         try:
             config = make_config(cfg, self.command.config, restored=self.restored)
         except OmegaConfBaseException as error:
@@ -152,12 +152,19 @@ class _Job:
             if config.init:
                 runs.checkpoint_in(config.init, "init")
 
-    def _check_preset(self, part: str, cfg: DictConfig) -> None:
-        """Refuse a part that the model's own file sets: to choose another would change nothing."""
-        model = cfg.get("model") or {}
-        if is_part(part) and part in model:
-            what = f"takes no {part}" if model[part] is None else f"sets {part} itself"
-            raise UsageError(f"model={cfg.hydra.runtime.choices.model} {what}")
+
+def _check_part(part: str, cfg: DictConfig) -> None:
+    """Refuse a part of the command line that would change nothing: the model sets it, or no layer refers to it."""
+    model = cfg.get("model") or {}
+    if not is_part(part):
+        return
+    if part in model:
+        what = f"takes no {part}" if model[part] is None else f"sets {part} itself"
+        raise UsageError(f"model={cfg.hydra.runtime.choices.model} {what}")
+    if "layers" in model and part not in ("base", "preprocess"):
+        others = {name: node for name, node in cfg.items_ex(resolve=False) if name not in (part, "hydra")}
+        if f"${{{part}" not in OmegaConf.to_yaml(OmegaConf.create(others)):
+            raise UsageError(f"{part}: no layer of this model refers to it, so it would change nothing")
 
 
 def _is_fixed(command: Command, key: str) -> bool:

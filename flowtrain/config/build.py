@@ -109,9 +109,9 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     made = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
     make = _constructor(_null_empty(model), "model", config.allow, data, made)
     takes = inspect.signature(make.func).parameters
-    for name, node in parts.items():  # preprocess comes with the data
-        if node and name not in takes and name != "preprocess" and not _holds(model, node):
-            raise UsageError(f"{name}: nothing in this model reads it; leave it out (~{name}, or {name}=none)")
+    for name, node in parts.items():  # preprocess comes with the data; layers may refer to any part
+        if node and name not in takes and name != "preprocess" and "layers" not in takes:
+            raise UsageError(f"{name}: nothing in this model reads it; leave it out")
     if device.type != "meta":
         torch.manual_seed(config.seed)
     try:
@@ -129,12 +129,6 @@ def _null_empty(node):
     if not isinstance(node, dict):
         return node
     return {key: None if value == {} and key != "layers" else _null_empty(value) for key, value in node.items()}
-
-
-def _holds(node, part: dict) -> bool:
-    """Whether ``part`` stands somewhere in ``node``: the layers of model=custom refer to parts."""
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return node == part or any(_holds(child, part) for child in children)
 
 
 def _key_of(text: str, model: dict) -> str:
