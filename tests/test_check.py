@@ -167,7 +167,7 @@ def test_a_wrong_log_det_ends_the_process_with_one_line(folder):
         [sys.executable, "-m", "flowtrain", *words, "json=true"], cwd=folder, env=env, capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "flowtrain: 4 of 17 checks failed, first: log-det of each layer, forward (levels." in done.stderr
+    assert "flowtrain: 4 of 17 checks failed, first: log-det of each layer, forward (scales." in done.stderr
     assert not json.loads(done.stdout)["passed"]
 
 

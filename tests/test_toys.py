@@ -116,7 +116,7 @@ def test_what_a_toy_refuses():
     one_line(lambda: data.Moons(rows="many"), "dataset.rows=many", "whole number")
     one_line(lambda: data.Moons(path="here"), "dataset.path=here", "moons")
     assert data.Moons().spec == DataSpec("moons", (2,))
-    one_line(lambda: build({"_target_": "flowtrain.data.Moons", "flip": True}, "dataset"), "argument 'flip'")
+    one_line(lambda: build({"_target_": "flowtrain.data.Moons", "flip": True}, "dataset"), "no key 'dataset.flip'")
     one_line(lambda: data.Moons(rows=20, val_size=10, test_size=10).split("val"), "20 examples")
     assert data.Moons().augment is None
 
