@@ -82,7 +82,7 @@ def newest(folder) -> dict:
     return json.loads(max(reports, key=lambda path: path.stat().st_mtime_ns).read_text())
 
 
-def failed(report: dict) -> dict:
+def failures(report: dict) -> dict:
     return {check["name"]: check["layer"] for check in report["checks"] if not check["passed"]}
 
 
@@ -151,7 +151,7 @@ def test_a_fault_is_found(command, folder, words, faults, layer):
     words = words if any(word.startswith("model=") for word in words) else ["model=glow", "dataset=digits", *words]
     with pytest.raises(FlowtrainError, match="checks failed, first: ") as caught:
         command("check", *words, "allow=[faulty_parts]", "smoke=true")
-    found = failed(newest(folder))
+    found = failures(newest(folder))
     assert faults <= found.keys()
     if len(faults) != 2 or layer is None:  # where there is no way back the inverse's log-det is wrong too
         assert faults == found.keys()
@@ -193,8 +193,8 @@ def test_a_run(command, folder, run, capsys):
     with pytest.raises(FlowtrainError, match="weights that are not finite"):
         command("check", "ckpt=nan.pt", "json=true")
     report = newest(folder)
-    assert failed(report)["weights that are not finite"] == "scales.level0.steps.norm"
-    assert failed(report)["numbers not finite in samples"] == "scales.level0.steps.norm"
+    assert failures(report)["weights that are not finite"] == "scales.level0.steps.norm"
+    assert failures(report)["numbers not finite in samples"] == "scales.level0.steps.norm"
     assert all(check["value"] is None or check["value"] >= 0 for check in report["checks"])
 
 

@@ -28,7 +28,7 @@ EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": 
 SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "plot": True, "weights": "auto"}
 
 
-def trained(run_dir, *overrides):
+def train_run(run_dir, *overrides):
     run_dir.mkdir(exist_ok=True)
     config = configuration(*overrides)
     return config, train.main(config, str(run_dir))
@@ -42,7 +42,7 @@ def of_checkpoint(config, summary, folder, **keys):
 
 @pytest.mark.parametrize("model", options("model"))
 def test_every_model_trains_evaluates_and_samples(model, tmp_path):
-    config, summary = trained(tmp_path, f"model={model}", *TINY)
+    config, summary = train_run(tmp_path, f"model={model}", *TINY)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["steps"] == 3 and 2 < summary["bits_per_dim"] < 8
     images = sorted((tmp_path / "samples").glob("*.png"))
@@ -81,7 +81,7 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize("model", sorted({*options("model")} - {*ONLY_IMAGES}))
 def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, table, tmp_path):
     words = [f"model={model}", "dataset=table", f"dataset.path={table}", "dataset.context=[sort]", *TINY]
-    config, summary = trained(tmp_path, *words)
+    config, summary = train_run(tmp_path, *words)
     assert np.isfinite(summary["log_likelihood"]) and "bits_per_dim" not in summary
     report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "examples": 15}))
     assert report["examples"] == 15 and "bits_per_dim" not in report
@@ -98,7 +98,7 @@ def test_every_model_of_vectors_trains_evaluates_and_samples_a_table(model, tabl
 
 
 def test_points_of_the_plane_come_with_their_density(tmp_path):
-    config, summary = trained(tmp_path, "model=realnvp_vector", "dataset=moons", *TINY)
+    config, summary = train_run(tmp_path, "model=realnvp_vector", "dataset=moons", *TINY)
     assert Image.open(sorted((tmp_path / "samples").glob("*.png"))[-1]).size == (806, 400)
     paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **SAMPLE))
     assert Image.open(paths["density"]).size == (806, 400)
@@ -110,14 +110,14 @@ def test_integers_alone_are_reported_in_bits_too(tmp_path):
     draw = np.random.default_rng(0)
     np.save(tmp_path / "dice.npy", draw.integers(1, 7, (300, 4)))
     words = ["model=maf", "dataset=table", f"dataset.path={tmp_path / 'dice.npy'}", *TINY]
-    config, summary = trained(tmp_path / "run", *words)
+    config, summary = train_run(tmp_path / "run", *words)
     report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "examples": None}))
     assert report["bits_per_dim"] == pytest.approx(-report["log_likelihood"] / (4 * np.log(2)))
     assert report["bits_per_dim"] > np.log2(6) - 0.1  # no model beats the dice
 
 
 def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
-    config, summary = trained(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
+    config, summary = train_run(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
     flow = flowtrain.load(str(tmp_path))
     for label, classes in ((None, [0, 1, 2, 3, 4, 5]), (3, [3] * 6), ([1, 7], [1, 7] * 3)):
         asked, folder = of_checkpoint(config, summary, tmp_path / f"{label}", **{**SAMPLE, "label": label})
@@ -130,7 +130,7 @@ def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
 
 
 def test_a_list_of_temperatures_draws_rows(tmp_path):
-    config, summary = trained(tmp_path, *TINY)
+    config, summary = train_run(tmp_path, *TINY)
     keys = {**SAMPLE, "temperature": [0.0, 0.5, 1.0]}
     paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **keys))
     integers = np.load(paths["npy"])
@@ -141,16 +141,18 @@ def test_a_list_of_temperatures_draws_rows(tmp_path):
 
 
 def test_initial_weights_come_from_a_checkpoint(tmp_path):
-    _, summary = trained(tmp_path / "first", *TINY)
-    _, second = trained(tmp_path / "second", *TINY, "max_steps=1", "optimizer.lr=0.0", f"init={summary['checkpoint']}")
+    _, summary = train_run(tmp_path / "first", *TINY)
+    _, second = train_run(
+        tmp_path / "second", *TINY, "max_steps=1", "optimizer.lr=0.0", f"init={summary['checkpoint']}"
+    )
     assert second["bits_per_dim"] == pytest.approx(summary["bits_per_dim"], abs=1e-6)
 
 
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(tmp_path):
     words = [*TINY, "model.dropout=0.3", "trainer.accumulate=2"]
-    _, eager = trained(tmp_path / "eager", *words)
-    _, compiled = trained(tmp_path / "compiled", *words, "compile=true")
+    _, eager = train_run(tmp_path / "eager", *words)
+    _, compiled = train_run(tmp_path / "compiled", *words, "compile=true")
     assert compiled["bits_per_dim"] == pytest.approx(eager["bits_per_dim"], abs=1e-4)
 
 
@@ -159,7 +161,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
     channels = configuration(f"experiment={experiment}").dataset.get("channels")  # None: a table
     small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"] if channels else ["dataset=moons"]
-    config, summary = trained(tmp_path, f"experiment={experiment}", *small, *TINY)
+    config, summary = train_run(tmp_path, f"experiment={experiment}", *small, *TINY)
     assert summary["steps"] == 3
     report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "draws": 1}))
     assert np.isfinite(report["log_likelihood"])
@@ -171,8 +173,8 @@ def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
 
 def test_two_processes_do_not_write_one_run(tmp_path):
     with status.lock(tmp_path), pytest.raises(UsageError, match=f"is being trained by process {os.getpid()} on"):
-        trained(tmp_path, *TINY)
-    trained(tmp_path, *TINY)
+        train_run(tmp_path, *TINY)
+    train_run(tmp_path, *TINY)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
 )
 def test_what_cannot_be_is_refused(words, says, tmp_path):
     with pytest.raises(UsageError, match=says):
-        trained(tmp_path, *words)
+        train_run(tmp_path, *words)
 
 
 PUBLISHED = {"split": "test", "data": "mnist", "grey_levels": 256, "source": "a paper", "from_memory": False}

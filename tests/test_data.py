@@ -178,7 +178,7 @@ def test_seeds_and_shards():
         assert [i for part in parts for i in part] == list(range(7))
 
 
-def numbered(length=23, size=4):
+def numbered_split(length=23, size=4):
     """A split whose example i is filled with i."""
     return data.ArraySplit(torch.arange(length, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, size, size))
 
@@ -189,7 +189,7 @@ def steps(loader, start, number):
 
 
 def test_loader_goes_on_from_any_step():
-    loader = data.Loader(numbered(), 5, seed=3)
+    loader = data.Loader(numbered_split(), 5, seed=3)
     assert loader.steps_per_epoch == 4
     whole = steps(loader, 0, 12)
     for start in (1, 4, 7):
@@ -218,25 +218,28 @@ def test_batches_that_cannot_be_are_refused():
 
 
 def test_a_resumed_run_needs_the_same_data():
-    state = data.Loader(numbered(23), 5, seed=3).state_dict()
-    data.Loader(numbered(23), 5, seed=3).load_state_dict(state)
+    state = data.Loader(numbered_split(23), 5, seed=3).state_dict()
+    data.Loader(numbered_split(23), 5, seed=3).load_state_dict(state)
     one_line(
-        lambda: data.Loader(numbered(24), 5, seed=3).load_state_dict(state), "was 23", "now 24", error=FlowtrainError
+        lambda: data.Loader(numbered_split(24), 5, seed=3).load_state_dict(state),
+        "was 23",
+        "now 24",
+        error=FlowtrainError,
     )
 
 
 @pytest.mark.parametrize(("length", "world"), [(23, 1), (23, 2), (23, 3), (5, 8), (0, 2)])
 def test_ordered_gives_every_example_once(length, world):
-    shares = [list(data.evaluation_batches(numbered(length), 4, rank=rank, world=world)) for rank in range(world)]
+    shares = [list(data.evaluation_batches(numbered_split(length), 4, rank=rank, world=world)) for rank in range(world)]
     batches = sorted(index.tolist() for share in shares for index, _, _ in share)
     assert batches == [list(range(length))[i : i + 4] for i in range(0, length, 4)]  # whole, for any world
     assert all(x[:, 0, 0, 0].tolist() == index.tolist() for share in shares for index, x, _ in share)
 
 
 def test_ordered_takes_some_evenly():
-    index = torch.cat([index for index, _, _ in data.evaluation_batches(numbered(20), 4, examples=5)])
+    index = torch.cat([index for index, _, _ in data.evaluation_batches(numbered_split(20), 4, examples=5)])
     assert index.tolist() == [0, 4, 8, 12, 16]
-    assert sum(len(i) for i, _, _ in data.evaluation_batches(numbered(20), 4, examples=100)) == 20
+    assert sum(len(i) for i, _, _ in data.evaluation_batches(numbered_split(20), 4, examples=100)) == 20
 
 
 # ------------------------------------------------------------------ augmentation
@@ -367,11 +370,11 @@ def test_an_unreadable_image(folder, caplog, workers):
     bad.write_bytes(bad.read_bytes()[:60])
     (folder / "class1" / "04.png").write_text("not an image")
 
-    def opened(on_bad):
+    def open_split(on_bad):
         images = data.ImageFolder(path=str(folder), image_size=8, on_bad=on_bad)
         return ImageFileSplit(find_images(folder), find_images(folder).names, images.spec.shape, on_bad=on_bad)
 
-    split = opened("stop")
+    split = open_split("stop")
     names = split.names
     one_line(
         lambda: list(data.evaluation_batches(split, 4, workers=workers)),
@@ -379,11 +382,11 @@ def test_an_unreadable_image(folder, caplog, workers):
         "on_bad=skip",
         error=FlowtrainError,
     )
-    split = opened("skip")
+    split = open_split("skip")
     first, second = (steps(data.Loader(split, 5, workers=workers), 0, 8) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(split.bad) == 2 and sum("cannot read" in record.message for record in caplog.records) == 1
-    index = torch.cat([index for index, _, _ in data.evaluation_batches(opened("skip"), 4, workers=workers)])
+    index = torch.cat([index for index, _, _ in data.evaluation_batches(open_split("skip"), 4, workers=workers)])
     assert len(index) == 18 and names.index("class0/03.png") not in index.tolist()  # evaluation repeats nothing
 
 

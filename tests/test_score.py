@@ -37,14 +37,14 @@ DEFAULTS = {  # of conf/score.yaml
 }
 
 
-def trained(folder, *words) -> Path:
+def train_run(folder, *words) -> Path:
     """A run in ``folder``."""
     (run_dir := folder / "run").mkdir()
     train.main(configuration(*words, "smoke=true", "trainer.tensorboard=false"), str(run_dir))
     return run_dir
 
 
-def scored(run_dir, folder, **keys) -> tuple[list[list[str]], dict]:
+def run_score(run_dir, folder, **keys) -> tuple[list[list[str]], dict]:
     """The rows of scores.csv, the heading first, and the summary. Paths are those in ``folder``."""
     file = run_dir / "checkpoints/best.pt"
     keys |= {key: str(folder / keys[key]) for key in ("input", "output") if keys.get(key)}
@@ -56,13 +56,13 @@ def scored(run_dir, folder, **keys) -> tuple[list[list[str]], dict]:
 
 
 def likelihoods(run_dir, folder, **keys) -> np.ndarray:
-    return np.array([row[1] for row in scored(run_dir, folder, **keys)[0][1:]], dtype=float)
+    return np.array([row[1] for row in run_score(run_dir, folder, **keys)[0][1:]], dtype=float)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    run_dir = trained(folder, "dataset=digits", "model=glow")
+    run_dir = train_run(folder, "dataset=digits", "model=glow")
     images = Digits().split("test").take(torch.arange(359))[0]
     np.save(folder / "test.npy", images.numpy())
     np.save(folder / "grey.npy", images[:20, 0].numpy())
@@ -73,7 +73,7 @@ def digits(tmp_path_factory):
 def images(tmp_path_factory):
     """A run on 3×16×16 images and a folder of other sizes, one of them no image."""
     folder = tmp_path_factory.mktemp("images")
-    run_dir = trained(folder, "dataset=synthetic", "dataset.shape=[3,16,16]", "model=glow")
+    run_dir = train_run(folder, "dataset=synthetic", "dataset.shape=[3,16,16]", "model=glow")
     draw = np.random.default_rng(0)
     (folder / "new/deep").mkdir(parents=True)
     for name in ("b.png", "a.png", "deep/c.png"):
@@ -96,7 +96,7 @@ def table(tmp_path_factory):
     frame.to_csv(folder / "rows.csv", index=False)
     frame[["job", "height", "age"]].to_parquet(folder / "rows.parquet")
     words = [f"dataset.path='{folder}/rows.csv'", "dataset.columns=[age,height]", "dataset.context=[job]"]
-    return folder, trained(folder, "dataset=table", *words, "model=maf"), frame
+    return folder, train_run(folder, "dataset=table", *words, "model=maf"), frame
 
 
 def test_the_mean_is_that_of_eval(digits):
@@ -139,26 +139,26 @@ def test_values_that_are_no_images(digits, capsys):
     np.save(folder / "wrong.npy", wrong)
     np.save(folder / "reals.npy", wrong / 17)
     with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: values outside 0 … 16; on_bad=skip leaves it out"):
-        scored(run_dir, folder, input="wrong.npy")
+        run_score(run_dir, folder, input="wrong.npy")
     with pytest.raises(
         UsageError, match=r"float64 \[4, 1, 8, 8\]: this model takes integers of shape \[N, 1, 8, 8\] or"
     ):
-        scored(run_dir, folder, input="reals.npy")
-    rows, summary = scored(run_dir, folder, input="wrong.npy", on_bad="skip")
+        run_score(run_dir, folder, input="reals.npy")
+    rows, summary = run_score(run_dir, folder, input="wrong.npy", on_bad="skip")
     assert rows[3] == ["3", "", ""] and rows[4][1] and (summary["rows"], summary["skipped"]) == (4, 1)
     assert "skipped         1, first: row 3 " in capsys.readouterr().out
     (folder / "some").mkdir()
     Image.fromarray(wrong[0, 0]).save(folder / "some/digit.png")
     with pytest.raises(UsageError, match="17 grey levels: give an npy of 0 … 16"):
-        scored(run_dir, folder, input="some")
+        run_score(run_dir, folder, input="some")
 
 
 def test_images_in_a_folder_an_archive_or_alone(images):
     folder, run_dir = images
     (folder / "new/b2.png").write_bytes(b"nothing")
     with pytest.raises(FlowtrainError, match="cannot read the image .*b2.png"):
-        scored(run_dir, folder, input="new")
-    rows, summary = scored(run_dir, folder, input="new", on_bad="skip")
+        run_score(run_dir, folder, input="new")
+    rows, summary = run_score(run_dir, folder, input="new", on_bad="skip")
     assert [row[0] for row in rows] == ["file", "a.png", "b.png", "b2.png", "deep/c.png"]
     assert rows[3][1:] == ["", ""] and summary["skipped"] == 1 and summary["first_skipped"].startswith("b2.png: ")
     (folder / "new/b2.png").unlink()
@@ -175,9 +175,9 @@ def test_images_in_a_folder_an_archive_or_alone(images):
 
 def test_rows_of_a_table(table):
     folder, run_dir, frame = table
-    rows, summary = scored(run_dir, folder, input="rows.csv")
+    rows, summary = run_score(run_dir, folder, input="rows.csv")
     assert rows[0] == ["row", "log_likelihood"] and "bits_per_dim" not in summary
-    scored(run_dir, folder, input="rows.parquet", output="scores.parquet", batch=50)
+    run_score(run_dir, folder, input="rows.parquet", output="scores.parquet", batch=50)
     parquet = pd.read_parquet(folder / "scores.parquet")
     values = np.array(rows[1:], dtype=float)
     assert parquet["row"].tolist() == list(range(1, 701)) == values[:, 0].tolist()
@@ -193,7 +193,7 @@ def test_rows_of_a_table(table):
 
 def test_rows_of_real_numbers(tmp_path):
     """By name; by position where an array has none."""
-    run_dir = trained(tmp_path, "dataset=moons", "model=maf")
+    run_dir = train_run(tmp_path, "dataset=moons", "model=maf")
     rows = np.random.default_rng(0).normal(size=(300, 2))
     np.save(tmp_path / "rows.npy", rows)
     pd.DataFrame(rows, columns=["y", "x"]).to_csv(tmp_path / "swapped.csv", index=False)
@@ -212,16 +212,16 @@ def test_a_missing_value_stops_or_is_left_out(table):
     bad.loc[302, "height"] = 1e30
     bad.to_csv(folder / "bad.csv", index=False)
     with pytest.raises(FlowtrainError, match="bad.csv: column 'height', row 301 .*missing or not finite; on_bad=skip"):
-        scored(run_dir, folder, input="bad.csv", output="bad_scores.csv")
+        run_score(run_dir, folder, input="bad.csv", output="bad_scores.csv")
     assert not [*folder.glob("*bad_scores*"), *folder.glob(".bad_scores*")]
-    skipping, summary = scored(run_dir, folder, input="bad.csv", on_bad="skip")
-    whole, _ = scored(run_dir, folder, input="rows.csv")
+    skipping, summary = run_score(run_dir, folder, input="bad.csv", on_bad="skip")
+    whole, _ = run_score(run_dir, folder, input="rows.csv")
     assert summary["skipped"] == 3 and [row[1] for row in skipping[301:304]] == [""] * 3
     found, wanted = (np.array(rows[1:301] + rows[304:], dtype=float) for rows in (skipping, whole))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)  # the others keep their noise
     frame.assign(height=1e30).to_csv(folder / "far.csv", index=False)
     with pytest.raises(FlowtrainError, match=r"far.csv: row 1 \(the first is 1\): its log-likelihood is -inf"):
-        scored(run_dir, folder, input="far.csv")
+        run_score(run_dir, folder, input="far.csv")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_refusals(table, keys, says, code):
     frame[:0].to_csv(folder / "empty.csv", index=False)
     (folder / "cut.parquet").write_bytes((folder / "rows.parquet").read_bytes()[:500])
     with pytest.raises(FlowtrainError) as caught:
-        scored(run_dir, folder, **keys)
+        run_score(run_dir, folder, **keys)
     assert says in str(caught.value) and caught.value.exit_code == code
 
 
@@ -265,13 +265,13 @@ def test_refusals_of_the_command_line(table):
 
 
 def test_a_class_is_given_by_its_label(tmp_path):
-    run_dir = trained(tmp_path, "dataset=digits", "model=glow", "dataset.context=label", "base=class_normal")
+    run_dir = train_run(tmp_path, "dataset=digits", "model=glow", "dataset.context=label", "base=class_normal")
     np.save(tmp_path / "digits.npy", Digits().split("test").take(torch.arange(30))[0].numpy())
     one, other = (likelihoods(run_dir, tmp_path, input="digits.npy", label=label) for label in (0, 3))
     assert np.abs(one - other).max() > 1e-3
     for keys in ({}, {"label": 10}):
         with pytest.raises(UsageError, match="give the class, 0 to 9"):
-            scored(run_dir, tmp_path, input="digits.npy", **keys)
+            run_score(run_dir, tmp_path, input="digits.npy", **keys)
 
 
 @pytest.mark.parametrize("block", [100, 256, 400])

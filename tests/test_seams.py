@@ -55,13 +55,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def trained(folder, *words):
+def train_run(folder, *words):
     assert flowtrain(folder, *TINY, *words) == 0
     return max(folder.glob("outputs/*/*"), key=lambda run: run.stat().st_mtime)
 
 
 def test_a_logger_of_ones_own(folder):
-    run = trained(folder, "allow=[mine]", "+logger.mine={_target_: mine.Steps, name: a.txt}", "~logger.tensorboard")
+    run = train_run(folder, "allow=[mine]", "+logger.mine={_target_: mine.Steps, name: a.txt}", "~logger.tensorboard")
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line.split() for line in (run / "a.txt").read_text().splitlines()] == [
         [str(row.pop("step")), *row] for row in metrics
@@ -79,19 +79,19 @@ def test_a_logger_of_ones_own(folder):
     ],
 )
 def test_loggers_are_chosen(folder, words, left):
-    run = trained(folder, *words)
+    run = train_run(folder, *words)
     assert {name for name in ("metrics.jsonl", "tb", "samples") if (run / name).exists()} == left
 
 
 def test_without_loggers_a_run_still_resumes(folder):
-    run = trained(folder, "--config-dir", "conf", "logger=mine")
+    run = train_run(folder, "--config-dir", "conf", "logger=mine")
     assert not {"metrics.jsonl", "tb", "samples"} & {path.name for path in run.iterdir()}
     assert flowtrain(folder, "train", f"resume={run}", "max_steps=6") == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
 def test_an_objective_of_ones_own(folder):
-    run = trained(folder, "--config-dir", "conf", "allow=[mine]", "objective=mine")
+    run = train_run(folder, "--config-dir", "conf", "allow=[mine]", "objective=mine")
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"train/tempered", "val/tempered"} <= {key for row in metrics for key in row}
 

@@ -726,7 +726,7 @@ MADE_UP = Columns(
 )
 
 
-def fitted(cls, columns=MADE_UP):
+def fit_layer(cls, columns=MADE_UP):
     layer = cls((len(columns.names),))
     layer.fit(columns)
     return layer
@@ -734,7 +734,7 @@ def fitted(cls, columns=MADE_UP):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_columns_of_integers_and_categories_are_dequantized(dtype, monkeypatch):
-    layer = fitted(b.DequantizeColumns).to(dtype)
+    layer = fit_layer(b.DequantizeColumns).to(dtype)
     edge = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
     far = table_file.EXACT
     x = torch.tensor([[0.3, -2, 0], [-1.7, 5, 2], [1e9, far - 1, 1], [0.1, -far, 2]])
@@ -747,7 +747,7 @@ def test_columns_of_integers_and_categories_are_dequantized(dtype, monkeypatch):
         back, log_det = layer.inverse(y)
         assert torch.equal(back, x.to(dtype)) and torch.equal(log_det, torch.zeros(4, dtype=dtype))
     beyond = torch.tensor([[0.5, -7.2, -0.4], [0.5, 99.9, 3.3]])
-    assert torch.equal(fitted(b.DequantizeColumns).inverse(beyond)[0], torch.tensor([[0.5, -8, 0], [0.5, 99, 2]]))
+    assert torch.equal(fit_layer(b.DequantizeColumns).inverse(beyond)[0], torch.tensor([[0.5, -8, 0], [0.5, 99, 2]]))
 
 
 def test_a_link_is_the_identity_until_it_is_fitted_and_is_loaded_fitted():
@@ -755,11 +755,11 @@ def test_a_link_is_the_identity_until_it_is_fitted_and_is_loaded_fitted():
     for cls in (b.DequantizeColumns, b.Standardize):
         assert torch.equal(cls((3,))(x)[0], x)
         other = cls((3,))
-        other.load_state_dict(fitted(cls).state_dict())
+        other.load_state_dict(fit_layer(cls).state_dict())
         torch.manual_seed(0)
         z = other(x)[0]
         torch.manual_seed(0)
-        assert torch.equal(z, fitted(cls)(x)[0]) and not torch.equal(z, x)
+        assert torch.equal(z, fit_layer(cls)(x)[0]) and not torch.equal(z, x)
 
 
 def test_links_refuse_what_they_cannot_fit():
@@ -772,7 +772,7 @@ def test_links_refuse_what_they_cannot_fit():
             cls((3,)).fit(None)
 
 
-def preprocessed(columns, **body):
+def table_flow(columns, **body):
     def chain(shape, context_shape=None):
         links = {"dequantize": b.DequantizeColumns, "standardize": b.Standardize, **body}
         made = b.Chain(shape, links)
@@ -786,10 +786,10 @@ def preprocessed(columns, **body):
 def test_the_density_is_that_of_the_units_of_the_file():
     from scipy import stats
 
-    flow = preprocessed(Columns(MADE_UP.modelled[:1])).double()
+    flow = table_flow(Columns(MADE_UP.modelled[:1])).double()
     x = torch.linspace(-3, 5, 50, dtype=torch.float64)[:, None]
     np.testing.assert_allclose(flow(x).numpy(), stats.norm(2.0, 0.5).logpdf(x[:, 0].numpy()), rtol=1e-12)
-    centred = preprocessed(Columns(MADE_UP.modelled[1:2])).double()
+    centred = table_flow(Columns(MADE_UP.modelled[1:2])).double()
     with global_batch.bin_centres():
         log_prob = centred(torch.tensor([[3.0]]))
     np.testing.assert_allclose(log_prob.numpy(), stats.norm(3.5, 2.0).logpdf(3.5), rtol=1e-12)
@@ -797,7 +797,7 @@ def test_the_density_is_that_of_the_units_of_the_file():
 
 def test_probabilities_of_all_integers_sum_to_one(monkeypatch):
     """∫ p(x + ε) dε over every whole number, by quadrature."""
-    flow = preprocessed(Columns(MADE_UP.modelled[1:2]), scale=partial(b.Elementwise, univariate=b.ExpAffine)).double()
+    flow = table_flow(Columns(MADE_UP.modelled[1:2]), scale=partial(b.Elementwise, univariate=b.ExpAffine)).double()
     torch.nn.init.constant_(flow.bijection.scale.theta, 0.3)
     at, weight = np.polynomial.legendre.leggauss(32)
     at, weight = torch.tensor((at + 1) / 2)[:, None], torch.tensor(weight / 2)
@@ -809,7 +809,7 @@ def test_probabilities_of_all_integers_sum_to_one(monkeypatch):
 def test_a_table_survives_encoding(tmp_path, frame):
     """Through the links, there and back: the very integers and categories, and the reals to float32."""
     split = data.Table(path=write(frame, tmp_path / "t.csv")).split("train")
-    flow = preprocessed(split.columns, mixing=b.LULinear)
+    flow = table_flow(split.columns, mixing=b.LULinear)
     back = flow.decode(flow.encode(split.data))
     discrete = [kind != "real" for kind in split.columns.kinds]
     assert discrete == [False, True, False, True, True, True]

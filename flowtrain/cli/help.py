@@ -31,8 +31,8 @@ def help_text(name: str, words: list[str], config_dir: str | None = None) -> str
     """The help of a command. ``words`` may choose options, such as ``model=realnvp``, whose keys are then listed."""
     command, folders = COMMANDS[name], [Path(config_dir or conf_dir()), conf_dir()]
     files = _Files(folders, dict(word.split("=", 1) for word in words if "=" in word))
-    own = files.included(conf_dir() / f"{name}.yaml")
-    root = files.included(conf_dir() / f"{command.root}.yaml") if command.root else own
+    own = files.with_includes(conf_dir() / f"{name}.yaml")
+    root = files.with_includes(conf_dir() / f"{command.root}.yaml") if command.root else own
     groups = files.groups() if "model" in files.chosen(root) else [*files.chosen(root)]
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
     text = [description(own[0]), "", f"usage: flowtrain {name} {_usage(command)}", "", "Keys:", ""]
@@ -119,16 +119,16 @@ class _Files:
         found = {path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()}
         return sorted(found - {"hydra"})
 
-    def included(self, file: Path) -> list[Path]:
+    def with_includes(self, file: Path) -> list[Path]:
         """A file, and those of its group that its defaults list includes by name."""
         names = [entry for entry in _defaults(file) if isinstance(entry, str) and entry != "_self_"]
         group = "" if file.parent in self.folders else file.parent.name
-        return [file, *(inner for name in names for inner in self.included(self.find(group, name)))]
+        return [file, *(inner for name in names for inner in self.with_includes(self.find(group, name)))]
 
     def keys(self, file: Path, prefix: str = "") -> list[Key]:
         """The keys of a file and of those that it includes, whose values it may replace."""
         found: dict[str, Key] = {}
-        for one in self.included(file):
+        for one in self.with_includes(file):
             for key in keys(one, prefix):
                 first = found.setdefault(key.name, key)
                 found[key.name] = first._replace(comment=first.comment or key.comment)
@@ -145,7 +145,7 @@ class _Files:
                     option = self.choices.get(group, option)
                     if not name.startswith("override ") and option not in (None, "???") and group not in found:
                         found[group] = option
-                        todo += self.included(self.find(group, option))
+                        todo += self.with_includes(self.find(group, option))
         return found
 
 

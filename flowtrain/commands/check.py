@@ -46,13 +46,13 @@ def main(config: CheckConfig, run_dir: str) -> dict:
         try:
             x = draw_samples(flow, config.examples, config.seed, context).to(next(flow.parameters()).device)
         except FlowtrainError:  # not finite; the audit finds out where
-            x = _made_up(spec, flow, config.examples)
+            x = _made_up_data(spec, flow, config.examples)
     else:
         spec = build_dataset(config).spec
         flow = build_flow(config, spec, distributed.device())
         what = f"a new {model_name(config)} for {spec.name}"
         examples = max(config.examples, min(START, NUMBERS // flow.dimensions))
-        x, context = _made_up(spec, flow, examples), _context(spec, flow, examples)
+        x, context = _made_up_data(spec, flow, examples), _context(spec, flow, examples)
         perturb(flow, x, context)
         x, context = x[: config.examples], None if context is None else context[: config.examples]
     try:
@@ -110,7 +110,7 @@ def replay(config: CheckConfig, run_dir: str) -> dict:
     return report
 
 
-def _made_up(spec: DataSpec, flow: Flow, n: int) -> Tensor:
+def _made_up_data(spec: DataSpec, flow: Flow, n: int) -> Tensor:
     """n uniform integers of the data's grey levels, or normal numbers, (n, *shape)."""
     device, grey_levels = next(flow.parameters()).device, spec.grey_levels
     if not grey_levels:

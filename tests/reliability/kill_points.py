@@ -70,7 +70,7 @@ def _kill_around(owner, name: str, before=lambda *args: False, after=lambda *arg
     """Kill this process before or after a call of ``owner.name`` if the function of that name accepts its arguments."""
     original = getattr(owner, name)
 
-    def patched(*args):
+    def patch(*args):
         if before(*args):
             kill_self()
         result = original(*args)
@@ -78,21 +78,21 @@ def _kill_around(owner, name: str, before=lambda *args: False, after=lambda *arg
             kill_self()
         return result
 
-    setattr(owner, name, patched)
+    setattr(owner, name, patch)
 
 
 def _kill_in_write(byte: int) -> None:
     """Kill this process once ``byte`` bytes of a checkpoint are written."""
     write = checkpoint._Archive.write
 
-    def patched(self, data):
+    def patch(self, data):
         if self.size + len(data) <= byte:
             return write(self, data)
         write(self, bytes(data)[: byte - self.size])
         self.file.flush()
         kill_self()
 
-    checkpoint._Archive.write = patched
+    checkpoint._Archive.write = patch
 
 
 def _kill_in_pruning(part: int) -> None:
