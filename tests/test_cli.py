@@ -320,6 +320,27 @@ def test_a_signal_before_the_first_step(tmp_path):
     assert process.returncode == 143
 
 
+SWALLOW = """
+import os, signal, sys
+from flowtrain.cli.main import main
+from flowtrain.runtime.signals import end_at_once
+end_at_once()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except SystemExit:
+    pass
+sys.argv = ["flowtrain", "train"]
+main()
+"""
+
+
+def test_a_signal_ends_the_command_though_a_library_swallows_its_exit(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", SWALLOW]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stderr, done.returncode) == ("flowtrain: interrupted by SIGTERM\n", 143)
+
+
 @pytest.mark.slow
 def test_every_option_composes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

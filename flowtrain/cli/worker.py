@@ -20,7 +20,7 @@ from flowtrain.config.schema import JobConfig
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.runtime import allocator, distributed
 from flowtrain.runtime.distributed import PeerFailure
-from flowtrain.runtime.signals import end_in_kernel
+from flowtrain.runtime.signals import end_if_signalled, end_in_kernel
 
 
 def execute(command: str, config: JobConfig, run_dir: str, logging_config: dict | None = None) -> dict:
@@ -35,7 +35,9 @@ def execute(command: str, config: JobConfig, run_dir: str, logging_config: dict 
     with distributed.catch_peer_failures():
         distributed.init()
         distributed.limit_waits(config.dist.timeout_s)
-        return importlib.import_module(COMMANDS[command].module).main(config, run_dir)
+        module = importlib.import_module(COMMANDS[command].module)
+        end_if_signalled()
+        return module.main(config, run_dir)
 
 
 def main() -> None:

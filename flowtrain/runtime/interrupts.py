@@ -14,7 +14,7 @@ import torch
 
 from flowtrain.errors import Interrupted
 from flowtrain.runtime import distributed
-from flowtrain.runtime.signals import SAME, SIGNALS
+from flowtrain.runtime.signals import SAME, SIGNALS, end_if_signalled
 
 PATIENCE = 1.0  # seconds in which interruptible work may still end by itself
 
@@ -46,6 +46,7 @@ def note_signals() -> Iterator[SignalNote]:
     Another signal, a second or more after the first, ends the process at once, whatever it waits for.
     """
     global _note
+    end_if_signalled()
     _note = SignalNote()
     before = {signum: signal.signal(signum, _note.write) for signum in SIGNALS}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _note.interrupt)

@@ -7,6 +7,7 @@ import sys
 from flowtrain.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_received: list[int] = []  # what :func:`end_at_once` has answered
 SAME = 1.0  # seconds in which two signals count as one: the launcher passes on a Ctrl-C that workers also get
 
 
@@ -14,12 +15,20 @@ def end_at_once() -> None:
     """Let a signal end the process with its exit code and no traceback, until the trainer installs its handlers."""
 
     def end(signum, frame):
-        interrupted = Interrupted(signum)
-        print(f"flowtrain: {interrupted}", file=sys.stderr)
-        raise SystemExit(interrupted.exit_code) from interrupted  # not an Exception, which a library might catch
+        print(f"flowtrain: {Interrupted(signum)}", file=sys.stderr)
+        _received.append(signum)
+        end_if_signalled()
 
     for number in SIGNALS:
         signal.signal(number, end)
+
+
+def end_if_signalled() -> None:
+    """Raise SystemExit if :func:`end_at_once` has answered a signal. For the places where long work begins: a library
+    that was being imported, or a callback, may have swallowed the first SystemExit."""
+    if _received:
+        interrupted = Interrupted(_received[0])
+        raise SystemExit(interrupted.exit_code) from interrupted  # not an Exception, which libraries catch more often
 
 
 def end_with_torchrun() -> None:
