@@ -26,11 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["max_steps=2", "smoke=true", "trainer.tensorboard=false"]
 
 
+def environment(**more):
+    """The variables of a process that runs this checkout on one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
 def flowtrain(*words, cwd, **env):
     """The command in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, "-m", "flowtrain", *words]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -289,11 +293,10 @@ def test_two_processes_leave_one_run(tmp_path):
 @pytest.mark.parametrize("number, code, devices", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
     words = ["train", "max_steps=1000000", f"devices={devices}", "trainer.tensorboard=false", "smoke=false"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", "flowtrain", *words],
         cwd=tmp_path,
-        env=env,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -310,9 +313,8 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
 
 
 def test_a_signal_before_the_first_step(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "flowtrain", "train"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "flowtrain", "train"], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
     time.sleep(0.8)
     process.send_signal(signal.SIGTERM)
@@ -335,9 +337,10 @@ main()
 
 
 def test_a_signal_ends_the_command_though_a_library_swallows_its_exit(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", SWALLOW]
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.stderr, done.returncode) == ("flowtrain: interrupted by SIGTERM\n", 143)
 
 

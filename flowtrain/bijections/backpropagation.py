@@ -40,8 +40,6 @@ class ActivationCheckpointing(Backpropagation):
     that hold divided chains, such as a multi-scale layer.
     """
 
-    recomputes = True
-
     def __init__(self) -> None:
         self.divided: dict[Chain, list[tuple[str, list[Bijection]]]] = {}
 
@@ -49,6 +47,8 @@ class ActivationCheckpointing(Backpropagation):
         return list(_chains_to_divide(bijection))
 
     def run(self, chain, x, context):
+        if not torch.is_grad_enabled():
+            return super().run(chain, x, context)
         if chain not in self.divided:
             self.divided[chain] = list(self.segments(chain))
         total = zero_log_det(x)

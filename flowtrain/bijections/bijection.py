@@ -175,15 +175,13 @@ def apply_in_turn(
 class Backpropagation:
     """How chains find their layers' gradients: here by keeping all activations. Others are in backpropagation.py."""
 
-    recomputes = False  # True: :meth:`run` stands in for the loop of Chain.forward where gradients are needed
-
     def chains(self, bijection: Bijection) -> list[Chain]:
         """The chains in ``bijection`` that this changes. ValueError if the bijection cannot be trained so."""
         return [layer for layer, _ in walk(bijection) if isinstance(layer, Chain)]
 
     def run(self, chain: Chain, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``chain.forward`` without keeping all activations."""
-        raise NotImplementedError
+        """``chain.forward``."""
+        return apply_in_turn(fuse(chain), x, context)
 
     def statistics(self) -> dict[str, float]:
         """What a trainer may log."""
@@ -247,13 +245,7 @@ class Chain(Bijection):
         return self._modules
 
     def forward(self, x, context=None):
-        if self.backpropagation.recomputes and torch.is_grad_enabled():
-            return self.backpropagation.run(self, x, context)
-        total = zero_log_det(x)
-        for layer in fuse(self):
-            x, log_det = layer(x, context)
-            total = total + log_det
-        return x, total
+        return self.backpropagation.run(self, x, context)  # unless one is set that saves memory: apply_in_turn
 
     def inverse(self, z, context=None):
         return apply_in_turn([link.inverse for link in reversed(fuse(self))], z, context)

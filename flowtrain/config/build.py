@@ -106,8 +106,8 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
         node = model.get(name)
         if node and isinstance(node, dict) and "_target_" not in node:  # +model.univariate.bins=3
             raise UsageError(f"no key 'model.{name}.{min(node)}'; did you mean '{name}.{min(node)}'?")
-    made = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
-    make = _constructor(_null_empty(model), "model", config.allow, data, made)
+    factories = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
+    make = _constructor(_null_empty(model), "model", config.allow, data, factories)
     takes = inspect.signature(make.func).parameters
     for name, node in parts.items():  # preprocess comes with the data; layers may refer to any part
         if node and name not in takes and name != "preprocess" and "layers" not in takes:

@@ -68,9 +68,9 @@ class JobConfig:
 class TrainConfig(JobConfig):
     """A flow, its data and how it is trained: what a checkpoint contains.
 
-    The nodes ``model``, ``dataset``, ``optimizer``, ``objective``, ``scheduler`` and ``logger`` are plain dicts: their
-    constructors check them.
-    So are the ``parts`` (``univariate``, ``norm``, ``preprocess`` …): nodes at the root that models and data choose.
+    The nodes ``model``, ``dataset``, ``optimizer``, ``objective``, ``scheduler`` and ``logger`` are plain dicts, which
+    their constructors check. So are the ``parts``: ``univariate``, ``norm``, ``preprocess`` and the other root nodes
+    that models and data choose.
     """
 
     seed: int = number(least=0)

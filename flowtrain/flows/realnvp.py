@@ -71,13 +71,10 @@ def realnvp(
     even = partial(coupling, partition=partial(Checkerboard, colour=1))
     second = partial(coupling, partition=Halves)
     first = partial(coupling, partition=partial(Halves, swap=True))
-    level = chain(
-        checkerboard0=odd,
-        norm0=norm,
-        checkerboard1=even,
-        norm1=norm,
-        checkerboard2=odd,
-        norm2=norm,
+    checkerboards = partial(
+        chain, checkerboard0=odd, norm0=norm, checkerboard1=even, norm1=norm, checkerboard2=odd, norm2=norm
+    )
+    level = checkerboards(
         squeeze=Squeeze,
         channel0=second,
         norm3=norm,
@@ -87,16 +84,7 @@ def realnvp(
         norm5=norm,
         keep=DiagonalFirst,
     )
-    last = chain(
-        checkerboard0=odd,
-        norm0=norm,
-        checkerboard1=even,
-        norm1=norm,
-        checkerboard2=odd,
-        norm2=norm,
-        checkerboard3=even,
-        norm3=norm,
-    )
+    last = checkerboards(checkerboard3=even, norm3=norm)
     layers = chain(
         preprocess=preprocess,
         scales=partial(MultiScale, levels=count_halvings(shape) if levels is None else levels, level=level, last=last),

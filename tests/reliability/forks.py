@@ -21,6 +21,15 @@ from flowtrain.cli import exit_codes, worker
 from flowtrain.runtime import checkpoint
 
 HERE = Path(__file__).resolve().parent
+SMALL_RUN = [  # the first words of a run whose steps take milliseconds
+    "train",
+    "model=realnvp_vector",
+    "model.hidden=8",
+    "model.pairs=1",
+    "dataset=moons",
+    "dataset.rows=500",
+    "batch_size=16",
+]
 
 
 class Server:

@@ -6,16 +6,10 @@ import platform
 import signal
 import socket
 
-from forks import read_metrics, runs_in
+from forks import SMALL_RUN, read_metrics, runs_in
 
 WORDS = [
-    "train",
-    "model=realnvp_vector",
-    "model.hidden=8",
-    "model.pairs=1",
-    "dataset=moons",
-    "dataset.rows=500",
-    "batch_size=16",
+    *SMALL_RUN,
     "trainer.tensorboard=false",
     "trainer.log_every=1",
     "trainer.val_every=1000",

@@ -11,18 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from forks import are_equal, read_metrics, read_state, runs_in
+from forks import SMALL_RUN, are_equal, read_metrics, read_state, runs_in
 
 from flowtrain.errors import Interrupted
 
 WORDS = [
-    "train",
-    "model=realnvp_vector",
-    "model.hidden=8",
-    "model.pairs=1",
-    "dataset=moons",
-    "dataset.rows=500",
-    "batch_size=16",
+    *SMALL_RUN,
     "max_steps=24",
     "trainer.tensorboard=false",
     "trainer.log_every=2",
