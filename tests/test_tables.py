@@ -16,9 +16,10 @@ from test_data import one_line
 
 from flowtrain import bijections as b
 from flowtrain import data
-from flowtrain.data import pickled_frames, table_file
-from flowtrain.data.columns import Column, Columns, moments
+from flowtrain.data import pickled_frames
 from flowtrain.data.spec import ColumnContext, DataSpec
+from flowtrain.data.tables import table_file
+from flowtrain.data.tables.columns import Column, Columns, moments
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch
@@ -413,7 +414,7 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
         write(frame, path)
     if kind == "many_blocks":
         monkeypatch.setattr(table_file, "CSV_BLOCK", 2**11)
-        monkeypatch.setattr("flowtrain.data.table.BLOCK", 37)
+        monkeypatch.setattr("flowtrain.data.tables.table.BLOCK", 37)
     dataset = data.Table(path=str(path), context=["age", "colour"], val_size=50, test_size=0.2)
     parts = {name: dataset.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 350, "val": 50, "test": 100}

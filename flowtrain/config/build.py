@@ -91,15 +91,20 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     """The flow of ``config.model`` for the data that ``spec`` describes.
 
     The model's node names a constructor, such as those of :mod:`flowtrain.flows`, and its arguments. What else the
-    constructor takes comes from ``spec`` (shape, context_shape, grey_levels) and from ``config.parts``, such as
-    ``univariate`` and ``base``, unless the model's node sets that part itself. An empty part is None. The random start
-    is a function of ``config.seed`` alone.
+    constructor takes comes from ``spec`` (shape, context_shape, grey_levels, columns) and from ``config.parts``, such
+    as ``univariate`` and ``base``, unless the model's node sets that part itself. An empty part is None. The random
+    start is a function of ``config.seed`` alone.
 
     Raises:
         UsageError: an unknown argument, one that a constructor rejects, or a part that the model does not read.
     """
     device = torch.device(device)
-    data = {"shape": spec.shape, "context_shape": spec.context_shape, "grey_levels": spec.grey_levels}
+    data = {
+        "shape": spec.shape,
+        "context_shape": spec.context_shape,
+        "grey_levels": spec.grey_levels,
+        "columns": spec.columns,
+    }
     model = {name: value for name, value in config.model.items() if value is not None or name not in config.parts}
     parts = {name: node for name, node in config.parts.items() if name not in config.model}
     for name in config.parts:

@@ -1,7 +1,6 @@
 """Datasets of images and vectors, their splits and their loaders. Nothing here knows of flows."""
 
 from flowtrain.data.augment import Augment
-from flowtrain.data.columns import Columns
 from flowtrain.data.digits import Digits
 from flowtrain.data.image_density import ImageDensity
 from flowtrain.data.image_folders import CelebA, CelebAHQ, ImageFolder
@@ -11,7 +10,8 @@ from flowtrain.data.maf_tables import BSDS300, Gas, Hepmass, Miniboone, Power
 from flowtrain.data.patches import Patches
 from flowtrain.data.split import ArraySplit, Split
 from flowtrain.data.synthetic import Synthetic
-from flowtrain.data.table import Table
+from flowtrain.data.tables.columns import Columns
+from flowtrain.data.tables.table import Table
 from flowtrain.data.torchvision_sets import CIFAR10, KMNIST, MNIST, SVHN, FashionMNIST
 from flowtrain.data.toys import Checkerboard, EightGaussians, Moons, Pinwheel, Rings, Spirals
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.columns import Columns
 from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
 from flowtrain.data.loader import evaluation_batches
-from flowtrain.data.table_file import READERS, Array, Block, Column, TableFile
+from flowtrain.data.tables.column import Column
+from flowtrain.data.tables.columns import Columns
+from flowtrain.data.tables.table_file import READERS, Array, Block, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256

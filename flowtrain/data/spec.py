@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flowtrain.data.tables.column import Column
+
 
 @dataclass(frozen=True)
 class LabelContext:
@@ -39,12 +41,15 @@ class DataSpec:
         grey_levels: the values are the integers 0 … grey_levels − 1. None for real numbers and for tables, which
             may have columns of integers all the same.
         context: what a conditional flow is given with each example, or None.
+        columns: of a user's table, what each of the D numbers of a row is (``Columns.encoded``), which decides the
+            links of its preprocessing; else None. Their moments are not yet known.
     """
 
     name: str
     shape: tuple[int, ...]
     grey_levels: int | None = None
     context: LabelContext | ColumnContext | None = None
+    columns: tuple[Column, ...] | None = None
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from flowtrain.data.columns import Columns
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import ArraySplit
+from flowtrain.data.tables.columns import Columns
 
 
 class Vectors(Dataset):

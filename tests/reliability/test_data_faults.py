@@ -19,7 +19,7 @@ from PIL import Image
 
 from flowtrain import data, train
 from flowtrain.data.image_files import ImageFileSplit, find_images
-from flowtrain.data.table_file import BLOCK, Array, TableFile
+from flowtrain.data.tables.table_file import BLOCK, Array, TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint

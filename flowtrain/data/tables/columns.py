@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.table_file import BLOCK, Column, missing_value_error
+from flowtrain.data.tables.column import Column
+from flowtrain.data.tables.table_file import BLOCK, missing_value_error
 from flowtrain.errors import FlowtrainError, UsageError
 
 
@@ -51,6 +52,12 @@ class Columns:
             tuple(_with_moments(self.modelled, rows, dequantized=True)),
             tuple(_with_moments(self.context, context, dequantized=False)),
         )
+
+    @property
+    def encoded(self) -> tuple[Column, ...]:
+        """What each number of a flow's row is: a modelled column, or at the end an indicator of an incomplete one."""
+        incomplete = [column for column in self.modelled if column.missing]
+        return self.modelled + tuple(Column(column.name, "indicator") for column in incomplete)
 
     @property
     def names(self) -> list[str]:

@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from flowtrain.data.columns import Columns, encode_values
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
-from flowtrain.data.table_file import BLOCK, TableFile, refuse_changes
+from flowtrain.data.tables.columns import Columns, encode_values
+from flowtrain.data.tables.table_file import BLOCK, TableFile, refuse_changes
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 

@@ -11,12 +11,12 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from flowtrain.data.tables.column import Column
 from flowtrain.errors import FlowtrainError, UsageError
 
 log = logging.getLogger(__name__)
@@ -31,27 +31,6 @@ OTHER_FORMS = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
 UNNAMED = ("", "Unnamed: 0", "__index_level_0__")  # names that pandas gives to an index in the file
 
 Block = dict[str, np.ndarray]  # name -> float64 with NaN for missing values, or texts with None for missing values
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Attributes:
-        name: as in the file.
-        kind: "real", "integer" (every value is a whole number) or "categorical" (text, or true and false).
-        categories: of a categorical column, its texts in order: text number i is encoded as i.
-        offset: a number that is subtracted from the values because float32 resolves 1.6e9 seconds only to two minutes:
-            0 unless the values are far from 0 and close together. A whole number if the values are.
-        mean, std: of the train split, minus the offset.
-    """
-
-    name: str
-    kind: str
-    categories: tuple[str, ...] = ()
-    offset: float = 0.0
-    mean: float = 0.0
-    std: float = 1.0
 
 
 class Csv:
