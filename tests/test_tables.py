@@ -660,7 +660,7 @@ def test_a_large_offset_keeps_integers_exact(tmp_path):
 
 
 def test_moments_are_taken_in_blocks(monkeypatch):
-    from flowtrain.data import columns
+    from flowtrain.data.tables import columns
 
     monkeypatch.setattr(columns, "BLOCK", 7)
     rows = (1e4 + np.random.default_rng(0).normal(size=(50, 3))).astype(np.float32)
