@@ -329,6 +329,8 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     log.info("run: %s", run_dir)
     log.info("device: %s × %d, precision %s", device_name(device), world, config.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
+    for line in train.columns.describe() if spec.columns else ():
+        log.info("columns, %s", line)
     levels = spec.grey_levels
     shape = "×".join(map(str, flow.shape))
     if levels:
