@@ -37,20 +37,23 @@ class Columns:
         names = names or [f"x{i}" for i in range(rows.shape[1])]
         return cls(tuple(Column(name, "real") for name in names)).with_moments(rows)
 
-    def with_moments(self, rows: np.ndarray, context: np.ndarray | None = None) -> Columns:
+    def with_moments(
+        self, rows: np.ndarray, context: np.ndarray | None = None, weights: np.ndarray | None = None
+    ) -> Columns:
         """These columns with the means and standard deviations of a train split.
 
         Args:
             rows: the modelled columns, (N, D).
             context: the context columns before standardization, (N, columns), as :func:`encode_values` returns them.
+            weights: how much each row counts, float64 (N,), not all 0; None: all alike.
 
         Raises:
             UsageError: a column is constant; it is named.
         """
         context = np.empty((len(rows), 0)) if context is None else context
         return Columns(
-            tuple(_with_moments(self.modelled, rows, dequantized=True)),
-            tuple(_with_moments(self.context, context, dequantized=False)),
+            tuple(_with_moments(self.modelled, rows, weights, dequantized=True)),
+            tuple(_with_moments(self.context, context, weights, dequantized=False)),
         )
 
     @property
@@ -219,10 +222,10 @@ def _decode_column(column: Column, values: np.ndarray) -> np.ndarray:
     return np.array(column.categories, dtype=object)[codes.clip(0, len(column.categories) - 1)]
 
 
-def _with_moments(columns: Sequence[Column], rows: np.ndarray, dequantized: bool):
+def _with_moments(columns: Sequence[Column], rows: np.ndarray, weights: np.ndarray | None, dequantized: bool):
     if not columns:
         return
-    mean, std = moments(rows)
+    mean, std = moments(rows, weights)
     constant = rows.min(0) == rows.max(0)
     for i, column in enumerate(columns):
         if constant[i] or std[i] == 0:
@@ -234,9 +237,12 @@ def _with_moments(columns: Sequence[Column], rows: np.ndarray, dequantized: bool
         yield replace(column, mean=float(mean[i] + shift), std=float(np.sqrt(std[i] ** 2 + var)))
 
 
-def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of each column of rows (N, D), in float64, without a copy of all rows."""
+def moments(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) of each column of rows (N, D), weighted by ``weights`` (N,) where given, in
+    float64, without a copy of all rows."""
     blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
-    mean = sum(rows[block].sum(0, dtype=np.float64) for block in blocks) / len(rows)
-    squares = sum(np.square(rows[block] - mean).sum(0) for block in blocks)
-    return mean, np.sqrt(squares / len(rows))
+    weigh = (lambda values, block: values) if weights is None else (lambda values, block: values * weights[block, None])
+    total = len(rows) if weights is None else weights.sum()
+    mean = sum(weigh(rows[block], block).sum(0, dtype=np.float64) for block in blocks) / total
+    squares = sum(weigh(np.square(rows[block] - mean), block).sum(0) for block in blocks)
+    return mean, np.sqrt(squares / total)
