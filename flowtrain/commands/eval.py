@@ -139,7 +139,7 @@ def table(report: dict) -> str:
         rows.append(("nats per row", f"{nats[0]:.4f} ± {2 * nats[1]:.4f} (2 standard errors)"))
     rows += [
         ("examples", f"{report['examples']} ({report['split']})"),
-        *([("weighted by", str(report["weights_column"]))] if "weights_column" in report else []),
+        *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),
         ("noise draws", str(report["draws"])),
         *([("trace of the ODE", report["trace"])] if "trace" in report else []),
         ("weights", report["weights"]),

@@ -1,6 +1,7 @@
 """Splits: examples that are read by number, here from memory; image_files.py has the split that streams."""
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class ArraySplit(Split):
         self.data, self.context, self.columns = data, context, columns
         if weights is not None:
             weights = weights.double()
-            if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+            if (weights < 0).any() or not 0 < weights.sum() < math.inf:
                 raise ValueError("weights must be finite, at least 0, and not all 0")
             self.weights = (weights / weights.mean()).float()
         self.device = self.index_device = data.device

@@ -12,6 +12,7 @@ from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
 from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.table_file import BLOCK, TableFile, refuse_changes
+from flowtrain.data.tables.weights import read_weights, split_weights
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 
@@ -24,7 +25,11 @@ class Table(Vectors):
     found in all rows of the file. A missing value is refused with its column and row. Rows are in memory once.
 
     Args:
-        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context``.
+        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context`` and
+            ``weights``.
+        weights: the column of weights, at least 0, or None. A row of weight 2 counts as the row twice: in the loss, in
+            validation and evaluation, and in the moments that columns are standardized by. The moments of batch
+            normalization and data-dependent initialization leave weights out.
         context: names of the columns to be conditional on, or None. Numbers are standardized by the moments of the
             train split; categories become one-hot.
         val_size, test_size: number or fraction of the rows.
@@ -32,12 +37,13 @@ class Table(Vectors):
 
     native_name = "table"
 
-    def __init__(self, *, columns: list | None = None, **keys):
+    def __init__(self, *, columns: list | None = None, weights: str | int | None = None, **keys):
         super().__init__(**keys)
         self._check_list("columns", columns)
-        self.columns = columns
+        self._check_type("weights", weights, (str, int), "the name of a column")
+        self.columns, self.weights = columns, weights
         self._known: Columns | None = None
-        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
+        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None, np.ndarray | None]] = {}
 
     @property
     def spec(self) -> DataSpec:
@@ -47,7 +53,7 @@ class Table(Vectors):
     def _header(self) -> DataSpec:
         """The description by the header of the file. Text in the context needs all rows, to count its categories."""
         file = self._file()
-        names, context = file.choose(self.columns, self.context)
+        names, context = file.choose(self.columns, self.context, self.weights)
         context = ColumnContext(tuple(context), (file.context_width(context),)) if context else None
         return DataSpec(self.name, (len(names),), context=context)
 
@@ -76,13 +82,15 @@ class Table(Vectors):
     def _open(self, name: str) -> ArraySplit:
         if not self._parts:
             self._read()
-        rows, context = self._parts[name]
-        return ArraySplit(torch.from_numpy(rows), self._description(name, len(rows)), context, self._known)
+        rows, context, weights = self._parts[name]
+        weights = None if weights is None else torch.from_numpy(weights)
+        return ArraySplit(torch.from_numpy(rows), self._description(name, len(rows)), context, self._known, weights)
 
     def _description(self, name: str, rows: int) -> str:
         kinds = self._known.kinds
         counts = [f"{kinds.count(kind)} {kind}" for kind in ("real", "integer", "categorical") if kind in kinds]
         given = f", conditional on {', '.join(self._known.context_names)}" if self._known.context else ""
+        given += "" if self.weights is None else f", weighted by {self.weights}"
         return (
             f"{self.name} {name}: {rows:,} rows of {self.path}, {' + '.join(counts)} columns{given},"
             f" cut with seed {self.split_seed}"
@@ -96,12 +104,18 @@ class Table(Vectors):
             if self._spec_of(columns) != spec:
                 raise FlowtrainError(f"{self.path} has changed since its header was read")
             both = _read_values(file, columns, count)
+            weights = read_weights(file, self.weights)
         parts = split_indices(count, self.val_size, self.test_size, self.split_seed)
         parts = {part: np.sort(chosen) for part, chosen in parts.items()}
+        weights = split_weights(self.weights, weights, parts)
         rows, context = (_split_rows(values, parts) for values in both)
-        self._known = self._known or columns.with_moments(rows["train"], context["train"])
+        self._known = self._known or columns.with_moments(rows["train"], context["train"], weights["train"])
         self._parts = {
-            part: (rows[part], self._known.standardize_context(context[part]) if columns.context else None)
+            part: (
+                rows[part],
+                self._known.standardize_context(context[part]) if columns.context else None,
+                weights[part],
+            )
             for part in parts
         }
 
@@ -109,7 +123,7 @@ class Table(Vectors):
         """The number of rows, and the columns; their moments are still missing unless a checkpoint has them."""
         known = self._known
         if known is None:
-            names, context = file.choose(self.columns, self.context)
+            names, context = file.choose(self.columns, self.context, self.weights)
         else:
             names, context = (
                 file.find_columns("columns", known.names),
