@@ -171,7 +171,8 @@ def _start(flow: Flow, config: TrainConfig, train, device) -> None:
         _fit_to_columns(flow, train.columns)
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
-        flow.initialize(*next(Loader(train, size, config.seed, None, device).batches()))
+        first = next(Loader(train, size, config.seed, None, device).batches())
+        flow.initialize(first.x, first.context)
     distributed.broadcast(flow.state_dict().values())
 
 
@@ -181,7 +182,7 @@ def _log_cost_of_determinism(
     batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
 
     def step(copy: Flow) -> None:
-        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(*batch, *place)
+        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(batch, *place)
 
     with determinism.determinism_errors():
         ratio = determinism.cost(flow, step)
@@ -229,7 +230,7 @@ def _reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
     with torch.no_grad(), global_batch.reestimate(flow):
-        for x, context in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
+        for x, context, _ in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
             with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)
 

@@ -49,6 +49,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
         "examples": result.examples,
         "draws": result.draws,
         **({"trace": "exact" if exact else "Hutchinson's, one noise a draw"} if has_ode else {}),
+        **({"weights_column": config.dataset.get("weights")} if split.weights is not None else {}),
         "split": config.split,
         "data": split.description,
         "weights": restored.weights,
@@ -138,6 +139,7 @@ def table(report: dict) -> str:
         rows.append(("nats per row", f"{nats[0]:.4f} ± {2 * nats[1]:.4f} (2 standard errors)"))
     rows += [
         ("examples", f"{report['examples']} ({report['split']})"),
+        *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),
         ("noise draws", str(report["draws"])),
         *([("trace of the ODE", report["trace"])] if "trace" in report else []),
         ("weights", report["weights"]),

@@ -19,7 +19,8 @@ EVALUATION_BATCH = 256  # fixed: dequantization noise in evaluation is a functio
 def evaluate_split(
     flow: Flow, split: Split, config: TrainConfig, examples: int | None = None, draws: int = 1, exact: bool = False
 ) -> Evaluation:
-    """Evaluate ``flow`` on ``examples`` of a split (None: all); ``exact``: with the exact trace of its ODEs.
+    """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
+    its ODEs.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
@@ -27,7 +28,7 @@ def evaluate_split(
     batches = split_batches(split, config, next(flow.parameters()).device, examples)
     try:
         with exact_trace() if exact else nullcontext():
-            return evaluate(flow, batches, len(split), draws, config.seed)
+            return evaluate(flow, batches, len(split), draws, config.seed, split.weights)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 

@@ -20,6 +20,10 @@ from flowtrain.runtime.seeds import seed_from
 class Evaluation:
     """Mean and standard error over examples, each averaged over its draws of dequantization noise.
 
+    With weights they are m = Σ wᵢ xᵢ / Σ wᵢ and √(n/(n − 1) Σ wᵢ² (xᵢ − m)²) / Σ wᵢ, the standard error of a ratio of
+    two sums (Cochran 1977, chapter 6); n is ``examples``, the number of those of positive weight. If each example came
+    wᵢ times, the mean would be the same and the standard error smaller, as if copies were evidence.
+
     ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
     It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
     for log p_k.
@@ -41,15 +45,16 @@ def evaluate(
     total: int,
     draws: int = 1,
     seed: int = 0,
+    weights: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
     most once.
 
     The noise is a function of (seed, first index of the batch, draw): the same in each evaluation, for any number of
-    processes.
+    processes. ``weights`` (total,) say how much each example counts; None: all alike.
 
     Raises:
-        FloatingPointError: a likelihood is not a number.
+        FloatingPointError: a likelihood is not a number, or no example counts.
     """
     was_training = flow.training
     flow.eval()
@@ -71,21 +76,30 @@ def evaluate(
     if dist.is_initialized():
         for one in (mean, weighted, evaluated):
             dist.all_reduce(one)
-    found = evaluated > 0  # an unreadable image may be left out
-    mean, weighted, total = mean[found], weighted[found], int(found.sum())
-    if not mean.isfinite().all():
-        bad = (~mean.isfinite()).nonzero().flatten().tolist()
+    weights = torch.ones_like(mean) if weights is None else weights.to(mean)
+    found = (evaluated > 0) & (weights > 0)  # an unreadable image may be left out
+    total, bad = int(found.sum()), (found & ~mean.isfinite()).nonzero().flatten().tolist()
+    if not total:
+        raise FloatingPointError("there is no likelihood: none of the examples counts")
+    if bad:
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
-    nats, stderr = mean.mean().item(), mean.std(correction=1).item() / math.sqrt(total) if total > 1 else math.nan
+    mean, weighted, weights = mean[found], weighted[found], weights[found]
+    nats = weighted_mean(mean, weights)
+    squares = (weights * (mean - nats)).square().sum().item()
+    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if total > 1 else math.nan
     return Evaluation(
         bits_per_dim=to_bits_per_dim(nats, flow.dimensions),
         bits_per_dim_stderr=-to_bits_per_dim(stderr, flow.dimensions),
-        bits_per_dim_iw=to_bits_per_dim(weighted.mean().item(), flow.dimensions) if draws > 1 else None,
+        bits_per_dim_iw=to_bits_per_dim(weighted_mean(weighted, weights), flow.dimensions) if draws > 1 else None,
         log_likelihood=nats,
         log_likelihood_stderr=stderr,
         examples=total,
         draws=draws,
     )
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> float:
+    return ((values * weights).sum() / weights.sum()).item()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from flowtrain.data.batch import Batch
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation
@@ -82,7 +83,7 @@ class Trainer(Stateful):
         if distributed.world() > 1:
             self.training_pass.synchronize()
         self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, config.trainer.save_every)
-        self.batch: tuple[Tensor, Tensor | None] | None = None  # this process's slice of the last
+        self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
 
@@ -103,7 +104,7 @@ class Trainer(Stateful):
                 self.validate_and_preview()  # where a signal came before
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
-                    loss, norm = self.gradient(*next_batch(batches))
+                    loss, norm = self.gradient(next_batch(batches))
                     loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
                     self.update(loss, norm)
                     self.step += 1
@@ -130,16 +131,16 @@ class Trainer(Stateful):
 
     # ---- a step
 
-    def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
-        self.batch = x, context
+        self.batch = batch
         return self.backward(), clip_gradient(self.flow, self.config.trainer.clip)
 
     def backward(self) -> Tensor:
         self.flow.train()
         self.flow.zero_grad()
         place = self.step, distributed.rank(), distributed.world()
-        loss, reasons = self.training_pass.backpropagate(*self.batch, *place)
+        loss, reasons = self.training_pass.backpropagate(self.batch, *place)
         if reasons and not self.recovery.skipped:
             log.warning("step %d: %s", self.step, reasons[0])
         return loss

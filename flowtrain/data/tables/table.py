@@ -16,6 +16,7 @@ from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.inference import Dropped, Survey, survey
 from flowtrain.data.tables.table_file import BLOCK, Block, TableFile, refuse_changes
 from flowtrain.data.tables.types import parse_types
+from flowtrain.data.tables.weights import check_weights, split_weights
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 
@@ -32,9 +33,13 @@ class Table(Vectors):
     and columns whose values are all the same are left out, with a line that says so. Rows are in memory once.
 
     Args:
-        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context``.
+        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context`` and
+            ``weights``.
         context: names of the columns to be conditional on, or None. Numbers are standardized by the moments of the
             train split; categories become one-hot.
+        weights: the column of weights, at least 0, or None. A row of weight 2 counts as the row twice: in the loss, in
+            validation and evaluation, and in the moments that columns are standardized by. The moments of batch
+            normalization and data-dependent initialization leave weights out.
         types: of columns by name: real, integer, category, time (or its format), angle, degrees, radians, or a range.
         missing: what to do with missing values: "refuse" them; "drop" their rows; "model" which values are missing and
             the others, for which the likelihood is a lower bound.
@@ -49,6 +54,7 @@ class Table(Vectors):
         self,
         *,
         columns: list | None = None,
+        weights: str | int | None = None,
         types: Mapping | None = None,
         missing: str = "refuse",
         key: str | None = None,
@@ -57,15 +63,17 @@ class Table(Vectors):
     ):
         super().__init__(**keys)
         self._check_list("columns", columns)
+        self._check_type("weights", weights, (str, int), "the name of a column")
         if missing not in MISSING:
             self._refuse("missing", missing, f"must be {', '.join(MISSING[:-1])} or {MISSING[-1]}")
         for name, value in (("types", types), ("read", read)):
             if value is not None and not isinstance(value, Mapping):
                 self._refuse(name, value, "must be a mapping, such as {zip: category}")
-        self.columns, self.missing, self.key, self.read = columns, missing, key, read or {}
+        self.columns, self.weights, self.missing = columns, weights, missing
+        self.key, self.read = key, read or {}
         self.types = parse_types(types or {})
         self._known: Columns | None = None
-        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
+        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None, np.ndarray | None]] = {}
 
     @property
     def spec(self) -> DataSpec:
@@ -96,7 +104,7 @@ class Table(Vectors):
     @cached_property
     def _found(self) -> tuple[int, Columns]:
         """The number of rows in the file, and its columns without their moments. Reads the whole file."""
-        names, context = self._file.choose(self.columns, self.context)
+        names, context = self._file.choose(self.columns, self.context, self.weights)
         self._file.find_columns("types", list(self.types))
         named = {*context, *self.types, *(names if self.columns is not None else ())}
         with refuse_changes(self.path):
@@ -135,9 +143,11 @@ class Table(Vectors):
     def _open(self, name: str) -> ArraySplit:
         if not self._parts:
             self._read()
-        rows, context = self._parts[name]
-        how = f"{len(rows):,} rows of {self.path}, cut with seed {self.split_seed}"
-        return ArraySplit(torch.from_numpy(rows), f"{self.name} {name}: {how}", context, self._known)
+        rows, context, weights = self._parts[name]
+        how = f"{len(rows):,} rows of {self.path}" + ("" if weights is None else f", weighted by {self.weights}")
+        how = f"{self.name} {name}: {how}, cut with seed {self.split_seed}"
+        weights = None if weights is None else torch.from_numpy(weights)
+        return ArraySplit(torch.from_numpy(rows), how, context, self._known, weights)
 
     def _read(self) -> None:
         """Read the values of all rows, and split them."""
@@ -147,7 +157,7 @@ class Table(Vectors):
             if self._known:
                 for key, names in (("columns", columns.names), ("context", columns.context_names)):
                     self._file.find_columns(key, names)
-            both, dropped = self._values(columns, expected and expected[0])
+            *both, weights, dropped = self._values(columns, expected and expected[0])
         count = len(both[0])
         if expected and count + dropped != expected[0]:
             raise FlowtrainError(f"{self.path} has changed since it was first read")
@@ -157,17 +167,23 @@ class Table(Vectors):
             )
         parts = split_indices(count, self.val_size, self.test_size, self.split_seed)
         parts = {part: np.sort(chosen) for part, chosen in parts.items()}
+        weights = split_weights(self.weights, weights, parts) if len(weights) else dict.fromkeys(parts)
         rows, context = (_split_rows(values, parts) for values in both)
-        self._known = self._known or columns.with_moments(rows["train"], context["train"])
+        self._known = self._known or columns.with_moments(rows["train"], context["train"], weights["train"])
         self._parts = {
-            part: (rows[part], self._known.standardize_context(context[part]) if columns.context else None)
+            part: (
+                rows[part],
+                self._known.standardize_context(context[part]) if columns.context else None,
+                weights[part],
+            )
             for part in parts
         }
 
-    def _values(self, columns: Columns, count: int | None) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+    def _values(self, columns: Columns, count: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """The modelled columns and those of the context of ``count`` rows (None: all), as :func:`encode_values` returns
-        them, and the number of rows that were left out."""
-        names = [*columns.names, *columns.context_names]
+        them; the weights, float64, empty without a column of them; and the number of rows that were left out."""
+        weighted = [] if self.weights is None else self._file.find_columns("weights", [self.weights])
+        names, weights = [*columns.names, *columns.context_names, *weighted], [np.empty(0)]
         kinds = (columns.modelled, columns.context)
         widths = [len(kind) + sum(column.missing for column in kind) for kind in kinds]
         out = [np.empty((count or BLOCK, width), dtype=np.float32) for width in widths]
@@ -182,10 +198,11 @@ class Table(Vectors):
                     out[i].resize((2 * (start + kept), widths[i]), refcheck=False)
                 if kind:
                     out[i][start : start + kept] = encode_values(kind, block, row)
+            weights += [check_weights(name, block[name], row) for name in weighted]
             start, dropped = start + kept, dropped + size - kept
         if not start:
             raise UsageError(f"{self.path} has no rows" + (" without a missing value" if dropped else ""))
-        return (out[0][:start], out[1][:start]), dropped
+        return out[0][:start], out[1][:start], np.concatenate(weights), dropped
 
 
 def _without_gaps(block: Block) -> Block:

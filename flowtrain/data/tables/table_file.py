@@ -199,18 +199,24 @@ class TableFile:
             self._source = kind(self.path)
         self.names: list[str] = self._source.names
 
-    def choose(self, columns: Sequence | None, context: Sequence | None) -> tuple[list[str], list[str]]:
-        """The names of the columns to model (``columns``; None: all that are not in ``context``) and of the context."""
+    def choose(
+        self, columns: Sequence | None, context: Sequence | None, weights: str | int | None = None
+    ) -> tuple[list[str], list[str]]:
+        """The names of the columns to model (``columns``; None: all others) and of the context. The column of
+        ``weights`` is in neither."""
         context = self.find_columns("context", context or [])
+        weights = [] if weights is None else self.find_columns("weights", [weights])
+        if clash := [name for name in weights if name in context]:
+            raise UsageError(f"dataset.weights: '{clash[0]}' is in dataset.context too; choose one")
         if columns is None:
-            columns = [name for name in self.names if name not in context]
+            columns = [name for name in self.names if name not in (*context, *weights)]
             unnamed = [name for name in columns if name in UNNAMED]
             if unnamed:
                 number = self.names.index(unnamed[0]) + 1
                 raise UsageError(
                     f"{self.path}: column {number} has no name and may be an index; choose dataset.columns=[…]"
                 )
-        columns = [name for name in self.find_columns("columns", columns) if name not in context]
+        columns = [name for name in self.find_columns("columns", columns) if name not in (*context, *weights)]
         if not columns:
             raise UsageError("dataset.columns: no column is left to model")
         return columns, context
