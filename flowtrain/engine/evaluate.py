@@ -18,7 +18,8 @@ from flowtrain.runtime.seeds import seed_from
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean and standard error over examples, each averaged over its draws of dequantization noise.
+    """Mean and standard error over examples, each averaged over its draws of dequantization noise. A single example
+    has no standard error: None.
 
     ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
     It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
@@ -26,10 +27,10 @@ class Evaluation:
     """
 
     bits_per_dim: float
-    bits_per_dim_stderr: float
+    bits_per_dim_stderr: float | None
     bits_per_dim_iw: float | None
     log_likelihood: float
-    log_likelihood_stderr: float
+    log_likelihood_stderr: float | None
     examples: int
     draws: int
 
@@ -76,16 +77,25 @@ def evaluate(
     if not mean.isfinite().all():
         bad = (~mean.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
-    nats, stderr = mean.mean().item(), mean.std(correction=1).item() / math.sqrt(total) if total > 1 else math.nan
+    nats, stderr = mean.mean().item(), mean.std(correction=1).item() / math.sqrt(total) if total > 1 else None
     return Evaluation(
         bits_per_dim=to_bits_per_dim(nats, flow.dimensions),
-        bits_per_dim_stderr=-to_bits_per_dim(stderr, flow.dimensions),
+        bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, flow.dimensions),
         bits_per_dim_iw=to_bits_per_dim(weighted.mean().item(), flow.dimensions) if draws > 1 else None,
         log_likelihood=nats,
         log_likelihood_stderr=stderr,
         examples=total,
         draws=draws,
     )
+
+
+def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
+    """A figure with its error, if it has one.
+
+    >>> plus_minus(3.14159, 0.002), plus_minus(3.14159, None, 2)
+    ('3.1416 ± 0.0020', '3.14')
+    """
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 @contextmanager
