@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
+from flowtrain.config import places, runs
 from flowtrain.config.build import build, build_dataset, build_flow, build_objective, model_name
 from flowtrain.config.compose import conf_dir
 from flowtrain.config.conversion import to_dict
@@ -24,6 +25,7 @@ from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.data import Loader
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
+from flowtrain.engine.batch_size import choose_batch_size
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_errors, compile_flow, pays
 from flowtrain.engine.ema import EMA
@@ -69,13 +71,16 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
     if config.deterministic:
         determinism.enable()
     autocast = autocast_dtype(config.precision, device)
+    if config.resume and distributed.is_main():
+        places.announce(runs.run_of(Path(config.resume)), data)
     train, val = data.split("train"), data.split("val")
+    state = checkpoint.read(config.resume) if config.resume else None
+    stored = _stored_config(config, state)
+    config = replace(config, batch_size=_batch_size(config, state, len(train), spec))
     place = device, distributed.rank(), distributed.world()
     loader = Loader(train, config.batch_size, config.seed, data.augment, *place, config.trainer.workers)
-    check_batch_size(config.batch_size, distributed.world(), config.trainer.accumulate)
     budget = _budget(config, loader.steps_per_epoch)
     flow = build_flow(config, spec, device)
-    state = checkpoint.read(config.resume) if config.resume else None
     if state is None:
         _start(flow, config, train, device)
     if config.deterministic:
@@ -99,7 +104,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         schedule=WarmUp(schedule, _warmup_steps(config, loader.steps_per_epoch)),
         validation=Validation(evaluate, objective, config.trainer.patience),
         previews=Previews(Preview(val.to(device), spec, config) if distributed.is_main() else None),
-        checkpoints=Checkpoints(run_dir, to_dict(config), train.columns.to_record() if train.columns else None),
+        checkpoints=Checkpoints(run_dir, stored, train.columns.to_record() if train.columns else None),
         loggers=loggers,
         ema=ema,
         autocast=autocast,
@@ -110,6 +115,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
     if distributed.is_main():
         _log_introduction(config, spec, trainer, val, device, run_dir)
         environment.record(run_dir, device)
+        places.record(run_dir, data)
     try:
         with compile_errors(), determinism.determinism_errors(), _one_line_errors(config, trainer, device):
             loggers.open(RunRecord(Path(run_dir), trainer.step, loggers.records, budget, objective.key, objective.unit))
@@ -139,6 +145,27 @@ def _one_line_errors(config: TrainConfig, trainer: Trainer, device: torch.device
         saved = any(trainer.checkpoints.directory.glob("*.pt"))
         how = "the same command with resume=true goes on from the last checkpoint" if saved else "nothing was saved yet"
         raise files.WriteError(f"{error}; {how}") from error
+
+
+def _stored_config(config: TrainConfig, state: dict | None) -> dict:
+    """What checkpoints keep of ``config``. The places of the data stay as they were typed when the run began:
+    ``resume=true`` finds it by them."""
+    values = to_dict(config)
+    if state is not None:
+        typed = state["config"]["dataset"]
+        values["dataset"] |= {key: typed[key] for key in places.KEYS if key in typed}
+    return values
+
+
+def _batch_size(config: TrainConfig, state: dict | None, rows: int, spec: DataSpec) -> int:
+    """The batch size given, that of the run to resume, or the one that suits the data. Raises UsageError."""
+    given, loader = config.batch_size, (state or {}).get("loader")
+    if given == "auto" and isinstance(loader, dict):
+        given = loader.get("batch_size", given)
+    parts = distributed.world(), config.trainer.accumulate
+    size = choose_batch_size(given, rows, spec, *parts)
+    check_batch_size(size, *parts)
+    return size
 
 
 def _objective(config: TrainConfig, spec: DataSpec) -> Objective:
@@ -265,21 +292,13 @@ def _conclude(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, run_di
                 log.warning("on_bad=skip: %d unreadable images of the %s split were left out", number, part)
         if images := sorted((Path(run_dir) / "samples").glob("*.png")):
             log.info("samples: %s", images[-1])
-        places = "".join(
-            f" dataset.{key}='{config.dataset.get(key)}'" for key in ("root", "path") if _from_command_line(config, key)
-        )
-        log.info("next: flowtrain eval ckpt='%s'%s", run_dir, places)
+        log.info("next: flowtrain eval ckpt='%s'", run_dir)
     return summary, score
 
 
 def _unreadable(split) -> int:
     """The number of examples of a split that some process could not read."""
     return len({number for numbers in distributed.all_gather_object([*split.bad]) for number in numbers})
-
-
-def _from_command_line(config: TrainConfig, key: str) -> bool:
-    """Whether a location of the data came from the command line and so must be given again: no checkpoint holds it."""
-    return config.dataset.get(key) not in (None, os.environ.get("FLOWTRAIN_DATA", "data"))
 
 
 def _budget(config: TrainConfig, steps_per_epoch: int) -> Budget:

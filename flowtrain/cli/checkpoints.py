@@ -41,7 +41,9 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
         ConfigStore.instance().store(group=key, name="PATH", node={key: "PATH"}, package="_global_")
         return command.on_checkpoint[key], [f"{key}=PATH", *others]
     check_names(command, others)
-    values = {item.key_or_group: item.value() for item in parse(others) if not item.is_sweep_override()}
+    parsed = parse(others)
+    values = {item.key_or_group: item.value() for item in parsed if not item.is_sweep_override()}
+    remember = not any(item.key_or_group in ("dataset.root", "dataset.path") for item in parsed)
     allow = values["allow"] if isinstance(values.get("allow"), list) else []
     if named:
         files = [FIND[key](format_value(path)) for path in _values(named[0])]
@@ -51,7 +53,7 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
         print(f"ckpt={os.path.relpath(files[0])}", file=out, flush=True)
     from flowtrain.config import restore  # imports torch, which a mistake in a word should not wait for
 
-    options = ",".join(restore.store_option(key, file, allow) for file in files)
+    options = ",".join(restore.store_option(key, file, allow, remember) for file in files)
     return command.on_checkpoint[key], [f"{key}={options}", *others]
 
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowtrain.cli import keys
+from flowtrain.cli import directories, keys
 from flowtrain.cli.hydra_internals import Composition, Loader
 from flowtrain.cli.messages import no_option, suggest, usage_error
 from flowtrain.cli.overrides import parse, split_jobs
@@ -146,9 +146,11 @@ class _Job:
             config = make_config(cfg, self.command.config, restored=self.restored)
         except OmegaConfBaseException as error:
             raise usage_error(error) from error
+        directories.check(self.command, cfg)
         processes = distributed.processes(config.devices)
         if self.command.trains:
-            check_batch_size(config.batch_size, processes, config.trainer.accumulate)
+            if config.batch_size != "auto":
+                check_batch_size(config.batch_size, processes, config.trainer.accumulate)
             if config.init:
                 runs.checkpoint_in(config.init, "init")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from flowtrain.cli import exit_codes, launcher, sweep, worker
+from flowtrain.cli import directories, exit_codes, launcher, sweep, worker
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.commands import COMMANDS
 from flowtrain.config import compose, runs
@@ -36,8 +36,11 @@ def job(cfg: DictConfig):
     command, run_dir = hydra.job.name, hydra.runtime.output_dir
     row = {"job": hydra.job.get("num", 0), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
     start = time.monotonic()
-    record_end = status.record_end if COMMANDS[command].trains else lambda *_: None
+    taken = COMMANDS[command].trains and directories.is_taken(run_dir, cfg.resume)
+    record_end = status.record_end if COMMANDS[command].trains and not taken else lambda *_: None
     try:
+        if taken:
+            raise directories.taken_error(run_dir)
         summary = _run(command, cfg, run_dir, hydra, is_sweep)
         record_end(run_dir)
         row = {"status": "finished", "seconds": round(time.monotonic() - start, 3), **(summary or {}), **row}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra.experimental.callback import Callback
 
+FILES = ("results.csv", "multirun.yaml")  # of a sweep, in its directory; Hydra writes the second
 COLUMNS = ("job", "overrides", "status", "bits_per_dim", "log_likelihood", "steps", "seconds", "run_dir", "error")
 
 

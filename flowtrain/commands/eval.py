@@ -16,7 +16,7 @@ from flowtrain.commands.evaluation import evaluate_split, split_batches
 from flowtrain.commands.restored import restore
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
-from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.evaluate import Evaluation, plus_minus
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed, environment, files
 from flowtrain.runtime.seeds import seed_from
@@ -31,7 +31,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
     """
     restored = restore(config, config.ckpt, config.weights)
     flow = restored.flow
-    split = restored.dataset.split(config.split)
+    split = restored.split(config.split)
     has_ode = bool(continuous_layers(flow))
     exact = needs_exact_trace(flow)
     examples = config.examples
@@ -128,15 +128,17 @@ def compare(
 
 
 def table(report: dict) -> str:
-    rows, nats = [], (report["log_likelihood"], report["log_likelihood_stderr"])
+    rows, nats, stderr = [], report["log_likelihood"], report["log_likelihood_stderr"]
     if "bits_per_dim" in report:
-        rows.append(("bits/dim", f"{report['bits_per_dim']:.4f} ± {report['bits_per_dim_stderr']:.4f}"))
+        rows.append(("bits/dim", plus_minus(report["bits_per_dim"], report["bits_per_dim_stderr"])))
     if "bits_per_dim_iw" in report:
         rows.append(("bits/dim, importance-weighted", f"{report['bits_per_dim_iw']:.4f}"))
     if rows:
-        rows.append(("nats per example", f"{nats[0]:.3f} ± {nats[1]:.3f}"))
+        rows.append(("nats per example", plus_minus(nats, stderr, 3)))
+    elif stderr is None:
+        rows.append(("nats per row", f"{nats:.4f}"))
     else:
-        rows.append(("nats per row", f"{nats[0]:.4f} ± {2 * nats[1]:.4f} (2 standard errors)"))
+        rows.append(("nats per row", f"{plus_minus(nats, 2 * stderr)} (2 standard errors)"))
     rows += [
         ("examples", f"{report['examples']} ({report['split']})"),
         *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from flowtrain.config import places, runs
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.schema import TrainConfig
-from flowtrain.data import Columns
+from flowtrain.data import Columns, Split
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import has_bits
 from flowtrain.flow import Flow
@@ -20,12 +22,20 @@ class Restored:
     weights: which they are: "ema" or "raw".
     dataset: of the checkpoint's configuration; none of its files is open.
     columns: of a table, as the checkpoint records them; else None.
+    run: the checkpoint's run directory; None of a lone file.
     """
 
     flow: Flow
     weights: str
     dataset: Dataset
     columns: Columns | None
+    run: Path | None
+
+    def split(self, name: str) -> Split:
+        """Open "train", "val" or "test", after a line that says where a run remembers its data."""
+        if distributed.is_main():
+            places.announce(self.run, self.dataset)
+        return self.dataset.split(name)
 
     @property
     def has_bits(self) -> bool:
@@ -39,4 +49,5 @@ def restore(config: TrainConfig, path: str, weights: str) -> Restored:
     dataset = build_dataset(config, state["columns"])
     flow = build_flow(config, dataset.spec, distributed.device())
     weights = checkpoint.load_weights(flow, state, weights)
-    return Restored(flow, weights, dataset, Columns.from_record(state["columns"]) if state["columns"] else None)
+    columns = Columns.from_record(state["columns"]) if state["columns"] else None
+    return Restored(flow, weights, dataset, columns, runs.run_of(Path(path)))

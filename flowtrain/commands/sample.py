@@ -76,7 +76,7 @@ def _write_rows(restored: Restored, samples: Tensor, folder: Path, plot: bool) -
 def _train_rows(restored: Restored) -> tuple[Tensor | None, Tensor | None]:
     """Rows of the train split and their context; None where the data are not there."""
     try:
-        split = restored.dataset.split("train").to(next(restored.flow.parameters()).device)
+        split = restored.split("train").to(next(restored.flow.parameters()).device)
     except UsageError as error:
         log.info("the plot shows the samples alone: %s", error)
         return None, None

@@ -68,7 +68,8 @@ def _shrink(cfg: DictConfig) -> None:
     """``smoke=true``: reduce each key that ``conf/smoke.yaml`` names, where the configuration has it, to its size."""
     for key, size in OmegaConf.load(conf_dir() / "smoke.yaml").items():
         value = OmegaConf.select(cfg, key, default="absent")
-        if value is None and not key.startswith("model."):  # unlimited; a model's null is a size that suits the data
+        is_unlimited = value is None and not key.startswith("model.")  # a model's null is a size that suits the data
+        if is_unlimited or value == "auto":
             OmegaConf.update(cfg, key, size)
         elif isinstance(value, int):
             OmegaConf.update(cfg, key, min(value, size))

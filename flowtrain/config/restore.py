@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from flowtrain.config import runs
+from flowtrain.config import places, runs
 from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part
@@ -176,18 +176,23 @@ def _limit_modules(most: int) -> Iterator[None]:
         hook.remove()
 
 
-def store_option(group: str, file: Path, allow=()) -> str:
+def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str:
     """Store a checkpoint's configuration as an option of the config group ``group``; the option's name.
 
     Then Hydra's whole grammar applies to it: overrides, sweeps over several checkpoints, ``--cfg``, completion.
+
+    Args:
+        remember: whether the data lie where the checkpoint's run directory says; False: at the usual place.
     """
     values = to_dict(checkpoint_config(file, allow))
     config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
-    config["dataset"] |= {key: value for key, value in LOCAL.items() if key in config["dataset"]}
-    config[group] = str(file).replace("${", "\\${")  # OmegaConf would read an interpolation
+    config[group] = _literal(str(file))
     run = runs.run_of(file)
     if run:
         _check_links(run)
+    remembered = places.remembered(run) if remember else {}
+    local = LOCAL | {key: _literal(place) for key, place in remembered.items()}
+    config["dataset"] |= {key: value for key, value in local.items() if key in config["dataset"]}
     parts = (run or file.parent).parts[-2:]
     name = re.sub(r"[^\w.-]", "_", "_".join([*parts, file.stem]))
     known = ConfigStore.instance().repo.get(group, {})
@@ -195,6 +200,11 @@ def store_option(group: str, file: Path, allow=()) -> str:
         name += "_"
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(config), package="_global_")
     return name
+
+
+def _literal(path: str) -> str:
+    """A path in which OmegaConf reads no interpolation."""
+    return path.replace("${", "\\${")
 
 
 def _check_links(run: Path) -> None:

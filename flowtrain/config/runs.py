@@ -46,6 +46,12 @@ def run_of(file: Path) -> Path | None:
     return file.parent.parent if file.parent.name in ("checkpoints", "divergence") else None
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a directory has the records of a training run, which another run there would replace."""
+    records = ("summary.json", "metrics.jsonl")
+    return any((folder / name).exists() for name in records) or any(folder.glob("checkpoints/*.pt"))
+
+
 def output_path(file: str, command: str) -> str:
     """Where a command writes its results on a checkpoint: into the checkpoint's run, else under outputs/."""
     return str((run_of(Path(file)) or OUTPUTS) / command)

@@ -74,7 +74,7 @@ class TrainConfig(JobConfig):
     """
 
     seed: int = number(least=0)
-    batch_size: int = number(least=1)
+    batch_size: Literal["auto"] | int = number(least=1)
     max_steps: int | None = number(least=1)
     max_minutes: float | None = number(above=0)
     precision: Literal["float32", "bfloat16"]

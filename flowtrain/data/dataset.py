@@ -35,7 +35,7 @@ class Dataset:
 
     native_name: str
     own_splits: tuple[str, ...] = ()  # splits besides train that the files already have
-    uses_path = True
+    uses_path = uses_root = True
     default_val: float | int | None = 0.1
     default_test: float | int | None = None
     augment = None  # for the train split's Loader

@@ -16,6 +16,7 @@ class Digits(ArrayImages):
     native_name = "digits"
     native_size, native_channels, native_levels = 8, 1, 17
     own_splits = ()
+    uses_root = False
     classes = 10
     default_val, default_test = 0.1, 0.2
 

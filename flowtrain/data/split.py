@@ -123,11 +123,22 @@ def split_indices(length: int, val: float | int, test: float | int, seed: int) -
     """
     tests, vals = (max(1, int(length * part)) if 0 < part < 1 else int(part) for part in (test, val))
     if tests + vals >= length:
-        raise UsageError(
-            f"{length} examples are too few for a validation split of {vals}"
-            + (f" and a test split of {tests}" if tests else "")
-            + ": lower dataset.val_size"
-            + (" or dataset.test_size" if tests else "")
-        )
+        raise UsageError(_too_few(length, vals, tests))
     order = np.random.default_rng(seed).permutation(length)
     return {"test": order[:tests], "val": order[tests : tests + vals], "train": order[tests + vals :]}
+
+
+def _too_few(length: int, vals: int, tests: int) -> str:
+    """Why ``length`` examples cannot be split so, and what would do."""
+    have = "1 example is" if length == 1 else f"{length} examples are"
+    names, count = ("train, validation and test", 3) if tests else ("train and validation", 2)
+    if length < count:
+        return f"{have} too few for a {names} split: at least {count} are needed"
+    fit = max(1, length // 10)
+    return (
+        f"{have} too few for a validation split of {vals}"
+        + (f" and a test split of {tests}" if tests else "")
+        + f": dataset.val_size={fit}"
+        + (f" dataset.test_size={fit}" if tests else "")
+        + f" would leave {length - fit * (count - 1)} for train"
+    )

@@ -24,6 +24,7 @@ class Synthetic(ArrayImages):
 
     native_name = "synthetic"
     own_splits = ()
+    uses_root = False
     default_size = 32
     default_val = default_test = 0.1
 

@@ -17,7 +17,7 @@ class Plane(Vectors):
 
     dims = 2
     names = ("x", "y")
-    uses_path = False
+    uses_path = uses_root = False
 
     def __init__(self, *, rows: int = 50_000, **keys):
         super().__init__(**keys)

@@ -18,7 +18,8 @@ from flowtrain.runtime.seeds import seed_from
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean and standard error over examples, each averaged over its draws of dequantization noise.
+    """Mean and standard error over examples, each averaged over its draws of dequantization noise. A single example
+    has no standard error: None.
 
     With weights they are m = Σ wᵢ xᵢ / Σ wᵢ and √(n/(n − 1) Σ wᵢ² (xᵢ − m)²) / Σ wᵢ, the standard error of a ratio of
     two sums (Cochran 1977, chapter 6); n is ``examples``, the number of those of positive weight. If each example came
@@ -30,10 +31,10 @@ class Evaluation:
     """
 
     bits_per_dim: float
-    bits_per_dim_stderr: float
+    bits_per_dim_stderr: float | None
     bits_per_dim_iw: float | None
     log_likelihood: float
-    log_likelihood_stderr: float
+    log_likelihood_stderr: float | None
     examples: int
     draws: int
 
@@ -86,10 +87,10 @@ def evaluate(
     mean, weighted, weights = mean[found], weighted[found], weights[found]
     nats = weighted_mean(mean, weights)
     squares = (weights * (mean - nats)).square().sum().item()
-    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if total > 1 else math.nan
+    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if total > 1 else None
     return Evaluation(
         bits_per_dim=to_bits_per_dim(nats, flow.dimensions),
-        bits_per_dim_stderr=-to_bits_per_dim(stderr, flow.dimensions),
+        bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, flow.dimensions),
         bits_per_dim_iw=to_bits_per_dim(weighted_mean(weighted, weights), flow.dimensions) if draws > 1 else None,
         log_likelihood=nats,
         log_likelihood_stderr=stderr,
@@ -100,6 +101,15 @@ def evaluate(
 
 def weighted_mean(values: Tensor, weights: Tensor) -> float:
     return ((values * weights).sum() / weights.sum()).item()
+
+
+def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
+    """A figure with its error, if it has one.
+
+    >>> plus_minus(3.14159, 0.002), plus_minus(3.14159, None, 2)
+    ('3.1416 ± 0.0020', '3.14')
+    """
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.evaluate import Evaluation, plus_minus
 from flowtrain.engine.objectives.objective import Score
 from flowtrain.flow import to_bits_per_dim
 
@@ -24,8 +24,8 @@ class BitsPerDim:
         return loss
 
     def score(self, evaluation: Evaluation) -> Score:
-        value, stderr = evaluation.bits_per_dim, evaluation.bits_per_dim_stderr
-        return Score(value, value, f"{value:.4f} ± {stderr:.4f} bits/dim")
+        value = evaluation.bits_per_dim
+        return Score(value, value, f"{plus_minus(value, evaluation.bits_per_dim_stderr)} bits/dim")
 
 
 class NatsPerRow:
@@ -44,4 +44,5 @@ class NatsPerRow:
 
     def score(self, evaluation: Evaluation) -> Score:
         value, stderr = evaluation.log_likelihood, evaluation.log_likelihood_stderr
-        return Score(-value, value, f"{value:.4f} ± {2 * stderr:.4f} nats (2 standard errors)")
+        text = f"{value:.4f} nats" if stderr is None else f"{plus_minus(value, 2 * stderr)} nats (2 standard errors)"
+        return Score(-value, value, text)
