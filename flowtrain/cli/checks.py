@@ -124,7 +124,7 @@ class _Job:
                 continue
             if self.restored and _is_fixed(self.command, key):
                 raise _refusal(key)
-            if not (item.is_add() or item.is_force_add()):
+            if not (item.is_add() or item.is_force_add()) or key.startswith(keys.OPEN):
                 keys.check_exists(key, content, known)
             if self.restored and _changes_nothing(self.command, key):
                 raise UsageError(f"{key}: this command does not train, so it would change nothing")

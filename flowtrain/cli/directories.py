@@ -23,8 +23,8 @@ def check(command: Command, cfg: DictConfig) -> None:
         raise taken_error(run_dir, "hydra.run.dir=")
     if sweep_dir and not resume and any((Path(sweep_dir) / name).exists() for name in sweep.FILES):
         raise UsageError(
-            f"hydra.sweep.dir={sweep_dir}: holds a sweep, whose results would be mixed with these; choose another directory"
-            + (", or continue that one with resume=true" if command.trains else "")
+            f"hydra.sweep.dir={sweep_dir}: holds a sweep, whose results would be mixed with these; choose another"
+            " directory" + (", or continue that one with resume=true" if command.trains else "")
         )
 
 

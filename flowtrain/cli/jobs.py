@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+import flowtrain.cli.hydra_internals  # noqa: F401  quoted keys, in the processes of other launchers too
 from flowtrain.cli import directories, exit_codes, launcher, sweep, worker
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.commands import COMMANDS

@@ -35,6 +35,9 @@ def build(node: dict, where: str, *, allow=(), **kwargs):
     """
     check_targets(node, allow, where)
     _check_arguments(node, where)
+    for key, value in node.items():
+        if "${" in str(value):  # OmegaConf would read an interpolation
+            raise UsageError(f"{where}.{key}: no name or text can hold '${{', which begins an interpolation")
     try:
         return instantiate(node, _convert_="all", **kwargs)
     except InstantiationException as error:

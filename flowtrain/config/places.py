@@ -97,7 +97,7 @@ def announce(run: Path | None, dataset: Dataset) -> None:
 
 
 def _fingerprint(path: str) -> tuple[int | None, str | None]:
-    """The size and the head of what is at ``path``, as :class:`Places` has them; None of a pipe. Raises FlowtrainError."""
+    """The size and the head of what is at ``path``, as in :class:`Places`; None of a pipe. Raises FlowtrainError."""
     try:
         if os.path.isdir(path):
             names = sorted(map(os.fsencode, os.listdir(path)))
