@@ -35,6 +35,7 @@ from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
+from flowtrain.engine.threads import Threads, halvings
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
@@ -109,6 +110,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         ema=ema,
         autocast=autocast,
         compilation=compilation,
+        threads=_threads(config, device, compilation),
     )
     if state is not None:
         trainer.load_state_dict(state)
@@ -122,6 +124,8 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
             trainer.fit()
             with trainer.pause_compilation():
                 summary, score = _conclude(config, spec, trainer, val, run_dir)
+            if distributed.is_main():
+                environment.record(run_dir, device)  # once more: threads are chosen by now
             loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
     finally:
         loggers.close()
@@ -240,6 +244,14 @@ def _compile(flow: Flow, config: TrainConfig, budget: Budget, device: torch.devi
         raise
 
 
+def _threads(config: TrainConfig, device: torch.device, compilation: Compilation | None) -> Threads:
+    """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
+    ``deterministic`` says otherwise; code that is compiled has its number."""
+    most = torch.get_num_threads()
+    alone = device.type == "cpu" and distributed.world() == 1 and not compilation
+    return Threads(halvings(most) if alone and config.threads == "auto" and not config.deterministic else [most])
+
+
 def _set_memory(config: TrainConfig, flow: Flow) -> None:
     """Set which activations the flow keeps in training, as ``memory`` says; to be called after compilation."""
     if config.memory == "reversible" and config.compile is True:
@@ -278,6 +290,7 @@ def _conclude(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, run_di
         "steps": trainer.step,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "seconds": round(trainer.seconds, 3),
+        "threads": torch.get_num_threads(),
         "skipped_steps": trainer.recovery.skipped,
         "rollbacks": trainer.recovery.rollbacks,
         "unreadable": sum(bad.values()),

@@ -81,6 +81,10 @@ def test_a_refusal_prints_the_line_to_type(typed, value):
     assert value_of(word) == value
 
 
+def test_what_needs_no_quotes():
+    assert value_of("dataset.columns=[a_-+./$%*@?|: b,2x]") == ["a_-+./$%*@?|: b", "2x"]
+
+
 def test_the_lists_of_a_sweep_are_quoted_each():
     (word,) = line_to_type("dataset.columns=[CO(GT)],[T,x=y]")
     assert split_sweep(parse([word])) == [['dataset.columns=["CO(GT)"]'], ['dataset.columns=[T,"x=y"]']]
@@ -238,3 +242,6 @@ def test_completion_after_quoted_names(tmp_path):
     line = """flowtrain train dataset=table 'dataset.columns=["CO (GT)",T]' 'dataset.context=["it'"'"'s"]' model=ma"""
     done = test_cli.flowtrain("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line)
     assert {"model=maf", "model=made"} <= set(done.stdout.split())
+    (tmp_path / "columns.txt").touch()
+    done = test_cli.flowtrain("-sc", "query=bash", cwd=tmp_path, COMP_LINE="flowtrain train dataset.columns=@co")
+    assert done.stdout.split() == ["dataset.columns=@columns.txt"]

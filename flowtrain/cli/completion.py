@@ -14,6 +14,7 @@ from glob import glob
 from flowtrain.commands import CHECKPOINT_KEYS, COMMANDS
 
 PATHS = (*(f"{key}=" for key in CHECKPOINT_KEYS), "init=", "input=", "output=", "dataset.path=")
+PATHS += ("dataset.columns=@", "dataset.context=@", "dataset.types=@", "dataset.read=@")
 FLAGS = ("--help", "--multirun", "--cfg", "--config-dir")
 
 

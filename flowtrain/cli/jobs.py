@@ -86,7 +86,13 @@ def _run(command: str, cfg: DictConfig, run_dir: str, hydra, is_sweep: bool) -> 
     if count == 1 and not is_sweep and not limit:
         return worker.execute(**arguments)
     logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    return launcher.launch({**arguments, "logging_config": logging_config}, count, limit)
+    return launcher.launch({**arguments, "logging_config": logging_config}, count, limit, _side_by_side(hydra))
+
+
+def _side_by_side(hydra) -> int:
+    """How many jobs of a sweep run at once on this machine: joblib's ``n_jobs``, of which -1 is one a core."""
+    jobs = hydra.launcher.get("n_jobs") or 1
+    return jobs if jobs > 0 else max(1, distributed.cores() + 1 + jobs)
 
 
 def _find_checkpoints(config: TrainConfig, run_dir: Path) -> TrainConfig:

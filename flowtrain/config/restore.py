@@ -36,7 +36,7 @@ MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, suc
 NODES = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "logger")  # that are mappings
 # keys of dataset that this machine and this command decide, never the file
 LOCAL = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
-DROPPED = ("devices", "allow", "dist", "job_timeout")
+DROPPED = ("devices", "threads", "allow", "dist", "job_timeout")
 UNSET = {"init": None, "resume": False}
 NAMING = ("types", "read")  # mappings of dataset that have names of columns as keys
 SPECIAL = ("_recursive_", "_convert_", "_args_")  # keys that Hydra obeys, besides _target_ and _partial_

@@ -26,6 +26,7 @@ from flowtrain.engine.replay import Record, replay_command
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.state import Stateful
 from flowtrain.engine.statistics import layer_statistics
+from flowtrain.engine.threads import Threads
 from flowtrain.engine.training_pass import TrainingPass, clip_gradient
 from flowtrain.engine.validation import Validation
 from flowtrain.engine.weights import Weights
@@ -51,10 +52,22 @@ class Trainer(Stateful):
         ema: the average of the weights, which is validated and previewed in place of ``flow``.
         autocast: dtype of networks, where that is lower than the weights'.
         compilation: of ``flow``, if it runs compiled.
+        threads: the numbers of threads to choose from; None: the present one.
     """
 
     # with the weights, all that a run's future depends on: noise and the order of the data follow from the step
-    STATE = ("step", "seconds", "loss_sum", "loss_count", "validation", "previews", "recovery", "loader", "loggers")
+    STATE = (
+        "step",
+        "seconds",
+        "loss_sum",
+        "loss_count",
+        "validation",
+        "previews",
+        "recovery",
+        "loader",
+        "loggers",
+        "threads",
+    )
 
     def __init__(
         self,
@@ -73,10 +86,12 @@ class Trainer(Stateful):
         ema: EMA | None = None,
         autocast: torch.dtype | None = None,
         compilation: Compilation | None = None,
+        threads: Threads | None = None,
     ):
         self.flow, self.objective, self.loader, self.config = flow, objective, loader, config
         self.budget, self.schedule, self.compilation = budget, schedule, compilation
         self.validation, self.previews = validation, previews
+        self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
         self.weights = Weights(flow, optimizer, ema)
         self.training_pass = TrainingPass(flow, objective, config.seed, config.trainer.accumulate, autocast)
@@ -101,12 +116,15 @@ class Trainer(Stateful):
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
         with note_signals() as noted, profiler as profile_step:
             try:
+                self.threads.start()
                 self.validate_and_preview()  # where a signal came before
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
-                    loss, norm = self.gradient(next_batch(batches))
+                    batch, start = next_batch(batches), time.monotonic()
+                    loss, norm = self.gradient(batch)
                     loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
                     self.update(loss, norm)
+                    self.threads.after_step(time.monotonic() - start)
                     self.step += 1
                     if self.compilation:
                         self.compilation.after_step(self.step)
