@@ -101,13 +101,14 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples of the base distribution, in float32 or float64, on the flow's device.
+        """n samples of the base distribution, (n, *out_shape), in float32 or float64, on the flow's device.
 
         Their noise is drawn on the CPU and does not depend on ``temperature``. So a seed gives the same noise on every
-        device and at every temperature. A base distribution that depends on the context needs one, (n, *context_shape).
+        device and at every temperature. A base distribution that depends on the context needs one, as ``sample`` does.
         """
-        z = self.base.sample(n, temperature, context, generator)
-        return z.to(self._weight.device, at_least_float32(self._weight.dtype))
+        context, leading = self._repeat_context(n, context)
+        z = self.base_samples(math.prod(leading), temperature, context, generator)
+        return z.reshape(*leading, *z.shape[1:])
 
     def sample(
         self,
@@ -117,9 +118,52 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n examples, (n, *shape). ``temperature`` scales the distance of the latents from their means, which are 0 for
-        standard base distributions (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`."""
-        return self.decode(self.latents(n, temperature=temperature, context=context, generator=generator), context)
+        """n examples, (n, *shape), all with the one ``context``, (*context_shape) or (1, *context_shape); or n for each
+        of m contexts (m, *context_shape): (n, m, *shape). They are drawn and decoded as one batch.
+
+        ``temperature`` scales the distance of the latents from their means, which are 0 for standard base distributions
+        (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`.
+
+        Raises:
+            ValueError: a context of another shape, which is named beside the flow's.
+
+        >>> from functools import partial
+        >>> from flowtrain import bijections as b, nets
+        >>> maf = partial(b.Autoregressive, univariate=b.ExpAffine, net=nets.MADE)
+        >>> flow = Flow((2,), maf, context_shape=(3,))
+        >>> flow.sample(5, context=torch.zeros(3)).shape, flow.sample(5, context=torch.eye(3)).shape
+        (torch.Size([5, 2]), torch.Size([5, 3, 2]))
+        """
+        context, leading = self._repeat_context(n, context)
+        z = self.base_samples(math.prod(leading), temperature, context, generator)
+        x = self.decode(z, context)
+        return x.reshape(*leading, *x.shape[1:])
+
+    @torch.no_grad()
+    def base_samples(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n latents as :meth:`latents` draws them, but one for each row of ``context`` (n, *context_shape)."""
+        z = self.base.sample(n, temperature, context, generator)
+        return z.to(self._weight.device, at_least_float32(self._weight.dtype))
+
+    def _repeat_context(self, n: int, context: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+        """The context of each of n samples, or of n·m samples of m contexts, and the samples' leading shape."""
+        shape = self.bijection.context_shape
+        if context is None:
+            return None, (n,)
+        if shape is None:
+            raise ValueError("this flow takes no context")
+        if context.shape != shape and context.shape[1:] != shape:
+            many = ", ".join(map(str, ("m", *shape)))
+            raise ValueError(f"context has shape {list(context.shape)}; this flow takes {list(shape)} or [{many}]")
+        context = context if context.dim() > len(shape) else context[None]
+        m = len(context)
+        return context.expand(n, *context.shape).flatten(0, 1), (n,) if m == 1 else (n, m)
 
     @property
     def _weight(self) -> Tensor:

@@ -27,6 +27,7 @@ class SampleConfig(TrainConfig):
     temperature: float | list[float] = number(least=0)
     label: int | list[int] | None = number(least=0)
     context: Any
+    output: str | None
     plot: bool
     weights: Literal["auto", "ema", "raw"]
 
@@ -48,7 +49,7 @@ class ScoreConfig(TrainConfig):
     input: str | None
     output: str | None
     draws: int = number(least=1)
-    batch: int = number(least=1, below=257)
+    batch: Literal["auto"] | int = number(least=1)
     label: int | None = number(least=0)
     weights: Literal["auto", "ema", "raw"]
     json: bool

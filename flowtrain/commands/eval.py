@@ -18,8 +18,7 @@ from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation, plus_minus
 from flowtrain.flow import Flow
-from flowtrain.runtime import distributed, environment, files
-from flowtrain.runtime.seeds import seed_from
+from flowtrain.runtime import distributed, environment, files, global_batch
 
 EXAMPLES = 1000  # with an exact trace, which costs D times a stochastic one
 
@@ -88,8 +87,8 @@ def _logit_log_likelihood(
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for index, x, context in split_batches(split, config, next(flow.parameters()).device, examples):
-            torch.manual_seed(seed_from(config.seed, int(index[0]), 0))
-            added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
+            with global_batch.examples(index, config.seed, 0):
+                added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()
     return result.log_likelihood - total / count
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,62 +13,109 @@ import torch
 from torch import Tensor
 
 from flowtrain.commands import SampleConfig
-from flowtrain.commands.contexts import contexts
-from flowtrain.commands.draws import draw_samples
+from flowtrain.commands.contexts import Contexts, contexts
+from flowtrain.commands.draws import sample_batches
+from flowtrain.commands.outputs import open_array, open_table, progress, table_path
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
+from flowtrain.data.inputs import unnamed_columns
 from flowtrain.errors import UsageError
 from flowtrain.plots.grid import image_grid, save_png
-from flowtrain.plots.pairs import plot_pairs
+from flowtrain.plots.pairs import ROWS, plot_pairs
 from flowtrain.runtime import distributed
 
 log = logging.getLogger("flowtrain")
 
+IMAGES = 1024  # most images of a temperature in the grid
+
 
 def main(config: SampleConfig, run_dir: str) -> dict:
-    """Draw ``config.n`` samples at each temperature and write them into ``run_dir``; returns the files' paths.
+    """Draw ``config.n`` samples at each temperature, and of each row of a file of contexts; returns the files' paths.
 
-    Images become samples.png. Rows become samples.csv, in the columns and units of the data's file, and with
-    ``config.plot`` pairs.png, and for two columns density.png too. All become samples.npy.
+    The samples are written into ``run_dir`` as they are drawn. Images become samples.png. Rows become samples.csv (or
+    ``config.output``), in the columns and units of the data's file, and with ``config.plot`` pairs.png, and for two
+    columns density.png too. All become samples.npy.
     """
+    folder = Path(run_dir)
     restored = restore(config, config.ckpt, config.weights)
-    flow, columns, spec = restored.flow, restored.columns, restored.dataset.spec
-    rows = not isinstance(config.temperature, float)
-    temperatures = list(config.temperature) if rows else [config.temperature]
+    spec = restored.dataset.spec
+    if config.output and spec.is_image:
+        raise UsageError(f"output={config.output}: images become samples.npy and samples.png; leave output=null")
+    output = table_path(config.output, folder / "samples.csv")
+    is_list = not isinstance(config.temperature, float)
+    temperatures = list(config.temperature) if is_list else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
-    context = contexts(config, flow, columns)
+    context = contexts(config, restored.flow, restored.columns)
+    n = config.n if context is None else len(context)
+    batches = _batches(restored, n, config.seed, context, temperatures)
     if not distributed.is_main():
+        for _ in batches:  # its share of the work
+            pass
         return {}
-    samples = torch.cat([draw_samples(flow, config.n, config.seed, context, t) for t in temperatures])
-    folder = Path(run_dir)
+    columns = restored.columns or unnamed_columns(restored.flow.dimensions, spec.grey_levels)
+    total, done, shown = n * len(temperatures), 0, []
+    step = 1 if spec.is_image else math.ceil(total / ROWS)
     paths = {"npy": folder / "samples.npy"}
-    np.save(paths["npy"], samples.numpy())
+    with ExitStack() as stack:
+        write = stack.enter_context(open_array(paths["npy"], total))
+        if not spec.is_image:
+            paths["csv"] = output
+            write_rows = stack.enter_context(open_table(output))
+        bar = stack.enter_context(progress(total, "sample"))
+        for first, samples in batches:
+            write(samples.numpy())
+            if spec.is_image:
+                shown.append(samples[: max(0, IMAGES - first)])
+            else:
+                write_rows(_table(columns, context, first, samples))
+                shown.append(samples[-done % step :: step])
+            done += len(samples)
+            bar.update(len(samples))
     if spec.is_image:
         paths["png"] = folder / "samples.png"
-        save_png(image_grid(samples, spec.grey_levels, config.n if rows else None), paths["png"])
-    else:
-        paths |= _write_rows(restored, samples, folder, config.plot)
+        grid = image_grid(torch.cat(shown), spec.grey_levels, min(n, IMAGES) if is_list else None)
+        save_png(grid, paths["png"])
+    elif config.plot:
+        paths |= _plots(restored, columns, torch.cat(shown), folder)
     for path in paths.values():
         print(path)
     return {name: str(path) for name, path in paths.items()}
 
 
-def _write_rows(restored: Restored, samples: Tensor, folder: Path, plot: bool) -> dict[str, Path]:
-    paths = {"csv": folder / "samples.csv"}
-    columns = restored.columns or Columns.from_rows(samples.numpy())
+def _batches(
+    restored: Restored, n: int, seed: int, context: Contexts | None, temperatures: list[float]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the batches of all processes in order, at one temperature after the other: (the number of the first,
+    samples)."""
+    of = None if context is None else context.__getitem__
+    for temperature in temperatures:
+        place = distributed.rank(), distributed.world()
+        mine = sample_batches(restored.flow, n, seed, of, temperature, *place)
+        while turns := [turn for turn in distributed.all_gather_object(next(mine, None)) if turn is not None]:
+            yield from turns
+
+
+def _table(columns: Columns, context: Contexts | None, first: int, samples: Tensor) -> dict[str, np.ndarray]:
+    """Samples as rows of a table. If their contexts come from a file, these come first, and their row (from 1) last."""
     table = columns.decode(samples)
-    with paths["csv"].open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(table)
-        writer.writerows(zip(*(values.tolist() for values in table.values())))
-    if not plot:
-        return paths
+    if context is None or not context.columns:
+        return table
+    places = context.places(slice(first, first + len(samples)))
+    name = "row"
+    while name in table or name in context.columns:
+        name += "_"
+    return {**{name: values[places] for name, values in context.columns.items()}, **table, name: places + 1}
+
+
+def _plots(restored: Restored, columns: Columns, samples: Tensor, folder: Path) -> dict[str, Path]:
+    """Plot samples beside the data."""
     points, context = _train_rows(restored)
     data = None if points is None else _matrix(columns.decode(points))
-    paths["pairs"] = folder / "pairs.png"
-    plot_pairs(paths["pairs"], _matrix(table), data, columns.names, f"{restored.dataset.spec.name}: data and samples")
+    paths = {"pairs": folder / "pairs.png"}
+    title = f"{restored.dataset.spec.name}: data and samples"
+    plot_pairs(paths["pairs"], _matrix(columns.decode(samples)), data, columns.names, title)
     if points is not None and restored.flow.dimensions <= 2:
         paths["density"] = folder / "density.png"
         save_png(density_of(restored.flow, points, context), paths["density"])

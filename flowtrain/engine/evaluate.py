@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.runtime.seeds import seed_from
 
@@ -51,8 +52,8 @@ def evaluate(
     """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
     most once.
 
-    The noise is a function of (seed, first index of the batch, draw): the same in each evaluation, for any number of
-    processes. ``weights`` (total,) say how much each example counts; None: all alike.
+    The noise of an example is a function of (seed, its index, draw): the same in each evaluation, whatever the batches
+    and the number of processes. ``weights`` (total,) say how much each example counts; None: all alike.
 
     Raises:
         FloatingPointError: a likelihood is not a number, or no example counts.
@@ -61,17 +62,10 @@ def evaluate(
     flow.eval()
     device = next(flow.parameters()).device
     mean, weighted, evaluated = torch.zeros(3, total, dtype=torch.float64, device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
+    with evaluation_mode(device):
         for index, x, context in interruptible_batches(batches):
-            first = int(index[0])
             index = index.to(device)
-            best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=device)
-            for draw in range(draws):
-                torch.manual_seed(seed_from(seed, first, draw))
-                log_prob = flow(x, context).double()
-                mean[index] += log_prob / draws
-                best = torch.logaddexp(best, log_prob)
-            weighted[index] = best - math.log(draws)
+            mean[index], weighted[index] = log_likelihoods(flow, index, x, context, draws, seed)
             evaluated[index] = 1
     flow.train(was_training)
     if dist.is_initialized():
@@ -110,6 +104,30 @@ def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
     ('3.1416 ± 0.0020', '3.14')
     """
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def log_likelihoods(
+    flow: Flow, index: Tensor, x: Tensor, context: Tensor | None = None, draws: int = 1, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """log p of the examples numbered ``index``, and the logarithm of p, each averaged over the draws of their noise:
+    float64 (B,)."""
+    mean = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    total = torch.full_like(mean, -math.inf)
+    for draw in range(draws):
+        torch.manual_seed(seed_from(seed, draw))  # for layers of the user's own
+        with global_batch.examples(index, seed, draw):
+            log_prob = flow(x, context).double()
+        mean += log_prob / draws
+        total = torch.logaddexp(total, log_prob)
+    return mean, total - math.log(draws)
+
+
+@contextmanager
+def evaluation_mode(device: torch.device):
+    """Within it, arithmetic is exact, what follows from weights alone is kept, and torch's generators stay as they
+    were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
+        yield
 
 
 @contextmanager
