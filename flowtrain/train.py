@@ -7,6 +7,7 @@ import math
 import os
 import re
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from flowtrain.config.build import build, build_dataset, build_flow, build_objec
 from flowtrain.config.compose import conf_dir
 from flowtrain.config.conversion import to_dict
 from flowtrain.config.schema import TrainConfig, check_batch_size
-from flowtrain.data import Loader
+from flowtrain.data import Loader, Split
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
 from flowtrain.engine.budget import Budget
@@ -45,6 +46,7 @@ from flowtrain.runtime.interrupts import interruptible_batches
 
 log = logging.getLogger("flowtrain")
 
+FIT_EXAMPLES, FIT_NUMBERS = 2**17, 2**26  # most examples that layers are fitted to, and numbers in them
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
@@ -60,6 +62,8 @@ def main(config: TrainConfig, run_dir: str) -> dict:
 def _train(config: TrainConfig, run_dir: str) -> dict:
     data = build_dataset(config)
     spec = data.spec
+    if (found := data.find()) is not None:  # a checkpoint then describes its data without them
+        config = replace(config, dataset=config.dataset | {"found": found})
     flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
     _optimizer(config, flow)
     _set_memory(config, flow)
@@ -168,7 +172,7 @@ def _start(flow: Flow, config: TrainConfig, train, device) -> None:
     if config.init:
         log.info("weights from %s (%s)", config.init, load_weights(flow, checkpoint.read(config.init)))
     elif distributed.is_main():
-        _fit_to_columns(flow, train.columns)
+        _fit_to_data(flow, train)
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
         flow.initialize(*next(Loader(train, size, config.seed, None, device).batches()))
@@ -188,14 +192,18 @@ def _log_cost_of_determinism(
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
-def _fit_to_columns(flow: Flow, columns) -> None:
-    """Fit the layers that depend on a table's train split: its units, and which of its columns hold integers."""
-    for module in flow.modules():
-        if hasattr(module, "fit"):
-            try:
-                module.fit(columns)
-            except ValueError as error:
-                raise UsageError(f"preprocess: {type(module).__name__} {error}") from error
+def _fit_to_data(flow: Flow, train: Split) -> None:
+    """Fit the layers that depend on the train split: on its columns, or on evenly spaced examples of it."""
+    modules = [module for module in flow.modules() if hasattr(module, "fit")]
+    if not modules:
+        return
+    number = max(1, min(len(train), FIT_EXAMPLES, FIT_NUMBERS // flow.dimensions))
+    rows = train.take(torch.arange(number) * len(train) // number)[0].float()
+    for module in modules:
+        try:
+            module.fit(train.columns, rows)
+        except ValueError as error:
+            raise UsageError(f"preprocess: {type(module).__name__} {error}") from error
 
 
 def _compile(flow: Flow, config: TrainConfig, budget: Budget, device: torch.device) -> Compilation | None:

@@ -4,6 +4,8 @@ import re
 from functools import partial
 from types import SimpleNamespace
 
+import torch
+
 from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.univariate import Univariate
@@ -44,6 +46,13 @@ def standardize(shape):
     """Build a Standardize that is fitted to a table's columns."""
     layer = b.Standardize(shape)
     layer.fit(SimpleNamespace(names=[""] * 5, mean=[0.0, 3.0, -2.0, 0.5, 9.0], std=[1.0, 0.2, 5.0, 2.0, 30.0]))
+    return layer
+
+
+def standardize_channels(shape):
+    """Build a StandardizeChannels that is fitted to examples far from 0."""
+    layer = b.StandardizeChannels(shape)
+    layer.fit(None, torch.arange(1.0, shape[0] + 1).view(-1, 1, 1) * torch.randn(9, *shape) - 7)
     return layer
 
 
@@ -105,6 +114,7 @@ LAYERS = {
     "flatten": partial(b.Flatten, image),
     "center": partial(b.Center, image),
     "standardize": partial(standardize, vector),
+    "standardize_channels": partial(standardize_channels, image),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
     **{
         f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))

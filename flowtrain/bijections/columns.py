@@ -17,7 +17,7 @@ class _ColumnBijection(Bijection):
         if len(self.shape) != 1:
             raise ValueError(f"takes rows of a table, not shape {list(self.shape)}")
 
-    def fit(self, columns) -> None:
+    def fit(self, columns, rows=None) -> None:
         """Set the numbers from a :class:`flowtrain.data.Columns`. ValueError if its number of columns is another."""
         if columns is None or len(columns.names) != self.shape[0]:
             raise ValueError(f"needs what is known of {self.shape[0]} columns, not {columns and len(columns.names)}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowtrain.commands import SampleConfig
 from flowtrain.data import Columns
-from flowtrain.data.images import label_context
+from flowtrain.data.labels import label_context
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 

@@ -15,8 +15,8 @@ from flowtrain.commands.contexts import contexts
 from flowtrain.commands.draws import draw_samples
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
-from flowtrain.data import Columns
 from flowtrain.errors import UsageError
+from flowtrain.plots.curves import plot_curves
 from flowtrain.plots.grid import image_grid, save_png
 from flowtrain.plots.pairs import plot_pairs
 from flowtrain.runtime import distributed
@@ -27,8 +27,9 @@ log = logging.getLogger("flowtrain")
 def main(config: SampleConfig, run_dir: str) -> dict:
     """Draw ``config.n`` samples at each temperature and write them into ``run_dir``; returns the files' paths.
 
-    Images become samples.png. Rows become samples.csv, in the columns and units of the data's file, and with
-    ``config.plot`` pairs.png, and for two columns density.png too. All become samples.npy.
+    Images and fields become samples.png. Vectors of an array, such as spectra, become curves.png with ``config.plot``.
+    Rows of a table become samples.csv, in the columns and units of the data's file, and with ``config.plot`` pairs.png,
+    and for two columns density.png too. All become samples.npy.
     """
     restored = restore(config, config.ckpt, config.weights)
     flow, columns, spec = restored.flow, restored.columns, restored.dataset.spec
@@ -46,6 +47,8 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     if spec.is_image:
         paths["png"] = folder / "samples.png"
         save_png(image_grid(samples, spec.grey_levels, config.n if rows else None), paths["png"])
+    elif columns is None:
+        paths |= _plot_curves(restored, samples, folder) if config.plot else {}
     else:
         paths |= _write_rows(restored, samples, folder, config.plot)
     for path in paths.values():
@@ -53,9 +56,21 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     return {name: str(path) for name, path in paths.items()}
 
 
+def _plot_curves(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]:
+    points, _ = _train_rows(restored)
+    path = folder / "curves.png"
+    title = f"{restored.dataset.spec.name}: data and samples"
+    try:
+        plot_curves(path, samples.numpy(), None if points is None else points.cpu().numpy(), title)
+    except UsageError as error:
+        log.info("without a plot: %s", error)
+        return {}
+    return {"curves": path}
+
+
 def _write_rows(restored: Restored, samples: Tensor, folder: Path, plot: bool) -> dict[str, Path]:
     paths = {"csv": folder / "samples.csv"}
-    columns = restored.columns or Columns.from_rows(samples.numpy())
+    columns = restored.columns
     table = columns.decode(samples)
     with paths["csv"].open("w", newline="") as file:
         writer = csv.writer(file)

@@ -16,27 +16,30 @@ from torch import Tensor
 from flowtrain.bijections.ode import exact_trace, needs_exact_trace
 from flowtrain.commands import ScoreConfig
 from flowtrain.commands.restored import Restored, restore
-from flowtrain.data import Columns
+from flowtrain.data import Arrays, Columns, array_files
+from flowtrain.data.array_files import open_rows
+from flowtrain.data.arrays import fit_numbers
+from flowtrain.data.dataset import Dataset
 from flowtrain.data.image_files import SUFFIXES
-from flowtrain.data.images import label_context
 from flowtrain.data.inputs import (
     ARCHIVES,
-    ARRAY,
     TABLES,
+    ArrayRows,
     Group,
-    ImageArray,
     ImageFiles,
     Input,
     TableRows,
     input_path,
     unnamed_columns,
 )
+from flowtrain.data.labels import label_context
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import distributed, files, global_batch
 from flowtrain.runtime.seeds import seed_from
 
+ARRAYS = "an array (npy, npz, h5, zarr)"
 ROW_GROUP = 2**16  # rows that are written to a parquet file at once
 
 
@@ -94,31 +97,44 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
     if not config.input:
         raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
     path, data = input_path(config.input), restored.dataset
-    shape, grey_levels = data.spec.shape, data.spec.grey_levels
+    grey_levels = data.spec.grey_levels
     suffix = "" if path.is_dir() else path.suffix.lower()
+    if restored.columns is None and _holds_arrays(path, data):
+        rows = open_rows(path, getattr(data, "key", None), getattr(data, "layout", None))
+        return ArrayRows(
+            rows, data.numbers_of(rows) if isinstance(data, Arrays) else fit_numbers(rows, data.spec), config.on_bad
+        )
     if not data.spec.is_image:
         if suffix not in TABLES:
             raise UsageError(f"input={config.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
         return TableRows(
             path, restored.columns or unnamed_columns(restored.flow.dimensions, grey_levels), config.on_bad
         )
-    if suffix == ARRAY:
-        return ImageArray(path, shape, grey_levels, config.on_bad)
+    if grey_levels is None:
+        raise UsageError(f"input={config.input}: this model takes real numbers: {ARRAYS}")
     if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
-        raise UsageError(f"input={config.input}: this model takes a folder, .zip or .tar of images, an image or an npy")
+        raise UsageError(
+            f"input={config.input}: this model takes a folder, .zip or .tar of images, an image, or {ARRAYS}"
+        )
     if grey_levels & (grey_levels - 1) or grey_levels > 256:
         raise UsageError(
-            f"input={config.input}: this model has {grey_levels} grey levels: give an npy of 0 … {grey_levels - 1}"
+            f"input={config.input}: this model has {grey_levels} grey levels: give {ARRAYS}, of 0 … {grey_levels - 1}"
         )
     return ImageFiles(
         path,
-        shape,
+        data.spec.shape,
         8 - int(math.log2(grey_levels)),
         config.on_bad,
         getattr(data, "box", None),
         getattr(data, "exact", False),
         config.trainer.workers,
     )
+
+
+def _holds_arrays(path: Path, data: Dataset) -> bool:
+    """Whether ``path`` holds arrays. A folder of an image set's model is one of images."""
+    is_folder = path.is_dir() and path.suffix.lower() not in array_files.SUFFIXES
+    return isinstance(data, Arrays) if is_folder else path.suffix.lower() in array_files.SUFFIXES
 
 
 def _label(config: ScoreConfig, flow: Flow, columns: Columns | None) -> Tensor | None:

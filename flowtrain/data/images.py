@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.labels import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import ArraySplit, split_indices
 
@@ -99,8 +100,3 @@ class ArrayImages(Images):
             chosen = torch.from_numpy(np.ascontiguousarray(chosen))
             data, context = data[chosen], None if context is None else context[chosen]
         return ArraySplit(data >> self._dropped_bits, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
-
-
-def label_context(labels: Tensor, classes: int) -> Tensor:
-    """Labels, int64 (N,), as the context of a conditional flow: one-hot, float32 (N, classes)."""
-    return torch.nn.functional.one_hot(labels, classes).float()

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.data.array_files import FolderRows, Rows
+from flowtrain.data.arrays import Numbers
 from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
+from flowtrain.data.labels import printable
 from flowtrain.data.loader import evaluation_batches
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
-from flowtrain.data.tables.table_file import READERS, Array, Block, TableFile
+from flowtrain.data.tables.table_file import READERS, Block, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256
@@ -111,31 +114,33 @@ class _SingleImage:
         return open(self.path, "rb")
 
 
-class ImageArray(Input):
-    """Integers 0 … grey_levels − 1 in an .npy array, (N, *shape), or (N, height, width) for grey images."""
+class ArrayRows(Input):
+    """The rows of an array, as :class:`flowtrain.data.Arrays` reads them; one of a folder's files each, or by number.
 
-    def __init__(self, path: Path, shape: tuple[int, ...], grey_levels: int, on_bad: str = "stop"):
-        self.path, self.shape, self.grey_levels, self.on_bad = path, tuple(shape), grey_levels, on_bad
-        self.array = Array(path)
-        fitting = [self.shape, self.shape[1:]] if self.shape[0] == 1 else [self.shape]
-        if self.array.shape[1:] not in fitting or self.array.dtype.kind not in "iu":
-            wanted = " or ".join(f"[N, {', '.join(map(str, one))}]" for one in fitting)
-            holds = f"{self.array.dtype} {list(self.array.shape)}"
-            raise UsageError(f"{path} holds {holds}: this model takes integers of shape {wanted}")
-        if not len(self.array):
-            raise UsageError(f"{path} has no rows")
+    Args:
+        numbers: how the array's numbers become those of the flow.
+    """
+
+    def __init__(self, rows: Rows, numbers: Numbers, on_bad: str = "stop"):
+        self.rows, self.numbers, self.on_bad = rows, numbers, on_bad
+        self.files = rows.files if isinstance(rows, FolderRows) and not rows.stacked else None
+        self.label = "row" if self.files is None else "file"
+        if not len(rows):
+            raise UsageError(f"{rows.path} has no rows")
 
     def groups(self, rank=0, world=1):
-        for first in range(rank * GROUP, len(self.array), world * GROUP):
-            part = np.array(self.array[first : first + GROUP]).reshape(-1, *self.shape)
-            inside = ((part >= 0) & (part < self.grey_levels)).reshape(len(part), -1).all(1)
-            why = f"values outside 0 … {self.grey_levels - 1}"
-            bad = {int(i): f"row {first + i + 1} (the first is 1): {why}" for i in np.flatnonzero(~inside)}
-            for line in bad.values():
-                self.refuse(f"{self.path}: {line}")
-            part[~inside] = 0
-            x = torch.from_numpy(part.astype(np.uint8 if self.grey_levels <= 256 else np.int64))
-            yield Group(first, list(range(first + 1, first + len(part) + 1)), x, None, bad)
+        for first in range(rank * GROUP, len(self.rows), world * GROUP):
+            stop = min(first + GROUP, len(self.rows))
+            x, bad = self.numbers.convert(self.rows.read(first, stop))
+            names = [*range(first + 1, stop + 1)]
+            if self.files is not None:
+                names = [printable(str(file.relative_to(self.rows.path))) for file in self.files[first:stop]]
+            called = [name if self.files else f"row {name} (the first is 1)" for name in names]
+            faults = {int(i): f"{called[i]}: {self.numbers.fault()}" for i in np.flatnonzero(bad)}
+            for line in faults.values():
+                self.refuse(f"{printable(str(self.rows.path))}: {line}")
+            x[torch.from_numpy(bad)] = 0
+            yield Group(first, names, x, None, faults)
 
 
 class TableRows(Input):

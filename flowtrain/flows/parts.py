@@ -23,6 +23,7 @@ from flowtrain.bijections import (
     LULinear,
     Shuffle,
     Standardize,
+    StandardizeChannels,
 )
 from flowtrain.bijections.bijection import check_shape
 
@@ -86,6 +87,14 @@ def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> B
     """Integers 0 … grey_levels − 1 to the real line: uniform dequantization, then logit(alpha + (1 − 2·alpha)·x)."""
     layers = chain(dequantize=partial(Dequantize, grey_levels=grey_levels), logit=partial(Logit, alpha=alpha))
     return layers(shape=shape, context_shape=context_shape)
+
+
+def normalize(shape, grey_levels: int | None = None, context_shape=None) -> Bijection:
+    """Integers 0 … grey_levels − 1 as by :func:`center`; real numbers (None) to mean 0 and deviation 1 in each channel,
+    by the train split."""
+    if grey_levels is None:
+        return chain(standardize=StandardizeChannels)(shape=shape, context_shape=context_shape)
+    return center(shape, grey_levels, context_shape)
 
 
 def standardize(shape, context_shape=None) -> Bijection:
