@@ -326,9 +326,7 @@ def test_a_checkpoint_describes_its_arrays_without_them(tmp_path):
     with pytest.raises(FlowtrainError, match=r"wrong.npy: row 4 .*values outside the whole numbers 0 … 255"):
         flowtrain(tmp_path, "score", "ckpt=run", "input=wrong.npy")
     np.save(tmp_path / "field.npy", FIELD)
-    with pytest.raises(
-        FlowtrainError, match=r"field.npy holds float32 .* takes integers 0 … 255 of shape \[N, 3, 8"
-    ):
+    with pytest.raises(FlowtrainError, match=r"field.npy holds float32 .* takes integers 0 … 255 of shape \[N, 3, 8"):
         flowtrain(tmp_path, "score", "ckpt=run", "input=field.npy")
     run(tmp_path, "eval", "ckpt=run", f"dataset.path={moved}")
 

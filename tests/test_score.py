@@ -138,7 +138,10 @@ def test_values_that_are_no_images(digits, capsys):
     wrong[2, 0, 0, 0] = 17
     np.save(folder / "wrong.npy", wrong)
     np.save(folder / "reals.npy", wrong / 17)
-    with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: holds values outside the whole numbers 0 … 16; on_bad=skip leaves it out"):
+    with pytest.raises(
+        FlowtrainError,
+        match=r"wrong.npy: row 3 .* outside the whole numbers 0 … 16; on_bad=skip leaves it out",
+    ):
         run_score(run_dir, folder, input="wrong.npy")
     with pytest.raises(
         UsageError, match=r"float64 \[4, 1, 8, 8\]: this model takes integers 0 … 16 of shape \[N, 1, 8, 8\]"
