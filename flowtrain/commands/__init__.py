@@ -25,7 +25,7 @@ class SampleConfig(TrainConfig):
     ckpt: str
     n: int = number(least=1)
     temperature: float | list[float] = number(least=0)
-    label: int | list[int] | None = number(least=0)
+    label: int | str | list[int | str] | None = number(least=0)
     context: Any
     plot: bool
     weights: Literal["auto", "ema", "raw"]
@@ -49,7 +49,7 @@ class ScoreConfig(TrainConfig):
     output: str | None
     draws: int = number(least=1)
     batch: int = number(least=1, below=257)
-    label: int | None = number(least=0)
+    label: int | str | None = number(least=0)
     weights: Literal["auto", "ema", "raw"]
     json: bool
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flowtrain.commands import SampleConfig
 from flowtrain.data import Columns
-from flowtrain.data.labels import label_context
+from flowtrain.data.labels import class_number, label_context
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 
-def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
+def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: Sequence[str] = ()) -> Tensor | None:
     """The context of ``config.n`` samples, (n, *context_shape) on the flow's device; None for an unconditional flow.
 
-    ``config.label`` is a class, or a list that takes turns; None: all classes in turn. ``config.context`` maps each
-    context column of a table to a value. Raises UsageError where they do not fit the flow.
+    ``config.label`` is a class, by number or by its name among ``names``, or a list that takes turns; None: all classes
+    in turn. ``config.context`` maps each context column of a table to a value. Raises UsageError where they do not fit
+    the flow.
     """
     shape = flow.bijection.context_shape
     if config.label is not None and (shape is None or columns):
@@ -29,10 +32,12 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tenso
     if columns:
         return _of_columns(config.context or {}, columns).expand(config.n, *shape).to(device)
     (classes,) = shape
-    labels = config.label if config.label is not None else range(classes)
-    labels = torch.tensor([labels] if isinstance(labels, int) else list(labels))
-    if not len(labels) or labels.max() >= classes:
-        raise UsageError(f"label={config.label}: the classes are 0 to {classes - 1}")
+    given = config.label if isinstance(config.label, list | None) else [config.label]
+    if given == []:
+        raise UsageError("label=[]: give at least one class")
+    labels = (
+        torch.arange(classes) if given is None else torch.tensor([class_number(one, classes, names) for one in given])
+    )
     return label_context(labels[torch.arange(config.n) % len(labels)], classes).to(device)
 
 

@@ -15,6 +15,7 @@ from flowtrain.commands.contexts import contexts
 from flowtrain.commands.draws import draw_samples
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
+from flowtrain.data.spec import class_names
 from flowtrain.errors import UsageError
 from flowtrain.plots.curves import plot_curves
 from flowtrain.plots.grid import image_grid, save_png
@@ -37,7 +38,7 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     temperatures = list(config.temperature) if rows else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
-    context = contexts(config, flow, columns)
+    context = contexts(config, flow, columns, class_names(spec))
     if not distributed.is_main():
         return {}
     samples = torch.cat([draw_samples(flow, config.n, config.seed, context, t) for t in temperatures])

@@ -16,23 +16,20 @@ from torch import Tensor
 from flowtrain.bijections.ode import exact_trace, needs_exact_trace
 from flowtrain.commands import ScoreConfig
 from flowtrain.commands.restored import Restored, restore
-from flowtrain.data import Arrays, Columns, array_files
-from flowtrain.data.array_files import open_rows
-from flowtrain.data.arrays import fit_numbers
-from flowtrain.data.dataset import Dataset
-from flowtrain.data.image_files import SUFFIXES
+from flowtrain.data.image_sources import SUFFIXES
 from flowtrain.data.inputs import (
     ARCHIVES,
     TABLES,
-    ArrayRows,
     Group,
     ImageFiles,
     Input,
     TableRows,
     input_path,
+    open_arrays,
     unnamed_columns,
 )
-from flowtrain.data.labels import label_context
+from flowtrain.data.labels import class_number, label_context, list_classes
+from flowtrain.data.spec import class_names
 from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
@@ -53,8 +50,8 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
     output = _output_path(config, run_dir)
     restored = restore(config, config.ckpt, config.weights)
     flow = restored.flow.eval()
-    label = _label(config, flow, restored.columns)
     source = _source(config, restored)
+    label = _label(config, restored, source)
     figures = ["log_likelihood"]
     if restored.has_bits:
         figures.append("bits_per_dim")
@@ -99,11 +96,8 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
     path, data = input_path(config.input), restored.dataset
     grey_levels = data.spec.grey_levels
     suffix = "" if path.is_dir() else path.suffix.lower()
-    if restored.columns is None and _holds_arrays(path, data):
-        rows = open_rows(path, getattr(data, "key", None), getattr(data, "layout", None))
-        return ArrayRows(
-            rows, data.numbers_of(rows) if isinstance(data, Arrays) else fit_numbers(rows, data.spec), config.on_bad
-        )
+    if restored.columns is None and (arrays := open_arrays(path, data, config.on_bad)):
+        return arrays
     if not data.spec.is_image:
         if suffix not in TABLES:
             raise UsageError(f"input={config.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
@@ -131,24 +125,19 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
     )
 
 
-def _holds_arrays(path: Path, data: Dataset) -> bool:
-    """Whether ``path`` holds arrays. A folder of an image set's model is one of images."""
-    is_folder = path.is_dir() and path.suffix.lower() not in array_files.SUFFIXES
-    return isinstance(data, Arrays) if is_folder else path.suffix.lower() in array_files.SUFFIXES
-
-
-def _label(config: ScoreConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
+def _label(config: ScoreConfig, restored: Restored, source: Input) -> Tensor | None:
     """The context of all examples, (1, classes), or None where there is none or the file has it."""
-    shape = flow.bijection.context_shape
-    if shape is None or columns:
+    shape, names = restored.flow.bijection.context_shape, class_names(restored.dataset.spec)
+    if shape is None or restored.columns:
         if config.label is not None:
             raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
         return None
-    if config.label is None or config.label >= shape[0]:
-        raise UsageError(
-            f"label={'null' if config.label is None else config.label}: give the class, 0 to {shape[0] - 1}"
-        )
-    return label_context(torch.tensor([config.label]), shape[0])
+    if config.label is not None:
+        return label_context(torch.tensor([class_number(config.label, shape[0], names)]), shape[0])
+    if names and isinstance(source, ImageFiles) and source.find_labels(names):
+        return None
+    folders = ", or a folder for each class" if isinstance(source, ImageFiles) else ""
+    raise UsageError(f"label=null: give the class, {list_classes(names) or f'0 to {shape[0] - 1}'}{folders}")
 
 
 def _score_group(

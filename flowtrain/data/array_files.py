@@ -233,14 +233,18 @@ def _open_member(path: Path, key: str) -> Rows:
                 header = file.read(_LOCAL_HEADER)
                 name, extra = struct.unpack("<HH", header[26:30])
             return NpyRows(path, member.header_offset + _LOCAL_HEADER + name + extra)
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        if member.file_size > room:
+        if member.file_size > half_of_memory():
             raise UsageError(
                 f"{path}: {key} is compressed, so it is read as a whole, and its {member.file_size / 2**30:.1f} GiB"
                 " fill more than half of the memory; write it with numpy.savez or as .npy"
             )
     with np.load(path, allow_pickle=False) as archive:
         return HeldRows(path, archive[key])
+
+
+def half_of_memory() -> int:
+    """Half of the machine's memory, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _npz_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:

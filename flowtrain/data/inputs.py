@@ -5,19 +5,22 @@ A group has ``GROUP`` examples, whatever the batch size, and belongs to one proc
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.array_files import FolderRows, Rows
-from flowtrain.data.arrays import Numbers
-from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
-from flowtrain.data.labels import printable
+from flowtrain.data import array_files
+from flowtrain.data.array_files import FolderRows, Rows, open_rows
+from flowtrain.data.arrays import Arrays, Numbers, fit_numbers
+from flowtrain.data.dataset import Dataset
+from flowtrain.data.image_files import ImageFileSplit
+from flowtrain.data.image_folders import common_folders, image_labels
+from flowtrain.data.image_sources import SUFFIXES, Source, find_images
+from flowtrain.data.labels import number_classes, printable
 from flowtrain.data.loader import evaluation_batches
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
@@ -25,7 +28,7 @@ from flowtrain.data.tables.table_file import READERS, Block, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256
-TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar")
+TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Input:
 
 
 class ImageFiles(Input):
-    """A folder, .zip or .tar of images, or one image, decoded as an image dataset decodes its own.
+    """A folder, .zip, .tar or .parquet of images, or one image, decoded as an image dataset decodes its own.
 
     Args:
         shape, shift, box, exact: see :class:`flowtrain.data.image_files.ImageFileSplit`.
@@ -86,6 +89,17 @@ class ImageFiles(Input):
         self.split = ImageFileSplit(images, images.names, shape, shift, on_bad, box, exact)
         self.on_bad, self.workers = on_bad, workers
 
+    def find_labels(self, classes: Sequence[str]) -> bool:
+        """Take the class of each image from its folder, its .cls or its column. False where these have none."""
+        images = self.split.source
+        try:
+            labels = image_labels(images, images.names, common_folders(images.names))
+        except UsageError:
+            return False
+        self.split.labels = number_classes(labels, classes, printable(str(images.path)))
+        self.split.classes = len(classes)
+        return True
+
     def groups(self, rank=0, world=1):
         read = evaluation_batches(self.split, GROUP, rank=rank, world=world, workers=self.workers)
         found = next(read, None)
@@ -98,19 +112,21 @@ class ImageFiles(Input):
                     x[place] = image
                     bad.remove(place)
                 found = next(read, None)
-            yield Group(first, names, x, None, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
+            context = self.split.context([*range(first, first + len(names))])
+            names = [printable(name) for name in names]
+            yield Group(first, names, x, context, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
 
 
-class _SingleImage:
+class _SingleImage(Source):
     """One image file as an image source."""
 
     def __init__(self, path: Path):
         self.path, self.names = path, [path.name]
 
-    def location(self, name: str) -> str:
-        return str(self.path)
+    def location(self, name):
+        return printable(str(self.path))
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name):
         return open(self.path, "rb")
 
 
@@ -141,6 +157,16 @@ class ArrayRows(Input):
                 self.refuse(f"{printable(str(self.rows.path))}: {line}")
             x[torch.from_numpy(bad)] = 0
             yield Group(first, names, x, None, faults)
+
+
+def open_arrays(path: Path, data: Dataset, on_bad: str) -> ArrayRows | None:
+    """The rows of the arrays at ``path`` for a model of ``data``; None where there are none. A folder is one of images,
+    except for a model of arrays."""
+    of_arrays, is_array = isinstance(data, Arrays), path.suffix.lower() in array_files.SUFFIXES
+    if not (is_array or of_arrays and path.is_dir()):
+        return None
+    rows = open_rows(path, data.key if of_arrays else None, data.layout if of_arrays else None)
+    return ArrayRows(rows, data.numbers_of(rows) if of_arrays else fit_numbers(rows, data.spec), on_bad)
 
 
 class TableRows(Input):

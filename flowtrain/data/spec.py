@@ -66,6 +66,11 @@ class DataSpec:
         return len(self.shape) == 3
 
 
+def class_names(spec: DataSpec) -> tuple[str, ...]:
+    """The names of the classes of labelled data, () where they have none."""
+    return spec.context.names if isinstance(spec.context, LabelContext) else ()
+
+
 def has_bits(spec: DataSpec, columns) -> bool:
     """Whether the data are integers, so that bits per dimension mean something.
 
