@@ -23,7 +23,7 @@ from flowtrain.config.build import build, build_dataset, build_flow, build_objec
 from flowtrain.config.compose import conf_dir
 from flowtrain.config.conversion import to_dict
 from flowtrain.config.schema import TrainConfig, check_batch_size
-from flowtrain.data import Loader
+from flowtrain.data import Loader, Split
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
 from flowtrain.engine.batch_size import choose_batch_size
@@ -49,7 +49,7 @@ from flowtrain.runtime.interrupts import interruptible_batches
 
 log = logging.getLogger("flowtrain")
 
-FIT_ROWS = 2**17  # rows of the train split, evenly spaced, to which the layers of a table are fitted
+FIT_EXAMPLES, FIT_NUMBERS = 2**17, 2**26  # most examples that layers are fitted to, and numbers in them
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
@@ -65,6 +65,8 @@ def main(config: TrainConfig, run_dir: str) -> dict:
 def _train(config: TrainConfig, run_dir: str) -> dict:
     data = build_dataset(config)
     spec = data.spec
+    if (found := data.find()) is not None:  # a checkpoint then describes its data without them
+        config = replace(config, dataset=config.dataset | {"found": found})
     flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
     _optimizer(config, flow)
     _set_memory(config, flow)
@@ -201,7 +203,7 @@ def _start(flow: Flow, config: TrainConfig, train, device) -> None:
     if config.init:
         log.info("weights from %s (%s)", config.init, load_weights(flow, checkpoint.read(config.init)))
     elif distributed.is_main():
-        _fit_to_columns(flow, train, config.seed)
+        _fit_to_data(flow, train, config.seed)
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
         first = next(Loader(train, size, config.seed, None, device).batches())
@@ -222,15 +224,15 @@ def _log_cost_of_determinism(
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
-def _fit_to_columns(flow: Flow, train, seed: int) -> None:
-    """Fit the layers that depend on a table's train split: on its units, bounds and quantiles."""
+def _fit_to_data(flow: Flow, train: Split, seed: int) -> None:
+    """Fit the layers that depend on the train split: on a table's columns, on evenly spaced examples."""
     if not any(hasattr(module, "fit") for module in flow.modules()):
         return
     torch.manual_seed(seed)
-    count = min(len(train), FIT_ROWS)
+    count = max(1, min(len(train), FIT_EXAMPLES, FIT_NUMBERS // flow.dimensions))
     rows, _ = train.take(torch.arange(count) * len(train) // count)
     try:
-        fit_to_columns(flow.bijection, train.columns, rows)
+        fit_to_columns(flow.bijection, train.columns, rows.float())
     except ValueError as error:
         raise UsageError(f"preprocess: {error}") from error
 

@@ -56,6 +56,13 @@ def fitted(kind, shape):
     return layer
 
 
+def standardize_channels(shape):
+    """Build a StandardizeChannels that is fitted to examples far from 0."""
+    layer = b.StandardizeChannels(shape)
+    layer.fit(None, torch.arange(1.0, shape[0] + 1).view(-1, 1, 1) * torch.randn(9, *shape) - 7)
+    return layer
+
+
 class Pair(b.Bijection):
     """A minimal container of two layers."""
 
@@ -115,6 +122,7 @@ LAYERS = {
     "center": partial(b.Center, image),
     "standardize": partial(fitted, b.Standardize, vector),
     "quantile_columns": partial(fitted, b.QuantileColumns, vector),
+    "standardize_channels": partial(standardize_channels, image),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
     **{
         f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))

@@ -138,10 +138,13 @@ def test_values_that_are_no_images(digits, capsys):
     wrong[2, 0, 0, 0] = 17
     np.save(folder / "wrong.npy", wrong)
     np.save(folder / "reals.npy", wrong / 17)
-    with pytest.raises(FlowtrainError, match=r"wrong.npy: row 3 .*: values outside 0 … 16; on_bad=skip leaves it out"):
+    with pytest.raises(
+        FlowtrainError,
+        match=r"wrong.npy: row 3 .* outside the whole numbers 0 … 16; on_bad=skip leaves it out",
+    ):
         run_score(run_dir, folder, input="wrong.npy")
     with pytest.raises(
-        UsageError, match=r"float64 \[4, 1, 8, 8\]: this model takes integers of shape \[N, 1, 8, 8\] or"
+        UsageError, match=r"float64 \[4, 1, 8, 8\]: this model takes integers 0 … 16 of shape \[N, 1, 8, 8\]"
     ):
         run_score(run_dir, folder, input="reals.npy")
     rows, summary = run_score(run_dir, folder, input="wrong.npy", on_bad="skip")
@@ -149,7 +152,7 @@ def test_values_that_are_no_images(digits, capsys):
     assert "skipped         1, first: row 3 " in capsys.readouterr().out
     (folder / "some").mkdir()
     Image.fromarray(wrong[0, 0]).save(folder / "some/digit.png")
-    with pytest.raises(UsageError, match="17 grey levels: give an npy of 0 … 16"):
+    with pytest.raises(UsageError, match="17 grey levels: give an array .*of 0 … 16"):
         run_score(run_dir, folder, input="some")
 
 

@@ -19,6 +19,7 @@ from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
+from flowtrain.bijections.standardize import StandardizeChannels
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "SigmoidAffine",
     "Squeeze",
     "Standardize",
+    "StandardizeChannels",
     "TanhAffine",
     "Unsqueeze",
 ]

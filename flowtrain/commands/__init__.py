@@ -25,7 +25,7 @@ class SampleConfig(TrainConfig):
     ckpt: str
     n: int = number(least=1)
     temperature: float | list[float] = number(least=0)
-    label: int | list[int] | None = number(least=0)
+    label: int | str | list[int | str] | None = number(least=0)
     context: Any
     output: str | None
     plot: bool
@@ -50,7 +50,7 @@ class ScoreConfig(TrainConfig):
     output: str | None
     draws: int = number(least=1)
     batch: Literal["auto"] | int = number(least=1)
-    label: int | None = number(least=0)
+    label: int | str | None = number(least=0)
     weights: Literal["auto", "ema", "raw"]
     json: bool
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowtrain.commands import SampleConfig
 from flowtrain.data import Columns
-from flowtrain.data.images import label_context
 from flowtrain.data.inputs import input_path, read_contexts
+from flowtrain.data.labels import class_number, label_context
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
@@ -42,12 +42,12 @@ class Contexts:
         return self.rows[torch.from_numpy(self.places(samples))]
 
 
-def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Contexts | None:
+def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: Sequence[str] = ()) -> Contexts | None:
     """The contexts of the samples; None for an unconditional flow.
 
-    ``config.label`` is a class, or a list that takes turns; None: all classes in turn. ``config.context`` maps each
-    context column of a table to a value, or names a file with those columns: then ``config.n`` samples are drawn for
-    each of its rows. Raises UsageError where they do not fit the flow.
+    ``config.label`` is a class, by number or by its name among ``names``, or a list that takes turns; None: all classes
+    in turn. ``config.context`` maps each context column of a table to a value, or names a file with those columns: then
+    ``config.n`` samples are drawn for each of its rows. Raises UsageError where they do not fit the flow.
     """
     shape = flow.bijection.context_shape
     if config.label is not None and (shape is None or columns):
@@ -59,10 +59,12 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Conte
     if columns:
         return _of_columns(config, columns)
     (classes,) = shape
-    labels = config.label if config.label is not None else range(classes)
-    labels = torch.tensor([labels] if isinstance(labels, int) else list(labels))
-    if not len(labels) or labels.max() >= classes:
-        raise UsageError(f"label={config.label}: the classes are 0 to {classes - 1}")
+    given = config.label if isinstance(config.label, list | None) else [config.label]
+    if given == []:
+        raise UsageError("label=[]: give at least one class")
+    labels = (
+        torch.arange(classes) if given is None else torch.tensor([class_number(one, classes, names) for one in given])
+    )
     return Contexts(label_context(labels[torch.arange(config.n) % len(labels)], classes), 1)
 
 

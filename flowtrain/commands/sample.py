@@ -19,8 +19,9 @@ from flowtrain.commands.outputs import open_array, open_table, progress, table_p
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
-from flowtrain.data.inputs import unnamed_columns
+from flowtrain.data.spec import class_names
 from flowtrain.errors import UsageError
+from flowtrain.plots.curves import plot_curves
 from flowtrain.plots.grid import image_grid, save_png
 from flowtrain.plots.pairs import ROWS, plot_pairs
 from flowtrain.runtime import distributed
@@ -33,44 +34,43 @@ IMAGES = 1024  # most images of a temperature in the grid
 def main(config: SampleConfig, run_dir: str) -> dict:
     """Draw ``config.n`` samples at each temperature, and of each row of a file of contexts; returns the files' paths.
 
-    The samples are written into ``run_dir`` as they are drawn. Images become samples.png. Rows become samples.csv (or
+    The samples are written into ``run_dir`` as they are drawn. Images and fields become samples.png. Vectors of an
+    array, such as spectra, become curves.png with ``config.plot``. Rows of a table become samples.csv (or
     ``config.output``), in the columns and units of the data's file, and with ``config.plot`` pairs.png, and for two
     columns density.png too. All become samples.npy.
     """
     folder = Path(run_dir)
     restored = restore(config, config.ckpt, config.weights)
     spec = restored.dataset.spec
-    if config.output and spec.is_image:
-        raise UsageError(f"output={config.output}: images become samples.npy and samples.png; leave output=null")
+    if config.output and not restored.columns:
+        raise UsageError(f"output={config.output}: only a table has rows to write; arrays become samples.npy")
     output = table_path(config.output, folder / "samples.csv")
     is_list = not isinstance(config.temperature, float)
     temperatures = list(config.temperature) if is_list else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
-    context = contexts(config, restored.flow, restored.columns)
+    context = contexts(config, restored.flow, restored.columns, class_names(spec))
     n = config.n if context is None else len(context)
     batches = _batches(restored, n, config.seed, context, temperatures)
     if not distributed.is_main():
         for _ in batches:  # its share of the work
             pass
         return {}
-    columns = restored.columns or unnamed_columns(restored.flow.dimensions, spec.grey_levels)
+    columns = restored.columns
     total, done, shown = n * len(temperatures), 0, []
-    step = 1 if spec.is_image else math.ceil(total / ROWS)
+    step = 1 if spec.is_image else math.ceil(total / ROWS)  # between the rows of a plot
     paths = {"npy": folder / "samples.npy"}
     with ExitStack() as stack:
         write = stack.enter_context(open_array(paths["npy"], total))
-        if not spec.is_image:
+        if columns:
             paths["csv"] = output
             write_rows = stack.enter_context(open_table(output))
         bar = stack.enter_context(progress(total, "sample"))
         for first, samples in batches:
             write(samples.numpy())
-            if spec.is_image:
-                shown.append(samples[: max(0, IMAGES - first)])
-            else:
+            shown.append(samples[: max(0, IMAGES - first)] if spec.is_image else samples[-done % step :: step])
+            if columns:
                 write_rows(_table(columns, context, first, samples))
-                shown.append(samples[-done % step :: step])
             done += len(samples)
             bar.update(len(samples))
     if spec.is_image:
@@ -78,10 +78,23 @@ def main(config: SampleConfig, run_dir: str) -> dict:
         grid = image_grid(torch.cat(shown), spec.grey_levels, min(n, IMAGES) if is_list else None)
         save_png(grid, paths["png"])
     elif config.plot:
-        paths |= _plots(restored, columns, torch.cat(shown), folder)
+        plot = _plots if columns else _plot_curves
+        paths |= plot(restored, torch.cat(shown), folder)
     for path in paths.values():
         print(path)
     return {name: str(path) for name, path in paths.items()}
+
+
+def _plot_curves(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]:
+    points, _ = _train_rows(restored)
+    path = folder / "curves.png"
+    title = f"{restored.dataset.spec.name}: data and samples"
+    try:
+        plot_curves(path, samples.numpy(), None if points is None else points.cpu().numpy(), title)
+    except UsageError as error:
+        log.info("without a plot: %s", error)
+        return {}
+    return {"curves": path}
 
 
 def _batches(
@@ -109,8 +122,9 @@ def _table(columns: Columns, context: Contexts | None, first: int, samples: Tens
     return {**{name: values[places] for name, values in context.columns.items()}, **table, name: places + 1}
 
 
-def _plots(restored: Restored, columns: Columns, samples: Tensor, folder: Path) -> dict[str, Path]:
-    """Plot samples beside the data."""
+def _plots(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]:
+    """Plot samples of a table beside its data."""
+    columns = restored.columns
     points, context = _train_rows(restored)
     data = None if points is None else _matrix(columns.decode(points))
     paths = {"pairs": folder / "pairs.png"}

@@ -17,26 +17,27 @@ from flowtrain.bijections.ode import exact_trace, needs_exact_trace
 from flowtrain.commands import ScoreConfig
 from flowtrain.commands.outputs import open_table, progress, table_path
 from flowtrain.commands.restored import Restored, restore
-from flowtrain.data import Columns
-from flowtrain.data.image_files import SUFFIXES
-from flowtrain.data.images import label_context
+from flowtrain.data.image_sources import SUFFIXES
 from flowtrain.data.inputs import (
     ARCHIVES,
-    ARRAY,
     TABLES,
     Group,
-    ImageArray,
     ImageFiles,
     Input,
     TableRows,
     input_path,
+    open_arrays,
     unnamed_columns,
 )
+from flowtrain.data.labels import class_number, label_context, list_classes
+from flowtrain.data.spec import class_names
 from flowtrain.engine.evaluate import evaluation_mode, log_likelihoods
 from flowtrain.engine.memory_budget import few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import distributed, files
+
+ARRAYS = "an array (npy, npz, h5, zarr)"
 
 
 @torch.no_grad()
@@ -52,8 +53,8 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
         raise UsageError(f"output={config.output}: is the input itself")
     restored = restore(config, config.ckpt, config.weights)
     flow = restored.flow.eval()
-    label = _label(config, flow, restored.columns)
     source = _source(config, restored)
+    label = _label(config, restored, source)
     tally, scorer = Tally(), Scorer(config, flow, source, label)
     groups = source.groups(distributed.rank(), distributed.world())
     with (
@@ -99,25 +100,29 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
     if not config.input:
         raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
     path, data = input_path(config.input), restored.dataset
-    shape, grey_levels = data.spec.shape, data.spec.grey_levels
+    grey_levels = data.spec.grey_levels
     suffix = "" if path.is_dir() else path.suffix.lower()
+    if restored.columns is None and (arrays := open_arrays(path, data, config.on_bad)):
+        return arrays
     if not data.spec.is_image:
         if suffix not in TABLES:
             raise UsageError(f"input={config.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
         return TableRows(
             path, restored.columns or unnamed_columns(restored.flow.dimensions, grey_levels), config.on_bad
         )
-    if suffix == ARRAY:
-        return ImageArray(path, shape, grey_levels, config.on_bad)
+    if grey_levels is None:
+        raise UsageError(f"input={config.input}: this model takes real numbers: {ARRAYS}")
     if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
-        raise UsageError(f"input={config.input}: this model takes a folder, .zip or .tar of images, an image or an npy")
+        raise UsageError(
+            f"input={config.input}: this model takes a folder, .zip or .tar of images, an image, or {ARRAYS}"
+        )
     if grey_levels & (grey_levels - 1) or grey_levels > 256:
         raise UsageError(
-            f"input={config.input}: this model has {grey_levels} grey levels: give an npy of 0 … {grey_levels - 1}"
+            f"input={config.input}: this model has {grey_levels} grey levels: give {ARRAYS}, of 0 … {grey_levels - 1}"
         )
     return ImageFiles(
         path,
-        shape,
+        data.spec.shape,
         8 - int(math.log2(grey_levels)),
         config.on_bad,
         getattr(data, "box", None),
@@ -126,18 +131,19 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
     )
 
 
-def _label(config: ScoreConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
+def _label(config: ScoreConfig, restored: Restored, source: Input) -> Tensor | None:
     """The context of all examples, (1, classes), or None where there is none or the file has it."""
-    shape = flow.bijection.context_shape
-    if shape is None or columns:
+    shape, names = restored.flow.bijection.context_shape, class_names(restored.dataset.spec)
+    if shape is None or restored.columns:
         if config.label is not None:
             raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
         return None
-    if config.label is None or config.label >= shape[0]:
-        raise UsageError(
-            f"label={'null' if config.label is None else config.label}: give the class, 0 to {shape[0] - 1}"
-        )
-    return label_context(torch.tensor([config.label]), shape[0])
+    if config.label is not None:
+        return label_context(torch.tensor([class_number(config.label, shape[0], names)]), shape[0])
+    if names and isinstance(source, ImageFiles) and source.find_labels(names):
+        return None
+    folders = ", or a folder for each class" if isinstance(source, ImageFiles) else ""
+    raise UsageError(f"label=null: give the class, {list_classes(names) or f'0 to {shape[0] - 1}'}{folders}")
 
 
 class Scorer:

@@ -142,7 +142,8 @@ def find_run(config: dict) -> Path | None:
     from flowtrain.runtime import checkpoint
 
     def without_free(config):
-        return {key: value for key, value in config.items() if key not in FREE}
+        free = {key: value for key, value in config.items() if key not in FREE}
+        return free | {"dataset": {key: value for key, value in config["dataset"].items() if key != "found"}}
 
     for run in newest_first():
         file, problems = _first_intact(run / "checkpoints", LAST)

@@ -10,21 +10,27 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
+from flowtrain.data import array_files
+from flowtrain.data.array_files import FolderRows, Rows, open_rows
+from flowtrain.data.arrays import Arrays, Numbers, fit_numbers
+from flowtrain.data.dataset import Dataset
+from flowtrain.data.image_files import ImageFileSplit
+from flowtrain.data.image_folders import common_folders, image_labels
+from flowtrain.data.image_sources import SUFFIXES, Source, find_images
+from flowtrain.data.labels import number_classes, printable
 from flowtrain.data.loader import evaluation_batches
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
-from flowtrain.data.tables.table_file import READERS, Array, Block, TableFile
+from flowtrain.data.tables.table_file import READERS, Block, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 IMAGES, NUMBERS = 2**12, 2**24  # most images, and numbers in them, of a group
-TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar")
+TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Input:
 
 
 class ImageFiles(Input):
-    """A folder, .zip or .tar of images, or one image, decoded as an image dataset decodes its own.
+    """A folder, .zip, .tar or .parquet of images, or one image, decoded as an image dataset decodes its own.
 
     Args:
         shape, shift, box, exact: see :class:`flowtrain.data.image_files.ImageFileSplit`.
@@ -85,6 +91,17 @@ class ImageFiles(Input):
         self.split = ImageFileSplit(images, images.names, shape, shift, on_bad, box, exact)
         self.on_bad, self.workers = on_bad, workers
 
+    def find_labels(self, classes: Sequence[str]) -> bool:
+        """Take the class of each image from its folder, its .cls or its column. False where these have none."""
+        images = self.split.source
+        try:
+            labels = image_labels(images, images.names, common_folders(images.names))
+        except UsageError:
+            return False
+        self.split.labels = number_classes(labels, classes, printable(str(images.path)))
+        self.split.classes = len(classes)
+        return True
+
     def groups(self, rank=0, world=1):
         size = _group_size(len(self.split), self.split.shape, world)
         read = evaluation_batches(self.split, size, rank=rank, world=world, workers=self.workers)
@@ -98,48 +115,62 @@ class ImageFiles(Input):
                     x[place] = image
                     bad.remove(place)
                 found = next(read, None)
-            yield Group(first, names, x, None, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
+            context = self.split.context([*range(first, first + len(names))])
+            names = [printable(name) for name in names]
+            yield Group(first, names, x, context, {i: f"{names[i]}: {self.split.bad[first + i]}" for i in bad})
 
 
-class _SingleImage:
+class _SingleImage(Source):
     """One image file as an image source."""
 
     def __init__(self, path: Path):
         self.path, self.names = path, [path.name]
 
-    def location(self, name: str) -> str:
-        return str(self.path)
+    def location(self, name):
+        return printable(str(self.path))
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name):
         return open(self.path, "rb")
 
 
-class ImageArray(Input):
-    """Integers 0 … grey_levels − 1 in an .npy array, (N, *shape), or (N, height, width) for grey images."""
+class ArrayRows(Input):
+    """The rows of an array, as :class:`flowtrain.data.Arrays` reads them; one of a folder's files each, or by number.
 
-    def __init__(self, path: Path, shape: tuple[int, ...], grey_levels: int, on_bad: str = "stop"):
-        self.path, self.shape, self.grey_levels, self.on_bad = path, tuple(shape), grey_levels, on_bad
-        self.array = Array(path)
-        fitting = [self.shape, self.shape[1:]] if self.shape[0] == 1 else [self.shape]
-        if self.array.shape[1:] not in fitting or self.array.dtype.kind not in "iu":
-            wanted = " or ".join(f"[N, {', '.join(map(str, one))}]" for one in fitting)
-            holds = f"{self.array.dtype} {list(self.array.shape)}"
-            raise UsageError(f"{path} holds {holds}: this model takes integers of shape {wanted}")
-        if not len(self.array):
-            raise UsageError(f"{path} has no rows")
+    Args:
+        numbers: how the array's numbers become those of the flow.
+    """
+
+    def __init__(self, rows: Rows, numbers: Numbers, on_bad: str = "stop"):
+        self.rows, self.numbers, self.on_bad = rows, numbers, on_bad
+        self.files = rows.files if isinstance(rows, FolderRows) and not rows.stacked else None
+        self.label = "row" if self.files is None else "file"
+        if not len(rows):
+            raise UsageError(f"{rows.path} has no rows")
 
     def groups(self, rank=0, world=1):
-        size = _group_size(len(self.array), self.shape, world)
-        for first in range(rank * size, len(self.array), world * size):
-            part = np.array(self.array[first : first + size]).reshape(-1, *self.shape)
-            inside = ((part >= 0) & (part < self.grey_levels)).reshape(len(part), -1).all(1)
-            why = f"values outside 0 … {self.grey_levels - 1}"
-            bad = {int(i): f"row {first + i + 1} (the first is 1): {why}" for i in np.flatnonzero(~inside)}
-            for line in bad.values():
-                self.refuse(f"{self.path}: {line}")
-            part[~inside] = 0
-            x = torch.from_numpy(part.astype(np.uint8 if self.grey_levels <= 256 else np.int64))
-            yield Group(first, _row_numbers(first, len(part)), x, None, bad)
+        size = _group_size(len(self.rows), self.rows.shape, world)
+        for first in range(rank * size, len(self.rows), world * size):
+            stop = min(first + size, len(self.rows))
+            x, bad = self.numbers.convert(self.rows.read(first, stop))
+            names = [*range(first + 1, stop + 1)]
+            if self.files is not None:
+                names = [printable(str(file.relative_to(self.rows.path))) for file in self.files[first:stop]]
+            called = [name if self.files else f"row {name} (the first is 1)" for name in names]
+            faults = {int(i): f"{called[i]}: {self.numbers.fault()}" for i in np.flatnonzero(bad)}
+            for line in faults.values():
+                self.refuse(f"{printable(str(self.rows.path))}: {line}")
+            x[torch.from_numpy(bad)] = 0
+            yield Group(first, names, x, None, faults)
+
+
+def open_arrays(path: Path, data: Dataset, on_bad: str) -> ArrayRows | None:
+    """The rows of the arrays at ``path`` for a model of ``data``; None where there are none. A folder is one of images,
+    except for a model of arrays."""
+    of_arrays, is_array = isinstance(data, Arrays), path.suffix.lower() in array_files.SUFFIXES
+    if not (is_array or of_arrays and path.is_dir()):
+        return None
+    rows = open_rows(path, data.key if of_arrays else None, data.layout if of_arrays else None)
+    return ArrayRows(rows, data.numbers_of(rows) if of_arrays else fit_numbers(rows, data.spec), on_bad)
 
 
 class TableRows(Input):

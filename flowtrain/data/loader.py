@@ -150,7 +150,8 @@ def _take(
             for index, x, problems in batches:
                 waiting.popleft()
                 split.report(problems)
-                yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
+                place = torch.tensor(index, dtype=torch.int64)
+                yield place, x.to(split.device, non_blocking=True), split.context(index)
             return
         except WorkerFailure as error:
             line = f"{error} while it read {split.describe(waiting[0][0])} and those after it"
