@@ -124,13 +124,11 @@ def _table(columns: Columns, context: Contexts | None, first: int, samples: Tens
 
 def _plots(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]:
     """Plot samples of a table beside its data."""
-    columns = restored.columns
     points, context = _train_rows(restored)
-    data = None if points is None else _matrix(columns.decode(points))
-    paths = {"pairs": folder / "pairs.png"}
-    title = f"{restored.dataset.spec.name}: data and samples"
-    plot_pairs(paths["pairs"], _matrix(columns.decode(samples)), data, columns.names, title)
-    if points is not None and restored.flow.dimensions <= 2:
+    data = None if points is None else _matrix(restored.columns.to_plot(points))
+    table, paths = restored.columns.to_plot(samples), {"pairs": folder / "pairs.png"}
+    plot_pairs(paths["pairs"], _matrix(table), data, list(table), f"{restored.dataset.spec.name}: data and samples")
+    if points is not None and restored.flow.dimensions <= 2 and not points.isnan().any():
         paths["density"] = folder / "density.png"
         save_png(density_of(restored.flow, points, context), paths["density"])
     return paths

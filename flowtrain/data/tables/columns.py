@@ -134,6 +134,18 @@ class Columns:
             found.insert(constant.place, (constant.name, np.full(len(values), constant.value, dtype=kind)))
         return dict(found)
 
+    def to_plot(self, x: Tensor) -> dict[str, np.ndarray]:
+        """Rows (N, D) for a plot: the modelled columns as :meth:`decode` has them, but times in days."""
+        table = self.decode(x)
+        found = {}
+        for i, column in enumerate(self.modelled):
+            if column.kind == "time":
+                first = times.to_texts(np.array([column.offset]), column.written)[0]
+                found[f"{column.name}, days from {first}"] = x[:, i].double().cpu().numpy() / 86400
+            else:
+                found[column.name] = table[column.name]
+        return found
+
     def describe(self) -> list[str]:
         """A line for each type of column: the names of those that have it."""
         lines = [f"{kind}: {names}" for kind, names in _by_kind(self.modelled)]
