@@ -188,6 +188,7 @@ def test_the_printed_line_works_in_a_shell(tmp_path):
         ("dataset.columns", "Größe".encode("latin-1"), "dataset.columns=@f: is not UTF-8 text"),
         ("dataset.types", b"[a, b]", "dataset.types=@f: must hold lines of NAME: VALUE"),
         ("dataset.read", b"a: [", "dataset.read=@f: cannot be read: "),
+        ("dataset.read", b"a: 2020-99-99", "dataset.read=@f: cannot be read: "),
     ],
 )
 def test_a_file_that_holds_no_names_is_refused(tmp_path, monkeypatch, key, content, says):

@@ -47,7 +47,7 @@ def _read(key: str, path: str) -> str:
         raise UsageError(f"{key}=@{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{key}=@{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date
         raise UsageError(f"{key}=@{path}: cannot be read: {' '.join(str(error).split())}") from None
     if key in LISTS and not content:
         raise UsageError(f"{key}=@{path}: holds no names; write one a line")
