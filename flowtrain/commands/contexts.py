@@ -13,10 +13,11 @@ from flowtrain.flow import Flow
 
 
 def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
-    """The context of ``config.n`` samples, (n, *context_shape) on the flow's device; None for an unconditional flow.
+    """The context of each sample, (n, *context_shape) on the flow's device; None for an unconditional flow.
 
-    ``config.label`` is a class, or a list that takes turns; None: all classes in turn. ``config.context`` maps each
-    context column of a table to a value. Raises UsageError where they do not fit the flow.
+    ``config.label`` is the class of the ``config.n`` samples, or a list, for n of each class in turn; None: n samples
+    of which each is of the next class. ``config.context`` maps each context column of a table to a value. Raises
+    UsageError where they do not fit the flow.
     """
     shape = flow.bijection.context_shape
     if config.label is not None and (shape is None or columns):
@@ -29,11 +30,14 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tenso
     if columns:
         return _of_columns(config.context or {}, columns).expand(config.n, *shape).to(device)
     (classes,) = shape
-    labels = config.label if config.label is not None else range(classes)
-    labels = torch.tensor([labels] if isinstance(labels, int) else list(labels))
+    if config.label is None:
+        labels = torch.arange(config.n) % classes
+    else:
+        chosen = config.label if isinstance(config.label, list) else [config.label]
+        labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(config.n)
     if not len(labels) or labels.max() >= classes:
         raise UsageError(f"label={config.label}: the classes are 0 to {classes - 1}")
-    return label_context(labels[torch.arange(config.n) % len(labels)], classes).to(device)
+    return label_context(labels, classes).to(device)
 
 
 def _of_columns(given: dict, columns: Columns) -> Tensor:

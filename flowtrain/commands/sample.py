@@ -25,21 +25,23 @@ log = logging.getLogger("flowtrain")
 
 
 def main(config: SampleConfig, run_dir: str) -> dict:
-    """Draw ``config.n`` samples at each temperature and write them into ``run_dir``; returns the files' paths.
+    """Draw ``config.n`` samples, of each class of a list and at each temperature, and write them into ``run_dir``;
+    returns the files' paths.
 
     Images become samples.png. Rows become samples.csv, in the columns and units of the data's file, and with
     ``config.plot`` pairs.png, and for two columns density.png too. All become samples.npy.
     """
     restored = restore(config, config.ckpt, config.weights)
     flow, columns, spec = restored.flow, restored.columns, restored.dataset.spec
-    rows = not isinstance(config.temperature, float)
-    temperatures = list(config.temperature) if rows else [config.temperature]
+    rows = isinstance(config.temperature, list) or isinstance(config.label, list)  # of the grid, n samples wide
+    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
     context = contexts(config, flow, columns)
     if not distributed.is_main():
         return {}
-    samples = torch.cat([draw_samples(flow, config.n, config.seed, context, t) for t in temperatures])
+    count = config.n if context is None else len(context)
+    samples = torch.cat([draw_samples(flow, count, config.seed, context, t) for t in temperatures])
     folder = Path(run_dir)
     paths = {"npy": folder / "samples.npy"}
     np.save(paths["npy"], samples.numpy())

@@ -52,8 +52,8 @@ def read(run: Path | None) -> Places | None:
     try:
         places = Places(**json.loads((run / NAME).read_bytes()))
         for place in (places.root, places.path):
-            if place is not None and not (os.path.isabs(place) and "\0" not in place):
-                raise ValueError("a path in it is not absolute")
+            if place is not None and (not os.path.isabs(place) or "\0" in place or "${" in place):
+                raise ValueError("it holds no absolute path")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         line = f"{run / NAME}: cannot be read ({error}); remove it, and say dataset.path=PATH or dataset.root=PATH"
         raise FlowtrainError(line) from error
@@ -97,7 +97,7 @@ def announce(run: Path | None, dataset: Dataset) -> None:
 
 
 def _fingerprint(path: str) -> tuple[int | None, str | None]:
-    """The size and the head of what is at ``path``, as :class:`Places` has them; None of a pipe. Raises FlowtrainError."""
+    """The size and the head of what is at ``path``, as in :class:`Places`; None of a pipe. Raises FlowtrainError."""
     try:
         if os.path.isdir(path):
             names = sorted(map(os.fsencode, os.listdir(path)))
