@@ -285,6 +285,8 @@ def _conclude(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, run_di
     """Evaluate the best weights on all validation examples and write summary.json, the mark of a finished run."""
     flow, best = trainer.flow, trainer.checkpoints.best
     distributed.barrier()  # the first process has written it
+    if not best.is_file():
+        raise FlowtrainError(f"{best}: is missing, since no validation had a finite likelihood; a lower rate may help")
     load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
     result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
     score = trainer.objective.score(result)

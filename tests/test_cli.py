@@ -75,7 +75,6 @@ def refusal(tmp_path, monkeypatch):
         ("devices=0", "devices=0: must be auto, or a whole number"),
         ("devices=9999", "devices=9999: there "),
         ("trainer.clip=-1", "trainer.clip=-1"),
-        ("trainer.accumulate=7", "is not a multiple of processes × trainer.accumulate = 1 × 7; batch_size=63 is"),
         ("dataset.shape=3", "no key 'dataset.shape'"),
         ("dataset.flip=1", "must be true or false"),
         ("model=[1,", "cannot read"),
@@ -94,6 +93,8 @@ def test_train_refuses(refusal, word, says):
 def test_other_refusals(refusal):
     assert "did you mean 'train'?" in refusal("trian")
     assert "nothing here takes it" in refusal("train", "model=nice", "mixing=lu")
+    words = "is not a multiple of processes × trainer.accumulate = 1 × 7; batch_size=63 is"
+    assert words in refusal("train", "batch_size=64", "trainer.accumulate=7")
     assert "model.ode=3: model.ode is a mapping" in refusal("train", "model=ffjord", "model.ode=3")
     assert "takes no preprocess" in refusal("train", "model=autoregressive", "preprocess.alpha=0.1")
     assert "norm: no layer of this model refers to it" in refusal(

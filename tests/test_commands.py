@@ -119,14 +119,30 @@ def test_integers_alone_are_reported_in_bits_too(tmp_path):
 def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
     config, summary = train_run(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
     flow = flowtrain.load(str(tmp_path))
-    for label, classes in ((None, [0, 1, 2, 3, 4, 5]), (3, [3] * 6), ([1, 7], [1, 7] * 3)):
+    for label, classes in ((None, [0, 1, 2, 3, 4, 5]), (3, [3] * 6), ([1, 7, 1], [1] * 6 + [7] * 6 + [1] * 6)):
         asked, folder = of_checkpoint(config, summary, tmp_path / f"{label}", **{**SAMPLE, "label": label})
-        assert contexts(asked, flow, None)[slice(0, 6)].argmax(1).tolist() == classes
-        assert np.load(sample.main(asked, folder)["npy"]).shape == (6, 1, 8, 8)
+        assert contexts(asked, flow, None)[slice(0, len(classes))].argmax(1).tolist() == classes
+        assert np.load(sample.main(asked, folder)["npy"]).shape == (len(classes), 1, 8, 8)
     assert evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **EVAL))["examples"] == 40
     for label, says in ((10, "the classes are 0 to 9"), ([], "the classes are")):
         with pytest.raises(UsageError, match=says):
             sample.main(*of_checkpoint(config, summary, tmp_path / f"bad{label}", **{**SAMPLE, "label": label}))
+
+
+def test_a_list_of_classes_draws_a_row_for_each(tmp_path):
+    config, summary = train_run(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
+    keys = {**SAMPLE, "label": [3, 5], "temperature": [0.0, 1.0]}
+    paths = sample.main(*of_checkpoint(config, summary, tmp_path / "rows", **keys))
+    rows = np.load(paths["npy"]).reshape(2, 2, 6, 64)  # temperature, class, sample
+    means = [  # at temperature 0: the class's mean, six times
+        np.load(sample.main(*of_checkpoint(config, summary, tmp_path / f"{label}", **only))["npy"]).reshape(6, 64)
+        for label in (3, 5)
+        for only in ({**SAMPLE, "label": label, "temperature": 0.0},)
+    ]
+    assert np.array_equal(rows[0], means) and not np.array_equal(rows[0, 0], rows[0, 1])
+    assert (rows[1] != rows[0]).any((1, 2)).all()
+    width, height = Image.open(paths["png"]).size
+    assert width / 6 == pytest.approx(height / 4, rel=0.05)
 
 
 def test_a_list_of_temperatures_draws_rows(tmp_path):

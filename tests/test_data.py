@@ -140,8 +140,15 @@ def test_cut_is_a_partition():
     assert [len(parts[name]) for name in ("train", "val", "test")] == [863, 100, 37]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
     assert len(split_indices(3, 0.1, 0.1, 0)["train"]) == 1  # a fraction takes at least one
-    one_line(lambda: split_indices(2, 0.1, 0.1, 0), "2 examples", "dataset.val_size")
-    one_line(lambda: split_indices(300, 5000, 0, 0), "300 examples", "5000")
+    for length, val, test, says in (
+        (1, 0.1, 0.1, ("1 example is too few for a train, validation and test split", "at least 3 are needed")),
+        (2, 0.1, 0.1, ("2 examples are too few", "at least 3")),
+        (1, 0.1, 0, ("1 example is too few for a train and validation split", "at least 2")),
+        (10, 7, 5, ("a validation split of 7 and a test split of 5", "dataset.val_size=1 dataset.test_size=1")),
+        (300, 5000, 0, ("300 examples", "5000", "dataset.val_size=30 would leave 270 for train")),
+    ):
+        one_line(lambda: split_indices(length, val, test, 0), *says)
+    assert [len(split_indices(10, 1, 1, 0)[part]) for part in ("train", "val", "test")] == [8, 1, 1]
 
 
 def test_synthetic_is_the_same_every_time_and_has_any_shape():

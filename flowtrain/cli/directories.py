@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -23,19 +24,20 @@ def check(command: Command, cfg: DictConfig) -> None:
         raise taken_error(run_dir, "hydra.run.dir=")
     if sweep_dir and not resume and any((Path(sweep_dir) / name).exists() for name in sweep.FILES):
         raise UsageError(
-            f"hydra.sweep.dir={sweep_dir}: holds a sweep, whose results would be mixed with these; choose another"
-            " directory" + (", or continue that one with resume=true" if command.trains else "")
+            f"hydra.sweep.dir={sweep_dir}: holds a sweep, whose results these would join; choose another directory"
+            + (", or continue that one with resume=true" if command.trains else "")
         )
 
 
 def is_taken(run_dir: str, resume: bool | str | None) -> bool:
     """Whether ``run_dir`` holds a run that ``resume`` does not continue."""
-    folder = Path(run_dir)
+    folder = Path(os.path.abspath(run_dir))
     return resume is not True and runs.holds_run(folder) and not (resume and _is_of(resume, folder))
 
 
 def taken_error(run_dir: str, key: str = "") -> UsageError:
-    resume = f", or continue that one with resume='{run_dir}'" if any(Path(run_dir).glob("checkpoints/*.pt")) else ""
+    folder = Path(os.path.abspath(run_dir))
+    resume = f", or continue that one with resume='{run_dir}'" if runs.has_checkpoint(folder) else ""
     return UsageError(f"{key}{run_dir}: holds a run, which this one would replace; choose another directory{resume}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowtrain.commands import SampleConfig
 from flowtrain.data import Columns
 from flowtrain.data.inputs import input_path, read_contexts
-from flowtrain.data.labels import class_number, label_context
+from flowtrain.data.labels import class_number, label_context, list_classes
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
@@ -45,9 +45,10 @@ class Contexts:
 def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: Sequence[str] = ()) -> Contexts | None:
     """The contexts of the samples; None for an unconditional flow.
 
-    ``config.label`` is a class, by number or by its name among ``names``, or a list that takes turns; None: all classes
-    in turn. ``config.context`` maps each context column of a table to a value, or names a file with those columns: then
-    ``config.n`` samples are drawn for each of its rows. Raises UsageError where they do not fit the flow.
+    ``config.label`` is the class of the ``config.n`` samples, by number or by its name among ``names``, or a list, for n
+    of each class in turn; None: n samples of which each is of the next class. ``config.context`` maps each context
+    column of a table to a value, or names a file with those columns: then n samples are drawn for each of its rows.
+    Raises UsageError where they do not fit the flow.
     """
     shape = flow.bijection.context_shape
     if config.label is not None and (shape is None or columns):
@@ -59,13 +60,13 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: S
     if columns:
         return _of_columns(config, columns)
     (classes,) = shape
-    given = config.label if isinstance(config.label, list | None) else [config.label]
-    if given == []:
-        raise UsageError("label=[]: give at least one class")
-    labels = (
-        torch.arange(classes) if given is None else torch.tensor([class_number(one, classes, names) for one in given])
-    )
-    return Contexts(label_context(labels[torch.arange(config.n) % len(labels)], classes), 1)
+    if config.label is None:
+        return Contexts(label_context(torch.arange(config.n) % classes, classes), 1)
+    given = config.label if isinstance(config.label, list) else [config.label]
+    if not given:
+        raise UsageError(f"label=[]: the classes are {list_classes(names) or f'0 to {classes - 1}'}")
+    labels = torch.tensor([class_number(one, classes, names) for one in given])
+    return Contexts(label_context(labels, classes), config.n)
 
 
 def _of_columns(config: SampleConfig, columns: Columns) -> Contexts:

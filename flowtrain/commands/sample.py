@@ -32,7 +32,8 @@ IMAGES = 1024  # most images of a temperature in the grid
 
 
 def main(config: SampleConfig, run_dir: str) -> dict:
-    """Draw ``config.n`` samples at each temperature, and of each row of a file of contexts; returns the files' paths.
+    """Draw ``config.n`` samples at each temperature, of each class of a list, of each row of a file of contexts; returns
+    the files' paths.
 
     The samples are written into ``run_dir`` as they are drawn. Images and fields become samples.png. Vectors of an
     array, such as spectra, become curves.png with ``config.plot``. Rows of a table become samples.csv (or
@@ -45,8 +46,7 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     if config.output and not restored.columns:
         raise UsageError(f"output={config.output}: only a table has rows to write; arrays become samples.npy")
     output = table_path(config.output, folder / "samples.csv")
-    is_list = not isinstance(config.temperature, float)
-    temperatures = list(config.temperature) if is_list else [config.temperature]
+    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
     context = contexts(config, restored.flow, restored.columns, class_names(spec))
@@ -75,7 +75,8 @@ def main(config: SampleConfig, run_dir: str) -> dict:
             bar.update(len(samples))
     if spec.is_image:
         paths["png"] = folder / "samples.png"
-        grid = image_grid(torch.cat(shown), spec.grey_levels, min(n, IMAGES) if is_list else None)
+        in_rows = isinstance(config.temperature, list) or isinstance(config.label, list)
+        grid = image_grid(torch.cat(shown), spec.grey_levels, min(config.n, IMAGES) if in_rows else None)
         save_png(grid, paths["png"])
     elif config.plot:
         plot = _plots if columns else _plot_curves

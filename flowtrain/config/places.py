@@ -52,8 +52,8 @@ def read(run: Path | None) -> Places | None:
     try:
         places = Places(**json.loads((run / NAME).read_bytes()))
         for place in (places.root, places.path):
-            if place is not None and not (os.path.isabs(place) and "\0" not in place):
-                raise ValueError("a path in it is not absolute")
+            if place is not None and (not os.path.isabs(place) or "\0" in place or "${" in place):
+                raise ValueError("it holds no absolute path")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         line = f"{run / NAME}: cannot be read ({error}); remove it, and say dataset.path=PATH or dataset.root=PATH"
         raise FlowtrainError(line) from error

@@ -190,13 +190,12 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
     """
     values = to_dict(checkpoint_config(file, allow))
     config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
-    config[group] = _literal(str(file))
+    config[group] = str(file).replace("${", "\\${")  # OmegaConf would read an interpolation
     run = runs.run_of(file)
     if run:
         _check_links(run)
     remembered = places.remembered(run) if remember else {}
-    local = LOCAL | {key: _literal(place) for key, place in remembered.items()}
-    config["dataset"] |= {key: value for key, value in local.items() if key in config["dataset"]}
+    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
     parts = (run or file.parent).parts[-2:]
     name = re.sub(r"[^\w.-]", "_", "_".join([*parts, file.stem]))
     known = ConfigStore.instance().repo.get(group, {})
@@ -204,11 +203,6 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
         name += "_"
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(config), package="_global_")
     return name
-
-
-def _literal(path: str) -> str:
-    """A path in which OmegaConf reads no interpolation."""
-    return path.replace("${", "\\${")
 
 
 def _check_links(run: Path) -> None:

@@ -49,7 +49,11 @@ def run_of(file: Path) -> Path | None:
 def holds_run(folder: Path) -> bool:
     """Whether a directory has the records of a training run, which another run there would replace."""
     records = ("summary.json", "metrics.jsonl")
-    return any((folder / name).exists() for name in records) or any(folder.glob("checkpoints/*.pt"))
+    return has_checkpoint(folder) or any((folder / name).exists() for name in records)
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoints/*.pt"))
 
 
 def output_path(file: str, command: str) -> str:

@@ -32,7 +32,8 @@ def choose_batch_size(given: int | str, rows: int, spec: DataSpec, processes: in
     if given != "auto":
         if given > rows:
             raise UsageError(
-                f"batch_size={given} is larger than the train split ({rows}); the largest that fits is {most}"
+                f"batch_size={given} is larger than the train split ({rows}); "
+                f"the largest that fits is batch_size={most}"
             )
         return given
     usual = usual_batch_size(rows, spec)
