@@ -15,6 +15,7 @@ import torch
 
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.backpropagation import MEMORY_MODES
+from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
 from flowtrain.config.build import build, build_dataset, build_flow, build_objective, model_name
@@ -45,6 +46,7 @@ from flowtrain.runtime.interrupts import interruptible_batches
 
 log = logging.getLogger("flowtrain")
 
+FIT_ROWS = 2**17  # rows of the train split, evenly spaced, to which the layers of a table are fitted
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
@@ -168,7 +170,7 @@ def _start(flow: Flow, config: TrainConfig, train, device) -> None:
     if config.init:
         log.info("weights from %s (%s)", config.init, load_weights(flow, checkpoint.read(config.init)))
     elif distributed.is_main():
-        _fit_to_columns(flow, train.columns)
+        _fit_to_columns(flow, train, config.seed)
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
         flow.initialize(*next(Loader(train, size, config.seed, None, device).batches()))
@@ -188,14 +190,17 @@ def _log_cost_of_determinism(
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
-def _fit_to_columns(flow: Flow, columns) -> None:
-    """Fit the layers that depend on a table's train split: its units, and which of its columns hold integers."""
-    for module in flow.modules():
-        if hasattr(module, "fit"):
-            try:
-                module.fit(columns)
-            except ValueError as error:
-                raise UsageError(f"preprocess: {type(module).__name__} {error}") from error
+def _fit_to_columns(flow: Flow, train, seed: int) -> None:
+    """Fit the layers that depend on a table's train split: on its units, bounds and quantiles."""
+    if not any(hasattr(module, "fit") for module in flow.modules()):
+        return
+    torch.manual_seed(seed)
+    count = min(len(train), FIT_ROWS)
+    rows, _ = train.take(torch.arange(count) * len(train) // count)
+    try:
+        fit_to_columns(flow.bijection, train.columns, rows)
+    except ValueError as error:
+        raise UsageError(f"preprocess: {error}") from error
 
 
 def _compile(flow: Flow, config: TrainConfig, budget: Budget, device: torch.device) -> Compilation | None:

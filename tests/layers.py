@@ -2,11 +2,14 @@
 
 import re
 from functools import partial
-from types import SimpleNamespace
+
+import torch
 
 from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.univariate import Univariate
+from flowtrain.data.tables.column import Column
+from flowtrain.data.tables.columns import Columns
 
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
@@ -40,10 +43,16 @@ glow_step = partial(
 )
 
 
-def standardize(shape):
-    """Build a Standardize that is fitted to a table's columns."""
-    layer = b.Standardize(shape)
-    layer.fit(SimpleNamespace(names=[""] * 5, mean=[0.0, 3.0, -2.0, 0.5, 9.0], std=[1.0, 0.2, 5.0, 2.0, 30.0]))
+COLUMNS = Columns(
+    tuple(Column(f"x{i}", "real", mean=mean, std=std) for i, (mean, std) in enumerate([(0, 1), (3, 0.2), (-2, 5)]))
+    + (Column("n", "integer", mean=0.5, std=2.0), Column("when", "time", mean=9.0, std=30.0))
+)
+
+
+def fitted(kind, shape):
+    """Build a layer that is fitted to a table's columns and rows."""
+    layer = kind(shape)
+    layer.fit(COLUMNS, torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1)
     return layer
 
 
@@ -104,7 +113,8 @@ LAYERS = {
     "unsqueeze": partial(b.Unsqueeze, image),
     "flatten": partial(b.Flatten, image),
     "center": partial(b.Center, image),
-    "standardize": partial(standardize, vector),
+    "standardize": partial(fitted, b.Standardize, vector),
+    "quantile_columns": partial(fitted, b.QuantileColumns, vector),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
     **{
         f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))

@@ -2,7 +2,13 @@
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.bijection import Bijection, Chain, Inverse
-from flowtrain.bijections.columns import DequantizeColumns, Standardize
+from flowtrain.bijections.columns import (
+    BoundColumns,
+    DequantizeColumns,
+    FillMissing,
+    QuantileColumns,
+    Standardize,
+)
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
@@ -22,6 +28,7 @@ __all__ = [
     "Autoregressive",
     "BatchNorm",
     "Bijection",
+    "BoundColumns",
     "Center",
     "Chain",
     "Checkerboard",
@@ -34,6 +41,7 @@ __all__ = [
     "DiagonalFirst",
     "Elementwise",
     "ExpAffine",
+    "FillMissing",
     "Flatten",
     "Halves",
     "Inverse",
@@ -44,6 +52,7 @@ __all__ = [
     "MultiScale",
     "Permutation",
     "PiecewiseLinear",
+    "QuantileColumns",
     "RationalQuadratic",
     "Reverse",
     "Scale",

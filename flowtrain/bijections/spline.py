@@ -129,7 +129,7 @@ class RationalQuadratic(Univariate):
         is_inside = y == inside
         return torch.where(is_inside, piece.left + piece.width * t, y), torch.where(is_inside, -piece.at(t)[1], 0.0)
 
-    def _find(self, value: Tensor, theta: Tensor, axis: int) -> _Bin:
+    def _find(self, value: Tensor, theta: Tensor, axis: int) -> Bin:
         """The bin whose side on ``axis`` (0: x, 1: y) holds ``value``, in [−bound, bound].
 
         Passes over all bins are the cost. They are cheap where bins come first, so that each is a row, and where masks
@@ -156,10 +156,10 @@ class RationalQuadratic(Univariate):
         # before the first and after the last inner knot the sum is 0, whose slope is 1
         slope = torch.stack([(slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)])
         slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.max_derivative)
-        return _Bin(*start, *size, *slope)
+        return Bin(*start, *size, *slope)
 
 
-class _Bin(NamedTuple):
+class Bin(NamedTuple):
     """A piece of the spline: its lower left corner, width, height, and slopes dy/dx at both ends.
 
     t and the rise go from 0 to 1 across the bin.

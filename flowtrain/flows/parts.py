@@ -11,6 +11,7 @@ from flowtrain.bijections import (
     Additive,
     BatchNorm,
     Bijection,
+    BoundColumns,
     Center,
     Chain,
     Continuous,
@@ -18,9 +19,11 @@ from flowtrain.bijections import (
     DequantizeColumns,
     Elementwise,
     ExpAffine,
+    FillMissing,
     Flatten,
     Logit,
     LULinear,
+    QuantileColumns,
     Shuffle,
     Standardize,
 )
@@ -88,10 +91,29 @@ def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> B
     return layers(shape=shape, context_shape=context_shape)
 
 
-def standardize(shape, context_shape=None) -> Bijection:
-    """The columns of a table to mean 0 and deviation 1, by its train split; integers and categories with uniform noise
+def standardize(shape, columns=None, context_shape=None) -> Bijection:
+    """The columns of a table to mean 0 and deviation 1, by its train split; see :func:`column_links` for what comes
     first."""
-    return chain(dequantize=DequantizeColumns, standardize=Standardize)(shape=shape, context_shape=context_shape)
+    return Chain(shape, {**column_links(columns), "standardize": Standardize}, context_shape=context_shape)
+
+
+def quantile(shape, columns=None, bins: int = 32, context_shape=None) -> Bijection:
+    """Each column to a nearly normal one by a spline through the quantiles of the train split; see
+    :func:`column_links` for what comes first."""
+    layers = {**column_links(columns), "quantile": partial(QuantileColumns, bins=bins)}
+    return Chain(shape, layers, context_shape=context_shape)
+
+
+def column_links(columns=None) -> dict[str, Factory | None]:
+    """What maps the values of a table to real numbers: noise for whole numbers, then, where ``columns``, the encoded
+    columns of a :class:`flowtrain.data.Columns`, have them, noise for missing values and a map for bounds."""
+    columns = columns or ()
+    bounded = any(column.kind == "real" and (column.low, column.high) != (None, None) for column in columns)
+    return {
+        "dequantize": DequantizeColumns,
+        "fill": FillMissing if any(column.missing for column in columns) else None,
+        "bound": BoundColumns if bounded else None,
+    }
 
 
 # ---- mixing of channels, and norms
