@@ -18,7 +18,7 @@ from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
-from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
+from flowtrain.bijections.spline import CircularRationalQuadratic, PiecewiseLinear, RationalQuadratic
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Center",
     "Chain",
     "Checkerboard",
+    "CircularRationalQuadratic",
     "Conditional",
     "Continuous",
     "Coupling",
