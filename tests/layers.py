@@ -17,6 +17,7 @@ ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
+circular = partial(nets.CircularMADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
 image, vector = (4, 4, 6), (5,)
 
@@ -122,6 +123,15 @@ LAYERS = {
         for name in ("piecewise_linear", "rational_quadratic")
     },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
+    "factored": partial(
+        b.Factored,
+        vector,
+        [3, 1],
+        vector_step,
+        partial(b.Autoregressive, univariate=b.CircularRationalQuadratic, net=circular),
+        context_shape=(3,),
+    ),
+    "circular": partial(b.Autoregressive, vector, partial(b.CircularRationalQuadratic, bins=4), circular),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
     ),

@@ -4,13 +4,16 @@ from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.bijection import Bijection, Chain, Inverse
 from flowtrain.bijections.columns import (
     BoundColumns,
+    CircleToLine,
     DequantizeColumns,
     FillMissing,
     QuantileColumns,
     Standardize,
+    Turns,
 )
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
+from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
@@ -32,6 +35,7 @@ __all__ = [
     "Center",
     "Chain",
     "Checkerboard",
+    "CircleToLine",
     "CircularRationalQuadratic",
     "Conditional",
     "Continuous",
@@ -42,6 +46,7 @@ __all__ = [
     "DiagonalFirst",
     "Elementwise",
     "ExpAffine",
+    "Factored",
     "FillMissing",
     "Flatten",
     "Halves",
@@ -62,5 +67,6 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "TanhAffine",
+    "Turns",
     "Unsqueeze",
 ]

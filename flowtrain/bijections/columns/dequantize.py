@@ -25,31 +25,31 @@ class DequantizeColumns(ColumnBijection):
     """
 
     exact = False
-    width: Tensor
+    whole: Tensor
     least: Tensor
     greatest: Tensor
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
-        self.register_buffer("width", torch.zeros(self.shape))  # of the noise: 1, or 0 for none
+        self.register_buffer("whole", torch.zeros(self.shape, dtype=torch.bool))
         self.register_buffer("least", torch.full(self.shape, -LARGEST))
         self.register_buffer("greatest", torch.full(self.shape, LARGEST))
 
     def _fit(self, columns, rows) -> None:
         codes = [2 if column.kind == "indicator" else len(column.categories) for column in columns]
         self._set(
-            width=[float(column.is_dequantized) for column in columns],
+            whole=[column.is_dequantized for column in columns],
             least=[0 if count else -LARGEST for count in codes],
             greatest=[count - 1 if count else LARGEST for count in codes],
         )
 
     def forward(self, x, context=None):
-        x = x.to(self.width.dtype)
+        x = x.to(self.least.dtype)
         u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
         # x + u rounds up to x + 1 now and then
-        y = torch.minimum(x + self.width * u, torch.nextafter(x + self.width, x))
-        return y, zero_log_det(x)
+        y = torch.minimum(x + u, torch.nextafter(x + 1, x))
+        return torch.where(self.whole, y, x), zero_log_det(x)
 
     def inverse(self, z, context=None):
-        whole = z.floor().maximum(self.least).minimum(self.greatest)
-        return torch.where(self.width > 0, whole, z), zero_log_det(z)
+        code = z.floor().maximum(self.least).minimum(self.greatest)
+        return torch.where(self.whole, code, z), zero_log_det(z)
