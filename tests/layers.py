@@ -150,6 +150,12 @@ LAYERS = {
         partial(b.Halves, swap=True),
         context_shape=(3,),
     ),
+    "coupling_alone": partial(
+        b.Coupling, (1,), b.RationalQuadratic, mlp, unconditional=partial(b.Elementwise, univariate=b.ExpAffine)
+    ),
+    "coupling_alone_context": partial(
+        b.Coupling, (1,), b.SigmoidAffine, mlp, partial(b.Alternate, first=1), context_shape=(3,)
+    ),
     "alternate": partial(b.Coupling, vector, b.TanhAffine, mlp, b.Alternate),
     "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),
     "checkerboard": partial(b.Coupling, image, b.TanhAffine, residual, b.Checkerboard),
