@@ -17,12 +17,14 @@ ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
+circular = partial(nets.CircularMADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
 image, vector = (4, 4, 6), (5,)
 
 ARGUMENTS = {  # arguments of the univariate maps that need them
     b.PiecewiseLinear: {"bins": 5},
     b.RationalQuadratic: {"bins": 5},
+    b.CircularRationalQuadratic: {"bins": 5},
     b.MixtureLogistic: {"components": 3},
     b.MixtureNormal: {"components": 3},
 }
@@ -129,6 +131,15 @@ LAYERS = {
         for name in ("piecewise_linear", "rational_quadratic")
     },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
+    "factored": partial(
+        b.Factored,
+        vector,
+        [3, 1],
+        vector_step,
+        partial(b.Autoregressive, univariate=b.CircularRationalQuadratic, net=circular),
+        context_shape=(3,),
+    ),
+    "circular": partial(b.Autoregressive, vector, partial(b.CircularRationalQuadratic, bins=4), circular),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
     ),
@@ -146,6 +157,12 @@ LAYERS = {
         partial(nets.PreactivatedConvNet, hidden=4, blocks=2),
         partial(b.Halves, swap=True),
         context_shape=(3,),
+    ),
+    "coupling_alone": partial(
+        b.Coupling, (1,), b.RationalQuadratic, mlp, unconditional=partial(b.Elementwise, univariate=b.ExpAffine)
+    ),
+    "coupling_alone_context": partial(
+        b.Coupling, (1,), b.SigmoidAffine, mlp, partial(b.Alternate, first=1), context_shape=(3,)
     ),
     "alternate": partial(b.Coupling, vector, b.TanhAffine, mlp, b.Alternate),
     "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),

@@ -4,13 +4,16 @@ from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.bijection import Bijection, Chain, Inverse
 from flowtrain.bijections.columns import (
     BoundColumns,
+    CircleToLine,
     DequantizeColumns,
     FillMissing,
     QuantileColumns,
     Standardize,
+    Turns,
 )
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
+from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
@@ -18,7 +21,7 @@ from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
-from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
+from flowtrain.bijections.spline import CircularRationalQuadratic, PiecewiseLinear, RationalQuadratic
 from flowtrain.bijections.standardize import StandardizeChannels
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
 
@@ -33,6 +36,8 @@ __all__ = [
     "Center",
     "Chain",
     "Checkerboard",
+    "CircleToLine",
+    "CircularRationalQuadratic",
     "Conditional",
     "Continuous",
     "Coupling",
@@ -42,6 +47,7 @@ __all__ = [
     "DiagonalFirst",
     "Elementwise",
     "ExpAffine",
+    "Factored",
     "FillMissing",
     "Flatten",
     "Halves",
@@ -63,5 +69,6 @@ __all__ = [
     "Standardize",
     "StandardizeChannels",
     "TanhAffine",
+    "Turns",
     "Unsqueeze",
 ]

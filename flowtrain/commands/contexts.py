@@ -45,10 +45,10 @@ class Contexts:
 def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: Sequence[str] = ()) -> Contexts | None:
     """The contexts of the samples; None for an unconditional flow.
 
-    ``config.label`` is the class of the ``config.n`` samples, by number or by its name among ``names``, or a list, for n
-    of each class in turn; None: n samples of which each is of the next class. ``config.context`` maps each context
-    column of a table to a value, or names a file with those columns: then n samples are drawn for each of its rows.
-    Raises UsageError where they do not fit the flow.
+    ``config.label`` is the class of the ``config.n`` samples, by number or by its name among ``names``, or a list: n of
+    each class in turn; None: n samples of which each is of the next class. ``config.context`` maps each context column
+    of a table to a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises
+    UsageError where they do not fit the flow.
     """
     shape = flow.bijection.context_shape
     if config.label is not None and (shape is None or columns):

@@ -32,8 +32,8 @@ IMAGES = 1024  # most images of a temperature in the grid
 
 
 def main(config: SampleConfig, run_dir: str) -> dict:
-    """Draw ``config.n`` samples at each temperature, of each class of a list, of each row of a file of contexts; returns
-    the files' paths.
+    """Draw ``config.n`` samples, at each temperature, of each class of a list, for each row of a file of contexts;
+    returns the files' paths.
 
     The samples are written into ``run_dir`` as they are drawn. Images and fields become samples.png. Vectors of an
     array, such as spectra, become curves.png with ``config.plot``. Rows of a table become samples.csv (or

@@ -135,14 +135,14 @@ def normalize(shape, grey_levels: int | None = None, context_shape=None) -> Bije
 def standardize(shape, columns=None, context_shape=None) -> Bijection:
     """The columns of a table to mean 0 and deviation 1, by its train split; see :func:`column_links` for what comes
     first."""
-    return chain(**column_links(columns), standardize=Standardize)(shape=shape, context_shape=context_shape)
+    return Chain(shape, {**column_links(columns), "standardize": Standardize}, context_shape=context_shape)
 
 
 def quantile(shape, columns=None, bins: int = 32, context_shape=None) -> Bijection:
     """Each column to a nearly normal one by a spline through the quantiles of the train split; see
     :func:`column_links` for what comes first."""
-    layers = chain(**column_links(columns), quantile=partial(QuantileColumns, bins=bins))
-    return layers(shape=shape, context_shape=context_shape)
+    layers = {**column_links(columns), "quantile": partial(QuantileColumns, bins=bins)}
+    return Chain(shape, layers, context_shape=context_shape)
 
 
 def column_links(columns=None) -> dict[str, Factory | None]:

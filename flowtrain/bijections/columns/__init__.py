@@ -3,6 +3,7 @@
 Each is a layer with numbers for every column, buffers that :func:`fit_to_columns` sets from the train split.
 """
 
+from flowtrain.bijections.columns.angles import CircleToLine, Turns
 from flowtrain.bijections.columns.bound import BoundColumns
 from flowtrain.bijections.columns.column_bijection import ColumnBijection, fit_to_columns
 from flowtrain.bijections.columns.dequantize import DequantizeColumns
@@ -12,10 +13,12 @@ from flowtrain.bijections.columns.standardize import Standardize
 
 __all__ = [
     "BoundColumns",
+    "CircleToLine",
     "ColumnBijection",
     "DequantizeColumns",
     "FillMissing",
     "QuantileColumns",
     "Standardize",
+    "Turns",
     "fit_to_columns",
 ]

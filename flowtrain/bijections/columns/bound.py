@@ -51,9 +51,11 @@ class BoundColumns(ColumnBijection):
 
     def _fit(self, columns, rows) -> None:
         bounds = [(column.low, column.high) if column.kind == "real" else (None, None) for column in columns]
-        maps = [_map(*ends, column.mean) for ends, column in zip(bounds, columns)]
-        low = torch.tensor([-LARGEST if low is None else low for low, _ in bounds], dtype=torch.float64)
-        high = torch.tensor([LARGEST if high is None else high for _, high in bounds], dtype=torch.float64)
+        maps = [_unit_map(low, high, column.mean) for (low, high), column in zip(bounds, columns)]
+        low, high = (
+            torch.tensor([none if end is None else end for end in ends], dtype=torch.float64, device=self.low.device)
+            for ends, none in zip(zip(*bounds), (-LARGEST, LARGEST))
+        )
         self._set(
             bounded=[ends != (None, None) for ends in bounds],
             two_sided=[None not in ends for ends in bounds],
@@ -63,10 +65,9 @@ class BoundColumns(ColumnBijection):
             low=low,
             high=high,
         )
-        above, below = (torch.nextafter(end, other) for end, other in ((self.low, self.high), (self.high, self.low)))
         self._set(
-            least=torch.where(self.low.double() < low.to(self.low.device), above, self.low),
-            greatest=torch.where(self.high.double() > high.to(self.high.device), below, self.high),
+            least=torch.where(self.low.double() < low, torch.nextafter(self.low, self.high), self.low),
+            greatest=torch.where(self.high.double() > high, torch.nextafter(self.high, self.low), self.high),
         )
 
     def forward(self, x, context=None):
@@ -90,7 +91,7 @@ class BoundColumns(ColumnBijection):
             return torch.where(self.bounded, x, z), torch.where(self.bounded, log_derivative, 0.0).sum(1)
 
 
-def _map(low: float | None, high: float | None, mean: float) -> tuple[float, float, float]:
+def _unit_map(low: float | None, high: float | None, mean: float) -> tuple[float, float, float]:
     """Sign, anchor and scale of t = sign·(x − anchor)/scale."""
     if low is not None and high is not None:
         return 1.0, low, high - low

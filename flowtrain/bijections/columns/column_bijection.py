@@ -58,9 +58,9 @@ def fit_to_columns(bijection: Bijection, columns, rows: Tensor) -> None:
     layers = list(_in_order(bijection))
     last = max((i for i, layer in enumerate(layers) if hasattr(layer, "fit")), default=-1)
     for i, layer in enumerate(layers[: last + 1]):
-        if hasattr(layer, "fit"):
+        if fit := getattr(layer, "fit", None):
             try:
-                layer.fit(columns, rows)
+                fit(columns, rows)
             except ValueError as error:
                 raise ValueError(f"{type(layer).__name__} {error}") from error
         if i < last:

@@ -50,7 +50,7 @@ class DequantizeColumns(ColumnBijection):
         u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
         # the sum rounds up to the next value now and then
         y = torch.minimum(x + self.width * u, torch.nextafter(x + self.width, x))
-        return y, zero_log_det(x)
+        return torch.where(self.width > 0, y, x), zero_log_det(x)
 
     def inverse(self, z, context=None):
         width = torch.where(self.width > 0, self.width, 1).double()  # in float32 a quotient would round up now and then

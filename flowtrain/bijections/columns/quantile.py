@@ -16,8 +16,8 @@ class QuantileColumns(ColumnBijection):
 
     The knots lie evenly between the quantiles of −3 and 3, or as far out as the rows reach. Between them the spline is
     rational-quadratic (Gregory and Delbourgo 1982; Durkan et al. 2019, eq. 4), with the harmonic mean of the two
-    neighbouring slopes at each knot (Fritsch and Butland 1984). Where a value repeats, knots coincide: a hundredth of
-    the column's scale from knot to knot keeps them apart, so that no slope exceeds a hundred times the usual one.
+    neighbouring slopes at each knot (Fritsch and Butland 1984). Where a value repeats, quantiles coincide: the knots
+    are kept a thousandth of their usual distance apart, which bounds the slope.
 
     Args:
         shape: (D,).
@@ -47,12 +47,12 @@ class QuantileColumns(ColumnBijection):
         self.register_buffer("fitted", torch.zeros(self.shape, dtype=torch.bool))
 
     def _fit(self, columns, rows) -> None:
-        normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
-        reach = normal.icdf(torch.tensor(len(rows) / (len(rows) + 1), dtype=torch.float64)).clamp(max=3)
+        reach = torch.special.ndtri(torch.tensor(1 - 0.5 / (len(rows) + 1), dtype=torch.float64)).clamp(max=3)
         z = reach * torch.linspace(-1, 1, self.z.shape[1], dtype=torch.float64)
+        shares = torch.special.ndtr(z)
         for i, column in enumerate(columns):
             if column.kind != "angle":
-                x = _separate(torch.quantile(rows[:, i].double().cpu(), normal.cdf(z)), z)
+                x = _separate(torch.quantile(rows[:, i].double().cpu(), shares))
                 for buffer, numbers in ((self.x, x), (self.z, z), (self.slope, _slopes(x, z))):
                     buffer[i].copy_(numbers)
                 self.fitted[i] = True
@@ -60,14 +60,14 @@ class QuantileColumns(ColumnBijection):
     def forward(self, x, context=None):
         with full_precision(x):
             inside, piece = self._find(x, self.x)
-            rise, log_slope = piece.at(((inside - piece.left) / piece.width).clamp(0, 1))
+            rise, log_slope = piece.at((inside - piece.left) / piece.width)
             z = piece.bottom + piece.height * rise + (x - inside) * log_slope.exp()
             return torch.where(self.fitted, z, x), torch.where(self.fitted, log_slope, 0.0).sum(1)
 
     def inverse(self, z, context=None):
         with full_precision(z):
             inside, piece = self._find(z, self.z)
-            t = piece.position(((inside - piece.bottom) / piece.height).clamp(0, 1))
+            t = piece.position((inside - piece.bottom) / piece.height)
             log_slope = piece.at(t)[1]
             x = piece.left + piece.width * t + (z - inside) * (-log_slope).exp()
             return torch.where(self.fitted, x, z), -torch.where(self.fitted, log_slope, 0.0).sum(1)
@@ -88,10 +88,15 @@ class QuantileColumns(ColumnBijection):
         return inside, Bin(left, bottom, width, height, at(self.slope, start), at(self.slope, start + 1))
 
 
-def _separate(x: Tensor, z: Tensor) -> Tensor:
-    """Quantiles x of the shares below z, moved apart by a hundredth of the usual distance where they coincide."""
-    ratio = x.diff() / z.diff()
-    return x + z * (ratio[ratio > 0].median() if (ratio > 0).any() else 1.0) / 100
+def _separate(x: Tensor) -> Tensor:
+    """Quantiles that are at least a thousandth of their usual distance apart, and so far that float32 tells them apart.
+    Equal ones move to both sides alike."""
+    gaps = x.diff()
+    usual = gaps[gaps > 0].median().item() if (gaps > 0).any() else 1.0
+    offset = (8 * torch.finfo(torch.float32).eps * x.abs()).clamp(min=usual / 1000).cumsum(0)
+    upwards = (x - offset).cummax(0).values + offset
+    downwards = (x - offset).flip(0).cummin(0).values.flip(0) + offset
+    return (upwards + downwards) / 2
 
 
 def _slopes(x: Tensor, z: Tensor) -> Tensor:
