@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -173,6 +174,36 @@ class Mixture(Distribution):
         index = torch.multinomial(weights, n, replacement=True, generator=generator).to(self.mean.device)
         noise = _normal((n, *self.shape), generator).to(self.mean)
         return self.mean[index] + temperature * self.log_scale[index].exp() * noise
+
+
+class Joint(Distribution):
+    """Independent distributions of vectors, side by side in one vector.
+
+    Args:
+        shape: of one event, (D,).
+        parts: the distributions, in order, of D coordinates together.
+        context_shape: of the context of all parts, or None.
+
+    Raises:
+        ValueError: the parts do not have D coordinates.
+
+    >>> Joint((3,), [Logistic((2,)), StandardNormal((1,))]).sample(5).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, shape, parts: Sequence[Distribution], context_shape=None):
+        super().__init__(shape, context_shape)
+        self.sizes = [prod(part.shape) for part in parts]
+        if self.shape != (sum(self.sizes),):
+            raise ValueError(f"parts of {self.sizes} coordinates do not make up a shape of {list(self.shape)}")
+        self.parts = nn.ModuleList(parts)
+
+    def log_prob(self, z, context=None):
+        return sum(part.log_prob(piece, context) for part, piece in zip(self.parts, z.split(self.sizes, 1)))
+
+    def sample(self, n, temperature=1.0, context=None, generator=None):
+        drawn = [part.sample(n, temperature, context, generator) for part in self.parts]
+        return torch.cat([part.to(drawn[0]) for part in drawn], 1)
 
 
 def _normal(shape, generator: torch.Generator | None) -> Tensor:

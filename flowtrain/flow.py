@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, check_shape, size
+from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
 from flowtrain.runtime import fusion, global_batch
@@ -30,7 +31,8 @@ class Flow(nn.Module):
     Raises:
         ValueError: ``shape`` is not a sequence of positive integers. In the methods that check values: a wrong shape, a
             context that is missing or that the flow does not take, or an input or result that is not finite. The
-            message names the shape or the first row (from 0) at fault.
+            message names the shape or the first row (from 0) at fault. NaN is a missing value where the flow has a
+            :class:`flowtrain.bijections.FillMissing` and the row's indicator says so.
 
     >>> from functools import partial
     >>> from flowtrain import Flow, bijections as b, nets
@@ -67,7 +69,8 @@ class Flow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (B,), finite; a lower bound if x is dequantized."""
-        return map_events("x", *self._check_events("x", x, self.shape, context), "log-likelihood", self)
+        x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
+        return map_events("x", x, context, "log-likelihood", self)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (B,)."""
@@ -76,7 +79,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latents of x. Integers become the centres of their bins, so that ``decode`` returns the same integers."""
-        x, context = self._check_events("x", x, self.shape, context)
+        x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
         with global_batch.bin_centres(), states_only():
             return map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
 
@@ -85,7 +88,9 @@ class Flow(nn.Module):
         """The data of latents z."""
         z, context = self._check_events("z", z, self.bijection.out_shape, context)
         with states_only():
-            return map_events("z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0])
+            return map_events(
+                "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
+            )
 
     @torch.no_grad()
     def latents(
@@ -96,13 +101,14 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples of the base distribution, in float32 or float64, on the flow's device.
+        """n samples of the base distribution, (n, *out_shape), in float32 or float64, on the flow's device.
 
         Their noise is drawn on the CPU and does not depend on ``temperature``. So a seed gives the same noise on every
-        device and at every temperature. A base distribution that depends on the context needs one, (n, *context_shape).
+        device and at every temperature. A base distribution that depends on the context needs one, as ``sample`` does.
         """
-        z = self.base.sample(n, temperature, context, generator)
-        return z.to(self._weight.device, at_least_float32(self._weight.dtype))
+        context, leading = self._repeat_context(n, context)
+        z = self.base_samples(math.prod(leading), temperature, context, generator)
+        return z.reshape(*leading, *z.shape[1:])
 
     def sample(
         self,
@@ -112,19 +118,71 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n examples, (n, *shape). ``temperature`` scales the distance of the latents from their means, which are 0 for
-        standard base distributions (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`."""
-        return self.decode(self.latents(n, temperature=temperature, context=context, generator=generator), context)
+        """n examples, (n, *shape), all with the one ``context``, (*context_shape) or (1, *context_shape); or n for each
+        of m contexts (m, *context_shape): (n, m, *shape). They are drawn and decoded as one batch.
+
+        ``temperature`` scales the distance of the latents from their means, which are 0 for standard base distributions
+        (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`.
+
+        Raises:
+            ValueError: a context of another shape, which is named beside the flow's.
+
+        >>> from functools import partial
+        >>> from flowtrain import bijections as b, nets
+        >>> maf = partial(b.Autoregressive, univariate=b.ExpAffine, net=nets.MADE)
+        >>> flow = Flow((2,), maf, context_shape=(3,))
+        >>> flow.sample(5, context=torch.zeros(3)).shape, flow.sample(5, context=torch.eye(3)).shape
+        (torch.Size([5, 2]), torch.Size([5, 3, 2]))
+        """
+        context, leading = self._repeat_context(n, context)
+        z = self.base_samples(math.prod(leading), temperature, context, generator)
+        x = self.decode(z, context)
+        return x.reshape(*leading, *x.shape[1:])
+
+    @torch.no_grad()
+    def base_samples(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n latents as :meth:`latents` draws them, but one for each row of ``context`` (n, *context_shape)."""
+        z = self.base.sample(n, temperature, context, generator)
+        return z.to(self._weight.device, at_least_float32(self._weight.dtype))
+
+    def _repeat_context(self, n: int, context: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+        """The context of each of n samples, or of n·m samples of m contexts, and the samples' leading shape."""
+        shape = self.bijection.context_shape
+        if context is None:
+            return None, (n,)
+        if shape is None:
+            raise ValueError("this flow takes no context")
+        if context.shape != shape and context.shape[1:] != shape:
+            many = ", ".join(map(str, ("m", *shape)))
+            raise ValueError(f"context has shape {list(context.shape)}; this flow takes {list(shape)} or [{many}]")
+        context = context if context.dim() > len(shape) else context[None]
+        m = len(context)
+        return context.expand(n, *context.shape).flatten(0, 1), (n,) if m == 1 else (n, m)
 
     @property
     def _weight(self) -> Tensor:
         """Any weight of the flow: its device and precision are the flow's."""
         return next(self.parameters(), torch.empty(0))
 
-    def _check_events(self, name: str, x: Tensor, shape: tuple, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def hide_missing(self, x: Tensor) -> Tensor:
+        """x with 0 in place of the values that this flow takes for missing."""
+        for layer in self.modules():
+            if isinstance(layer, FillMissing):
+                return layer.hide(x)
+        return x
+
+    def _check_events(
+        self, name: str, x: Tensor, shape: tuple, context: Tensor | None, hide: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """x and its context in the flow's precision. ValueError where they cannot be used."""
         dtype, context_shape = at_least_float32(self._weight.dtype), self.bijection.context_shape
-        x = check_events(name, x, shape, dtype)
+        x = check_events(name, x, shape, dtype, hide)
         if context_shape is None:
             if context is not None:
                 raise ValueError("this flow takes no context")
@@ -189,8 +247,10 @@ def to_bits_per_dim(log_prob, dimensions: int):
     return -log_prob / (dimensions * math.log(2))
 
 
-def check_events(name: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> Tensor:
-    """``x`` (B, *shape) in ``dtype``.
+def check_events(
+    name: str, x: Tensor, shape: tuple, dtype: torch.dtype, hide: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``x`` (B, *shape) in ``dtype``. ``hide`` replaces the numbers of x that need not be finite.
 
     Raises:
         ValueError: it has another shape, is complex, or has a row that is not finite.
@@ -200,14 +260,22 @@ def check_events(name: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> Tens
     if x.is_complex():
         raise ValueError(f"{name} holds complex numbers")
     x = x.to(dtype)
-    if (row := _first_not_finite(x)) is not None:
+    if (row := _first_not_finite(x if hide is None else hide(x))) is not None:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(f"row {row} of {name} holds a number that is not finite in {kind}")
     return x
 
 
-def map_events(name: str, x: Tensor, context: Tensor | None, what: str, function: Callable[..., Tensor]) -> Tensor:
-    """``function(x, context)``, each row of which is the ``what`` of a row of x.
+def map_events(
+    name: str,
+    x: Tensor,
+    context: Tensor | None,
+    what: str,
+    function: Callable[..., Tensor],
+    hide: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``function(x, context)``, each row of which is the ``what`` of a row of x. ``hide`` replaces the numbers of it
+    that need not be finite.
 
     Raises:
         ValueError: a row of it is not finite, or ``function`` raised FloatingPointError.
@@ -217,13 +285,13 @@ def map_events(name: str, x: Tensor, context: Tensor | None, what: str, function
     except FloatingPointError as error:
         first = _first_failure(function, x, context)
         raise ValueError(f"{_row(name, x, first)} {what}: {error}") from error
-    if (row := _first_not_finite(result)) is not None:
+    if (row := _first_not_finite(result if hide is None else hide(result))) is not None:
         raise ValueError(f"{_row(name, x, row)} {what} that is finite")
     return result
 
 
 def _row(name: str, x: Tensor, row: int) -> str:
-    low, high = x[row].aminmax()
+    low, high = x[row][~x[row].isnan()].aminmax()
     return f"row {row} of {name}, of numbers from {low:g} to {high:g}, has no"
 
 

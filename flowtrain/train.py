@@ -15,6 +15,7 @@ import torch
 
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.backpropagation import MEMORY_MODES
+from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
 from flowtrain.config import places, runs
@@ -22,7 +23,7 @@ from flowtrain.config.build import build, build_dataset, build_flow, build_objec
 from flowtrain.config.compose import conf_dir
 from flowtrain.config.conversion import to_dict
 from flowtrain.config.schema import TrainConfig, check_batch_size
-from flowtrain.data import Loader
+from flowtrain.data import Loader, Split
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
 from flowtrain.engine.batch_size import choose_batch_size
@@ -35,6 +36,7 @@ from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
+from flowtrain.engine.threads import Threads, halvings
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
@@ -47,6 +49,7 @@ from flowtrain.runtime.interrupts import interruptible_batches
 
 log = logging.getLogger("flowtrain")
 
+FIT_EXAMPLES, FIT_NUMBERS = 2**17, 2**26  # most examples that layers are fitted to, and numbers in them
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 
 
@@ -62,6 +65,8 @@ def main(config: TrainConfig, run_dir: str) -> dict:
 def _train(config: TrainConfig, run_dir: str) -> dict:
     data = build_dataset(config)
     spec = data.spec
+    if (found := data.find()) is not None:  # a checkpoint then describes its data without them
+        config = replace(config, dataset=config.dataset | {"found": found})
     flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
     _optimizer(config, flow)
     _set_memory(config, flow)
@@ -109,6 +114,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         ema=ema,
         autocast=autocast,
         compilation=compilation,
+        threads=_threads(config, device, compilation),
     )
     if state is not None:
         trainer.load_state_dict(state)
@@ -122,6 +128,8 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
             trainer.fit()
             with trainer.pause_compilation():
                 summary, score = _conclude(config, spec, trainer, val, run_dir)
+            if distributed.is_main():
+                environment.record(run_dir, device)  # once more: threads are chosen by now
             loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
     finally:
         loggers.close()
@@ -195,10 +203,11 @@ def _start(flow: Flow, config: TrainConfig, train, device) -> None:
     if config.init:
         log.info("weights from %s (%s)", config.init, load_weights(flow, checkpoint.read(config.init)))
     elif distributed.is_main():
-        _fit_to_columns(flow, train.columns)
+        _fit_to_data(flow, train, config.seed)
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
-        flow.initialize(*next(Loader(train, size, config.seed, None, device).batches()))
+        first = next(Loader(train, size, config.seed, None, device).batches())
+        flow.initialize(first.x, first.context)
     distributed.broadcast(flow.state_dict().values())
 
 
@@ -208,21 +217,24 @@ def _log_cost_of_determinism(
     batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
 
     def step(copy: Flow) -> None:
-        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(*batch, *place)
+        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(batch, *place)
 
     with determinism.determinism_errors():
         ratio = determinism.cost(flow, step)
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
-def _fit_to_columns(flow: Flow, columns) -> None:
-    """Fit the layers that depend on a table's train split: its units, and which of its columns hold integers."""
-    for module in flow.modules():
-        if hasattr(module, "fit"):
-            try:
-                module.fit(columns)
-            except ValueError as error:
-                raise UsageError(f"preprocess: {type(module).__name__} {error}") from error
+def _fit_to_data(flow: Flow, train: Split, seed: int) -> None:
+    """Fit the layers that depend on the train split: on a table's columns, on evenly spaced examples."""
+    if not any(hasattr(module, "fit") for module in flow.modules()):
+        return
+    torch.manual_seed(seed)
+    count = max(1, min(len(train), FIT_EXAMPLES, FIT_NUMBERS // flow.dimensions))
+    rows, _ = train.take(torch.arange(count) * len(train) // count)
+    try:
+        fit_to_columns(flow.bijection, train.columns, rows.float())
+    except ValueError as error:
+        raise UsageError(f"preprocess: {error}") from error
 
 
 def _compile(flow: Flow, config: TrainConfig, budget: Budget, device: torch.device) -> Compilation | None:
@@ -237,6 +249,14 @@ def _compile(flow: Flow, config: TrainConfig, budget: Budget, device: torch.devi
             log.info("compile=auto: trains without: %s", error)
             return None
         raise
+
+
+def _threads(config: TrainConfig, device: torch.device, compilation: Compilation | None) -> Threads:
+    """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
+    ``deterministic`` says otherwise; code that is compiled has its number."""
+    most = torch.get_num_threads()
+    alone = device.type == "cpu" and distributed.world() == 1 and not compilation
+    return Threads(halvings(most) if alone and config.threads == "auto" and not config.deterministic else [most])
 
 
 def _set_memory(config: TrainConfig, flow: Flow) -> None:
@@ -256,7 +276,7 @@ def _reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
     with torch.no_grad(), global_batch.reestimate(flow):
-        for x, context in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
+        for x, context, _ in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
             with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)
 
@@ -279,6 +299,7 @@ def _conclude(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, run_di
         "steps": trainer.step,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "seconds": round(trainer.seconds, 3),
+        "threads": torch.get_num_threads(),
         "skipped_steps": trainer.recovery.skipped,
         "rollbacks": trainer.recovery.rollbacks,
         "unreadable": sum(bad.values()),
@@ -350,6 +371,8 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     log.info("run: %s", run_dir)
     log.info("device: %s × %d, precision %s", device_name(device), world, config.precision)
     log.info("data: %s; %d train, %d validation examples", train.description, len(train), len(val))
+    for line in train.columns.describe() if spec.columns else ():
+        log.info("columns, %s", line)
     levels = spec.grey_levels
     shape = "×".join(map(str, flow.shape))
     if levels:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tests run side by side, and a run with one thread has none to choose from
 HERE = Path(__file__).parent
 RELIABILITY = HERE / "reliability"
 sys.path.insert(0, str(HERE))  # audit.py, layers.py

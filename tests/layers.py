@@ -2,11 +2,14 @@
 
 import re
 from functools import partial
-from types import SimpleNamespace
+
+import torch
 
 from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.univariate import Univariate
+from flowtrain.data.tables.column import Column
+from flowtrain.data.tables.columns import Columns
 
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
@@ -14,12 +17,14 @@ ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
+circular = partial(nets.CircularMADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
 image, vector = (4, 4, 6), (5,)
 
 ARGUMENTS = {  # arguments of the univariate maps that need them
     b.PiecewiseLinear: {"bins": 5},
     b.RationalQuadratic: {"bins": 5},
+    b.CircularRationalQuadratic: {"bins": 5},
     b.MixtureLogistic: {"components": 3},
     b.MixtureNormal: {"components": 3},
 }
@@ -40,10 +45,23 @@ glow_step = partial(
 )
 
 
-def standardize(shape):
-    """Build a Standardize that is fitted to a table's columns."""
-    layer = b.Standardize(shape)
-    layer.fit(SimpleNamespace(names=[""] * 5, mean=[0.0, 3.0, -2.0, 0.5, 9.0], std=[1.0, 0.2, 5.0, 2.0, 30.0]))
+COLUMNS = Columns(
+    tuple(Column(f"x{i}", "real", mean=mean, std=std) for i, (mean, std) in enumerate([(0, 1), (3, 0.2), (-2, 5)]))
+    + (Column("n", "integer", mean=0.5, std=2.0), Column("when", "time", mean=9.0, std=30.0))
+)
+
+
+def fitted(kind, shape):
+    """Build a layer that is fitted to a table's columns and rows."""
+    layer = kind(shape)
+    layer.fit(COLUMNS, torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1)
+    return layer
+
+
+def standardize_channels(shape):
+    """Build a StandardizeChannels that is fitted to examples far from 0."""
+    layer = b.StandardizeChannels(shape)
+    layer.fit(None, torch.arange(1.0, shape[0] + 1).view(-1, 1, 1) * torch.randn(9, *shape) - 7)
     return layer
 
 
@@ -104,13 +122,24 @@ LAYERS = {
     "unsqueeze": partial(b.Unsqueeze, image),
     "flatten": partial(b.Flatten, image),
     "center": partial(b.Center, image),
-    "standardize": partial(standardize, vector),
+    "standardize": partial(fitted, b.Standardize, vector),
+    "quantile_columns": partial(fitted, b.QuantileColumns, vector),
+    "standardize_channels": partial(standardize_channels, image),
     "conditional": partial(b.Conditional, (2, 4, 4), b.ExpAffine, nets.ZeroConv, context_shape=(3, 4, 4)),
     **{
         f"conditional_{name}": partial(b.Conditional, vector, UNIVARIATE[name], mlp, context_shape=(3,))
         for name in ("piecewise_linear", "rational_quadratic")
     },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
+    "factored": partial(
+        b.Factored,
+        vector,
+        [3, 1],
+        vector_step,
+        partial(b.Autoregressive, univariate=b.CircularRationalQuadratic, net=circular),
+        context_shape=(3,),
+    ),
+    "circular": partial(b.Autoregressive, vector, partial(b.CircularRationalQuadratic, bins=4), circular),
     "chain": partial(
         b.Chain, vector, {"a": b.ActNorm, "none": None, "b": b.Reverse, "c": b.LULinear}, order=["c", "a", "none", "b"]
     ),
@@ -128,6 +157,12 @@ LAYERS = {
         partial(nets.PreactivatedConvNet, hidden=4, blocks=2),
         partial(b.Halves, swap=True),
         context_shape=(3,),
+    ),
+    "coupling_alone": partial(
+        b.Coupling, (1,), b.RationalQuadratic, mlp, unconditional=partial(b.Elementwise, univariate=b.ExpAffine)
+    ),
+    "coupling_alone_context": partial(
+        b.Coupling, (1,), b.SigmoidAffine, mlp, partial(b.Alternate, first=1), context_shape=(3,)
     ),
     "alternate": partial(b.Coupling, vector, b.TanhAffine, mlp, b.Alternate),
     "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),

@@ -201,15 +201,39 @@ def flow_on(name):
 def test_a_flow_draws_from_its_base_as_it_is_now(name):
     torch.manual_seed(0)
     flow = flow_on(name)
-    context = torch.eye(3)[torch.arange(40) % 3] if flow.base.context_shape else None
+    context = torch.eye(3)[1] if flow.base.context_shape else None
     z = flow.latents(40, temperature=0.7, context=context, generator=seed())
     assert z.shape == (40, 2) and z.dtype == torch.float32 and not z.requires_grad
-    assert torch.equal(flow.sample(40, temperature=0.7, context=context, generator=seed()), flow.decode(z, context))
+    x = flow.decode(z, None if context is None else context.expand(40, 3))
+    assert torch.equal(flow.sample(40, temperature=0.7, context=context, generator=seed()), x)
     flow = randomize(flow)
     moved = flow.latents(40, temperature=0.7, context=context, generator=seed())
     assert moved.dtype == torch.float64
     assert torch.equal(moved, z.double()) == (name in ("normal", "logistic"))
     assert flow.bfloat16().latents(40, temperature=0.7, context=context, generator=seed()).dtype == torch.float32
+
+
+def test_a_flow_draws_for_each_of_many_contexts():
+    flow = randomize(flow_on("class_normal"))
+    contexts = torch.eye(3, dtype=torch.float64)
+    z, x = (draw(5, context=contexts, generator=seed()) for draw in (flow.latents, flow.sample))
+    assert z.shape == x.shape == (5, 3, 2)
+    for place, context in enumerate(contexts):
+        torch.testing.assert_close(x[:, place], flow.decode(z[:, place], context.expand(5, 3)))
+    means = flow.latents(1, temperature=0.0, context=contexts)[0]
+    torch.testing.assert_close(means, flow.base.moments(contexts)[0].detach())
+    assert flow.sample(4, context=contexts[:1]).shape == flow.sample(4, context=contexts[0]).shape == (4, 2)
+    assert flow.sample(0, context=contexts).shape == (0, 3, 2) and flow.sample(4, context=contexts[:0]).shape == (
+        4,
+        0,
+        2,
+    )
+    for draw in (flow.latents, flow.sample):
+        for wrong in (torch.zeros(4), torch.zeros(3, 4), torch.zeros(5, 2, 3), torch.zeros(())):
+            with pytest.raises(ValueError, match=r"context has shape \[.*\]; this flow takes \[3\] or \[m, 3\]"):
+                draw(5, context=wrong)
+    with pytest.raises(ValueError, match="takes no context"):
+        flow_on("normal").sample(5, context=contexts)
 
 
 def test_a_flow_learns_its_base():
@@ -231,7 +255,7 @@ def test_a_flow_learns_its_base():
 @pytest.mark.parametrize("name", BASES)
 def test_a_seed_draws_the_same_on_every_device(name):
     flow = randomize(flow_on(name)).float()
-    context = torch.eye(3)[torch.arange(40) % 3] if flow.base.context_shape else None
+    context = torch.eye(3) if flow.base.context_shape else None
     here = flow.latents(40, temperature=0.7, context=context, generator=seed())
     there = flow.cuda().latents(
         40, temperature=0.7, context=None if context is None else context.cuda(), generator=seed()

@@ -13,6 +13,7 @@ import torch
 from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.bijection import Backpropagation
+from flowtrain.data.batch import Batch
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.ema import EMA
@@ -26,9 +27,9 @@ from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.validation import Validation
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
-from flowtrain.runtime import checkpoint
+from flowtrain.runtime import checkpoint, global_batch
 from flowtrain.runtime.files import WriteError
-from flowtrain.runtime.seeds import generator, seed_from
+from flowtrain.runtime.seeds import generator
 
 LEVELS, SHAPE, BATCH = 8, (6,), 16
 
@@ -56,7 +57,7 @@ class Batches:
     def batches(self, step=0):
         while True:
             x = torch.randint(0, LEVELS, (BATCH, *SHAPE), generator=generator(step)).cumsum(1).clamp(max=LEVELS - 1)
-            yield torch.full(x.shape, math.nan) if step in self.poison else x, None
+            yield Batch(torch.full(x.shape, math.nan) if step in self.poison else x)
             step += 1
 
     def examples(self, step):
@@ -87,7 +88,7 @@ def config(**changes):
 
 def trainer(run_dir, loader=None, ema=0.9, flow=None, max_steps=30, max_minutes=None, patience=None, **changes):
     flow = flow or small_flow()
-    test, _ = next(Batches().batches(10_000))
+    test = next(Batches().batches(10_000)).x
 
     def evaluate_test(flow):
         return evaluate(flow, [(torch.arange(BATCH), test, None)], BATCH)
@@ -212,7 +213,7 @@ def test_too_many_bad_steps_stop_with_the_last_good_state_saved(tmp_path):
     assert all(value.isfinite().all() for value in saved["model"].values())
     good = trainer(tmp_path, max_steps=30)
     for x in [next(Batches().batches(step)) for step in range(6)]:
-        good.update(*good.gradient(*x))
+        good.update(*good.gradient(x))
         good.step += 1
     assert same(good.flow.state_dict(), saved["model"])
 
@@ -312,14 +313,23 @@ def test_evaluation_is_reproducible_and_leaves_the_generator_alone():
     assert flow.training
 
 
+def test_evaluation_does_not_depend_on_its_batches():
+    flow = small_flow()
+    one = evaluate(flow, *evaluation_batches(40), draws=2)
+    batches, n = evaluation_batches(7)
+    other = evaluate(flow, batches[::-1], n, draws=2)
+    for key in ("log_likelihood", "log_likelihood_stderr", "bits_per_dim_iw"):
+        assert getattr(other, key) == pytest.approx(getattr(one, key), rel=1e-6)
+
+
 def test_evaluation_against_its_definitions():
     flow = small_flow().eval()
     batches, n = evaluation_batches(40)
     result = evaluate(flow, batches, n, draws=4)
     values = []
     for draw in range(4):
-        torch.manual_seed(seed_from(0, 0, draw))
-        values.append(flow(batches[0][1]).double())
+        with global_batch.examples(torch.arange(n), 0, draw):
+            values.append(flow(batches[0][1]).double())
     values = torch.stack(values)
     assert result.log_likelihood == pytest.approx(values.mean().item())
     assert result.bits_per_dim == pytest.approx(-values.mean().item() / (6 * math.log(2)))
@@ -520,7 +530,7 @@ def reads(monkeypatch, one, x):
     lists, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or tolist(tensor))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
-        one.update(*agree(*one.gradient(*x), 0, 0.0)[:2])
+        one.update(*agree(*one.gradient(x), 0, 0.0)[:2])
         one.step += 1
         one.report(1.0, elapsed=1.0)
     seen = [event for event in record.events() if event.name in READS]
@@ -545,13 +555,13 @@ def test_a_step_on_a_gpu_waits_once(tmp_path):
     flow = small_flow().cuda()
     one = trainer(tmp_path, flow=flow)
     one.weights.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
-    batches = ((x.cuda(), context) for x, context in one.loader.batches())
+    batches = (batch.to("cuda") for batch in one.loader.batches())
     for _ in range(2):
-        one.update(*agree(*one.gradient(*next(batches)), 0, 0.0)[:2])
+        one.update(*agree(*one.gradient(next(batches)), 0, 0.0)[:2])
     x = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, norm = one.gradient(*x)
+        loss, norm = one.gradient(x)
         torch.cuda.set_sync_debug_mode("default")
         figures = agree(loss, norm, 0, 0.0)
         torch.cuda.set_sync_debug_mode("error")
@@ -583,7 +593,7 @@ def test_an_equation_whose_gradient_has_no_solution_is_a_bad_step(tmp_path, capl
     flow = ode_flow(adjoint=True)
     one, ode = trainer(tmp_path, flow=flow), flow.bijection.ode
     ode.register_forward_hook(lambda *_: setattr(ode, "max_steps", 1))  # of what comes after, the gradient's solve
-    loss, norm, *_ = agree(*one.gradient(*next(one.loader.batches())), 0, 0.0)
+    loss, norm, *_ = agree(*one.gradient(next(one.loader.batches())), 0, 0.0)
     one.update(loss, norm)
     assert math.isfinite(loss) and math.isnan(norm)
     assert one.recovery.skipped == 1 and "max_steps=1" in caplog.text

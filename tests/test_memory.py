@@ -190,7 +190,8 @@ def test_every_layer_has_exact_gradients_in_every_mode(name):
         return
     found = gradients(ReversibleBackpropagation())
     assert worst(found, right) <= 1e-10
-    assert flow.backpropagation.error is not None  # some of it was recomputed by inverses
+    divided = layer.shape != (1,)  # on one number the couplings have no networks
+    assert (flow.backpropagation.error is not None) == divided  # some of it was recomputed by inverses
     flow.statistics()
 
 

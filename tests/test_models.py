@@ -12,6 +12,7 @@ from composed import IMAGES, ONLY_IMAGES, VECTORS, configuration, flow_of, optio
 from flowtrain import bijections as b
 from flowtrain import flows
 from flowtrain.config.compose import conf_dir
+from flowtrain.data.spec import DataSpec
 from flowtrain.distributions import StandardNormal
 from flowtrain.errors import UsageError
 
@@ -106,3 +107,39 @@ def test_a_model_file_has_the_defaults_of_its_constructor(model):
     for name in ("univariate", "mixing", "norm", "base"):
         if name in defaults:
             assert config.parts[name]["_target_"].endswith(f".{defaults[name].__name__}")
+
+
+@pytest.mark.parametrize("sides", [(32, 48), (28, 30), (6, 10), (5, 7), (1, 64), (2, 2), (64, 16)])
+@pytest.mark.parametrize("model", [*ONLY_IMAGES, "maf"])
+def test_images_of_any_sides(model, sides):
+    """A model builds, or says that it halves sides and these are odd."""
+    words, spec = [f"model={model}"], DataSpec("images", (3, *sides), 256)
+    if model == "custom_image":  # its file states the number of scales
+        words.append("model.layers.scales.levels=1")
+    if model in ("glow", "nsf_image", "hybrid_image", "custom_image") and (sides[0] % 2 or sides[1] % 2):
+        with pytest.raises(UsageError, match="{}×{}.* cannot be halved".format(*sides)):
+            flow_of(*words, spec=spec, device="meta")
+    else:
+        assert flow_of(*words, spec=spec, device="meta").bijection.out_shape == (3 * sides[0] * sides[1],)
+
+
+@pytest.mark.parametrize(
+    ("model", "levels", "sides", "says"),
+    [
+        ("glow", 5, (32, 48), r"at most 4: the sides can be halved 4 times \(32×48 → 16×24 → 8×12 → 4×6 → 2×3\)"),
+        ("nsf_image", 2, (28, 30), r"at most 1: the sides can be halved 1 time \(28×30 → 14×15\)"),
+        ("realnvp", 3, (28, 30), r"at most 2: the sides can be halved 1 time \(28×30 → 14×15\)"),
+        ("ffjord_image", 2, (5, 7), r"at most 1: the sides can be halved 0 times \(5×7\)"),
+    ],
+)
+def test_too_many_levels_say_how_often_sides_can_be_halved(model, levels, sides, says):
+    words, spec = [f"model={model}", f"model.levels={levels}"], DataSpec("images", (3, *sides), 256)
+    with pytest.raises(UsageError, match=f"model.levels={levels}: levels={levels} must be {says}"):
+        flow_of(*words, spec=spec, device="meta")
+    flow_of(f"model={model}", f"model.levels={levels - 1}", spec=spec, device="meta")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 6), (1, 2, 3)])
+def test_realnvp_is_exact_on_odd_sides(shape):
+    bijection = randomize(flows.realnvp(shape, hidden=2, norm=b.ActNorm).bijection, scale=0.03)
+    assert_exact(bijection, 0.3 * torch.randn(2, *shape, dtype=torch.float64))

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowtrain import bijections as b
 from flowtrain import nets
+from flowtrain.data.batch import Batch
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import compile_flow
@@ -43,9 +44,9 @@ class Slices(Batches):
 
     def batches(self, step=0):
         half = self.batch_size // 2
-        for x, context in Batches().batches(step):
+        for x, *_ in Batches().batches(step):
             x = x[distributed.rank() * half :][:half].float()
-            yield (x / math.nan if step in self.poison and distributed.rank() else x), context
+            yield Batch(x / math.nan if step in self.poison and distributed.rank() else x)
             step += 1
 
 
@@ -72,7 +73,7 @@ def count_reductions(folder, accumulate):
     one, counts = trainer(folder, flow, accumulate=accumulate), []
     for x in [next(one.loader.batches(step)) for step in range(STEPS)]:
         with profile(activities=[ProfilerActivity.CPU]) as record:
-            one.update(*agree(*one.gradient(*x), 0, 0.0)[:2])
+            one.update(*agree(*one.gradient(x), 0, 0.0)[:2])
         one.step += 1
         counts.append(sum(event.count for event in record.key_averages() if event.key == "c10d::allreduce_"))
     return counts[1:]  # DDP rebuilds its buckets in the first step
@@ -89,7 +90,7 @@ def train_with_a_bad_step(folder, adjoint, accumulate):
     one = trainer(folder, flow, poison=[1], accumulate=accumulate)
     for step in range(STEPS):
         before = [parameter.clone() for parameter in flow.parameters()]
-        loss, norm, *_ = agree(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)
+        loss, norm, *_ = agree(*one.gradient(next(one.loader.batches(step))), 0, 0.0)
         one.update(loss, norm)
         one.step += 1
         assert (one.recovery.skipped == 0) == (step < 1) and math.isnan(loss) == (step == 1)
@@ -125,7 +126,7 @@ def compare_compiled_steps(folder):
         one = trainer(folder, flow)
         compile(flow)
         for step in range(3):
-            figures.append(agree(*one.gradient(*next(one.loader.batches(step))), 0, 0.0)[:2])
+            figures.append(agree(*one.gradient(next(one.loader.batches(step))), 0, 0.0)[:2])
     return graphs[0].graphs, torch.tensor(figures).chunk(2)
 
 

@@ -16,6 +16,7 @@ from test_data import one_line
 
 from flowtrain import bijections as b
 from flowtrain import data
+from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.data import pickled_frames
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.tables import table_file
@@ -729,7 +730,7 @@ MADE_UP = Columns(
 
 def fit_layer(cls, columns=MADE_UP):
     layer = cls((len(columns.names),))
-    layer.fit(columns)
+    layer.fit(columns, torch.zeros(2, len(columns.names)))
     return layer
 
 
@@ -768,17 +769,16 @@ def test_links_refuse_what_they_cannot_fit():
         with pytest.raises(ValueError, match="rows of a table"):
             cls((3, 8, 8))
         with pytest.raises(ValueError, match="4 columns, not 3"):
-            cls((4,)).fit(MADE_UP)
+            cls((4,)).fit(MADE_UP, torch.zeros(2, 4))
         with pytest.raises(ValueError, match="3 columns, not None"):
-            cls((3,)).fit(None)
+            cls((3,)).fit(None, torch.zeros(2, 3))
 
 
 def table_flow(columns, **body):
     def chain(shape, context_shape=None):
         links = {"dequantize": b.DequantizeColumns, "standardize": b.Standardize, **body}
         made = b.Chain(shape, links)
-        made.dequantize.fit(columns)
-        made.standardize.fit(columns)
+        fit_to_columns(made, columns, torch.zeros(2, len(columns.names)))
         return made
 
     return Flow((len(columns.names),), chain)

@@ -12,6 +12,7 @@ import torch
 from flowtrain import data, flows
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.session import Row, Session, row
+from flowtrain.data.batch import Batch
 
 WITH_DATA, FIXED = "with data", "one fixed batch"
 RESIDENT, FOLDER = 1.03, 1.10
@@ -47,16 +48,16 @@ def _measure(session: Session, name: str, dataset: data.Dataset, preprocess, tar
     flow = flows.glow(dataset.spec.shape, levels=2, steps=steps, hidden=hidden, preprocess=preprocess).to(
         session.device
     )
-    flow.initialize(*fixed)
+    flow.initialize(fixed.x, fixed.context)
     flow.train()
     optimizer = ours.optimizer(flow.parameters())
 
-    def step(x: torch.Tensor, context: torch.Tensor | None) -> None:
+    def step(batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)
-        flow(x, context).mean().neg().backward()
+        flow(batch.x, batch.context).mean().neg().backward()
         optimizer.step()
 
-    variants = {WITH_DATA: lambda: step(*next(batches)), FIXED: lambda: step(*fixed)}
+    variants = {WITH_DATA: lambda: step(next(batches)), FIXED: lambda: step(fixed)}
     times = session.times(variants, slice=SLICE)
     batches.close()
     return row("data", f"training step: {name}", times, WITH_DATA, FIXED, target)

@@ -2,9 +2,18 @@
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.bijection import Bijection, Chain, Inverse
-from flowtrain.bijections.columns import DequantizeColumns, Standardize
+from flowtrain.bijections.columns import (
+    BoundColumns,
+    CircleToLine,
+    DequantizeColumns,
+    FillMissing,
+    QuantileColumns,
+    Standardize,
+    Turns,
+)
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
 from flowtrain.bijections.elementwise import Conditional, Elementwise
+from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
@@ -12,7 +21,8 @@ from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
-from flowtrain.bijections.spline import PiecewiseLinear, RationalQuadratic
+from flowtrain.bijections.spline import CircularRationalQuadratic, PiecewiseLinear, RationalQuadratic
+from flowtrain.bijections.standardize import StandardizeChannels
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
 
 __all__ = [
@@ -22,9 +32,12 @@ __all__ = [
     "Autoregressive",
     "BatchNorm",
     "Bijection",
+    "BoundColumns",
     "Center",
     "Chain",
     "Checkerboard",
+    "CircleToLine",
+    "CircularRationalQuadratic",
     "Conditional",
     "Continuous",
     "Coupling",
@@ -34,6 +47,8 @@ __all__ = [
     "DiagonalFirst",
     "Elementwise",
     "ExpAffine",
+    "Factored",
+    "FillMissing",
     "Flatten",
     "Halves",
     "Inverse",
@@ -44,6 +59,7 @@ __all__ = [
     "MultiScale",
     "Permutation",
     "PiecewiseLinear",
+    "QuantileColumns",
     "RationalQuadratic",
     "Reverse",
     "Scale",
@@ -51,6 +67,8 @@ __all__ = [
     "SigmoidAffine",
     "Squeeze",
     "Standardize",
+    "StandardizeChannels",
     "TanhAffine",
+    "Turns",
     "Unsqueeze",
 ]

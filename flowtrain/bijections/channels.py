@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
 from flowtrain.runtime import fusion
+from flowtrain.runtime.kept import from_weights
 
 
 class ChannelAffine(Bijection):
@@ -63,13 +64,12 @@ class FusedChannelAffine:
 
     def __call__(self, x, context=None):
         with full_precision(x):
-            return mixer(self.layers[0])(x, *self._affine(x)), self._log_det(x)
+            weight, bias = from_weights(lambda: self._affine(x), ("affine", x.dtype), *self.layers)
+            return mixer(self.layers[0])(x, weight, bias), self._log_det(x)
 
     def inverse(self, z, context=None):
         with full_precision(z):
-            weight, bias = self._affine(z)
-            inverse = inverse_matrix(weight)
-            bias = None if bias is None else -(inverse @ bias.double())
+            inverse, bias = from_weights(lambda: self._inverse_affine(z), ("inverse", z.dtype), *self.layers)
             return mix_exactly(z, inverse, bias), -self._log_det(z)
 
     exact_inputs, recompute = Bijection.exact_inputs, Bijection.recompute
@@ -83,9 +83,17 @@ class FusedChannelAffine:
             weight, bias = layer.then(weight, bias)
         return weight, bias
 
+    def _inverse_affine(self, like):
+        weight, bias = self._affine(like)
+        inverse = inverse_matrix(weight)
+        return inverse, None if bias is None else -(inverse @ bias.double())
+
     def _log_det(self, x):
+        return constant_log_det(from_weights(self._log_abs_det, "log_abs_det", *self.layers), x)
+
+    def _log_abs_det(self):
         first, *others = (layer.log_abs_det() for layer in self.layers)
-        return constant_log_det(sum(others, first) * self.layers[0].pixels, x)
+        return sum(others, first) * self.layers[0].pixels
 
 
 def _fusible(layer: Bijection) -> TypeGuard[ChannelAffine]:

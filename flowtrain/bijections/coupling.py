@@ -12,7 +12,10 @@ from flowtrain.bijections.univariate import Univariate, per_element
 
 
 class Partition(nn.Module):
-    """Splits an event into a conditioning part and a transformed part, of the shapes given by its two attributes."""
+    """Splits an event into a conditioning part and a transformed part, of the shapes given by its two attributes.
+
+    A vector of one number is transformed, and its conditioning part is empty.
+    """
 
     conditioning_shape: tuple[int, ...]
     transformed_shape: tuple[int, ...]
@@ -34,7 +37,7 @@ class Halves(Partition):
     """Halves of the channels: the first conditions, the second is transformed; ``swap`` exchanges them.
 
     Raises:
-        ValueError: fewer than 2 channels.
+        ValueError: an image of one channel.
 
     >>> [part.shape for part in Halves((4, 8, 8)).split(torch.randn(5, 4, 8, 8))]
     [torch.Size([5, 2, 8, 8]), torch.Size([5, 2, 8, 8])]
@@ -43,11 +46,11 @@ class Halves(Partition):
     def __init__(self, shape, swap: bool = False):
         super().__init__()
         channels, *rest = shape
-        if channels < 2:
+        if channels < 2 and rest:
             raise ValueError(f"a shape of {list(shape)} has no two halves of channels; squeeze it first")
-        self.swap, self.first = swap, channels // 2
+        self.swap, self.first = swap and channels > 1, channels // 2
         first, second = (self.first, *rest), (channels - self.first, *rest)
-        self.conditioning_shape, self.transformed_shape = (second, first) if swap else (first, second)
+        self.conditioning_shape, self.transformed_shape = (second, first) if self.swap else (first, second)
 
     def split(self, x):
         first, second = x.split([self.first, x.shape[1] - self.first], 1)
@@ -62,7 +65,7 @@ class Alternate(Partition):
     et al. 2015, section 5.1).
 
     Raises:
-        ValueError: fewer than 2 channels, or ``first`` not 0 or 1.
+        ValueError: an image of one channel, or ``first`` not 0 or 1.
 
     >>> Alternate((4,)).split(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
     (tensor([[1., 3.]]), tensor([[0., 2.]]))
@@ -71,12 +74,12 @@ class Alternate(Partition):
     def __init__(self, shape, first: int = 0):
         super().__init__()
         channels, *rest = shape
-        if channels < 2:
-            raise ValueError(f"a shape of {list(shape)} has no second channel")
+        if channels < 2 and rest:
+            raise ValueError(f"a shape of {list(shape)} has no second channel; squeeze it first")
         if first not in (0, 1):
             raise ValueError(f"first={first} must be 0 or 1")
-        self.first = first
-        transformed = len(range(first, channels, 2))
+        self.first = first if channels > 1 else 0
+        transformed = len(range(self.first, channels, 2))
         self.conditioning_shape, self.transformed_shape = (channels - transformed, *rest), (transformed, *rest)
 
     def split(self, x):
@@ -131,6 +134,9 @@ class Coupling(Bijection):
     """z = (a, τ(b; net(a))) for x split into a conditioning part a and a transformed part b (Dinh et al. 2015, section
     3.2; Dinh et al. 2017, eq. 4 and 5).
 
+    Where a is empty, as for a vector of one number, the parameters of τ are learned, or net(context) if there is a
+    context: the layer is an :class:`Elementwise`, or a :class:`Conditional`.
+
     Args:
         shape: of one event.
         univariate: factory of τ, called with the transformed part's shape.
@@ -164,18 +170,17 @@ class Coupling(Bijection):
         self.partition = partition(shape=self.shape)
         transformed = self.partition.transformed_shape
         self.univariate = univariate(shape=transformed)
-        self.net = net(
-            shape=self.partition.conditioning_shape,
-            out=transformed[0] * self.univariate.params,
-            context_shape=context_shape,
-        )
-        if unconditional is not None and size(self.partition.conditioning_shape) + size(transformed) > size(self.shape):
+        conditioning, out = self.partition.conditioning_shape, transformed[0] * self.univariate.params
+        if size(conditioning):
+            self.net = net(shape=conditioning, out=out, context_shape=context_shape)
+        else:
+            self.net = _Learned(out) if context_shape is None else _OfContext(net(shape=self.context_shape, out=out))
+            unconditional = None
+        if unconditional is not None and size(conditioning) + size(transformed) > size(self.shape):
             raise ValueError(
                 f"unconditional: {type(self.partition).__name__} conditions on the whole event: no part is left"
             )
-        self.unconditional = unconditional and unconditional(
-            shape=self.partition.conditioning_shape, context_shape=context_shape
-        )
+        self.unconditional = unconditional and unconditional(shape=conditioning, context_shape=context_shape)
         self.reversible = type(self).reversible and (self.unconditional is None or self.unconditional.reversible)
 
     def forward(self, x, context=None):
@@ -224,3 +229,25 @@ class Coupling(Bijection):
         with full_precision(transformed):
             transformed, log_derivative = univariate(transformed, theta)
             return transformed, self.partition.log_det(log_derivative)
+
+
+class _Learned(nn.Module):
+    """Numbers that are the same for every example, 0 at the start."""
+
+    def __init__(self, out: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(out))
+
+    def forward(self, conditioning, context):
+        return self.theta.expand(len(conditioning), -1)
+
+
+class _OfContext(nn.Module):
+    """``net(context)``."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, conditioning, context):
+        return self.net(context)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import constant_log_det, full_precision, zero_log_det
 from flowtrain.bijections.channels import ChannelAffine, inverse_matrix, mix_exactly, mixer
+from flowtrain.runtime.kept import from_weights
 
 
 def start_matrix(kind: str, n: int) -> Tensor:
@@ -82,11 +83,16 @@ class _Linear(ChannelAffine):
 
     def forward(self, x, context=None):
         with full_precision(x):
-            return mixer(self)(x, self.weight()), constant_log_det(self.pixels * self.log_abs_det(), x)
+            weight, log_det = from_weights(self.weight, "weight", self), self._kept_log_abs_det()
+            return mixer(self)(x, weight), constant_log_det(self.pixels * log_det, x)
 
     def inverse(self, z, context=None):
         with full_precision(z):
-            return mix_exactly(z, self.weight_inverse()), constant_log_det(-self.pixels * self.log_abs_det(), z)
+            inverse, log_det = from_weights(self.weight_inverse, "inverse", self), self._kept_log_abs_det()
+            return mix_exactly(z, inverse), constant_log_det(-self.pixels * log_det, z)
+
+    def _kept_log_abs_det(self) -> Tensor:
+        return from_weights(self.log_abs_det, "log_abs_det", self)
 
 
 class DenseLinear(_Linear):
@@ -160,6 +166,11 @@ class LULinear(_Linear):
         """L without its diagonal of ones, and U."""
         return self.lu.tril(-1), self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
 
+    def _exact_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors in float64."""
+        lower, upper = from_weights(self.factors, "factors", self)
+        return lower.double(), upper.double()
+
     def weight(self):
         lower, upper = self.factors()
         return torch.addmm(upper, lower, upper).index_select(0, self.order)
@@ -174,7 +185,7 @@ class LULinear(_Linear):
         if x.dim() > 2:
             return super().forward(x, context)
         with full_precision(x):
-            lower, upper = self.factors() if self.training else (factor.double() for factor in self.factors())
+            lower, upper = self.factors() if self.training else self._exact_factors()
             h = F.linear(x.to(upper.dtype), upper)
             z = torch.addmm(h, h, lower.T).index_select(1, self.order).to(x.dtype)
             return z, constant_log_det(self.log_abs_det(), x)
@@ -183,7 +194,7 @@ class LULinear(_Linear):
         if z.dim() > 2:
             return super().inverse(z, context)
         with full_precision(z):
-            lower, upper = (factor.double() for factor in self.factors())
+            lower, upper = self._exact_factors()
             x = z.index_select(1, self.order.argsort()).T.double()
             x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, x, upper=True).T.to(z.dtype)

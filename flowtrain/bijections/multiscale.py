@@ -48,9 +48,7 @@ class MultiScale(Bijection):
     ):
         super().__init__(shape, context_shape)
         if levels < 1:
-            raise ValueError(
-                f"levels={levels} must be at least 1; the shape is {list(shape)}, and odd sides have no level"
-            )
+            raise ValueError(f"levels={levels} must be at least 1")
         each = level if isinstance(level, Mapping) else {f"level{i}": level for i in range(levels)}
         names = [f"level{i}" for i in range(levels)]
         if last is not None:

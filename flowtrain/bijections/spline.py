@@ -129,7 +129,7 @@ class RationalQuadratic(Univariate):
         is_inside = y == inside
         return torch.where(is_inside, piece.left + piece.width * t, y), torch.where(is_inside, -piece.at(t)[1], 0.0)
 
-    def _find(self, value: Tensor, theta: Tensor, axis: int) -> _Bin:
+    def _find(self, value: Tensor, theta: Tensor, axis: int) -> Bin:
         """The bin whose side on ``axis`` (0: x, 1: y) holds ``value``, in [−bound, bound].
 
         Passes over all bins are the cost. They are cheap where bins come first, so that each is a row, and where masks
@@ -138,7 +138,7 @@ class RationalQuadratic(Univariate):
         theta = theta.movedim(-1, 0)
         if theta.dim() == value.dim():  # all examples share it
             theta = theta[:, None]
-        sizes, slopes = theta.contiguous().split([2 * self.bins, self.bins - 1])
+        sizes, slopes = theta.contiguous().split([2 * self.bins, len(theta) - 2 * self.bins])
         shares = sizes.unflatten(0, (2, self.bins)).softmax(1)
         with torch.no_grad():
             end, reached = -self.bound, [torch.ones_like(value)]
@@ -153,13 +153,56 @@ class RationalQuadratic(Univariate):
         for share, least, passed, inside in zip(self.share, self.least, before, own):
             start.append(share * passed + (least * index - self.bound))
             size.append(share * inside + least)
-        # before the first and after the last inner knot the sum is 0, whose slope is 1
-        slope = torch.stack([(slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)])
+        slope = torch.stack(self._at_both_ends(slopes, here))
         slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.max_derivative)
-        return _Bin(*start, *size, *slope)
+        return Bin(*start, *size, *slope)
+
+    def _at_both_ends(self, slopes: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers of ``slopes`` at the two knots of the bin that the mask ``here`` picks."""
+        # before the first and after the last inner knot the sum is 0, whose slope is 1
+        return (slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)
 
 
-class _Bin(NamedTuple):
+class CircularRationalQuadratic(RationalQuadratic):
+    """A monotone rational-quadratic spline of the circle, and a rotation: a circular spline (Rezende et al. 2020,
+    section 2.1.2).
+
+    The circle is the real numbers modulo 1, so that x and x + 1 are one point: y(x + 1) = y(x) + 1. From −½ to ½, y − t
+    is a spline of :class:`RationalQuadratic`, with the same slope at both ends, and t a parameter. With θ = 0 it is the
+    identity.
+
+    Args:
+        shape: of the elements.
+        bins: number of bins; 3·bins + 1 parameters per element: ``bins`` widths, heights and slopes, and t.
+        min_width, min_height, min_derivative: as in :class:`RationalQuadratic`.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    >>> CircularRationalQuadratic((3,))(torch.full((1, 3), 5.25), torch.zeros(1, 3, 25))[0]
+    tensor([[5.2500, 5.2500, 5.2500]])
+    """
+
+    def __init__(self, shape, bins: int = 8, min_width=1e-3, min_height=1e-3, min_derivative=1e-3):
+        super().__init__(shape, bins, 0.5, min_width, min_height, min_derivative)
+        self.params = 3 * bins + 1
+
+    def forward(self, x, theta):
+        turns = x.round()
+        y, log_slope = super().forward(x - turns, theta[..., :-1])
+        return y + turns + theta[..., -1], log_slope
+
+    def inverse(self, y, theta):
+        y = y - theta[..., -1]
+        turns = y.round()
+        x, log_slope = super().inverse(y - turns, theta[..., :-1])
+        return x + turns, log_slope
+
+    def _at_both_ends(self, slopes, here):
+        return (slopes * here).sum(0), (slopes.roll(-1, 0) * here).sum(0)
+
+
+class Bin(NamedTuple):
     """A piece of the spline: its lower left corner, width, height, and slopes dy/dx at both ends.
 
     t and the rise go from 0 to 1 across the bin.

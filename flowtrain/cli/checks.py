@@ -25,7 +25,7 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import distributed
 
 # keys of a run that every command reads; the others of TrainConfig matter to training alone
-READ_BY_ALL = ("seed", "devices", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
+READ_BY_ALL = ("seed", "devices", "threads", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
 OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset", "objective"}
 # keys of the data set that a checkpoint does not decide: where the data lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
@@ -124,7 +124,7 @@ class _Job:
                 continue
             if self.restored and _is_fixed(self.command, key):
                 raise _refusal(key)
-            if not (item.is_add() or item.is_force_add()):
+            if not (item.is_add() or item.is_force_add()) or key.startswith(keys.OPEN):
                 keys.check_exists(key, content, known)
             if self.restored and _changes_nothing(self.command, key):
                 raise UsageError(f"{key}: this command does not train, so it would change nothing")

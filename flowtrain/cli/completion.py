@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from glob import glob
 
 from flowtrain.commands import CHECKPOINT_KEYS, COMMANDS
 
-PATHS = (*(f"{key}=" for key in CHECKPOINT_KEYS), "init=", "input=", "output=")
+PATHS = (*(f"{key}=" for key in CHECKPOINT_KEYS), "init=", "input=", "output=", "dataset.path=")
+PATHS += ("dataset.columns=@", "dataset.context=@", "dataset.types=@", "dataset.read=@")
 FLAGS = ("--help", "--multirun", "--cfg", "--config-dir")
 
 
@@ -21,7 +24,7 @@ def prepare(argv: list[str]) -> str | None:
     if query is None:  # install, uninstall
         return "train"
     line = os.environ.get("COMP_LINE", "")
-    words = line.split() + [""] * line.endswith(" ")
+    words = _words(line) + [""] * line.endswith(" ")
     if len(words) < 3 or words[1] not in COMMANDS:
         return _answer(query, words[1:], [*COMMANDS, "--help", "--version"] if len(words) < 3 else [])
     command, words = COMMANDS[words[1]], words[2:]
@@ -32,10 +35,20 @@ def prepare(argv: list[str]) -> str | None:
         found = glob(words[-1][len(key) :] + "*")
         return _answer(query, words, [key + path + "/" * os.path.isdir(path) for path in sorted(found)])
     from flowtrain.cli.checkpoints import open_checkpoints
+    from flowtrain.cli.names import prepare as prepare_names
 
-    root, words[:-1] = open_checkpoints(command, words[:-1], placeholder=True)
-    os.environ["COMP_LINE"] = " ".join(["flowtrain", *words])
+    root, before = open_checkpoints(command, prepare_names(words[:-1]), placeholder=True)
+    plain = [word for word in before if not re.search(r"[\s'\"]", word)]  # Hydra separates words at blanks
+    os.environ["COMP_LINE"] = " ".join(["flowtrain", *plain, words[-1]])
     return root
+
+
+def _words(line: str) -> list[str]:
+    """The words of a line as the shell reads them; the last one may lack the end of its quotes."""
+    try:
+        return shlex.split(line)
+    except ValueError:
+        return line.split()
 
 
 def _answer(shell: str, words: list[str], candidates) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,6 +30,52 @@ def _options(self, group_name: str, results_filter: ObjectType | None = ObjectTy
 
 # files whose name starts with _ are shared by options and are not options: for messages, completion and sweeps alike
 ConfigRepository.get_group_options = _options
+
+QUOTED = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''  # a text in quotes, where Hydra's grammar takes one
+_parse_rule = OverridesParser.parse_rule
+
+
+class _QuotedKey(QuotedString):
+    """A key of a mapping that is written in quotes."""
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+def _parse_quoted_keys(self, text: str, rule_name: str):
+    """Hydra's parse of ``text``, in which keys of mappings may be quoted too: ``types={"CO(GT)": angle}``."""
+    stand_in, keys = "key", {}
+    while stand_in in text:
+        stand_in += "_"
+
+    def replace(found: re.Match) -> str:
+        if not found[2]:
+            return found[0]
+        name = f"{stand_in}{len(keys)}"
+        quoted = _parse_rule(self, found[1], "primitive")
+        keys[name] = _QuotedKey(quoted.text, quoted.quote)
+        return f"{name}:"
+
+    plain = re.sub(rf"({QUOTED})(\s*:)?", replace, text, flags=re.DOTALL) if rule_name == "override" else text
+    if not keys:
+        return _parse_rule(self, text, rule_name)
+    try:
+        parsed = _parse_rule(self, plain, rule_name)
+    except HydraException:
+        return _parse_rule(self, text, rule_name)  # raises what says nothing of stand-ins
+
+    def restore(value):
+        if isinstance(value, dict):
+            return {keys.get(key, key): restore(item) for key, item in value.items()}
+        if isinstance(value, ChoiceSweep):
+            value.list = restore(value.list)
+        return [restore(item) for item in value] if isinstance(value, list) else value
+
+    parsed._value, parsed.input_line = restore(parsed._value), text
+    return parsed
+
+
+OverridesParser.parse_rule = _parse_quoted_keys
 
 
 def flag_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+import flowtrain.cli.hydra_internals  # noqa: F401  quoted keys, in the processes of other launchers too
 from flowtrain.cli import directories, exit_codes, launcher, sweep, worker
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.commands import COMMANDS
@@ -85,7 +86,13 @@ def _run(command: str, cfg: DictConfig, run_dir: str, hydra, is_sweep: bool) -> 
     if count == 1 and not is_sweep and not limit:
         return worker.execute(**arguments)
     logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    return launcher.launch({**arguments, "logging_config": logging_config}, count, limit)
+    return launcher.launch({**arguments, "logging_config": logging_config}, count, limit, _side_by_side(hydra))
+
+
+def _side_by_side(hydra) -> int:
+    """How many jobs of a sweep run at once on this machine: joblib's ``n_jobs``, of which -1 is one a core."""
+    jobs = hydra.launcher.get("n_jobs") or 1
+    return jobs if jobs > 0 else max(1, distributed.cores() + 1 + jobs)
 
 
 def _find_checkpoints(config: TrainConfig, run_dir: Path) -> TrainConfig:

@@ -8,6 +8,8 @@ from flowtrain.cli.messages import suggest
 from flowtrain.config.conversion import format_value
 from flowtrain.errors import UsageError
 
+OPEN = ("dataset.types", "dataset.read")  # mappings to which any key may be added: a column, an option of a reader
+
 
 def plain(tree: DictConfig) -> dict:
     """The tree as dicts, without Hydra's node and with its interpolations unresolved."""
@@ -24,9 +26,11 @@ def names(content: dict, prefix: str = "") -> list[str]:
 
 def check_exists(key: str, content: dict, known, where: str = "") -> None:
     """Raise UsageError, with the nearest ``known`` name, for a key that a plain tree lacks."""
-    node = content
-    for part in key.split("."):
+    node, parts = content, key.split(".")
+    for number, part in enumerate(parts):
         if not isinstance(node, dict):  # inside a list or an interpolation: Hydra and the constructors check it
+            return
+        if ".".join(parts[:number]) in OPEN:
             return
         if part not in node:
             raise UsageError(f"{where}no key '{key}'; {suggest(key, known)}".rstrip("; "))
@@ -57,7 +61,7 @@ def check_file(content: dict, tree: DictConfig, where: str) -> None:
 
 def check_kind(key: str, new, old, where: str = "") -> None:
     """Refuse a value of another kind than the one that it replaces. The schema checks the keys at the root."""
-    if "." not in key or new is None or isinstance(new, str) and "${" in new:
+    if "." not in key or new is None or isinstance(new, str) and "${" in new or key.rpartition(".")[0] in OPEN:
         return
     if OmegaConf.is_dict(old) and not isinstance(new, dict):
         example = f"{key}.{next(iter(old), 'key')}"

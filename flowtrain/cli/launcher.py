@@ -32,8 +32,10 @@ SAVING = 600  # seconds that rank 0, which may be writing, has once a signal has
 ENDED_BY = {-signum: signum for signum in SIGNALS} | {Interrupted(signum).exit_code: signum for signum in SIGNALS[:2]}
 
 
-def launch(job: dict, count: int, timeout: float | None) -> dict:
+def launch(job: dict, count: int, timeout: float | None, jobs: int = 1) -> dict:
     """Run ``job`` (arguments of :func:`flowtrain.cli.worker.execute`) on ``count`` processes; rank 0's summary.
+
+    ``jobs`` of a sweep run side by side and share the cores.
 
     Raises:
         Interrupted: this process got a signal, and has passed it on.
@@ -56,7 +58,7 @@ def launch(job: dict, count: int, timeout: float | None) -> dict:
                 worker = subprocess.Popen(
                     [sys.executable, "-m", "flowtrain.cli.worker"],
                     stdin=subprocess.PIPE,
-                    env=_environment(rank, count, folder),
+                    env=_environment(rank, count, folder, jobs),
                     start_new_session=True,
                 )
                 group.append(worker)
@@ -88,11 +90,11 @@ def _send_signal(group, signum: int) -> None:
             worker.send_signal(signum)
 
 
-def _environment(rank: int, count: int, folder: str) -> dict:
+def _environment(rank: int, count: int, folder: str, jobs: int) -> dict:
     env = dict(os.environ)
     env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     env.update(FLOWTRAIN_STORE=f"{folder}/store")
-    env.setdefault("OMP_NUM_THREADS", str(max(1, distributed.cores() // count)))
+    env.setdefault("OMP_NUM_THREADS", str(distributed.share_of_cores(count * jobs)))
     here = str(Path(__file__).resolve().parents[2])  # a checkout that is not installed
     env["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [env.get("PYTHONPATH")])])
     return env

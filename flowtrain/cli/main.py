@@ -107,6 +107,7 @@ def compose(name: str, words: list[str]) -> int:
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
     from flowtrain.cli.messages import usage_error
+    from flowtrain.cli.names import prepare
     from flowtrain.config import runs
     from flowtrain.runtime import distributed
 
@@ -120,7 +121,7 @@ def compose(name: str, words: list[str]) -> int:
     if args.multirun and args.cfg:
         raise UsageError("--cfg shows one job: leave --multirun and its lists of values out")
     runs.dry_run = bool(args.hydra_help or args.cfg or args.info)
-    root, args.overrides = open_checkpoints(command, args.overrides, placeholder=args.hydra_help)
+    root, args.overrides = open_checkpoints(command, prepare(args.overrides), placeholder=args.hydra_help)
     code = 0
     try:
         if not args.hydra_help:

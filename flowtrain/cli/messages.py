@@ -40,4 +40,5 @@ def usage_error(error: BaseException) -> FlowtrainError:
     lines = [line.strip().rstrip(".") for text in (error, error.__cause__) if text for line in str(text).splitlines()]
     noise = ("full_key:", "object_type=", "reference_type=", "Search path", "provider=", "To append")
     kept = [line for line in lines if line and not line.startswith(noise)]
+    kept = [re.sub(r"^Interpolation key '(.*)' not found$", r"\g<0> (\${\1} is text)", line) for line in kept]
     return UsageError("; ".join(dict.fromkeys(kept)) or type(error).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from flowtrain.cli import names
 from flowtrain.cli.hydra_internals import split_sweep
 from flowtrain.errors import UsageError
 
@@ -13,12 +14,21 @@ def parse(words: list[str]) -> list:
     """Hydra's parse of ``key=value`` words. Raises UsageError for a word outside its grammar."""
     for word in words:
         try:
-            OverridesParser.create().parse_override(word)
+            item = OverridesParser.create().parse_override(word)
         except HydraException as error:
             if "=" not in word and not word.startswith("~"):
                 raise UsageError(f"'{word}' is not key=value") from None
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"cannot read '{word}': {reason} (quote special characters: \"key='a,b'\")") from None
+            if refusal := names.quoting(word):
+                raise refusal from None
+            reason, file = str(error).splitlines()[0], ""
+            if word.partition("=")[0] in names.FROM_FILE:
+                file = f"; {word.partition('=')[0]}=@FILE reads names from a file"
+            raise UsageError(
+                f"cannot read '{word}': {reason} (quote special characters: \"key='a,b'\"){file}"
+            ) from None
+        if names.misread(item):
+            why = "look like a number, true, false or null"
+            raise names.quoting(word, why) or UsageError(f"{word}: quote names that {why}")
     return OverridesParser.create().parse_overrides(words)
 
 

@@ -36,6 +36,10 @@ def execute(command: str, config: JobConfig, run_dir: str, logging_config: dict 
         distributed.init()
         distributed.limit_waits(config.dist.timeout_s)
         module = importlib.import_module(COMMANDS[command].module)
+        if config.threads != "auto":
+            import torch
+
+            torch.set_num_threads(config.threads)
         end_if_signalled()
         return module.main(config, run_dir)
 

@@ -25,8 +25,9 @@ class SampleConfig(TrainConfig):
     ckpt: str
     n: int = number(least=1)
     temperature: float | list[float] = number(least=0)
-    label: int | list[int] | None = number(least=0)
+    label: int | str | list[int | str] | None = number(least=0)
     context: Any
+    output: str | None
     plot: bool
     weights: Literal["auto", "ema", "raw"]
 
@@ -48,8 +49,8 @@ class ScoreConfig(TrainConfig):
     input: str | None
     output: str | None
     draws: int = number(least=1)
-    batch: int = number(least=1, below=257)
-    label: int | None = number(least=0)
+    batch: Literal["auto"] | int = number(least=1)
+    label: int | str | None = number(least=0)
     weights: Literal["auto", "ema", "raw"]
     json: bool
 

@@ -15,7 +15,7 @@ from flowtrain.commands import CheckConfig
 from flowtrain.commands.draws import draw_samples
 from flowtrain.commands.restored import restore
 from flowtrain.config.build import build_dataset, build_flow, build_objective, model_name
-from flowtrain.data.images import label_context
+from flowtrain.data.labels import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.engine.audit import Check, audit, perturb
 from flowtrain.engine.precision import autocast_dtype

@@ -1,22 +1,53 @@
-"""The context that a user samples a conditional flow with: a class, or values of a table's context columns."""
+"""The contexts that a user samples a conditional flow with: classes, or values of a table's context columns."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.commands import SampleConfig
 from flowtrain.data import Columns
-from flowtrain.data.images import label_context
+from flowtrain.data.inputs import input_path, read_contexts
+from flowtrain.data.labels import class_number, label_context, list_classes
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 
-def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tensor | None:
-    """The context of each sample, (n, *context_shape) on the flow's device; None for an unconditional flow.
+@dataclass(frozen=True)
+class Contexts:
+    """The contexts of samples: ``each`` samples for one row after the other.
 
-    ``config.label`` is the class of the ``config.n`` samples, or a list, for n of each class in turn; None: n samples
-    of which each is of the next class. ``config.context`` maps each context column of a table to a value. Raises
+    Attributes:
+        rows: (m, *context_shape).
+        columns: the context columns of a file, m values each as the file has them, by their names.
+    """
+
+    rows: Tensor
+    each: int
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.each
+
+    def places(self, samples: slice) -> np.ndarray:
+        """The row of each of some samples."""
+        return np.arange(samples.start, samples.stop) // self.each
+
+    def __getitem__(self, samples: slice) -> Tensor:
+        """The contexts of some samples, (b, *context_shape)."""
+        return self.rows[torch.from_numpy(self.places(samples))]
+
+
+def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: Sequence[str] = ()) -> Contexts | None:
+    """The contexts of the samples; None for an unconditional flow.
+
+    ``config.label`` is the class of the ``config.n`` samples, by number or by its name among ``names``, or a list: n of
+    each class in turn; None: n samples of which each is of the next class. ``config.context`` maps each context column
+    of a table to a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises
     UsageError where they do not fit the flow.
     """
     shape = flow.bijection.context_shape
@@ -26,23 +57,30 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None) -> Tenso
         raise UsageError(f"context={config.context}: this model has no context columns; leave context=null")
     if shape is None:
         return None
-    device = next(flow.parameters()).device
     if columns:
-        return _of_columns(config.context or {}, columns).expand(config.n, *shape).to(device)
+        return _of_columns(config, columns)
     (classes,) = shape
     if config.label is None:
-        labels = torch.arange(config.n) % classes
-    else:
-        chosen = config.label if isinstance(config.label, list) else [config.label]
-        labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(config.n)
-    if not len(labels) or labels.max() >= classes:
-        raise UsageError(f"label={config.label}: the classes are 0 to {classes - 1}")
-    return label_context(labels, classes).to(device)
+        return Contexts(label_context(torch.arange(config.n) % classes, classes), 1)
+    given = config.label if isinstance(config.label, list) else [config.label]
+    if not given:
+        raise UsageError(f"label=[]: the classes are {list_classes(names) or f'0 to {classes - 1}'}")
+    labels = torch.tensor([class_number(one, classes, names) for one in given])
+    return Contexts(label_context(labels, classes), config.n)
 
 
-def _of_columns(given: dict, columns: Columns) -> Tensor:
-    names = columns.context_names
-    if set(given) != set(names):
+def _of_columns(config: SampleConfig, columns: Columns) -> Contexts:
+    given, names = config.context or {}, columns.context_names
+    if isinstance(given, str):
+        values, rows = read_contexts(input_path(given, "context"), columns)
+        return Contexts(rows, config.n, {name: _as_written(column) for name, column in values.items()})
+    if not isinstance(given, dict) or set(given) != set(names):
         wanted = ", ".join(f"{name}: …" for name in names)
-        raise UsageError(f"this flow is conditional on {', '.join(names)}: give context='{{{wanted}}}'")
-    return columns.encode_context({name: [given[name]] for name in names})
+        raise UsageError(f"this flow is conditional on {', '.join(names)}: give context='{{{wanted}}}' or context=FILE")
+    return Contexts(columns.encode_context({name: [given[name]] for name in names}), config.n)
+
+
+def _as_written(values: np.ndarray) -> np.ndarray:
+    """Whole numbers as such, which a table's file returns as float64."""
+    whole = values.dtype.kind == "f" and (values == np.floor(values)).all() and (np.abs(values) < 2**53).all()
+    return values.astype(np.int64) if whole else values

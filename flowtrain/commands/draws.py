@@ -2,31 +2,78 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator
 
-from flowtrain.engine.evaluate import exact_arithmetic
+import torch
+from torch import Tensor
+
+from flowtrain.engine.evaluate import evaluation_mode
+from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
+from flowtrain.runtime import distributed, seeds
+
+NOISE, NUMBERS = 256, 2**18  # most samples, and numbers in them, whose noise has one seed
 
 
-def draw_samples(
-    flow: Flow, n: int, seed: int, context: torch.Tensor | None = None, temperature: float = 1.0
-) -> torch.Tensor:
-    """Draw n examples, (n, *shape) on the CPU. A seed gives the same noise at every temperature and on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return decode(flow, flow.latents(n, temperature=temperature, context=context, generator=generator), context)
+def draw_samples(flow: Flow, n: int, seed: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Draw n samples, (n, *shape) on the CPU, one for each row of ``context`` (n, *context_shape) if there is one.
+
+    A seed gives the same noise at every temperature and on every device.
+    """
+    of = None if context is None else context.__getitem__
+    return torch.cat([samples for _, samples in sample_batches(flow, n, seed, of, temperature)])
 
 
-def decode(flow: Flow, latents: torch.Tensor, context: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:
-    """Decode latents a batch at a time, to the CPU. Raises FlowtrainError where samples are not finite."""
-    contexts = [None] * len(latents) if context is None else context.split(batch)
+def sample_batches(
+    flow: Flow,
+    n: int,
+    seed: int,
+    context: Callable[[slice], Tensor] | None = None,
+    temperature: float = 1.0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield process ``rank``'s batches of n samples: (the number of the first, samples (b, *shape) on the CPU).
+
+    The noise of a sample is a function of its number and of ``seed``: the same in any batch, for any ``world``, at
+    every temperature and on every device. The processes take turns, so that together they yield the samples in order.
+
+    Args:
+        context: returns the contexts of some samples, (b, *context_shape).
+
+    Raises:
+        FlowtrainError: a sample is not finite.
+    """
     was_training = flow.training
     flow.eval()
     try:
-        with exact_arithmetic():
-            parts = [flow.decode(*pair).cpu() for pair in zip(latents.split(batch), contexts)]
+        with torch.no_grad(), evaluation_mode(next(flow.parameters()).device):
+            block = max(1, min(NOISE, NUMBERS // flow.dimensions))
+
+            def draw(start: int, stop: int) -> Tensor:
+                part = None if context is None else context(slice(start, stop)).to(next(flow.parameters()).device)
+                return flow.decode(_latents(flow, start, stop, block, seed, part, temperature), part).cpu()
+
+            few = min(few_rows(flow.dimensions), n)
+            most = rows_within_budget(lambda: draw(0, few), few, next(flow.parameters()).device)
+            most = distributed.broadcast_object(even_batches(n, most, world)) if world > 1 else most
+            size = -(-most // block) * block
+            for start in range(rank * size, n, world * size):
+                yield start, draw(start, min(start + size, n))
     except ValueError as error:
         raise FlowtrainError(f"some samples are not finite; a lower temperature may help: {error}") from error
     finally:
         flow.train(was_training)
+
+
+def _latents(
+    flow: Flow, start: int, stop: int, block: int, seed: int, context: Tensor | None, temperature: float
+) -> Tensor:
+    """Latents of samples ``start`` to ``stop``; a seed of its own gives each ``block`` its noise."""
+    parts = []
+    for first in range(start, stop, block):
+        given = None if context is None else context[first - start : first - start + block]
+        noise = seeds.generator(seed, first)
+        parts.append(flow.base_samples(min(block, stop - first), temperature, given, noise))
     return torch.cat(parts)

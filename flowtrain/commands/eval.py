@@ -18,8 +18,7 @@ from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation, plus_minus
 from flowtrain.flow import Flow
-from flowtrain.runtime import distributed, environment, files
-from flowtrain.runtime.seeds import seed_from
+from flowtrain.runtime import distributed, environment, files, global_batch
 
 EXAMPLES = 1000  # with an exact trace, which costs D times a stochastic one
 
@@ -49,6 +48,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
         "examples": result.examples,
         "draws": result.draws,
         **({"trace": "exact" if exact else "Hutchinson's, one noise a draw"} if has_ode else {}),
+        **({"weights_column": config.dataset.get("weights")} if split.weights is not None else {}),
         "split": config.split,
         "data": split.description,
         "weights": restored.weights,
@@ -87,8 +87,8 @@ def _logit_log_likelihood(
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for index, x, context in split_batches(split, config, next(flow.parameters()).device, examples):
-            torch.manual_seed(seed_from(config.seed, int(index[0]), 0))
-            added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
+            with global_batch.examples(index, config.seed, 0):
+                added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()
     return result.log_likelihood - total / count
 
@@ -140,6 +140,7 @@ def table(report: dict) -> str:
         rows.append(("nats per row", f"{plus_minus(nats, 2 * stderr)} (2 standard errors)"))
     rows += [
         ("examples", f"{report['examples']} ({report['split']})"),
+        *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),
         ("noise draws", str(report["draws"])),
         *([("trace of the ODE", report["trace"])] if "trace" in report else []),
         ("weights", report["weights"]),

@@ -4,35 +4,55 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import torch
+
 from flowtrain.bijections.ode import exact_trace
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import evaluation_batches
 from flowtrain.data.split import Split
-from flowtrain.engine.evaluate import Evaluation, evaluate
+from flowtrain.engine.evaluate import Evaluation, evaluate, evaluation_mode, log_likelihoods
+from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
-
-EVALUATION_BATCH = 256  # fixed: dequantization noise in evaluation is a function of it
 
 
 def evaluate_split(
     flow: Flow, split: Split, config: TrainConfig, examples: int | None = None, draws: int = 1, exact: bool = False
 ) -> Evaluation:
-    """Evaluate ``flow`` on ``examples`` of a split (None: all); ``exact``: with the exact trace of its ODEs.
+    """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
+    its ODEs.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
     """
-    batches = split_batches(split, config, next(flow.parameters()).device, examples)
+    device = next(flow.parameters()).device
+    total = len(split) if examples is None else min(examples, len(split))
     try:
         with exact_trace() if exact else nullcontext():
-            return evaluate(flow, batches, len(split), draws, config.seed)
+            rows = _batch_size(flow, split.to(device), total)
+            batches = split_batches(split, config, device, examples, rows)
+            return evaluate(flow, batches, len(split), draws, config.seed, split.weights)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 
 
-def split_batches(split: Split, config: TrainConfig, device, examples: int | None = None):
-    """This process's batches of a split for evaluation: (indices, examples, context)."""
+def split_batches(split: Split, config: TrainConfig, device, examples: int | None = None, rows: int = 256):
+    """This process's batches of at most ``rows`` of a split for evaluation: (indices, examples, context)."""
     rank, world = distributed.rank(), distributed.world()
-    return evaluation_batches(split, EVALUATION_BATCH, device, rank, world, examples, config.trainer.workers)
+    return evaluation_batches(split, rows, device, rank, world, examples, config.trainer.workers)
+
+
+@torch.no_grad()
+def _batch_size(flow: Flow, split: Split, total: int) -> int:
+    """The number of examples to evaluate at once, the same on every process."""
+    few = few_rows(flow.dimensions)
+    if total <= few:
+        return even_batches(total, few, distributed.world())
+    x, context = split.take(torch.arange(few))
+    was_training = flow.training
+    flow.eval()
+    with evaluation_mode(x.device):
+        most = rows_within_budget(lambda: log_likelihoods(flow, torch.arange(few), x, context), few, x.device)
+    flow.train(was_training)
+    return distributed.broadcast_object(even_batches(total, most, distributed.world()))

@@ -23,7 +23,7 @@ CONTEXTS = 16  # that a conditional density is averaged over
 
 class Preview:
     """Draws an image of a flow, (3, H, W) uint8: samples of the same noise each time, or a density in up to two
-    dimensions; else None.
+    dimensions without gaps; else None.
 
     A conditional flow gets the contexts of validation examples.
     """
@@ -39,7 +39,7 @@ class Preview:
     def __call__(self, flow: Flow) -> Tensor | None:
         if self.is_image:
             return image_grid(draw_samples(flow, self.count, self.seed, self.context), self.grey_levels)
-        if flow.dimensions > 2:
+        if flow.dimensions > 2 or self.points.isnan().any():
             return None
         return density_of(flow, self.points, self.context)
 

@@ -20,6 +20,7 @@ from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import DataSpec
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
+from flowtrain.flows.angles import with_angles
 
 
 def build(node: dict, where: str, *, allow=(), **kwargs):
@@ -35,6 +36,9 @@ def build(node: dict, where: str, *, allow=(), **kwargs):
     """
     check_targets(node, allow, where)
     _check_arguments(node, where)
+    for key, value in node.items():
+        if "${" in str(value):  # OmegaConf would read an interpolation
+            raise UsageError(f"{where}.{key}: no name or text can hold '${{', which begins an interpolation")
     try:
         return instantiate(node, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -117,6 +121,13 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     for name, node in parts.items():  # preprocess comes with the data; layers may refer to any part
         if node and name not in takes and name != "preprocess" and "layers" not in takes:
             raise UsageError(f"{name}: nothing in this model reads it; leave it out")
+    columns = spec.columns or ()
+    if any(column.missing for column in columns) and not parts.get("preprocess"):
+        raise UsageError("preprocess=none: nothing fills missing values; use preprocess=standardize or quantile")
+    if angles := [i for i, column in enumerate(columns) if column.kind == "angle"]:
+        others = partial(make, preprocess=None) if "preprocess" in takes else make
+        given = {"preprocess": factories.get("preprocess"), "context_shape": spec.context_shape}
+        make = partial(with_angles, others, spec.shape, angles=angles, **given)
     if device.type != "meta":
         torch.manual_seed(config.seed)
     try:

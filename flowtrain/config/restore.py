@@ -36,8 +36,10 @@ MAX_NUMBER, MAX_DIMENSIONS = 2**20, 2**24  # of a whole number in the model, suc
 NODES = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "logger")  # that are mappings
 # keys of dataset that this machine and this command decide, never the file
 LOCAL = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
-DROPPED = ("devices", "allow", "dist", "job_timeout")
+DROPPED = ("devices", "threads", "allow", "dist", "job_timeout")
 UNSET = {"init": None, "resume": False}
+NAMING = ("types", "read")  # mappings of dataset that have names of columns as keys
+SPECIAL = ("_recursive_", "_convert_", "_args_")  # keys that Hydra obeys, besides _target_ and _partial_
 
 
 def load(path: str, weights: str = "auto", allow=()):
@@ -85,6 +87,7 @@ def _check_plain(config) -> None:
             raise ValueError(f"unknown key {str(key)[:60]}")
     if not all(isinstance(config.get(key), dict) for key in NODES):
         raise ValueError(f"it lacks one of {', '.join(NODES)}")
+    naming = [id(config["dataset"].get(key)) for key in NAMING]
     todo, size = [(config, 1)], 0
     while todo:
         value, depth = todo.pop()
@@ -92,7 +95,8 @@ def _check_plain(config) -> None:
             for key in value:
                 if not isinstance(key, str):
                     raise ValueError(f"its key {key!r:.60} is not text")
-                if key.startswith("_") and key not in ("_target_", "_partial_"):  # Hydra's other special keys
+                own = key.startswith("_") and key not in ("_target_", "_partial_") and id(value) not in naming
+                if key in SPECIAL or own:
                     raise ValueError(f"it has a key {key[:60]}")
             children = [*value.keys(), *value.values()]
         else:

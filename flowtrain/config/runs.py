@@ -22,7 +22,7 @@ OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
 # keys that may differ between a run and its continuation
-FREE = ("resume", "devices", "dist", "job_timeout", "max_steps", "max_minutes")
+FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 
@@ -146,7 +146,8 @@ def find_run(config: dict) -> Path | None:
     from flowtrain.runtime import checkpoint
 
     def without_free(config):
-        return {key: value for key, value in config.items() if key not in FREE}
+        free = {key: value for key, value in config.items() if key not in FREE}
+        return free | {"dataset": {key: value for key, value in config["dataset"].items() if key != "found"}}
 
     for run in newest_first():
         file, problems = _first_intact(run / "checkpoints", LAST)

@@ -59,6 +59,7 @@ class JobConfig:
     """Where and how long a job runs: the keys of ``conf/job.yaml``."""
 
     devices: Literal["auto"] | int = number(least=1)
+    threads: Literal["auto"] | int = number(least=1)
     allow: list[str]
     dist: DistConfig
     job_timeout: float | None = number(above=0)

@@ -1,5 +1,6 @@
 """Datasets of images and vectors, their splits and their loaders. Nothing here knows of flows."""
 
+from flowtrain.data.arrays import Arrays
 from flowtrain.data.augment import Augment
 from flowtrain.data.digits import Digits
 from flowtrain.data.image_density import ImageDensity
@@ -22,6 +23,7 @@ __all__ = [
     "MNIST",
     "SVHN",
     "ArraySplit",
+    "Arrays",
     "Augment",
     "CelebA",
     "CelebAHQ",

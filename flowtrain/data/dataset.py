@@ -22,10 +22,12 @@ class Dataset:
         val_size, test_size: number or fraction of the examples that form this split; None if the files have one.
         split_seed: seed of the random permutation that chooses them.
         on_bad: "stop" or "skip" at an unreadable image.
+        found: what :meth:`find` returned when a checkpoint was written: the description then needs no file.
 
     Attributes:
         spec: the description, known before the data are loaded. No file is opened for it, except by a user's table,
-            which reads the header of its file: UsageError or FlowtrainError where that cannot be done.
+            arrays or labelled images, of which the headers or names are read: UsageError or FlowtrainError where that
+            cannot be done.
 
     Raises:
         UsageError: a key has a wrong value; it is named.
@@ -51,6 +53,7 @@ class Dataset:
         test_size: float | int | None = None,
         split_seed: int = 0,
         on_bad: str = "stop",
+        found: dict | None = None,
     ):
         self._check_type("download", download, bool, "true or false")
         self._check_type("split_seed", split_seed, int, "a whole number of at least 0")
@@ -60,6 +63,7 @@ class Dataset:
         self.root = Path(os.path.expanduser(root))
         self.path = None if path is None else Path(os.path.expanduser(path))
         self.download, self.split_seed, self.on_bad = download, split_seed, on_bad
+        self.found = found
         self.val_size = self.default_val if val_size is None else val_size
         self.test_size = self.default_test if test_size is None else test_size
 
@@ -84,6 +88,10 @@ class Dataset:
         if name not in SPLITS:
             raise UsageError(f"split={name}: must be one of {', '.join(SPLITS)}")
         return self._open(name)
+
+    def find(self) -> dict | None:
+        """What the files decide of the description, as plain data for a checkpoint; None: nothing."""
+        return None
 
     def use_columns(self, columns) -> None:
         """Encode rows by the columns of a checkpoint (a :class:`Columns`) instead of those found in the file. Call it

@@ -1,9 +1,18 @@
 """Datasets that are folders of images: a user's own, CelebA, CelebA-HQ. They stream from disk."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
-from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, ImageSource, find_images
+from flowtrain.data.image_files import ImageFileSplit
+from flowtrain.data.image_sources import SUFFIXES, Source, expand_braces, find_images
 from flowtrain.data.images import Images
+from flowtrain.data.labels import number_classes, printable, sort_classes
+from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import split_indices
 from flowtrain.errors import FlowtrainError, UsageError
 
@@ -14,7 +23,7 @@ class ImageSet(Images):
     box = None  # the crop (left, top, right, bottom); None: the largest centred square
     exact = False  # True: an image of another size is unreadable; False: it is resized
 
-    def _make_split(self, name: str, images: ImageSource, names: list[str], how: str) -> ImageFileSplit:
+    def _make_split(self, name: str, images: Source, names: list[str], how: str, labels=None) -> ImageFileSplit:
         return ImageFileSplit(
             images,
             names,
@@ -23,7 +32,9 @@ class ImageSet(Images):
             on_bad=self.on_bad,
             box=self.box,
             exact=self.exact,
-            description=f"{self.name} {name}: {len(names):,} images of {images.path}, {how}",
+            description=f"{self.name} {name}: {len(names):,} images of {printable(str(images.path))}, {how}",
+            labels=labels,
+            classes=self.spec.context.classes if self.spec.context else 0,
         )
 
     def _split_names(self, names: list[str], name: str, test: float | int) -> list[str]:
@@ -31,39 +42,135 @@ class ImageSet(Images):
 
 
 class ImageFolder(ImageSet):
-    """The images in a folder and its subfolders, in a .zip or in a .tar.
+    """The images in a folder and its subfolders, a .zip, one or several .tar, or a column of a .parquet.
 
     A folder that holds "train" and also "test" or "val" (or "valid", "validation") is split that way. If one of the
     two is absent, a validation folder is the test split and val is chosen from train with ``split_seed``. Otherwise
     ``split_seed`` chooses both val and test.
+
+    With ``context="label"`` the class of an image is the first folder by which the paths of the images differ, the text
+    of its .cls in a .tar (the WebDataset format), or the label column of a .parquet. Classes are numbered in the order
+    of their names.
+
+    Args:
+        labels: the label column of a .parquet; None: the one called label.
     """
 
     native_name = "image_folder"
     own_splits = ()
+    has_labels = True
     default_val = default_test = 0.1
+
+    def __init__(self, *, labels: str | None = None, **keys):
+        super().__init__(**keys)
+        self._check_type("labels", labels, str, "the name of a column")
+        self.labels = labels
+
+    @cached_property
+    def spec(self) -> DataSpec:
+        if self.context is None:
+            return self._description
+        names = tuple(self.find()["classes"])
+        return replace(self._description, context=LabelContext(len(names), names))
+
+    def find(self) -> dict | None:
+        if self.context is None:
+            return None
+        if self.found is None:
+            return self._findings
+        classes = self.found.get("classes")
+        if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+            raise UsageError("dataset.found: the record of the classes is damaged")
+        return self.found
+
+    @cached_property
+    def _findings(self) -> dict:
+        """The names of the classes of the train images."""
+        images = self._source("train")[0]
+        classes = sort_classes(self._labels_of(images, images.names))
+        if len(classes) < 2:
+            raise UsageError(
+                f"dataset.context=label: all images of {printable(str(images.path))} are of one class ({classes[0]})"
+            )
+        return {"classes": list(classes)}
 
     def _find_path(self) -> Path:
         if self.path is None:
-            raise UsageError(f"dataset={self.name} needs dataset.path=FOLDER of images (or a .zip or .tar of them)")
+            raise UsageError(f"dataset={self.name} needs dataset.path=FOLDER of images (or a .zip, .tar or .parquet)")
         return self.path
 
-    def _open(self, name: str) -> ImageFileSplit:
+    def _source(self, name: str) -> tuple[Source, bool]:
+        """The images that a split consists of, or is chosen from, and whether it is all of them."""
         path = self._find_path()
-        if not path.exists():
-            raise UsageError(f"dataset.path={path} does not exist: give a folder of images, or a .zip or .tar of them")
-        parts = _split_folders(path)
-        if name in parts and (name != "train" or "val" in parts):
-            images = self._find_images(parts[name])
-            return self._make_split(name, images, images.names, "a folder of their own")
-        images = self._find_images(parts.get("train", path))
-        names = self._split_names(images.names, name, 0 if parts else self.test_size)
-        return self._make_split(name, images, names, f"cut with seed {self.split_seed}")
+        if not path.exists() and not expand_braces(path):
+            raise UsageError(
+                f"dataset.path={printable(str(path))} does not exist: give a folder of images, or a .zip, .tar or"
+                " .parquet of them"
+            )
+        parts = self._parts
+        own = name in parts and (name != "train" or "val" in parts)
+        return self._find_images(parts[name] if own else parts.get("train", path)), own
 
-    def _find_images(self, path: Path) -> ImageSource:
-        images = find_images(path)
+    @property
+    def _parts(self) -> dict[str, Path]:
+        return _split_folders(self._find_path())
+
+    def _open(self, name: str) -> ImageFileSplit:
+        images, own = self._source(name)
+        names, how = images.names, "a folder of their own"
+        if not own:
+            names = self._split_names(names, name, 0 if self._parts else self.test_size)
+            how = f"cut with seed {self.split_seed}"
+        labels = None
+        if self.spec.context:
+            texts = self._labels_of(images, names)
+            labels = number_classes(texts, self.spec.context.names, f"dataset.path={printable(str(images.path))}")
+        return self._make_split(name, images, names, how, labels)
+
+    def _find_images(self, path: Path) -> Source:
+        if path not in self._sources:
+            self._sources[path] = find_images(path, self.labels)
+        images = self._sources[path]
         if not images.names:
-            raise UsageError(f"dataset.path: {path} holds no images ({' '.join(SUFFIXES)})")
+            raise UsageError(f"dataset.path: {printable(str(path))} holds no images ({' '.join(SUFFIXES)})")
         return images
+
+    @cached_property
+    def _sources(self) -> dict[Path, Source]:
+        return {}
+
+    def _labels_of(self, images: Source, names: Sequence[str]) -> list[str]:
+        return image_labels(images, names, self._depth if images.labels is None else 0)
+
+    @cached_property
+    def _depth(self) -> int:
+        """How many folders the train images have in common."""
+        return common_folders(self._source("train")[0].names)
+
+
+def common_folders(names: Sequence[str]) -> int:
+    """How many of the folders at the start of their paths the images have in common."""
+    return len([folder for folder in os.path.commonpath([f"/{name}/" for name in names]).split("/") if folder])
+
+
+def image_labels(images: Source, names: Sequence[str], depth: int) -> list[str]:
+    """The label of each image, as text: recorded by the file, or its folder number ``depth``.
+
+    Raises:
+        UsageError: an image has none; it is named.
+    """
+    if images.labels is not None:
+        labels = [images.labels.get(name) for name in names]
+    else:
+        paths = [name.split("/") for name in names]
+        labels = [printable(path[depth]) if len(path) > depth + 1 else None for path in paths]
+    if None in labels:
+        where = images.location(names[labels.index(None)])
+        raise UsageError(
+            f"dataset.context=label: {where} has no class: put the images into a folder for each class, or give each a"
+            " .cls in a .tar, or a .parquet with a label column"
+        )
+    return labels
 
 
 class CelebAHQ(ImageFolder):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain.data.image_files import find_images
 from flowtrain.data.image_folders import ImageSet
+from flowtrain.data.image_sources import find_images
 from flowtrain.data.split import ArraySplit, Split, split_indices
 from flowtrain.errors import FlowtrainError, UsageError
 

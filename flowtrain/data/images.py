@@ -1,11 +1,15 @@
 """The base classes of image datasets: the keys that their YAML files share, checked."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.data.augment import Augment
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.labels import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import ArraySplit, split_indices
 
@@ -14,7 +18,7 @@ class Images(Dataset):
     """Images of integers 0 … grey_levels − 1. Arguments besides those of :class:`Dataset`:
 
     Args:
-        image_size: side in pixels.
+        image_size: side in pixels, or (height, width).
         channels: 1 (grey) or 3 (RGB).
         bits: how many of the 8 bits to keep, floor(x / 2^(8 − bits)); None keeps all.
         context: "label": each example comes with its class as a one-hot vector; None: without.
@@ -31,7 +35,7 @@ class Images(Dataset):
     def __init__(
         self,
         *,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         channels: int | None = None,
         bits: int | None = None,
         context: str | None = None,
@@ -41,35 +45,48 @@ class Images(Dataset):
     ):
         super().__init__(**common)
         self._check_type("flip", flip, bool, "true or false")
-        self._check_type("image_size", image_size, int, "a number of pixels")
+        self._check_type("image_size", image_size, (int, list, tuple), "a number of pixels, or [height,width]")
         self._check_type("channels", channels, int, "1 or 3")
         self._check_type("bits", bits, int, "a number from 1 to 8")
         self._check_type("shift", shift, int, "a number of pixels")
         shape = self._choose_shape(image_size, channels)
         grey_levels, self._dropped_bits = self._choose_levels(bits)
         self.flip, self.shift = flip, shift
-        if context is not None and (context != "label" or not self.classes):
-            self._refuse("context", context, "must be label, or null" if self.classes else f"{self.name} has no labels")
+        if context is not None and (context != "label" or not self.has_labels):
+            why = "must be label, or null" if self.has_labels else f"{self.name} has no labels"
+            self._refuse("context", context, why)
         if (flip or shift) and len(shape) != 3:
             self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
         if shift < 0 or shift >= min(shape[-2:]):
             self._refuse("shift", shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
-        self.spec = DataSpec(self.name, shape, grey_levels, None if context is None else LabelContext(self.classes))
+        self.context, self._description = context, DataSpec(self.name, shape, grey_levels)
+
+    @property
+    def spec(self) -> DataSpec:
+        return replace(self._description, context=LabelContext(self.classes)) if self.context else self._description
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether ``context="label"`` means something."""
+        return self.classes is not None
 
     @property
     def augment(self) -> Augment | None:
         """The augmentation of the train split, or None."""
         return Augment(self.flip, self.shift) if self.flip or self.shift else None
 
-    def _choose_shape(self, image_size: int | None, channels: int | None) -> tuple[int, ...]:
+    def _choose_shape(self, image_size: int | Sequence[int] | None, channels: int | None) -> tuple[int, ...]:
         size = (self.native_size or self.default_size) if image_size is None else image_size
         channels = (self.native_channels or self.default_channels) if channels is None else channels
-        if size < 1 or self.native_size not in (None, size):
-            self._refuse("image_size", size, f"must be {self.native_size or 'at least 1'} for {self.name}")
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+            self._refuse("image_size", size, f"must be {self.native_size or 'at least 1, or [height,width]'}")
+        if self.native_size not in (None, *sides) or self.native_size and sides[0] != sides[1]:
+            self._refuse("image_size", size, f"must be {self.native_size} for {self.name}")
         allowed = (1, 3) if self.native_channels is None else (self.native_channels,)
         if channels not in allowed:
             self._refuse("channels", channels, f"must be {' or '.join(map(str, allowed))} for {self.name}")
-        return channels, size, size
+        return channels, *sides
 
     def _choose_levels(self, bits: int | None) -> tuple[int, int]:
         """The number of grey levels, and how many of the 8 bits to drop."""
@@ -99,8 +116,3 @@ class ArrayImages(Images):
             chosen = torch.from_numpy(np.ascontiguousarray(chosen))
             data, context = data[chosen], None if context is None else context[chosen]
         return ArraySplit(data >> self._dropped_bits, f"{self.name} {name}: {len(data):,} examples, {origin}", context)
-
-
-def label_context(labels: Tensor, classes: int) -> Tensor:
-    """Labels, int64 (N,), as the context of a conditional flow: one-hot, float32 (N, classes)."""
-    return torch.nn.functional.one_hot(labels, classes).float()

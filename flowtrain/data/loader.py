@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flowtrain.data.batch import Batch
 from flowtrain.data.order import permutation, shard
 from flowtrain.data.split import Split
 from flowtrain.errors import FlowtrainError, UsageError
@@ -57,16 +58,21 @@ class Loader:
         self.device, self.rank, self.world, self.workers = torch.device(device), rank, world, workers
         self.steps_per_epoch = len(split) // batch_size
 
-    def batches(self, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield this process's slices of the batches of steps start_step, start_step + 1, … for ever: examples
-        (b, *shape) and their context (b, *context_shape) or None."""
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this process's slices of the batches of steps start_step, start_step + 1, … for ever."""
         batches = _take(self.split, self._indices(start_step), self.workers, replace=True)
-        for step, (_, x, context) in enumerate(batches, start_step):
+        for step, (index, x, context) in enumerate(batches, start_step):
             if len(x) < self.batch_size // self.world:
                 raise FlowtrainError("too many unreadable images one after another to replace them all")
             if self.augment is not None:
                 x = self.augment(x, seed=self.seed, step=step, rank=self.rank, world=self.world)
-            yield x, context
+            yield Batch(x, context, self._weights(index))
+
+    def _weights(self, index: Tensor) -> Tensor | None:
+        weights = self.split.weights
+        if weights is None:
+            return None
+        return weights.index_select(0, index.to(weights.device)).to(self.device, non_blocking=True)
 
     def _indices(self, start_step: int) -> Iterator[Tensor]:
         mine = shard(self.batch_size, self.rank, self.world)
@@ -144,7 +150,8 @@ def _take(
             for index, x, problems in batches:
                 waiting.popleft()
                 split.report(problems)
-                yield torch.tensor(index, dtype=torch.int64), x.to(split.device, non_blocking=True), None
+                place = torch.tensor(index, dtype=torch.int64)
+                yield place, x.to(split.device, non_blocking=True), split.context(index)
             return
         except WorkerFailure as error:
             line = f"{error} while it read {split.describe(waiting[0][0])} and those after it"

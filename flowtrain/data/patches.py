@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from flowtrain.data.dataset import SPLITS
-from flowtrain.data.image_files import SUFFIXES, ImageSource, find_images, load_image
+from flowtrain.data.image_files import load_image
+from flowtrain.data.image_sources import SUFFIXES, Source, find_images
 from flowtrain.data.split import ArraySplit, split_indices
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
@@ -69,7 +70,7 @@ class Patches(Vectors):
             name, rows[:at], f"{how} {self.split_seed} as for BSDS300: similar but not equal to its data"
         )
 
-    def _find_images(self, name: str) -> tuple[ImageSource, list[str]]:
+    def _find_images(self, name: str) -> tuple[Source, list[str]]:
         """The place of the images, and the names of those of a split."""
         if self.path is None:
             raise UsageError(f"dataset={self.name} needs dataset.path=FOLDER of images (or a .zip or .tar of them)")

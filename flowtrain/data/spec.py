@@ -9,9 +9,14 @@ from flowtrain.data.tables.column import Column
 
 @dataclass(frozen=True)
 class LabelContext:
-    """Each example comes with its class, as a one-hot vector of length ``classes``."""
+    """Each example comes with its class, as a one-hot vector of length ``classes``.
+
+    Attributes:
+        names: of the classes in order; () where they have none.
+    """
 
     classes: int
+    names: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,9 +42,10 @@ class DataSpec:
 
     Attributes:
         name: of the dataset, as in ``dataset=name``.
-        shape: of one example without a batch: ``(channels, height, width)`` of an image, ``(D,)`` of a vector.
-        grey_levels: the values are the integers 0 … grey_levels − 1. None for real numbers and for tables, which
-            may have columns of integers all the same.
+        shape: of one example without a batch: ``(channels, height, width)`` of an image or a field, ``(D,)`` of a
+            vector.
+        grey_levels: the values are the integers 0 … grey_levels − 1. None for real numbers, such as those of a field,
+            and for tables, which may have columns of integers all the same.
         context: what a conditional flow is given with each example, or None.
         columns: of a user's table, what each of the D numbers of a row is (``Columns.encoded``), which decides the
             links of its preprocessing; else None. Their moments are not yet known.
@@ -58,6 +64,11 @@ class DataSpec:
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+
+def class_names(spec: DataSpec) -> tuple[str, ...]:
+    """The names of the classes of labelled data, () where they have none."""
+    return spec.context.names if isinstance(spec.context, LabelContext) else ()
 
 
 def has_bits(spec: DataSpec, columns) -> bool:

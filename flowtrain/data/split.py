@@ -1,6 +1,7 @@
 """Splits: examples that are read by number, here from memory; image_files.py has the split that streams."""
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ class Split:
         streams: whether examples are decoded when they are read; a loader then uses worker processes.
         index_device: where ``take`` needs its index; an index on that device costs no copy.
         columns: the :class:`Columns` of a table's train split, otherwise None.
+        weights: how much each example counts in the loss and in evaluation, float32 (N,) of mean one; None: all alike.
         bad: a mapping from the number of each example found unreadable so far to the reason.
     """
 
     streams = False
     columns = None
+    weights: Tensor | None = None
 
     def __init__(self, shape: tuple[int, ...], description: str):
         self.shape, self.description = tuple(shape), description
@@ -49,11 +52,32 @@ class Split:
 
 class ArraySplit(Split):
     """Examples in one tensor (N, *shape), on the device if they fill at most half of its free memory, otherwise on the
-    host."""
+    host.
 
-    def __init__(self, data: Tensor, description: str = "array", context: Tensor | None = None, columns=None):
+    ``weights`` (N,) say how often each example counts: 2 is the example twice, 0 is an example that is not there. They
+    are divided by their mean, once. A batch's weighted losses are then summed and divided by its number of examples,
+    not by its sum of weights: over all batches of an epoch that is the weighted mean, for any batch size, number of
+    processes and of accumulated parts.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or all are 0.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        description: str = "array",
+        context: Tensor | None = None,
+        columns=None,
+        weights: Tensor | None = None,
+    ):
         super().__init__(data.shape[1:], description)
         self.data, self.context, self.columns = data, context, columns
+        if weights is not None:
+            weights = weights.double()
+            if (weights < 0).any() or not 0 < weights.sum() < math.inf:
+                raise ValueError("weights must be finite, at least 0, and not all 0")
+            self.weights = (weights / weights.mean()).float()
         self.device = self.index_device = data.device
 
     def __len__(self) -> int:
@@ -67,12 +91,12 @@ class ArraySplit(Split):
         )
 
     def digest(self) -> str:
-        """SHA-256 of the examples and their context; of evenly spaced examples if they are more than 64 MiB."""
+        """SHA-256 of the examples, their context and weights; of evenly spaced ones if they are more than 64 MiB."""
         step = max(1, -(-self.data.nbytes // DIGEST_BYTES))
-        parts = [part[::step].cpu().contiguous().numpy() for part in (self.data, self.context) if part is not None]
         digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
+        for part in (self.data, self.context, self.weights):
+            if part is not None:
+                digest.update(part[::step].cpu().contiguous().numpy())
         return digest.hexdigest()
 
     def to(self, device) -> "ArraySplit":
@@ -81,6 +105,7 @@ class ArraySplit(Split):
         if self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 2:
             self.data = self.data.to(self.device)
             self.context = None if self.context is None else self.context.to(self.device)
+            self.weights = None if self.weights is None else self.weights.to(self.device)
             self.index_device = self.data.device
         return self
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Bijection, BoundColumns, DequantizeColumns, FillMissing
 from flowtrain.bijections.bijection import is_sequence, size
 from flowtrain.bijections.ode import continuous_layers, exact_trace, needs_exact_trace, states_only
 from flowtrain.engine.evaluate import exact_arithmetic
@@ -288,7 +288,8 @@ def _count_changes(flow: Flow, x: Tensor, context: Tensor | None) -> int:
     if not x.is_floating_point():
         return int((back != x).sum())
     whole = (x == x.round()) & (x.abs() < _EXACT_INTEGERS)  # a table may have columns of real numbers
-    return int((whole & ~((back - x).abs() < 0.5)).sum())
+    changed = whole & ~((back - x).abs() < 0.5)
+    return int((changed | (x.isnan() != back.isnan())).sum())
 
 
 # ---- log-determinants ----------------------------------------------------------------------------------------------
@@ -385,12 +386,14 @@ def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> t
 def _check_large(flow: Flow, x: Tensor, context: Tensor | None, grey_levels: int | None) -> Iterator[Check]:
     """Samples, large latents, large real data and extreme integers must map to finite numbers, or raise an error."""
     context = _to_weights(flow, context)
-    if grey_levels is None:
+    latents = _to_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
+    if any(isinstance(layer, BoundColumns | FillMissing) for layer in flow.modules()):  # not all numbers are data
+        extremes, _ = flow.bijection.inverse(LARGE * latents, context)
+    elif grey_levels is None:
         extremes = _to_weights(flow, LARGE * torch.randn(x.shape, device=x.device))
     else:
         extremes = torch.randint(0, 2, x.shape, device=x.device) * (grey_levels - 1)
         extremes[0], extremes[-1] = 0, grey_levels - 1
-    latents = _to_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
     for name, method, start in (
         ("numbers not finite in samples", flow.bijection.inverse, latents),
         ("numbers not finite from extreme data", flow.bijection.forward, extremes),
@@ -402,13 +405,16 @@ def _check_large(flow: Flow, x: Tensor, context: Tensor | None, grey_levels: int
                 method(start, context)
             except FloatingPointError as error:  # an error is as good as a finite number
                 note = f"refused: {error}"
-        invalid = [call for call in calls if _count_not_finite(call)]
-        count = sum(_count_not_finite(call) for call in invalid if not call.layer.container)
-        yield Check(name, count, 0, invalid[0].name if invalid else None, note)
+        counts = {call.name: _count_not_finite(flow, call) for call in calls if not call.layer.container}
+        worst = next((name for name, count in counts.items() if count), None)
+        yield Check(name, sum(counts.values()), 0, worst, note)
 
 
-def _count_not_finite(call: Call) -> int:
-    return sum(int((~numbers.isfinite()).sum()) for numbers in (call.output, call.log_det))
+def _count_not_finite(flow: Flow, call: Call) -> int:
+    output = call.output
+    if isinstance(call.layer, FillMissing | DequantizeColumns):  # the layers that see missing values
+        output = flow.hide_missing(output)
+    return sum(int((~numbers.isfinite()).sum()) for numbers in (output, call.log_det))
 
 
 # ---- an untrained flow ---------------------------------------------------------------------------------------------

@@ -82,8 +82,11 @@ def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
     places: dict[str, int] = {}
     calls = count()
 
-    def look(order, layer: str, what: str, row: int, numbers: Tensor) -> None:
-        wrong = ~numbers.detach().isfinite().reshape(len(numbers), -1).all(1)
+    def is_wrong(numbers: Tensor) -> Tensor:
+        return ~numbers.detach().isfinite().reshape(len(numbers), -1).all(1)
+
+    def look(order, layer: str, what: str, row: int, numbers: Tensor, known: Tensor | None = None) -> None:
+        wrong = is_wrong(numbers) if known is None else is_wrong(numbers) & ~known
         if wrong.any():
             rows = (row + wrong.nonzero().flatten()).tolist()
             found.append(Finding(order, layer, what, tuple(rows)))
@@ -98,7 +101,8 @@ def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
         calls = count()
         for name, tensor in zip(("data", "context"), inputs):
             if tensor is not None and tensor.is_floating_point():
-                look((_FORWARD, -1), name, f"the {name}", global_batch.first_row(), tensor)
+                shown = flow.hide_missing(tensor) if name == "data" else tensor
+                look((_FORWARD, -1), name, f"the {name}", global_batch.first_row(), shown)
 
     def enter(name: str, _layer, inputs):
         x, *rest = inputs
@@ -108,9 +112,10 @@ def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
             look_back(places[name], name, f"the gradient of layer {name}'s input", x)
         return x, *rest
 
-    def leave(name: str, _layer, _inputs, outputs):
+    def leave(name: str, _layer, inputs, outputs):
+        known = is_wrong(inputs[0])  # found before, or a missing value on its way to the layer that fills it
         for what, output in zip(("output", "log-determinant"), outputs):
-            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", global_batch.first_row(), output)
+            look((_FORWARD, places[name]), name, f"the {what} of layer {name}", global_batch.first_row(), output, known)
 
     def end(_bijection, _inputs, outputs):
         look_back(_END, "base", "the gradient of the base", outputs[0])

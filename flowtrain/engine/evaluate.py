@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.runtime.seeds import seed_from
 
@@ -20,6 +21,10 @@ from flowtrain.runtime.seeds import seed_from
 class Evaluation:
     """Mean and standard error over examples, each averaged over its draws of dequantization noise. A single example
     has no standard error: None.
+
+    With weights they are m = Σ wᵢ xᵢ / Σ wᵢ and √(n/(n − 1) Σ wᵢ² (xᵢ − m)²) / Σ wᵢ, the standard error of a ratio of
+    two sums (Cochran 1977, chapter 6); n is ``examples``, the number of those of positive weight. If each example came
+    wᵢ times, the mean would be the same and the standard error smaller, as if copies were evidence.
 
     ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
     It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
@@ -42,51 +47,54 @@ def evaluate(
     total: int,
     draws: int = 1,
     seed: int = 0,
+    weights: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
     most once.
 
-    The noise is a function of (seed, first index of the batch, draw): the same in each evaluation, for any number of
-    processes.
+    The noise of an example is a function of (seed, its index, draw): the same in each evaluation, whatever the batches
+    and the number of processes. ``weights`` (total,) say how much each example counts; None: all alike.
 
     Raises:
-        FloatingPointError: a likelihood is not a number.
+        FloatingPointError: a likelihood is not a number, or no example counts.
     """
     was_training = flow.training
     flow.eval()
     device = next(flow.parameters()).device
     mean, weighted, evaluated = torch.zeros(3, total, dtype=torch.float64, device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic():
+    with evaluation_mode(device):
         for index, x, context in interruptible_batches(batches):
-            first = int(index[0])
             index = index.to(device)
-            best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=device)
-            for draw in range(draws):
-                torch.manual_seed(seed_from(seed, first, draw))
-                log_prob = flow(x, context).double()
-                mean[index] += log_prob / draws
-                best = torch.logaddexp(best, log_prob)
-            weighted[index] = best - math.log(draws)
+            mean[index], weighted[index] = log_likelihoods(flow, index, x, context, draws, seed)
             evaluated[index] = 1
     flow.train(was_training)
     if dist.is_initialized():
         for one in (mean, weighted, evaluated):
             dist.all_reduce(one)
-    found = evaluated > 0  # an unreadable image may be left out
-    mean, weighted, total = mean[found], weighted[found], int(found.sum())
-    if not mean.isfinite().all():
-        bad = (~mean.isfinite()).nonzero().flatten().tolist()
+    weights = torch.ones_like(mean) if weights is None else weights.to(mean)
+    found = (evaluated > 0) & (weights > 0)  # an unreadable image may be left out
+    total, bad = int(found.sum()), (found & ~mean.isfinite()).nonzero().flatten().tolist()
+    if not total:
+        raise FloatingPointError("there is no likelihood: none of the examples counts")
+    if bad:
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
-    nats, stderr = mean.mean().item(), mean.std(correction=1).item() / math.sqrt(total) if total > 1 else None
+    mean, weighted, weights = mean[found], weighted[found], weights[found]
+    nats = weighted_mean(mean, weights)
+    squares = (weights * (mean - nats)).square().sum().item()
+    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if total > 1 else None
     return Evaluation(
         bits_per_dim=to_bits_per_dim(nats, flow.dimensions),
         bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, flow.dimensions),
-        bits_per_dim_iw=to_bits_per_dim(weighted.mean().item(), flow.dimensions) if draws > 1 else None,
+        bits_per_dim_iw=to_bits_per_dim(weighted_mean(weighted, weights), flow.dimensions) if draws > 1 else None,
         log_likelihood=nats,
         log_likelihood_stderr=stderr,
         examples=total,
         draws=draws,
     )
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> float:
+    return ((values * weights).sum() / weights.sum()).item()
 
 
 def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
@@ -96,6 +104,30 @@ def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
     ('3.1416 ± 0.0020', '3.14')
     """
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def log_likelihoods(
+    flow: Flow, index: Tensor, x: Tensor, context: Tensor | None = None, draws: int = 1, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """log p of the examples numbered ``index``, and the logarithm of p, each averaged over the draws of their noise:
+    float64 (B,)."""
+    mean = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    total = torch.full_like(mean, -math.inf)
+    for draw in range(draws):
+        torch.manual_seed(seed_from(seed, draw))  # for layers of the user's own
+        with global_batch.examples(index, seed, draw):
+            log_prob = flow(x, context).double()
+        mean += log_prob / draws
+        total = torch.logaddexp(total, log_prob)
+    return mean, total - math.log(draws)
+
+
+@contextmanager
+def evaluation_mode(device: torch.device):
+    """Within it, arithmetic is exact, what follows from weights alone is kept, and torch's generators stay as they
+    were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
+        yield
 
 
 @contextmanager

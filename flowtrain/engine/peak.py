@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -36,10 +35,11 @@ class _Storages(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and _key(tensor) not in inputs:  # neither a view nor in place
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = set(map(_key, _tensors((*args, *kwargs.values()))))
+        for tensor in _tensors((out,)):
+            if _key(tensor) not in inputs:  # neither a view nor in place
                 self._count(tensor.untyped_storage())
         return out
 
@@ -53,6 +53,15 @@ class _Storages(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self.alive.pop(key)
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among ``values`` and in their lists: an operation's arguments or results."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowtrain.data.batch import Batch
 from flowtrain.engine.divergence import Finding, examine, first
 from flowtrain.engine.objectives import Objective
 from flowtrain.engine.training_pass import TrainingPass
@@ -22,7 +23,7 @@ class Record:
     """A global batch on which training diverged, and what a replay needs besides the weights.
 
     Attributes:
-        x, context: of all processes, (B, *shape) and (B, *context_shape) or None.
+        x, context, weights: the :class:`Batch` of all processes.
         examples: the B examples' numbers in the train split.
         seed, parts: of the :class:`TrainingPass`.
         world: number of processes.
@@ -37,20 +38,20 @@ class Record:
     context: Tensor | None
     examples: list[int]
     found: Finding | None
+    weights: Tensor | None = None
 
     @classmethod
     def gather(
-        cls, own: Finding | None, batch: tuple[Tensor, Tensor | None], examples: list[int], step: int, by: TrainingPass
+        cls, own: Finding | None, batch: Batch, examples: list[int], step: int, by: TrainingPass
     ) -> tuple[Record, int]:
         """The record of a step, on every process, from each one's finding, slice and examples; and the rank of a
         process that met the first finding: weights may be wrong in that one alone."""
-        slices = [None if one is None else one.cpu() for one in batch]
-        findings, x, context, examples = zip(*distributed.all_gather_object((own, *slices, examples)))
+        findings, slices, examples = zip(*distributed.all_gather_object((own, batch.to("cpu"), examples)))
         found = first(findings)
         rank = next((rank for rank, one in enumerate(findings) if found and one and one.order == found.order), 0)
-        context = None if context[0] is None else torch.cat(context)
+        x, context, weights = (None if each[0] is None else torch.cat(each) for each in zip(*slices))
         numbers = [number for each in examples for number in each]
-        return cls(step, by.seed, by.parts, len(findings), torch.cat(x), context, numbers, found), rank
+        return cls(step, by.seed, by.parts, len(findings), x, context, numbers, found, weights), rank
 
     def state_dict(self) -> dict:
         """As plain data, for a checkpoint."""
@@ -65,7 +66,7 @@ class Record:
             found = found and replace(found, order=tuple(found.order), rows=tuple(found.rows))
             record = cls(**{**state, "found": found})
             numbers = [record.step, record.seed, record.parts, record.world, *record.examples]
-            tensors = [record.x, *([] if record.context is None else [record.context])]
+            tensors = [record.x, *(one for one in (record.context, record.weights) if one is not None)]
             sound = all(type(number) is int for number in numbers) and min(record.parts, record.world) > 0
             sound = sound and all(isinstance(one, Tensor) and one.dim() > 0 for one in tensors)
             if not sound or {len(one) for one in tensors} != {len(record.examples)} or not record.examples:
@@ -83,14 +84,13 @@ class Record:
         """
         device = next(flow.parameters()).device
         training_pass = TrainingPass(flow, objective, self.seed, self.parts, autocast)
-        contexts = [None] * self.world if self.context is None else self.context.to(device).chunk(self.world)
-        slices = list(zip(self.x.to(device).chunk(self.world), contexts))
+        slices = Batch(self.x, self.context, self.weights).to(device).chunk(self.world)
 
         def step() -> Tensor:
             flow.train()
             flow.zero_grad()
             losses = [
-                training_pass.backpropagate(*one, self.step, rank, self.world)[0] for rank, one in enumerate(slices)
+                training_pass.backpropagate(one, self.step, rank, self.world)[0] for rank, one in enumerate(slices)
             ]
             return sum(losses) / self.world
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from flowtrain.data.batch import Batch
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation
@@ -25,6 +26,7 @@ from flowtrain.engine.replay import Record, replay_command
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.state import Stateful
 from flowtrain.engine.statistics import layer_statistics
+from flowtrain.engine.threads import Threads
 from flowtrain.engine.training_pass import TrainingPass, clip_gradient
 from flowtrain.engine.validation import Validation
 from flowtrain.engine.weights import Weights
@@ -50,10 +52,22 @@ class Trainer(Stateful):
         ema: the average of the weights, which is validated and previewed in place of ``flow``.
         autocast: dtype of networks, where that is lower than the weights'.
         compilation: of ``flow``, if it runs compiled.
+        threads: the numbers of threads to choose from; None: the present one.
     """
 
     # with the weights, all that a run's future depends on: noise and the order of the data follow from the step
-    STATE = ("step", "seconds", "loss_sum", "loss_count", "validation", "previews", "recovery", "loader", "loggers")
+    STATE = (
+        "step",
+        "seconds",
+        "loss_sum",
+        "loss_count",
+        "validation",
+        "previews",
+        "recovery",
+        "loader",
+        "loggers",
+        "threads",
+    )
 
     def __init__(
         self,
@@ -72,17 +86,19 @@ class Trainer(Stateful):
         ema: EMA | None = None,
         autocast: torch.dtype | None = None,
         compilation: Compilation | None = None,
+        threads: Threads | None = None,
     ):
         self.flow, self.objective, self.loader, self.config = flow, objective, loader, config
         self.budget, self.schedule, self.compilation = budget, schedule, compilation
         self.validation, self.previews = validation, previews
+        self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
         self.weights = Weights(flow, optimizer, ema)
         self.training_pass = TrainingPass(flow, objective, config.seed, config.trainer.accumulate, autocast)
         if distributed.world() > 1:
             self.training_pass.synchronize()
         self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, config.trainer.save_every)
-        self.batch: tuple[Tensor, Tensor | None] | None = None  # this process's slice of the last
+        self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
 
@@ -100,12 +116,15 @@ class Trainer(Stateful):
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
         with note_signals() as noted, profiler as profile_step:
             try:
+                self.threads.start()
                 self.validate_and_preview()  # where a signal came before
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
-                    loss, norm = self.gradient(*next_batch(batches))
+                    batch, start = next_batch(batches), time.monotonic()
+                    loss, norm = self.gradient(batch)
                     loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
                     self.update(loss, norm)
+                    self.threads.after_step(time.monotonic() - start)
                     self.step += 1
                     if self.compilation:
                         self.compilation.after_step(self.step)
@@ -130,16 +149,16 @@ class Trainer(Stateful):
 
     # ---- a step
 
-    def gradient(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
-        self.batch = x, context
+        self.batch = batch
         return self.backward(), clip_gradient(self.flow, self.config.trainer.clip)
 
     def backward(self) -> Tensor:
         self.flow.train()
         self.flow.zero_grad()
         place = self.step, distributed.rank(), distributed.world()
-        loss, reasons = self.training_pass.backpropagate(*self.batch, *place)
+        loss, reasons = self.training_pass.backpropagate(self.batch, *place)
         if reasons and not self.recovery.skipped:
             log.warning("step %d: %s", self.step, reasons[0])
         return loss

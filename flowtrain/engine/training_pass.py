@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain.bijections.ode import continuous_layers, replace_unsolved_by_nan
+from flowtrain.data.batch import Batch
 from flowtrain.engine.objectives import Objective
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch
@@ -17,7 +18,7 @@ from flowtrain.runtime.seeds import seed_from
 
 
 class TrainingPass:
-    """Computes the gradient of an objective on a batch.
+    """Computes the gradient of an objective on a batch: Σ wᵢ lᵢ / B, where the weights w have mean one over the split.
 
     Args:
         seed: together with the step, it determines all noise.
@@ -39,24 +40,22 @@ class TrainingPass:
         """
         self.loss = synchronize_gradients(self.loss, static_graph=self.parts == 1 and not continuous_layers(self.flow))
 
-    def backpropagate(
-        self, x: Tensor, context: Tensor | None, step: int, rank: int, world: int
-    ) -> tuple[Tensor, list[str]]:
-        """Add the gradient of the mean loss on ``x``, slice ``rank`` of the ``world`` slices of a global batch.
+    def backpropagate(self, batch: Batch, step: int, rank: int, world: int) -> tuple[Tensor, list[str]]:
+        """Add the gradient of the mean loss on ``batch``, slice ``rank`` of the ``world`` slices of a global batch.
 
         Returns the loss, on its device, and why ODEs in it had no solution, which makes it NaN.
         """
-        parts = x.chunk(self.parts)
-        contexts = [None] * len(parts) if context is None else context.chunk(self.parts)
-        row, total = rank * len(x), 0.0
+        parts, size = batch.chunk(self.parts), len(batch.x)
+        row, total = rank * size, 0.0
         with replace_unsolved_by_nan() as reasons:
-            for i, (part, context) in enumerate(zip(parts, contexts)):
+            for i, (x, context, weights) in enumerate(parts):
                 torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
                 with nullcontext() if i == len(parts) - 1 else self._without_synchronization():
-                    with global_batch.rows(row, world * len(x)), self._lower_precision(x.device.type):
-                        loss = self.loss(part, context).sum() / len(x)
+                    with global_batch.rows(row, world * size), self._lower_precision(x.device.type):
+                        losses = self.loss(x, context)
+                        loss = (losses if weights is None else losses * weights).sum() / size
                     loss.backward()
-                total, row = total + loss.detach(), row + len(part)
+                total, row = total + loss.detach(), row + len(x)
         return total, reasons
 
     def _without_synchronization(self):

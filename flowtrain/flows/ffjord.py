@@ -8,7 +8,7 @@ from functools import partial
 from flowtrain.bijections import ActNorm, Flatten, LULinear, MultiScale, Squeeze
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import Factory, chain, count_halvings, training_solver
+from flowtrain.flows.parts import Factory, chain, count_scales, training_solver
 from flowtrain.nets import ConvODENet, ODENet
 
 
@@ -91,7 +91,7 @@ def ffjord_image(
     block = chain(repeat=blocks, ode=partial(ode, net=net))
     scales = partial(
         MultiScale,
-        levels=count_halvings(shape) if levels is None else levels,
+        levels=count_scales(shape, levels, halves_last=False),
         level=chain(before=block, squeeze=Squeeze, after=block),
         last=block,
     )

@@ -20,7 +20,7 @@ from flowtrain.bijections import (
 )
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import PER_CHANNEL, Factory, chain, count_halvings
+from flowtrain.flows.parts import PER_CHANNEL, Factory, chain, count_scales
 
 # The learned prior of the half that is factored out, given the half that stays; always affine.
 split_prior = partial(Conditional, univariate=ExpAffine, net=nets.ZeroConv)
@@ -70,7 +70,7 @@ def glow(
     top = partial(Elementwise, univariate=ExpAffine, share=PER_CHANNEL) if learned_prior else None
     scales = partial(
         MultiScale,
-        levels=count_halvings(shape) if levels is None else levels,
+        levels=count_scales(shape, levels),
         level=level,
         last=chain(level=level, top=top),
         split_prior=split_prior if learned_prior else None,

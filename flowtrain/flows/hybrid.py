@@ -23,7 +23,7 @@ from flowtrain.bijections import (
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
 from flowtrain.flows.glow import split_prior
-from flowtrain.flows.parts import Factory, chain, count_halvings, permuted_lu, training_solver
+from flowtrain.flows.parts import Factory, chain, count_scales, permuted_lu, training_solver
 
 
 def hybrid(
@@ -119,7 +119,7 @@ def hybrid_image(
     )
     scales = partial(
         MultiScale,
-        levels=count_halvings(shape) if levels is None else levels,
+        levels=count_scales(shape, levels),
         level=level,
         last=last,
         split_prior=split_prior,

@@ -20,7 +20,7 @@ from flowtrain.bijections import (
 )
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import Factory, chain, count_halvings, permuted_lu, permuted_lu_actnorm
+from flowtrain.flows.parts import Factory, chain, count_scales, permuted_lu, permuted_lu_actnorm
 
 
 def nsf_coupling(
@@ -145,6 +145,5 @@ def nsf_image(
     coupling = partial(Coupling, univariate=univariate, net=net, partition=partial(Halves, swap=True))
     step = chain(repeat=steps, norm=norm, mixing=mixing, coupling=coupling)
     level = chain(squeeze=Squeeze, steps=step, mixing=mixing)
-    levels = count_halvings(shape) if levels is None else levels
-    layers = chain(preprocess=preprocess, scales=partial(scales, levels=levels, level=level))
+    layers = chain(preprocess=preprocess, scales=partial(scales, levels=count_scales(shape, levels), level=level))
     return Flow(shape, layers, base, context_shape)

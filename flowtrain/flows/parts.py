@@ -11,6 +11,7 @@ from flowtrain.bijections import (
     Additive,
     BatchNorm,
     Bijection,
+    BoundColumns,
     Center,
     Chain,
     Continuous,
@@ -18,11 +19,14 @@ from flowtrain.bijections import (
     DequantizeColumns,
     Elementwise,
     ExpAffine,
+    FillMissing,
     Flatten,
     Logit,
     LULinear,
+    QuantileColumns,
     Shuffle,
     Standardize,
+    StandardizeChannels,
 )
 from flowtrain.bijections.bijection import check_shape
 
@@ -50,21 +54,53 @@ def check_image(shape: Sequence[int]) -> None:
         raise ValueError(f"this model takes images (channels, height, width), not {list(shape)}")
 
 
-def count_halvings(shape: Sequence[int]) -> int:
-    """How often both sides of an image can be halved: down to 4 pixels, or to 2 where they start from 8 or fewer.
+def halved_sides(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The sides of an image, and those after each time that both can be halved.
 
-    >>> count_halvings((3, 32, 32)), count_halvings((1, 28, 28)), count_halvings((1, 8, 8)), count_halvings((3, 32, 48))
-    (3, 2, 2, 3)
+    >>> halved_sides((3, 32, 48))
+    [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3)]
 
     Raises:
         ValueError: ``shape`` is not that of an image.
     """
     check_image(shape)
-    sides, count = shape[1:], 0
-    smallest = 4 if min(sides) > 8 else 2
-    while all(side % 2 == 0 and side // 2 >= smallest for side in sides):
-        sides, count = [side // 2 for side in sides], count + 1
-    return count
+    height, width = shape[1:]
+    sides = [(height, width)]
+    while height % 2 == width % 2 == 0:
+        height, width = height // 2, width // 2
+        sides.append((height, width))
+    return sides
+
+
+def count_scales(shape: Sequence[int], levels: int | None, halves_last: bool = True) -> int:
+    """The scales of a multi-scale flow that halves the sides in each: ``levels``, or for None as many as leave sides of
+    at least 4 pixels, or of 2 where they start from 8 or fewer; at least one.
+
+    Args:
+        halves_last: the last scale halves the sides too.
+
+    Raises:
+        ValueError: ``shape`` is not that of an image, or cannot be halved so often. The message says how often.
+
+    >>> [count_scales(shape, None) for shape in ((3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 32, 48))]
+    [3, 2, 2, 3]
+    """
+    sides = halved_sides(shape)
+    halvings, first = len(sides) - 1, "×".join(map(str, sides[0]))
+    most = halvings if halves_last else halvings + 1
+    if not most:
+        raise ValueError(
+            f"images of {first} pixels cannot be halved, because a side is odd, and this model halves them; realnvp,"
+            " ffjord_image and the models of vectors, such as maf, take them"
+        )
+    if levels is None:
+        smallest = 4 if min(sides[0]) > 8 else 2
+        return max(1, sum(min(pair) >= smallest for pair in sides[1:]))
+    if levels > most:
+        path = " → ".join("×".join(map(str, pair)) for pair in sides)
+        times = f"{halvings} time{'' if halvings == 1 else 's'}"
+        raise ValueError(f"levels={levels} must be at most {most}: the sides can be halved {times} ({path})")
+    return levels
 
 
 def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bijection:
@@ -88,10 +124,37 @@ def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> B
     return layers(shape=shape, context_shape=context_shape)
 
 
-def standardize(shape, context_shape=None) -> Bijection:
-    """The columns of a table to mean 0 and deviation 1, by its train split; integers and categories with uniform noise
+def normalize(shape, grey_levels: int | None = None, context_shape=None) -> Bijection:
+    """Integers 0 … grey_levels − 1 as by :func:`center`; real numbers (None) to mean 0 and deviation 1 in each channel,
+    by the train split."""
+    if grey_levels is None:
+        return chain(standardize=StandardizeChannels)(shape=shape, context_shape=context_shape)
+    return center(shape, grey_levels, context_shape)
+
+
+def standardize(shape, columns=None, context_shape=None) -> Bijection:
+    """The columns of a table to mean 0 and deviation 1, by its train split; see :func:`column_links` for what comes
     first."""
-    return chain(dequantize=DequantizeColumns, standardize=Standardize)(shape=shape, context_shape=context_shape)
+    return Chain(shape, {**column_links(columns), "standardize": Standardize}, context_shape=context_shape)
+
+
+def quantile(shape, columns=None, bins: int = 32, context_shape=None) -> Bijection:
+    """Each column to a nearly normal one by a spline through the quantiles of the train split; see
+    :func:`column_links` for what comes first."""
+    layers = {**column_links(columns), "quantile": partial(QuantileColumns, bins=bins)}
+    return Chain(shape, layers, context_shape=context_shape)
+
+
+def column_links(columns=None) -> dict[str, Factory | None]:
+    """What maps the values of a table to real numbers: noise for whole numbers, then, where ``columns``, the encoded
+    columns of a :class:`flowtrain.data.Columns`, have them, noise for missing values and a map for bounds."""
+    columns = columns or ()
+    bounded = any(column.kind == "real" and (column.low, column.high) != (None, None) for column in columns)
+    return {
+        "dequantize": DequantizeColumns,
+        "fill": FillMissing if any(column.missing for column in columns) else None,
+        "bound": BoundColumns if bounded else None,
+    }
 
 
 # ---- mixing of channels, and norms

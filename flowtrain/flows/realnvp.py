@@ -20,7 +20,7 @@ from flowtrain.bijections import (
 )
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import Factory, chain, check_image, count_halvings
+from flowtrain.flows.parts import Factory, chain, check_image, count_scales
 
 
 def realnvp(
@@ -87,7 +87,7 @@ def realnvp(
     last = checkerboards(checkerboard3=even, norm3=norm)
     layers = chain(
         preprocess=preprocess,
-        scales=partial(MultiScale, levels=count_halvings(shape) if levels is None else levels, level=level, last=last),
+        scales=partial(MultiScale, levels=count_scales(shape, levels, halves_last=False), level=level, last=last),
     )
     return Flow(shape, layers, base, context_shape)
 

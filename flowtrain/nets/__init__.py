@@ -8,7 +8,7 @@ is 0 at the start, so that a new flow starts as the identity or near it.
 from flowtrain.nets.attention import CausalTransformer
 from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, ZeroConv
 from flowtrain.nets.dynamics import ConvODENet, ODENet
-from flowtrain.nets.made import MADE, ResidualMADE
+from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 
@@ -18,6 +18,7 @@ __all__ = [
     "ActNorm",
     "BatchNorm",
     "CausalTransformer",
+    "CircularMADE",
     "ConvNet",
     "ConvODENet",
     "Dropout",

@@ -159,6 +159,7 @@ class _Masked(nn.Module):
     """``depth`` masked hidden layers of units of the same degrees, run at once or in steps."""
 
     degrees: Tensor
+    numbers = 1  # by which the network sees an element
 
     def __init__(self, shape, out, hidden, depth, degrees, activation, dropout, context_shape):
         super().__init__()
@@ -171,7 +172,7 @@ class _Masked(nn.Module):
         # units of degree 0 see the context alone; without one they are constants, which only D = 1 needs
         least = 0 if context_shape is not None or self.dimensions == 1 else 1
         self.register_buffer("degrees", degrees_of(hidden, least, self.dimensions - 1, degrees), degrees == "random")
-        widths = [self.dimensions, *[hidden] * depth, self.dimensions * out]
+        widths = [self.numbers * self.dimensions, *[hidden] * depth, self.dimensions * out]
         self.linears = nn.ModuleList(MaskedLinear(*pair) for pair in zip(widths, widths[1:]))
         zero_init(self.linears[-1])
         self.context = context_layer(hidden, context_shape)
@@ -180,7 +181,7 @@ class _Masked(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module._connect())
 
     def _connect(self):
-        elements = torch.arange(1, self.dimensions + 1, device="cpu")
+        elements = torch.arange(1, self.dimensions + 1, device="cpu").repeat_interleave(self.numbers)
         rows = torch.arange(self.dimensions, device="cpu").repeat_interleave(self.out)
         hidden = self.degrees.cpu()
         degrees = [elements, *[hidden] * (len(self.linears) - 1), rows]
@@ -190,7 +191,7 @@ class _Masked(nn.Module):
     def forward(self, x, context=None):
         """(B, D) -> (B, D, out), row i a function of the elements before i."""
         context = None if self.context is None else self.context(context)
-        return self._network(x, self.linears, context).unflatten(1, (self.dimensions, self.out))
+        return self._network(self._see(x), self.linears, context).unflatten(1, (self.dimensions, self.out))
 
     def init_cache(self, x: Tensor, context: Tensor | None = None):
         """An empty activation cache for a pass over the elements of a batch like x (B, D)."""
@@ -203,7 +204,11 @@ class _Masked(nn.Module):
         """The rows of the next m elements, (B, m, out), given the newest ones, (B, n), or none, (B, 0); extends
         ``cache``."""
         linears, contexts = cache
-        return self._network(x, linears, next(contexts)).unflatten(1, (-1, self.out))
+        return self._network(self._see(x), linears, next(contexts)).unflatten(1, (-1, self.out))
+
+    def _see(self, x):
+        """What the network sees of elements x (B, n): (B, n·numbers)."""
+        return x
 
     def _network(self, h, linears, context):
         """The network; each of ``linears`` computes all units of its layer, or the new ones of a step."""
@@ -261,6 +266,20 @@ class MADE(_Masked):
         for linear in others:
             h = linear(self.dropout(self.activation(h)))
         return h
+
+
+class CircularMADE(MADE):
+    """A :class:`MADE` of points on circles of length 1, which it sees by sine and cosine: x and x + 1 are one point.
+
+    >>> CircularMADE((6,), out=2)(torch.randn(5, 6)).shape
+    torch.Size([5, 6, 2])
+    """
+
+    numbers = 2
+
+    def _see(self, x):
+        angle = 2 * math.pi * x
+        return torch.stack((angle.sin(), angle.cos()), 2).flatten(1)
 
 
 class ResidualMADE(_Masked):

@@ -9,21 +9,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowtrain.plots.colours import shade
 from flowtrain.runtime import files
 
 
-def image_grid(images: Tensor, grey_levels: int, columns: int | None = None, side: int = 512) -> Tensor:
-    """Arrange integer images (n, C, H, W) of ``grey_levels`` grey levels in one image (3, height, width), uint8.
+def image_grid(images: Tensor, grey_levels: int | None, columns: int | None = None, side: int = 512) -> Tensor:
+    """Arrange images (n, C, H, W) in one image (3, height, width), uint8: integers of ``grey_levels`` grey levels, or a
+    field of real numbers (None), in colours that span nearly all of them.
 
-    Small images are enlarged by a whole factor until the grid is about ``side`` pixels wide.
+    Three channels are red, green and blue; any other number of channels lie side by side. Small images are enlarged by
+    a whole factor until the grid is about ``side`` pixels wide.
     """
     from torchvision.utils import make_grid
 
     columns = columns or math.ceil(math.sqrt(len(images)))
-    shown = (images.cpu().double() * 255 / (grey_levels - 1)).round().to(torch.uint8)
+    images = images.cpu().double()
+    if images.shape[1] not in (1, 3):
+        images = images.permute(0, 2, 1, 3).flatten(2)[:, None]
+    if grey_levels is not None:
+        shown = (images * 255 / (grey_levels - 1)).round().to(torch.uint8)
+    else:
+        shown = _shade_field(images)
     times = max(1, round(side / (columns * images.shape[-1])))
     shown = shown.repeat_interleave(times, -1).repeat_interleave(times, -2)
     return make_grid(shown, columns, padding=max(1, times // 2), pad_value=64)
+
+
+def _shade_field(images: Tensor) -> Tensor:
+    """Real numbers (n, C, H, W) as colours (n, 3, H, W), uint8; the least and greatest thousandth as the ends."""
+    some = images.flatten()[:: max(1, images.numel() // 2**20)]
+    low, high = some.quantile(0.001), some.quantile(0.999)
+    scaled = (images - low) / (high - low if high > low else 1.0)
+    if images.shape[1] == 1:
+        return shade(scaled[:, 0]).movedim(0, 1)
+    return (scaled.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def save_png(image: Tensor, path: Path) -> None:

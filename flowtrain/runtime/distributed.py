@@ -61,6 +61,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def share_of_cores(count: int) -> int:
+    """The cores for each of ``count`` processes on this machine; at least one."""
+    return max(1, cores() // count)
+
+
 def processes(devices: int | str) -> int:
     """How many processes ``devices`` asks for on this machine. Raises UsageError if there are fewer devices."""
     if world() > 1:

@@ -2,7 +2,7 @@
 
 A training step works on one *global* batch, cut into slices for processes and for accumulation. Random numbers are
 drawn for all of its rows and then sliced, and moments are taken over all of its rows. So a run does not depend on how
-many processes share the work.
+many processes share the work. Evaluation has no global batch: the random numbers of an example are its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowtrain.runtime import modes
+from flowtrain.runtime.noise import ExampleNoise
 
 
 def rows(first: int, total: int) -> AbstractContextManager[None]:
     """Within it, a batch is rows ``first, first + 1, …`` of a global batch of ``total`` rows."""
     return modes.using(first_row=first, global_rows=total)
+
+
+def examples(index: Tensor, *seed: int) -> AbstractContextManager[None]:
+    """Within it, a batch is the examples with numbers ``index`` (B,), and the random numbers of each are a function of
+    ``seed`` and its own number: the same on every device, in whatever batch it is."""
+    return modes.using(noise=ExampleNoise(index, *seed))
 
 
 def first_row() -> int:
@@ -43,6 +50,8 @@ def _uniform(shape, device, dtype) -> Tensor:
     mode = modes.current()
     if mode.bin_centres:
         return torch.full(shape, 0.5, device=device, dtype=dtype)
+    if mode.noise is not None:
+        return mode.noise.uniform(shape, device, dtype)
     if mode.global_rows is None:
         return torch.rand(shape, device=device, dtype=dtype)
     numbers = torch.rand((mode.global_rows, *shape[1:]), device=device, dtype=dtype)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flowtrain.runtime.noise import ExampleNoise
+
 
 @dataclass(frozen=True)
 class Modes:
@@ -22,7 +24,9 @@ class Modes:
     Attributes:
         first_row: the row of the global batch at which this process's batch begins.
         global_rows: rows in the global batch; None if the batch at hand is all of it.
+        noise: where the random numbers of given examples come from; None: from torch's generator.
         bin_centres: dequantization maps each integer to the centre of its bin: noise is ½ everywhere.
+        kept: what has been computed from weights alone, for the batches to come; None: nothing is kept.
         repeating: this work has been done before, so that running statistics must not count it again.
         layer_by_layer: every layer is called by itself; none is fused with its neighbours.
         exact_trace: ODEs integrate the exact trace.
@@ -32,7 +36,9 @@ class Modes:
 
     first_row: int = 0
     global_rows: int | None = None
+    noise: ExampleNoise | None = None
     bin_centres: bool = False
+    kept: dict | None = None
     repeating: bool = False
     layer_by_layer: bool = False
     exact_trace: bool = False

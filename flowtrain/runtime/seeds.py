@@ -3,6 +3,8 @@
 import torch
 
 _WORD = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step, and the shifts and factors of its output
+MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
 
 
 def seed_from(*numbers: int) -> int:
@@ -10,9 +12,9 @@ def seed_from(*numbers: int) -> int:
     each in turn."""
     state = 0
     for number in numbers:
-        state = ((state ^ (number & _WORD)) + 0x9E3779B97F4A7C15) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state = ((state ^ (number & _WORD)) + GOLDEN) & _WORD
+        for shift, factor in MIX:
+            state = ((state ^ (state >> shift)) * factor) & _WORD
         state ^= state >> 31
     return state >> 1
 

@@ -227,10 +227,11 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
         slow.patch()
     import disks
     import kill_points
+    import open_file
 
     kill_points.prepare(env)
     disks.prepare(env, words)
-    _run_and_exit({"command": main.main, "torchrun": _torchrun}[kind])
+    _run_and_exit({"command": main.main, "torchrun": _torchrun, "open": open_file.main}[kind])
 
 
 def _wait(pid: int, timeout: float, codes={}):  # noqa: B006 (keeps the exit codes)

@@ -136,8 +136,8 @@ def omit(part: str) -> None:
         start = self.step
         if part == "noise":
             backpropagate = TrainingPass.backpropagate
-            TrainingPass.backpropagate = lambda self, x, context, step, *ranks: backpropagate(
-                self, x, context, step - start, *ranks
+            TrainingPass.backpropagate = lambda self, batch, step, *ranks: backpropagate(
+                self, batch, step - start, *ranks
             )
         elif part == "schedule":
             factor = Trainer.rate_factor

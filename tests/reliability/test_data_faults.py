@@ -18,7 +18,8 @@ from composed import configuration
 from PIL import Image
 
 from flowtrain import data, train
-from flowtrain.data.image_files import ImageFileSplit, find_images
+from flowtrain.data.image_files import ImageFileSplit
+from flowtrain.data.image_sources import find_images
 from flowtrain.data.tables.table_file import BLOCK, Array, TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError

@@ -24,7 +24,10 @@ from flowtrain.config import restore
 from flowtrain.config.conversion import dotted_keys, to_dict
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import DownsampledImageNet, Power, Table
-from flowtrain.data.inputs import ImageArray, ImageFiles, TableRows, unnamed_columns
+from flowtrain.data.array_files import open_rows
+from flowtrain.data.arrays import fit_numbers
+from flowtrain.data.inputs import ArrayRows, ImageFiles, TableRows, unnamed_columns
+from flowtrain.data.spec import DataSpec
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
 
@@ -245,13 +248,19 @@ def test_any_text_as_csv_is_read_or_refused(tmp_path_factory, text):
     works(lambda: Table(path=str(file), val_size=1, test_size=1).split("train"))
 
 
+def grey_images(file):
+    """The input of a model of grey 4×4 images."""
+    rows = open_rows(file)
+    return ArrayRows(rows, fit_numbers(rows, DataSpec("images", (1, 4, 4), 256)))
+
+
 @given(damage())
 def test_any_damaged_array_of_images_is_read_or_refused(tmp_path_factory, change):
     out = io.BytesIO()
     np.save(out, np.zeros((3, 1, 4, 4), dtype=np.uint8))
     file = Path(tmp_path_factory.getbasetemp() / "fuzzed_images.npy")
     file.write_bytes(change(out.getvalue()))
-    works(lambda: list(ImageArray(file, (1, 4, 4), 256).groups()))
+    works(lambda: list(grey_images(file).groups()))
 
 
 def _make_batches() -> dict[str, bytes]:
@@ -289,7 +298,7 @@ def test_an_array_that_declares_more_than_it_holds_is_refused(tmp_path, shape):
     for suffix, read in {
         "table": lambda file: Table(path=str(file)).split("train"),
         "prepared": lambda file: Power(path=str(file)).split("train"),
-        "images": lambda file: ImageArray(file, (1, 4, 4), 256),
+        "images": grey_images,
     }.items():
         header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
         file = tmp_path / f"{suffix}.npy"

@@ -25,6 +25,7 @@ class Column:
             the two values of the same point: −π and π, or 0 and 360.
         missing: whether values may be missing (``dataset.missing=model``): NaN in the rows.
         written: how samples of a time are written: a format of ``strftime``.
+        unit: of a time, the seconds between the values that occur, such as those of a day; 0: any time occurs.
     """
 
     name: str
@@ -37,8 +38,29 @@ class Column:
     high: float | None = None
     missing: bool = False
     written: str | None = None
+    unit: float = 0.0
+
+    @property
+    def width(self) -> float:
+        """The width of the uniform noise that is added to its values; 0 for none."""
+        return 1.0 if self.kind in ("integer", "categorical", "indicator") else self.unit
 
     @property
     def is_dequantized(self) -> bool:
-        """Whether its values are whole numbers, to which uniform noise is added."""
-        return self.kind in ("integer", "categorical", "indicator")
+        """Whether its values are on a grid, so that uniform noise is added to them."""
+        return self.width > 0
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A column whose rows all hold the same value: it is not modelled, and samples get the value back.
+
+    Attributes:
+        name: as in the file.
+        value: a number or a text; None: every value is missing.
+        place: its place among all columns of a sample.
+    """
+
+    name: str
+    value: str | float | int | None
+    place: int

@@ -1,8 +1,9 @@
-"""A user's own table: its columns chosen, their kinds found, its rows split."""
+"""A user's own table: its columns chosen, their types found, its rows split."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -10,60 +11,126 @@ import torch
 
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
+from flowtrain.data.tables.column import Column, Constant
 from flowtrain.data.tables.columns import Columns, encode_values
-from flowtrain.data.tables.table_file import BLOCK, TableFile, refuse_changes
+from flowtrain.data.tables.inference import Dropped, Survey, survey
+from flowtrain.data.tables.table_file import BLOCK, Block, TableFile, refuse_changes
+from flowtrain.data.tables.types import parse_types
+from flowtrain.data.tables.weights import check_weights, split_weights
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 
+log = logging.getLogger("flowtrain")
+
+MISSING = ("refuse", "drop", "model")
+
 
 class Table(Vectors):
-    """A .csv, .npy or .parquet of numbers and text, with the columns to model.
+    """A file of numbers, texts and times, with the columns to model.
 
-    Rows stay in the units of the file; use it with ``preprocess=standardize``. ``columns`` of a split describe each
-    column: integer if every value is a whole number, categorical if it is text or true and false, otherwise real, as
-    found in all rows of the file. A missing value is refused with its column and row. Rows are in memory once.
+    Rows stay in the units of the file; use it with ``preprocess=standardize``. The type of each column, see
+    :class:`flowtrain.data.tables.column.Column`, is found in all rows of the file unless ``types`` says it. Identifiers
+    and columns whose values are all the same are left out, with a line that says so. Rows are in memory once.
 
     Args:
-        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context``.
+        columns: names of the columns to model, or their numbers for an array; None: all but those of ``context`` and
+            ``weights``.
         context: names of the columns to be conditional on, or None. Numbers are standardized by the moments of the
             train split; categories become one-hot.
+        weights: the column of weights, at least 0, or None. A row of weight 2 counts as the row twice: in the loss, in
+            validation and evaluation, and in the moments that columns are standardized by. The moments of batch
+            normalization and data-dependent initialization leave weights out.
+        types: of columns by name: real, integer, category, time (or its format), angle, degrees, radians, or a range.
+        missing: what to do with missing values: "refuse" them; "drop" their rows; "model" which values are missing and
+            the others, for which the likelihood is a lower bound.
+        key: the array to read of an .npz or .h5 file that holds several.
+        read: options of the reader of the file, by name.
         val_size, test_size: number or fraction of the rows.
     """
 
     native_name = "table"
 
-    def __init__(self, *, columns: list | None = None, **keys):
+    def __init__(
+        self,
+        *,
+        columns: list | None = None,
+        weights: str | int | None = None,
+        types: Mapping | None = None,
+        missing: str = "refuse",
+        key: str | None = None,
+        read: Mapping | None = None,
+        **keys,
+    ):
         super().__init__(**keys)
         self._check_list("columns", columns)
-        self.columns = columns
+        self._check_type("weights", weights, (str, int), "the name of a column")
+        if missing not in MISSING:
+            self._refuse("missing", missing, f"must be {', '.join(MISSING[:-1])} or {MISSING[-1]}")
+        for name, value in (("types", types), ("read", read)):
+            if value is not None and not isinstance(value, Mapping):
+                self._refuse(name, value, "must be a mapping, such as {zip: category}")
+        self.columns, self.weights, self.missing = columns, weights, missing
+        self.key, self.read = key, read or {}
+        self.types = parse_types(types or {})
         self._known: Columns | None = None
-        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None]] = {}
+        self._parts: dict[str, tuple[np.ndarray, torch.Tensor | None, np.ndarray | None]] = {}
 
     @property
     def spec(self) -> DataSpec:
-        return self._header if self._known is None else self._spec_of(self._known)
-
-    @cached_property
-    def _header(self) -> DataSpec:
-        """The description by the header of the file. Text in the context needs all rows, to count its categories."""
-        file = self._file()
-        names, context = file.choose(self.columns, self.context)
-        context = ColumnContext(tuple(context), (file.context_width(context),)) if context else None
-        return DataSpec(self.name, (len(names),), context=context)
-
-    def _spec_of(self, columns: Columns) -> DataSpec:
-        context = ColumnContext(tuple(columns.context_names), tuple(columns.context_shape)) if columns.context else None
-        return DataSpec(self.name, (len(columns.names),), context=context)
-
-    def _file(self) -> TableFile:
-        if self.path is None:
-            raise UsageError(f"dataset={self.name} needs dataset.path=FILE (csv, npy or parquet)")
-        return TableFile(self.path)
+        columns = self._known or self._found[1]
+        context = None
+        if columns.context:
+            context = ColumnContext(tuple(columns.context_names), columns.context_shape)
+        return DataSpec(self.name, (len(columns.encoded),), context=context, columns=columns.encoded)
 
     def use_columns(self, columns: Columns | None) -> None:
         """Encode rows by the columns of a checkpoint, since this file may have other categories and moments. An unknown
         category is refused."""
         self._known = columns
+
+    @cached_property
+    def _file(self) -> TableFile:
+        if self.path is None:
+            raise UsageError(f"dataset={self.name} needs dataset.path=FILE")
+        texts = [name for name, declared in self.types.items() if declared.kind == "categorical"]
+        if self._known:
+            known = (*self._known.modelled, *self._known.context)
+            texts = [column.name for column in known if column.kind == "categorical"]
+        file = TableFile(self.path, key=self.key, read=self.read, text=texts)
+        for note in file.notes:
+            log.info("%s: %s", self.path, note)
+        return file
+
+    @cached_property
+    def _found(self) -> tuple[int, Columns]:
+        """The number of rows in the file, and its columns without their moments. Reads the whole file."""
+        names, context = self._file.choose(self.columns, self.context, self.weights)
+        self._file.find_columns("types", list(self.types))
+        named = {*context, *self.types, *(names if self.columns is not None else ())}
+        with refuse_changes(self.path):
+            found = survey(self._file, [*names, *context], self.types, named, self.missing == "model")
+        dropped = [column for column in found.columns.values() if isinstance(column, Dropped)]
+        for column in dropped:
+            how = "" if column.is_constant else f"; dataset.types={{{column.name}: …}} or dataset.columns keeps it"
+            log.info("%s: column '%s' is left out: it %s%s", self.path, column.name, column.why, how)
+        self._check_gaps(found)
+        modelled = tuple(found.columns[name] for name in names if isinstance(found.columns[name], Column))
+        if not modelled:
+            why = f": it {dropped[0].why}" if len(dropped) == 1 else ""
+            raise UsageError(f"{self.path}: no column is left to model{why}; name one with dataset.columns=[…]")
+        given = tuple(found.columns[name] for name in context if isinstance(found.columns[name], Column))
+        return found.rows, Columns(modelled, given, _constants(names, found.columns))
+
+    def _check_gaps(self, found: Survey) -> None:
+        gaps = {name: gap for name, gap in found.gaps.items() if isinstance(found.columns[name], Column)}
+        if not gaps or self.missing != "refuse":
+            return
+        counts = ", ".join(f"'{name}' {count:,} (first in row {row})" for name, (count, row) in [*gaps.items()][:8])
+        more = f", and {len(gaps) - 8} more columns" if len(gaps) > 8 else ""
+        raise UsageError(
+            f"{self.path}: values are missing in {counts}{more}; dataset.missing=drop leaves out these rows,"
+            " dataset.missing=model models which are missing"
+        )
 
     def _check_context(self, context) -> None:
         self._check_list("context", context)
@@ -76,63 +143,84 @@ class Table(Vectors):
     def _open(self, name: str) -> ArraySplit:
         if not self._parts:
             self._read()
-        rows, context = self._parts[name]
-        return ArraySplit(torch.from_numpy(rows), self._description(name, len(rows)), context, self._known)
-
-    def _description(self, name: str, rows: int) -> str:
-        kinds = self._known.kinds
-        counts = [f"{kinds.count(kind)} {kind}" for kind in ("real", "integer", "categorical") if kind in kinds]
-        given = f", conditional on {', '.join(self._known.context_names)}" if self._known.context else ""
-        return (
-            f"{self.name} {name}: {rows:,} rows of {self.path}, {' + '.join(counts)} columns{given},"
-            f" cut with seed {self.split_seed}"
-        )
+        rows, context, weights = self._parts[name]
+        how = f"{len(rows):,} rows of {self.path}" + ("" if weights is None else f", weighted by {self.weights}")
+        how = f"{self.name} {name}: {how}, cut with seed {self.split_seed}"
+        weights = None if weights is None else torch.from_numpy(weights)
+        return ArraySplit(torch.from_numpy(rows), how, context, self._known, weights)
 
     def _read(self) -> None:
-        """Read the file twice: to find the kinds of its columns, then their values."""
-        spec, file = self.spec, self._file()
+        """Read the values of all rows, and split them."""
+        expected = None if self._known else self._found
+        columns = self._known or expected[1]
         with refuse_changes(self.path):
-            count, columns = self._survey(file)
-            if self._spec_of(columns) != spec:
-                raise FlowtrainError(f"{self.path} has changed since its header was read")
-            both = _read_values(file, columns, count)
+            if self._known:
+                for key, names in (("columns", columns.names), ("context", columns.context_names)):
+                    self._file.find_columns(key, names)
+            *both, weights, dropped = self._values(columns, expected and expected[0])
+        count = len(both[0])
+        if expected and count + dropped != expected[0]:
+            raise FlowtrainError(f"{self.path} has changed since it was first read")
+        if dropped:
+            log.info(
+                "%s: %s of %s rows miss a value and are left out", self.path, f"{dropped:,}", f"{count + dropped:,}"
+            )
         parts = split_indices(count, self.val_size, self.test_size, self.split_seed)
         parts = {part: np.sort(chosen) for part, chosen in parts.items()}
+        weights = split_weights(self.weights, weights, parts) if len(weights) else dict.fromkeys(parts)
         rows, context = (_split_rows(values, parts) for values in both)
-        self._known = self._known or columns.with_moments(rows["train"], context["train"])
+        self._known = self._known or columns.with_moments(rows["train"], context["train"], weights["train"])
         self._parts = {
-            part: (rows[part], self._known.standardize_context(context[part]) if columns.context else None)
+            part: (
+                rows[part],
+                self._known.standardize_context(context[part]) if columns.context else None,
+                weights[part],
+            )
             for part in parts
         }
 
-    def _survey(self, file: TableFile) -> tuple[int, Columns]:
-        """The number of rows, and the columns; their moments are still missing unless a checkpoint has them."""
-        known = self._known
-        if known is None:
-            names, context = file.choose(self.columns, self.context)
-        else:
-            names, context = (
-                file.find_columns("columns", known.names),
-                file.find_columns("context", known.context_names),
-            )
-        count, found = file.infer_columns([*names, *context])
-        modelled, given = found[: len(names)], found[len(names) :]
-        given = [column if column.categories else replace(column, kind="real") for column in given]
-        return count, known or Columns(tuple(modelled), tuple(given))
+    def _values(self, columns: Columns, count: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """The modelled columns and those of the context of ``count`` rows (None: all), as :func:`encode_values` returns
+        them; the weights, float64, empty without a column of them; and the number of rows that were left out."""
+        weighted = [] if self.weights is None else self._file.find_columns("weights", [self.weights])
+        names, weights = [*columns.names, *columns.context_names, *weighted], [np.empty(0)]
+        kinds = (columns.modelled, columns.context)
+        widths = [len(kind) + sum(column.missing for column in kind) for kind in kinds]
+        out = [np.empty((count or BLOCK, width), dtype=np.float32) for width in widths]
+        start = dropped = 0
+        for block in self._file.blocks(names):
+            row, size = start + dropped + 1, len(block[names[0]])
+            if self.missing == "drop":
+                block = _without_gaps(block)
+            kept = len(block[names[0]])
+            for i, kind in enumerate(kinds):
+                if start + kept > len(out[i]):
+                    out[i].resize((2 * (start + kept), widths[i]), refcheck=False)
+                if kind:
+                    out[i][start : start + kept] = encode_values(kind, block, row)
+            weights += [check_weights(name, block[name], row) for name in weighted]
+            start, dropped = start + kept, dropped + size - kept
+        if not start:
+            raise UsageError(f"{self.path} has no rows" + (" without a missing value" if dropped else ""))
+        return out[0][:start], out[1][:start], np.concatenate(weights), dropped
 
 
-def _read_values(file: TableFile, columns: Columns, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The modelled columns and those of the context, float32 (N, columns), as :func:`encode_values` returns them."""
-    kinds = (columns.modelled, columns.context)
-    out = tuple(np.empty((count, len(kind)), dtype=np.float32) for kind in kinds)
-    start = 0
-    for block in file.blocks([*columns.names, *columns.context_names]):
-        size = len(next(iter(block.values())))
-        for values, kind in zip(out, kinds, strict=True):
-            if kind:
-                values[start : start + size] = encode_values(kind, block, start + 1)
-        start += size
-    return out
+def _without_gaps(block: Block) -> Block:
+    gaps = [_is_missing(values) for values in block.values()]
+    kept = ~np.logical_or.reduce(gaps)
+    return block if kept.all() else {name: values[kept] for name, values in block.items()}
+
+
+def _is_missing(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind == "M":
+        return np.isnat(values)
+    return np.isnan(values) if values.dtype.kind == "f" else np.array([value is None for value in values])
+
+
+def _constants(names: Sequence[str], found: Mapping[str, Column | Dropped]) -> tuple[Constant, ...]:
+    """The constant columns among ``names``, with their places in a sample, where identifiers are absent."""
+    shown = [found[name] for name in names if isinstance(found[name], Column) or found[name].is_constant]
+    return tuple(Constant(one.name, one.value, place) for place, one in enumerate(shown) if isinstance(one, Dropped))
 
 
 def _split_rows(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -37,7 +37,8 @@ class Objective(Protocol):
         or None.
 
         Called once for each backward pass. Any method of ``flow`` may be used: DistributedDataParallel wraps this call
-        as a whole. Nothing should be read from the device.
+        as a whole. Nothing should be read from the device. The training pass multiplies the losses by the examples'
+        weights (``dataset.weights``), of which no objective need know.
         """
         ...
 

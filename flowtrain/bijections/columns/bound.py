@@ -1,0 +1,102 @@
+"""From an interval or a half-line to the real line."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowtrain.bijections.bijection import full_precision
+from flowtrain.bijections.columns.column_bijection import LARGEST, ColumnBijection
+
+
+class BoundColumns(ColumnBijection):
+    """Real columns with bounds to the real line; x in all other columns.
+
+    Between two bounds z = logit(t) with t = (x − low)/(high − low). With one bound z = log(t) with
+    t = (x − low)/(mean − low), or z = −log(t) with t = (high − x)/(high − mean). A value on a bound would map to ±∞: it
+    is kept half a rounding of t inside. A value outside becomes NaN, since it has no density. ``inverse`` stays within
+    the bounds.
+
+    Raises:
+        ValueError: ``shape`` is not that of a row.
+
+    >>> BoundColumns((3,))(torch.ones(2, 3))[0].shape
+    torch.Size([2, 3])
+    """
+
+    bounded: Tensor
+    two_sided: Tensor
+    sign: Tensor
+    anchor: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    least: Tensor
+    greatest: Tensor
+
+    def __init__(self, shape, context_shape=None):
+        super().__init__(shape, context_shape)
+        self.register_buffer("bounded", torch.zeros(self.shape, dtype=torch.bool))
+        self.register_buffer("two_sided", torch.zeros(self.shape, dtype=torch.bool))
+        self.register_buffer("sign", torch.ones(self.shape))  # −1 where t grows downwards, from an upper bound
+        self.register_buffer("anchor", torch.zeros(self.shape))  # the bound at which t = 0
+        self.register_buffer("scale", torch.ones(self.shape))
+        self.register_buffer("low", torch.full(self.shape, -LARGEST))  # rounded as data are
+        self.register_buffer("high", torch.full(self.shape, LARGEST))
+        self.register_buffer("least", torch.full(self.shape, -LARGEST))  # of samples: rounded inwards
+        self.register_buffer("greatest", torch.full(self.shape, LARGEST))
+
+    def _fit(self, columns, rows) -> None:
+        bounds = [(column.low, column.high) if column.kind == "real" else (None, None) for column in columns]
+        maps = [_unit_map(low, high, column.mean) for (low, high), column in zip(bounds, columns)]
+        low, high = (
+            torch.tensor([none if end is None else end for end in ends], dtype=torch.float64, device=self.low.device)
+            for ends, none in zip(zip(*bounds), (-LARGEST, LARGEST))
+        )
+        self._set(
+            bounded=[ends != (None, None) for ends in bounds],
+            two_sided=[None not in ends for ends in bounds],
+            sign=[sign for sign, _, _ in maps],
+            anchor=[anchor for _, anchor, _ in maps],
+            scale=[scale for _, _, scale in maps],
+            low=low,
+            high=high,
+        )
+        self._set(
+            least=torch.where(self.low.double() < low, torch.nextafter(self.low, self.high), self.low),
+            greatest=torch.where(self.high.double() > high, torch.nextafter(self.high, self.low), self.high),
+        )
+
+    def forward(self, x, context=None):
+        with full_precision(x):
+            margin = torch.finfo(x.dtype).eps / 2
+            t = torch.where(self.bounded, self.sign * (x - self.anchor) / self.scale, 0.5).clamp(min=margin)
+            t = torch.where(self.two_sided, t.clamp(max=1 - margin), t)
+            log_t, log_rest = t.log(), torch.where(self.two_sided, torch.log1p(-t), 0.0)
+            inside = (x >= self.low) & (x <= self.high)
+            z = torch.where(inside, self.sign * (log_t - log_rest), math.nan)
+            log_derivative = -log_t - log_rest - self.scale.log()
+            return torch.where(self.bounded, z, x), torch.where(self.bounded, log_derivative, 0.0).sum(1)
+
+    def inverse(self, z, context=None):
+        with full_precision(z):
+            y = torch.where(self.bounded, self.sign * z, 0.0)
+            t = torch.where(self.two_sided, torch.sigmoid(y), y.exp())
+            log_slope = torch.where(self.two_sided, F.logsigmoid(y) + F.logsigmoid(-y), y)
+            x = torch.clamp(self.anchor + self.sign * self.scale * t, self.least, self.greatest)
+            log_derivative = log_slope + self.scale.log()
+            return torch.where(self.bounded, x, z), torch.where(self.bounded, log_derivative, 0.0).sum(1)
+
+
+def _unit_map(low: float | None, high: float | None, mean: float) -> tuple[float, float, float]:
+    """Sign, anchor and scale of t = sign·(x − anchor)/scale."""
+    if low is not None and high is not None:
+        return 1.0, low, high - low
+    if low is not None:
+        return 1.0, low, mean - low or 1.0
+    if high is not None:
+        return -1.0, high, high - mean or 1.0
+    return 1.0, 0.0, 1.0

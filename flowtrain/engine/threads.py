@@ -1,0 +1,83 @@
+"""The number of torch's threads on a CPU that training steps are fastest with, measured on the first of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from flowtrain.engine.state import Stateful
+
+log = logging.getLogger("flowtrain")
+
+ROUNDS, KEPT = 3, 3  # turns of each number; the steps of a turn that count, after one that does not
+SLOW = 1.5  # a number with which steps take this many times as long as with the best gets no more turns
+
+
+def halvings(most: int) -> list[int]:
+    """``most``, its half, its quarter … and 1.
+
+    >>> halvings(6)
+    [6, 3, 1]
+    """
+    return [most] if most == 1 else [most, *halvings(most // 2)]
+
+
+class Threads(Stateful):
+    """Gives each of several numbers of threads its turns among the first steps of a run, then keeps the fastest.
+
+    These are the steps of the run, and no others are computed. Where fewer threads are slower, one turn with the second
+    number shows it. A run that is resumed keeps the number that was chosen.
+
+    Args:
+        numbers: of threads, the largest first. A single one is kept.
+        use: sets the number of threads.
+
+    Attributes:
+        chosen: the number to keep; None until that is known.
+    """
+
+    STATE = ("chosen", "round", "waiting", "steps", "seconds")
+
+    def __init__(self, numbers: list[int], use: Callable[[int], object] = torch.set_num_threads):
+        self.numbers, self.use = numbers, use
+        self.chosen = numbers[0] if len(numbers) == 1 else None
+        self.round, self.waiting, self.steps = 0, list(numbers), 0  # steps of the turn of the first that waits
+        self.seconds: dict[int, list[float]] = {number: [] for number in numbers}  # of the numbers in question
+
+    def start(self) -> None:
+        """To be called before the first step."""
+        self.use(self.chosen or self.waiting[0])
+
+    def after_step(self, seconds: float) -> None:
+        """To be called with the duration of each step."""
+        if self.chosen:
+            return
+        if self.steps:
+            self.seconds[self.waiting[0]].append(seconds)
+        self.steps += 1
+        if self.steps > KEPT:
+            self._end_turn()
+            self.use(self.chosen or self.waiting[0])
+
+    def _end_turn(self) -> None:
+        number, self.steps = self.waiting.pop(0), 0
+        typical = {one: median(times) for one, times in self.seconds.items() if times}
+        limit = SLOW * min(typical.values())
+        if self.waiting and typical[number] <= limit:
+            return
+        self.waiting = [one for one in typical if typical[one] <= limit]  # without those that had no turn
+        self.seconds = {one: self.seconds[one] for one in self.waiting}
+        self.round += 1
+        if self.round == ROUNDS or len(self.waiting) == 1:
+            self.chosen = min(self.waiting, key=typical.get)
+            took = ", ".join(f"{1000 * typical[one]:.1f} ms with {one}" for one in typical)
+            log.info("threads: %d from now on; a step took %s (threads=N sets it)", self.chosen, took)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where the run was; a single number is kept."""
+        if len(self.numbers) > 1:
+            super().load_state_dict(state)
+            self.chosen = self.chosen and min(self.chosen, self.numbers[0])
