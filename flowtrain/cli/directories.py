@@ -18,6 +18,8 @@ from flowtrain.errors import UsageError
 def check(command: Command, cfg: DictConfig) -> None:
     """Raise UsageError where ``hydra.run.dir`` holds a run or ``hydra.sweep.dir`` a sweep that ``cfg`` does not
     continue. A directory that flowtrain chooses is new and is not looked at: to read its name is to make it."""
+    if runs.dry_run:
+        return
     resume = cfg.get("resume") if command.trains else None
     run_dir, sweep_dir = _given(cfg, "run"), _given(cfg, "sweep")
     if run_dir and is_taken(run_dir, resume):

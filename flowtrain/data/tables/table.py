@@ -116,6 +116,7 @@ class Table(Vectors):
         self._check_gaps(found)
         modelled = tuple(found.columns[name] for name in names if isinstance(found.columns[name], Column))
         if not modelled:
+            split_indices(found.rows, self.val_size, self.test_size, self.split_seed)  # in one row, all are constant
             why = f": it {dropped[0].why}" if len(dropped) == 1 else ""
             raise UsageError(f"{self.path}: no column is left to model{why}; name one with dataset.columns=[…]")
         given = tuple(found.columns[name] for name in context if isinstance(found.columns[name], Column))
@@ -152,11 +153,11 @@ class Table(Vectors):
     def _read(self) -> None:
         """Read the values of all rows, and split them."""
         expected = None if self._known else self._found
-        columns = self._known or expected[1]
+        columns, file = self._known or expected[1], self._file
         with refuse_changes(self.path):
             if self._known:
                 for key, names in (("columns", columns.names), ("context", columns.context_names)):
-                    self._file.find_columns(key, names)
+                    file.find_columns(key, names)
             *both, weights, dropped = self._values(columns, expected and expected[0])
         count = len(both[0])
         if expected and count + dropped != expected[0]:
