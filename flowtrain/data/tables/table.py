@@ -11,6 +11,7 @@ import torch
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
 from flowtrain.data.tables.columns import Columns, encode_values
+from flowtrain.data.tables.inference import context_width, infer_columns
 from flowtrain.data.tables.table_file import BLOCK, TableFile, refuse_changes
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
@@ -48,7 +49,7 @@ class Table(Vectors):
         """The description by the header of the file. Text in the context needs all rows, to count its categories."""
         file = self._file()
         names, context = file.choose(self.columns, self.context)
-        context = ColumnContext(tuple(context), (file.context_width(context),)) if context else None
+        context = ColumnContext(tuple(context), (context_width(file, context),)) if context else None
         return DataSpec(self.name, (len(names),), context=context)
 
     def _spec_of(self, columns: Columns) -> DataSpec:
@@ -115,7 +116,7 @@ class Table(Vectors):
                 file.find_columns("columns", known.names),
                 file.find_columns("context", known.context_names),
             )
-        count, found = file.infer_columns([*names, *context])
+        count, found = infer_columns(file, [*names, *context])
         modelled, given = found[: len(names)], found[len(names) :]
         given = [column if column.categories else replace(column, kind="real") for column in given]
         return count, known or Columns(tuple(modelled), tuple(given))

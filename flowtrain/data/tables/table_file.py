@@ -11,23 +11,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data.tables.column import Column
 from flowtrain.errors import FlowtrainError, UsageError
 
 log = logging.getLogger(__name__)
 
 BLOCK = 2**16  # rows of a block
 CSV_BLOCK = 2**24  # bytes of a block of text
-MOST_CATEGORIES = 1000  # a column of more different texts holds names, not categories
-EXACT = 2.0**22  # up to here float32 distinguishes x from x + ½
-WHOLE = 2.0**53  # up to here float64 distinguishes x from x + 1
-# numbers in forms that are not read: 12,5 or 1.234,5 or 1'234 or 12 %
-OTHER_FORMS = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
 UNNAMED = ("", "Unnamed: 0", "__index_level_0__")  # names that pandas gives to an index in the file
 
 Block = dict[str, np.ndarray]  # name -> float64 with NaN for missing values, or texts with None for missing values
@@ -45,7 +38,7 @@ class Csv:
             raise UsageError(f"{path}: the name of a column holds a line break; rename it")
         self.delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", line).count)
         self.names = next(csv.reader([line], delimiter=self.delimiter), [])
-        if not self.names or all(_is_number(name) for name in self.names):
+        if not self.names or all(is_number(name) for name in self.names):
             raise UsageError(f"{path} has no first line that names its columns")
         with open(path, "rb") as file:
             file.seek(-1, os.SEEK_END)
@@ -237,125 +230,21 @@ class TableFile:
                 raise UsageError(f"dataset.{key}: '{name}' is named twice")
         return chosen
 
-    def text_columns(self, names: Sequence[str]) -> set[str]:
-        """Which of the columns hold text."""
+    def kinds(self, names: Sequence[str]) -> dict[str, str]:
+        """What each of the columns holds: "number" or "text"."""
         with _name_file_in_errors(self.path):
-            return self._source.text_columns(names)
-
-    def context_width(self, names: Sequence[str]) -> int:
-        """The numbers in a context of these columns: one for each column of numbers, the number of categories for
-        each column of text, for which all rows are read, once for each version of the file."""
-        texts = sorted(self.text_columns(names))
-        stat = self.path.stat()
-        counts = _category_counts(str(self.path), tuple(texts), stat.st_mtime_ns, stat.st_size) if texts else ()
-        return len(names) - len(texts) + sum(counts)
+            texts = self._source.text_columns(names)
+        return {name: "text" if name in texts else "number" for name in names}
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         """Yield the rows in order: numbers as float64, NaN if missing; text as objects, None if missing."""
         with _name_file_in_errors(self.path):
             yield from self._source.blocks(names)
 
-    def infer_columns(self, names: Sequence[str]) -> tuple[int, list[Column]]:
-        """The number of rows, and a description of each column without mean and std. Reads these columns once.
-
-        Raises:
-            UsageError: a value is missing or not finite; the message names the column and the row.
-        """
-        rows, texts = 0, self.text_columns(names)
-        found = {name: _TextColumn(name) if name in texts else _NumberColumn(name) for name in names}
-        for block in self.blocks(names):
-            for name in names:
-                found[name].update(block[name], rows + 1)
-            rows += len(block[names[0]])
-        if not rows:
-            raise UsageError(f"{self.path} has no rows")
-        return rows, [found[name].column() for name in names]
-
-
-class _TextColumn:
-    def __init__(self, name: str):
-        self.name, self.rows = name, {}  # text -> its first row
-
-    def update(self, values: np.ndarray, row: int) -> None:
-        new = set(values) - self.rows.keys()
-        if new:
-            values = list(values)
-            self.rows |= {text: row + values.index(text) for text in new}
-        if None in new:
-            raise missing_value_error(self.name, self.rows[None])
-        if len(self.rows) > MOST_CATEGORIES:
-            raise UsageError(
-                f"column '{self.name}' holds more than {MOST_CATEGORIES:,} different texts, too many for categories;"
-                " leave it out with dataset.columns=[…]"
-            )
-
-    def column(self) -> Column:
-        others = [text for text in self.rows if not _is_number(text)]
-        if 0 < len(others) < len(self.rows) / 2:  # such as ? for a missing value
-            why = "is not a number, but most values of the column are"
-        elif others and all(map(OTHER_FORMS.fullmatch, self.rows)):
-            why = "is a number in a form that cannot be read; write 1234.5, or leave the column out"
-        else:
-            return Column(self.name, "categorical", tuple(sorted(self.rows)))
-        text = min(others, key=self.rows.get)
-        raise UsageError(f"column '{self.name}', row {self.rows[text]}: '{text}' {why}")
-
-
-class _NumberColumn:
-    def __init__(self, name: str):
-        self.name, self.offset, self.whole = name, None, True
-        self.least, self.greatest = np.inf, -np.inf
-
-    def update(self, values: np.ndarray, row: int) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            raise missing_value_error(self.name, row + int(finite.argmin()))
-        if self.offset is None:
-            first = float(values[0])
-            with np.errstate(over="ignore"):  # too large a number is refused below
-                self.offset = first if abs(first) > 1000 * values.std() else 0.0
-            self.repeats = len(values) >= 1000 and len(np.unique(values)) < len(values) / 10
-        self.whole = self.whole and bool((values == np.floor(values)).all())
-        self.least, self.greatest = min(self.least, values.min()), max(self.greatest, values.max())
-
-    def column(self) -> Column:
-        reach = max(abs(self.least - self.offset), abs(self.greatest - self.offset))
-        if reach > np.finfo(np.float32).max:
-            raise UsageError(f"column '{self.name}': values up to {reach:g} are too large for float32")
-        exact = max(abs(self.least), abs(self.greatest)) < WHOLE
-        is_integer = self.whole and exact and reach <= EXACT
-        if not exact:
-            log.warning(
-                "column '%s': numbers up to %.16g, where neighbours are more than 1 apart in float64; read as real"
-                " numbers, which are rounded",
-                self.name,
-                max(self.least, self.greatest, key=abs),
-            )
-        elif self.whole and not is_integer:
-            log.warning(
-                "column '%s': whole numbers from %.16g to %.16g, too far apart for float32 to dequantize;"
-                " read as real numbers",
-                self.name,
-                self.least,
-                self.greatest,
-            )
-        elif self.repeats and not is_integer:
-            log.warning(
-                "column '%s': real numbers that often repeat exactly, as rounded numbers do; the density there is"
-                " unbounded",
-                self.name,
-            )
-        return Column(self.name, "integer" if is_integer else "real", offset=self.offset)
-
 
 def missing_value_error(name: str, row: int) -> UsageError:
     """The error to raise for the value of a column in a row, counted from 1."""
     return UsageError(f"column '{name}', row {row} (the first is 1): its value is missing or not finite")
-
-
-@lru_cache(maxsize=16)
-def _category_counts(path: str, names: tuple[str, ...], *_version: int) -> tuple[int, ...]:
-    return tuple(len(column.categories) for column in TableFile(path).infer_columns(names)[1])
 
 
 @contextmanager
@@ -414,7 +303,7 @@ def _to_block(path: Path, batch, names: Sequence[str]) -> Block:
     return out
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
