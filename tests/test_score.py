@@ -276,7 +276,7 @@ def test_a_class_is_given_by_its_label(tmp_path):
 
 @pytest.mark.parametrize("block", [100, 256, 400])
 def test_groups_do_not_depend_on_how_a_file_is_read(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("flowtrain.data.tables.table_file.BLOCK", block)
+    monkeypatch.setattr("flowtrain.data.tables.block.BLOCK", block)
     rows = np.random.default_rng(0).normal(size=(900, 3)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
     source = inputs.TableRows(tmp_path / "rows.npy", inputs.unnamed_columns(3, None))

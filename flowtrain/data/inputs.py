@@ -16,9 +16,11 @@ from torch import Tensor
 
 from flowtrain.data.image_files import SUFFIXES, ImageFileSplit, find_images
 from flowtrain.data.loader import evaluation_batches
+from flowtrain.data.tables.arrays import Array
+from flowtrain.data.tables.block import Block
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
-from flowtrain.data.tables.table_file import READERS, Array, Block, TableFile
+from flowtrain.data.tables.table_file import READERS, TableFile
 from flowtrain.errors import FlowtrainError, UsageError
 
 GROUP = 256

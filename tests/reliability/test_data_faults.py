@@ -20,8 +20,10 @@ from PIL import Image
 from flowtrain import data, train
 from flowtrain.data.image_files import ImageFileSplit, find_images
 from flowtrain.data.tables import table
+from flowtrain.data.tables.arrays import Array
+from flowtrain.data.tables.block import BLOCK
 from flowtrain.data.tables.inference import infer_columns
-from flowtrain.data.tables.table_file import BLOCK, Array, TableFile
+from flowtrain.data.tables.table_file import TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint

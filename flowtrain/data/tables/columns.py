@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.data.tables.block import BLOCK
 from flowtrain.data.tables.column import Column
-from flowtrain.data.tables.table_file import BLOCK, missing_value_error
+from flowtrain.data.tables.table_file import missing_value_error
 from flowtrain.errors import FlowtrainError, UsageError
 
 

@@ -40,8 +40,12 @@ def infer_columns(file: TableFile, names: Sequence[str]) -> tuple[int, list[Colu
 
 
 def text_columns(file: TableFile, names: Sequence[str]) -> set[str]:
-    """Which of the columns hold text."""
-    return {name for name, kind in file.kinds(names).items() if kind == "text"}
+    """Which of the columns hold text, or true and false."""
+    kinds = file.kinds(names)
+    times = [name for name, kind in kinds.items() if kind == "time"]
+    if times:
+        raise UsageError(f"{file.path}: column '{times[0]}' holds times: write them as numbers, or leave it out")
+    return {name for name, kind in kinds.items() if kind in ("text", "boolean")}
 
 
 def context_width(file: TableFile, names: Sequence[str]) -> int:

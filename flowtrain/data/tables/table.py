@@ -10,9 +10,10 @@ import torch
 
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
+from flowtrain.data.tables.block import BLOCK
 from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.inference import context_width, infer_columns
-from flowtrain.data.tables.table_file import BLOCK, TableFile, refuse_changes
+from flowtrain.data.tables.table_file import TableFile, refuse_changes
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 
