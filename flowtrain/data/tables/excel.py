@@ -31,6 +31,9 @@ class Excel(TextFile):
         if len(sheets) > 1 and "sheet_name" not in read:
             self.notes.append(f"the sheet is '{sheet}'; dataset.read={{sheet_name: …}} chooses of {join_names(sheets)}")
 
+    def _warn_if_cut(self):
+        pass
+
     def _pieces(self):
         yield self._text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,10 @@ import numpy as np
 from flowtrain.data.tables.block import Block, Kind, Reader, check_options, join_names
 from flowtrain.data.tables.dialect import find_dialect
 from flowtrain.data.tables.numerals import MISSING, Numerals, candidates, has_leading_zero
-from flowtrain.data.tables.text_stream import text_pieces
+from flowtrain.data.tables.text_stream import COMPRESSIONS, text_pieces
 from flowtrain.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 # options of pandas.read_csv that are set here, and those that are passed on to it
 OWN = ("comment", "decimal", "encoding", "encoding_errors", "header", "keep_default_na", "na_values", "names", "nrows")
@@ -51,6 +55,7 @@ class TextFile(Reader):
         self.numerals: dict[str, Numerals] = {}  # of the columns of numbers
         self._kinds: dict[str, Kind] = self._find_kinds({*text})
         self.notes += self._numeral_notes()
+        self._warn_if_cut()
 
     def kinds(self, names):
         return {name: self._kinds[name] for name in names}
@@ -69,6 +74,14 @@ class TextFile(Reader):
             row += size
             if row >= last:
                 return
+
+    def _warn_if_cut(self) -> None:
+        if self.path.suffix.lower() in COMPRESSIONS:  # a truncated one cannot be read
+            return
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() not in (b"\n", b"\r", b"\0"):  # the last one in UTF-16
+                log.warning("%s ends in the middle of a line; if it is truncated, its last value is wrong", self.path)
 
     def _pieces(self) -> Iterator[bytes]:
         return text_pieces(self.path, self.options.get("encoding"), self.options.get("encoding_errors", "strict"))
