@@ -26,6 +26,7 @@ from flowtrain.data.tables.block import (
 from flowtrain.errors import FlowtrainError, UsageError
 
 REFUSED = {"columns": "dataset.columns=[…] chooses columns", "source": "dataset.path=FILE names the file"}
+LEAN = {"pre_buffer": False, "buffer_size": 2**17}  # of ParquetFile: a row group is not in memory as a whole
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}  # in a unit of Arrow's durations and times of day
 
 
@@ -88,7 +89,7 @@ class Parquet(ArrowReader):
         from pyarrow import parquet
 
         check_options(read, inspect.signature(parquet.ParquetFile).parameters.keys() - {*REFUSED}, "parquet", REFUSED)
-        self.path, self.options = path, dict(read)
+        self.path, self.options = path, LEAN | {**read}
         self.files = parquet_parts(path) if path.is_dir() else [path]
         self.schema = self._schema(self.files[0])
         for file in self.files[1:]:
@@ -182,10 +183,10 @@ class ArrowFile(ArrowReader):
 
     def batches(self, places, rows):
         with self._source() as source, self._open(source, places) as opened:
-            if hasattr(opened, "get_batch"):
-                yield from map(opened.get_batch, range(opened.num_record_batches))
-            else:
-                yield from opened
+            count = getattr(opened, "num_record_batches", None)  # a stream does not know
+            for batch in opened if count is None else map(opened.get_batch, range(count)):
+                batch.validate(full=True)  # damaged values would end the process
+                yield batch
 
 
 def kind_of(arrow_type) -> Kind | None:

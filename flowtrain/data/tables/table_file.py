@@ -156,7 +156,7 @@ def _name_file_in_errors(path: Path):
             f"{path} is not in {error.encoding.upper()}: name its encoding with dataset.read={{encoding: latin-1}}"
         ) from error
     except Exception as error:  # libraries raise many kinds for a damaged file
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = "".join(filter(str.isprintable, " ".join(str(error).split())))[:300] or type(error).__name__
         raise FlowtrainError(f"cannot read {path}: {why}") from error
 
 
