@@ -592,12 +592,6 @@ def test_files_that_are_no_tables(tmp_path):
     one_line(lambda: data.Table(path=str(tmp_path / "t.parquet")).split("train"), "column 'a' holds list")
 
 
-def test_pyarrow_that_is_lacking_is_named(tmp_path, monkeypatch):
-    (tmp_path / "t.csv").write_text(csv(""))
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "pip install 'flowtrain[tables]'")
-
-
 def test_whole_numbers_too_far_apart_and_rounded_numbers_are_said(tmp_path, caplog):
     random = np.random.default_rng(0)
     rows = np.stack((random.integers(0, 2**40, 2000), random.normal(size=2000).round(1)), 1)

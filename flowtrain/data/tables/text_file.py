@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from flowtrain.data.tables.text_stream import COMPRESSIONS, text_pieces
 from flowtrain.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+LEADING_ZERO = re.compile(rb"(?:\A|[^0-9A-Za-z.,+-])0\d|,0\d+\s*[,\n]")  # perhaps of a postal code
 
 # options of pandas.read_csv that are set here, and those that are passed on to it
 OWN = ("comment", "decimal", "encoding", "encoding_errors", "header", "keep_default_na", "na_values", "names", "nrows")
@@ -62,18 +65,14 @@ class TextFile(Reader):
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
         row, last = 0, self.options.get("nrows") or np.inf
-        plain = Numerals(self.dialect.decimal)
-        fast = {name for name in names if self.numerals.get(name) == plain}
         for chunk in self._chunks():
-            columns = self._parse(chunk, names, fast, row)
-            size = min(len(columns[names[0]]), int(min(last - row, 2**62)))
-            yield {
-                name: values[:size] if name in fast else self._convert(name, values[:size], row)
-                for name, values in columns.items()
-            }
-            row += size
-            if row >= last:
+            block = self._columns(chunk, names, row)
+            size = len(block[names[0]])
+            if row + size >= last:
+                yield {name: values[: int(last) - row] for name, values in block.items()}
                 return
+            yield block
+            row += size
 
     def _warn_if_cut(self) -> None:
         if self.path.suffix.lower() in COMPRESSIONS:  # a truncated one cannot be read
@@ -114,8 +113,8 @@ class TextFile(Reader):
         yield b"".join([*kept, head[at:]])
         yield from pieces
 
-    def _parse(self, chunk: bytes, names: Sequence[str], fast: set[str], row: int = 0) -> dict[str, np.ndarray]:
-        """Columns of a chunk, before which there are ``row`` rows: the ``fast`` ones float64, the others texts, NaN if
+    def _parse(self, chunk: bytes, names: Sequence[str], fast: set[str]) -> dict[str, np.ndarray]:
+        """Columns of a chunk as pandas takes them: the ``fast`` ones numbers if they are, the others texts, NaN if
         missing."""
         import pandas as pd
 
@@ -133,9 +132,7 @@ class TextFile(Reader):
                 header=None,
                 names=range(self.records.fields),
                 usecols=sorted(places.values()) if self.records.strict else None,
-                dtype={
-                    place: object for name, place in places.items() if name not in fast
-                },  # the others: pandas is faster
+                dtype={place: object for name, place in places.items() if name not in fast},
                 decimal=self.dialect.decimal,
                 quotechar=self.records.quote,
                 na_values=missing,
@@ -146,12 +143,21 @@ class TextFile(Reader):
             )
         except TypeError as error:  # an option of another type
             raise UsageError(f"dataset.read: {' '.join(str(error).split())}") from error
-        columns = {name: frame[place].to_numpy() for name, place in places.items()}
+        return {name: frame[place].to_numpy() for name, place in places.items()}
+
+    def _columns(self, chunk: bytes, names: Sequence[str], row: int) -> Block:
+        """Columns of a chunk, before which there are ``row`` rows, as they are in a block."""
+        plain = Numerals(self.dialect.decimal)
+        fast = {name for name in names if self.numerals.get(name) == plain}  # pandas is slower if told of float64
+        columns = self._parse(chunk, names, fast)
         odd = [name for name in fast if columns[name].dtype.kind not in "iuf"]
         if odd:  # text among numbers, or numbers of too many digits for pandas
-            texts = self._parse(chunk, odd, set())
-            columns |= {name: self._convert(name, texts[name], row) for name in odd}
-        return columns | {name: columns[name].astype(np.float64, copy=False) for name in fast}
+            columns |= self._parse(chunk, odd, set())
+        numbers = fast - {*odd}
+        return {
+            name: values.astype(np.float64, copy=False) if name in numbers else self._convert(name, values, row)
+            for name, values in columns.items()
+        }
 
     def _convert(self, name: str, values: np.ndarray, row: int) -> np.ndarray:
         """A column as it is in a block, from texts in which a missing value is NaN. Raises UsageError for the first
@@ -198,22 +204,31 @@ class TextFile(Reader):
             self.numerals = dict.fromkeys(self.names, Numerals(self.dialect.decimal))
             return dict.fromkeys(self.names, "number")
         kinds: dict[str, Kind] = {}
+        zeros = LEADING_ZERO.search(chunk)
+        candidate = set() if zeros else {*self.names} - text
+        odd = []
+        for name, values in self._parse(chunk, self.names, candidate).items():
+            if name in candidate and values.dtype.kind in "iuf":
+                kinds[name], self.numerals[name] = "number", Numerals(self.dialect.decimal)
+            else:
+                odd.append(name)
+        for name, values in self._parse(chunk, odd, set()).items() if odd else ():
+            kinds[name] = "text" if name in text else self._find_kind(name, self._distinct(values)[1])
+        return kinds
+
+    def _find_kind(self, name: str, texts) -> Kind:
+        """What the different texts of a column (a pyarrow array) are; for numbers, how they are written is kept."""
+        if len(texts) and all(value in BOOLEANS for value in texts[:7].to_pylist()):
+            return "boolean"
+        if has_leading_zero(texts):
+            return "text"
         marks = self.options.get("thousands")
         forms = candidates(self.dialect.decimal) if marks is None else _with_thousands(self.dialect.decimal, marks)
-        for name, values in self._parse(chunk, self.names, set()).items():
-            texts = self._distinct(values)[1]
-            kinds[name] = "text"
-            if name in text:
-                continue
-            if len(texts) and all(value in BOOLEANS for value in texts[:7].to_pylist()):
-                kinds[name] = "boolean"
-            elif not has_leading_zero(texts):
-                numerals = next(
-                    (form for form in forms if form.match(texts[:9]).all() and form.match(texts).all()), None
-                )
-                if numerals is not None:
-                    kinds[name], self.numerals[name] = "number", numerals
-        return kinds
+        numerals = next((form for form in forms if form.match(texts[:9]).all() and form.match(texts).all()), None)
+        if numerals is None:
+            return "text"
+        self.numerals[name] = numerals
+        return "number"
 
     def _numeral_notes(self) -> list[str]:
         """One note for each way to write numbers that is not the plainest."""
