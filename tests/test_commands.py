@@ -18,6 +18,7 @@ from flowtrain import train
 from flowtrain.commands import eval as evaluation
 from flowtrain.commands import sample
 from flowtrain.commands.contexts import contexts
+from flowtrain.commands.restored import restore
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.errors import UsageError
 from flowtrain.runtime import status
@@ -118,10 +119,9 @@ def test_integers_alone_are_reported_in_bits_too(tmp_path):
 
 def test_a_conditional_flow_draws_the_classes_asked_for(tmp_path):
     config, summary = train_run(tmp_path, *TINY, "dataset.context=label", "base=class_normal")
-    flow = flowtrain.load(str(tmp_path))
     for label, classes in ((None, [0, 1, 2, 3, 4, 5]), (3, [3] * 6), ([1, 7, 1], [1] * 6 + [7] * 6 + [1] * 6)):
         asked, folder = of_checkpoint(config, summary, tmp_path / f"{label}", **{**SAMPLE, "label": label})
-        assert contexts(asked, flow, None)[slice(0, len(classes))].argmax(1).tolist() == classes
+        assert contexts(asked, restore(asked, asked.ckpt, "auto"))[slice(0, len(classes))].argmax(1).tolist() == classes
         assert np.load(sample.main(asked, folder)["npy"]).shape == (len(classes), 1, 8, 8)
     assert evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **EVAL))["examples"] == 40
     for label, says in ((10, "the classes are 0 to 9"), ([], "the classes are")):

@@ -279,7 +279,7 @@ def test_a_class_is_given_by_its_label(tmp_path):
 
 @pytest.mark.parametrize("block", [100, 400])
 def test_processes_share_each_block_of_a_table(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("flowtrain.data.tables.table_file.BLOCK", block)
+    monkeypatch.setattr("flowtrain.data.tables.block.BLOCK", block)
     rows = np.random.default_rng(0).normal(size=(901, 3)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
     source = inputs.TableRows(tmp_path / "rows.npy", inputs.unnamed_columns(3, None))

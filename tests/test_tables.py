@@ -19,7 +19,7 @@ from flowtrain import data
 from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.data import pickled_frames
 from flowtrain.data.spec import ColumnContext, DataSpec
-from flowtrain.data.tables import table_file
+from flowtrain.data.tables import inference, table_file, text_file, text_stream
 from flowtrain.data.tables.columns import Column, Columns, moments
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
@@ -414,7 +414,9 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
     else:
         write(frame, path)
     if kind == "many_blocks":
-        monkeypatch.setattr(table_file, "CSV_BLOCK", 2**11)
+        monkeypatch.setattr(text_stream, "HEAD", 2**11)
+        monkeypatch.setattr(text_stream, "PIECE", 2**11)
+        monkeypatch.setattr(text_file, "CHUNK", 2**11)
         monkeypatch.setattr("flowtrain.data.tables.table.BLOCK", 37)
     dataset = data.Table(path=str(path), context=["age", "colour"], val_size=50, test_size=0.2)
     parts = {name: dataset.split(name) for name in ("train", "val", "test")}
@@ -531,7 +533,7 @@ def test_arrays(tmp_path):
     chosen = sorted(np.random.default_rng(0).permutation(60)[:6])
     np.testing.assert_array_equal(split.data.numpy(), rows[chosen][:, [2, 0]].astype(np.float32))
     one_line(lambda: data.Table(path=str(tmp_path / "a.npy"), columns=[7]).split("test"), "'c7'", "c0, c1, c2, c3")
-    np.save(tmp_path / "b.npy", rows[0])
+    np.save(tmp_path / "b.npy", rows[None])
     one_line(lambda: data.Table(path=str(tmp_path / "b.npy")).split("test"), "(rows, columns)")
     np.save(tmp_path / "o.npy", np.array([[None]]))
     one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "not an .npy", error=FlowtrainError)
@@ -548,31 +550,19 @@ def csv(text, rows=40):
         (csv("1,2\n,3\n"), {}, ("column 'a'", "row 2", "missing")),
         (csv("1,2\n1,NaN\n"), {}, ("column 'b'", "row 2", "missing")),
         (csv("inf,2\n"), {}, ("column 'a'", "row 1", "not finite")),
-        (csv("1,2\n1,-\n"), {}, ("column 'b'", "row 2", "'-' is not a number")),
+        (csv("1,2\n1,-\n"), {}, ("column 'b'", "row 2", "missing")),
         (csv("1,1e39\n"), {}, ("column 'b'", "too large for float32")),
         ("a,b\n" + "1,x\n2,\n" * 20, {}, ("column 'b'", "row 2", "missing")),
         ("a,b\n" + "1,2\n" * 40, {}, ("column 'a'", "constant")),
         (csv(""), {"context": ["a", "b"]}, ("dataset.columns", "no column is left")),
         (csv(""), {"columns": ["a", "a"]}, ("'a' is named twice",)),
-        (csv(""), {"columns": ["A"]}, ("no column 'A'", "there are a, b")),
+        (csv(""), {"columns": ["Z"]}, ("no column 'Z'", "there are a, b")),
         (csv(""), {"context": ["aa"]}, ("dataset.context", "no column 'aa'", "did you mean 'a'")),
         (csv(""), {"columns": "a"}, ("dataset.columns=a", "must be a list")),
         (csv("", 2), {}, ("2 examples are too few",)),
-        (csv("").replace("a,b", ",b"), {}, ("column 1 has no name", "dataset.columns")),
-        (csv("").replace("a,b", "a,a"), {}, ("two columns 'a'",)),
-        (csv("")[4:], {}, ("no first line that names",)),
         ("a,b\n", {}, ("has no rows",)),
-        ("", {}, ("no first line that names",)),
-        ("a,b\n" + "1,2020-02-03\n" * 20, {}, ("column 'b' holds date32",)),
+        ("", {}, ("it is empty",)),
         ("a,b\n" + "".join(f"{i},id{i}\n" for i in range(1500)), {}, ("column 'b'", "1,000 different texts")),
-        (
-            "a;b\n" + "".join(f"{i};{i},5\n" for i in range(40)),
-            {},
-            ("column 'b', row 1", "'0,5' is a number in a form"),
-        ),
-        ("a\tb\n" + "".join(f"{i}\t{i}.5 %\n" for i in range(40)), {}, ("'0.5 %' is a number in a form",)),
-        ("a,b\n" + "".join(f'{i},"{i},000"\n' for i in range(40)), {}, ("'0,000' is a number in a form",)),
-        ('a,"b\nc"\n' + "1,2\n3,4\n" * 20, {}, ("name of a column holds a line break",)),
     ],
 )
 def test_tables_that_cannot_be_modelled_are_refused(tmp_path, text, keys, parts):
@@ -581,30 +571,26 @@ def test_tables_that_cannot_be_modelled_are_refused(tmp_path, text, keys, parts)
 
 
 def test_text_far_down_a_column_of_numbers_is_refused_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_file, "CSV_BLOCK", 2**10)
-    (tmp_path / "t.csv").write_text(csv("", 500) + "1.5,?\n" + "2,3\n" * 300)
+    monkeypatch.setattr(text_stream, "HEAD", 2**10)
+    monkeypatch.setattr(text_stream, "PIECE", 2**10)
+    monkeypatch.setattr(text_file, "CHUNK", 2**10)
+    (tmp_path / "t.csv").write_text(csv("", 500) + "1.5,x\n" + "2,3\n" * 300)
     one_line(
-        lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'?' is not a number"
+        lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "column 'b', row 501", "'x' is not a number"
     )
     (tmp_path / "t.csv").write_text(csv("", 500) + "1.5\n")
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "Expected 2", error=FlowtrainError)
+    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "row 501", "has 1 field, not 2")
 
 
 def test_files_that_are_no_tables(tmp_path):
     one_line(lambda: data.Table().split("train"), "dataset=table needs dataset.path=FILE (csv, npy or parquet)")
     one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "t.csv: no such file")
-    one_line(lambda: data.Table(path=str(tmp_path / "t.xls")).split("train"), ".csv, .npy, .parquet")
+    one_line(lambda: data.Table(path=str(tmp_path / "t.xls")).split("train"), "must end in .csv,", ".parquet")
     one_line(lambda: data.Power(context=["a"]), "dataset.context=['a']", "nothing to be conditional on")
     (tmp_path / "t.parquet").write_text("nothing")
     one_line(lambda: data.Table(path=str(tmp_path / "t.parquet")).split("train"), "cannot read", error=FlowtrainError)
     pd.DataFrame({"a": [[1], [2]]}).to_parquet(tmp_path / "t.parquet")
     one_line(lambda: data.Table(path=str(tmp_path / "t.parquet")).split("train"), "column 'a' holds list")
-
-
-def test_pyarrow_that_is_lacking_is_named(tmp_path, monkeypatch):
-    (tmp_path / "t.csv").write_text(csv(""))
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "pip install 'flowtrain[tables]'")
 
 
 def test_whole_numbers_too_far_apart_and_rounded_numbers_are_said(tmp_path, caplog):
@@ -626,9 +612,13 @@ def test_separators_are_those_outside_of_quotes(tmp_path):
 
 def test_files_in_another_code_or_empty(tmp_path, caplog):
     (tmp_path / "t.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "t.csv is not in UTF-8")
+    one_line(
+        lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"),
+        "t.csv is not in UTF-8",
+        "dataset.read={encoding: latin-1}",
+    )
     (tmp_path / "t.csv").write_bytes(b"")
-    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "no first line")
+    one_line(lambda: data.Table(path=str(tmp_path / "t.csv")).split("train"), "it is empty")
     assert not caplog.records  # the refusal says it all
 
 
@@ -705,16 +695,14 @@ def test_a_table_that_is_no_longer_what_its_header_said(tmp_path, frame):
 def test_categories_are_counted_once(tmp_path, frame, monkeypatch):
     path = write(frame, tmp_path / "once.csv")
     calls = []
-    survey = table_file.TableFile.infer_columns
-    monkeypatch.setattr(
-        table_file.TableFile, "infer_columns", lambda self, names: calls.append(names) or survey(self, names)
-    )
+    survey = inference.infer_columns
+    monkeypatch.setattr(inference, "infer_columns", lambda file, names: calls.append(names) or survey(file, names))
     for _ in range(3):
-        assert table_file.TableFile(path).context_width(["colour", "age"]) == 4
+        assert inference.context_width(table_file.TableFile(path), ["colour", "age"]) == 4
     assert calls == [("colour",)]
     frame["colour"] = "red"
     write(frame, Path(path))
-    assert table_file.TableFile(path).context_width(["colour", "age"]) == 2  # another file by now
+    assert inference.context_width(table_file.TableFile(path), ["colour", "age"]) == 2  # another file by now
 
 
 # ------------------------------------------------------------------ its links
@@ -738,7 +726,7 @@ def fit_layer(cls, columns=MADE_UP):
 def test_columns_of_integers_and_categories_are_dequantized(dtype, monkeypatch):
     layer = fit_layer(b.DequantizeColumns).to(dtype)
     edge = torch.nextafter(torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
-    far = table_file.EXACT
+    far = inference.EXACT
     x = torch.tensor([[0.3, -2, 0], [-1.7, 5, 2], [1e9, far - 1, 1], [0.1, -far, 2]])
     for u in (torch.zeros((), dtype=dtype), torch.full((), 0.5, dtype=dtype), edge):
         monkeypatch.setattr(global_batch, "uniform", lambda shape, u=u, **_: u.expand(shape))

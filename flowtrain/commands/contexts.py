@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from flowtrain.commands import SampleConfig
+from flowtrain.commands.restored import Restored
 from flowtrain.data import Columns
+from flowtrain.data.dataset import Dataset
 from flowtrain.data.inputs import input_path, read_contexts
 from flowtrain.data.labels import class_number, label_context, list_classes
+from flowtrain.data.spec import class_names
 from flowtrain.errors import UsageError
-from flowtrain.flow import Flow
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,15 @@ class Contexts:
         return self.rows[torch.from_numpy(self.places(samples))]
 
 
-def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: Sequence[str] = ()) -> Contexts | None:
+def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     """The contexts of the samples; None for an unconditional flow.
 
-    ``config.label`` is the class of the ``config.n`` samples, by number or by its name among ``names``, or a list: n of
-    each class in turn; None: n samples of which each is of the next class. ``config.context`` maps each context column
+    ``config.label`` is the class of the ``config.n`` samples, by its number or its name, or a list: n of each class in
+    turn; None: n samples of which each is of the next class. ``config.context`` maps each context column
     of a table to a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises
     UsageError where they do not fit the flow.
     """
-    shape = flow.bijection.context_shape
+    shape, columns = restored.flow.bijection.context_shape, restored.columns
     if config.label is not None and (shape is None or columns):
         raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
     if config.context is not None and not (shape and columns):
@@ -58,8 +60,8 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: S
     if shape is None:
         return None
     if columns:
-        return _of_columns(config, columns)
-    (classes,) = shape
+        return _of_columns(config, columns, restored.dataset)
+    (classes,), names = shape, class_names(restored.dataset.spec)
     if config.label is None:
         return Contexts(label_context(torch.arange(config.n) % classes, classes), 1)
     given = config.label if isinstance(config.label, list) else [config.label]
@@ -69,10 +71,10 @@ def contexts(config: SampleConfig, flow: Flow, columns: Columns | None, names: S
     return Contexts(label_context(labels, classes), config.n)
 
 
-def _of_columns(config: SampleConfig, columns: Columns) -> Contexts:
+def _of_columns(config: SampleConfig, columns: Columns, data: Dataset) -> Contexts:
     given, names = config.context or {}, columns.context_names
     if isinstance(given, str):
-        values, rows = read_contexts(input_path(given, "context"), columns)
+        values, rows = read_contexts(input_path(given, "context"), columns, data)
         return Contexts(rows, config.n, {name: _as_written(column) for name, column in values.items()})
     if not isinstance(given, dict) or set(given) != set(names):
         wanted = ", ".join(f"{name}: …" for name in names)

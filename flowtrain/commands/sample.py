@@ -19,7 +19,6 @@ from flowtrain.commands.outputs import open_array, open_table, progress, table_p
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
-from flowtrain.data.spec import class_names
 from flowtrain.errors import UsageError
 from flowtrain.plots.curves import plot_curves
 from flowtrain.plots.grid import image_grid, save_png
@@ -49,7 +48,7 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
-    context = contexts(config, restored.flow, restored.columns, class_names(spec))
+    context = contexts(config, restored)
     n = config.n if context is None else len(context)
     batches = _batches(restored, n, config.seed, context, temperatures)
     if not distributed.is_main():

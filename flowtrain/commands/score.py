@@ -98,18 +98,15 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
 def _source(config: ScoreConfig, restored: Restored) -> Input:
     """The reader of ``config.input``. Raises UsageError where that is not the model's kind of data."""
     if not config.input:
-        raise UsageError("input=PATH is needed: a table (csv, parquet, npy), or a folder, .zip, .tar or npy of images")
+        raise UsageError(f"input=PATH is needed: {TABLES}, or a folder, .zip, .tar or array of images")
     path, data = input_path(config.input), restored.dataset
     grey_levels = data.spec.grey_levels
     suffix = "" if path.is_dir() else path.suffix.lower()
     if restored.columns is None and (arrays := open_arrays(path, data, config.on_bad)):
         return arrays
     if not data.spec.is_image:
-        if suffix not in TABLES:
-            raise UsageError(f"input={config.input}: this model takes rows: a file that ends in {', '.join(TABLES)}")
-        return TableRows(
-            path, restored.columns or unnamed_columns(restored.flow.dimensions, grey_levels), config.on_bad
-        )
+        columns = restored.columns or unnamed_columns(restored.flow.dimensions, grey_levels)
+        return TableRows(path, columns, config.on_bad, data)
     if grey_levels is None:
         raise UsageError(f"input={config.input}: this model takes real numbers: {ARRAYS}")
     if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():

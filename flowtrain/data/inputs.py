@@ -5,6 +5,7 @@ before it.
 """
 
 import difflib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -24,13 +25,18 @@ from flowtrain.data.image_folders import common_folders, image_labels
 from flowtrain.data.image_sources import SUFFIXES, Source, find_images
 from flowtrain.data.labels import number_classes, printable
 from flowtrain.data.loader import evaluation_batches
+from flowtrain.data.tables.block import Block
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
-from flowtrain.data.tables.table_file import READERS, Block, TableFile
+from flowtrain.data.tables.table import Table
+from flowtrain.data.tables.table_file import TableFile, find_reader
 from flowtrain.errors import FlowtrainError, UsageError
 
+log = logging.getLogger("flowtrain")
+
+TABLES = "a table (csv, tsv, txt, parquet, feather, npy, npz, h5, jsonl, xlsx)"
 IMAGES, NUMBERS = 2**12, 2**24  # most images, and numbers in them, of a group
-TABLES, ARRAY, ARCHIVES = tuple(READERS), ".npy", (".zip", ".tar", ".parquet")
+ARRAY, ARCHIVES = ".npy", (".zip", ".tar", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -175,11 +181,15 @@ def open_arrays(path: Path, data: Dataset, on_bad: str) -> ArrayRows | None:
 
 class TableRows(Input):
     """The rows of a table, whose columns are found by the names of ``columns``: see :func:`match_names`. The processes
-    share out each block of rows that is read."""
+    share out each block of rows that is read.
 
-    def __init__(self, path: Path, columns: Columns, on_bad: str = "stop"):
+    Args:
+        data: the model's data set; of a table, whose options read a file of the same format.
+    """
+
+    def __init__(self, path: Path, columns: Columns, on_bad: str = "stop", data: Dataset | None = None):
         self.path, self.columns, self.on_bad = path, columns, on_bad
-        self.file = TableFile(path)
+        self.file = open_table(path, columns, data)
         self.names = match_names(path, [*columns.names, *columns.context_names], self.file.names)
 
     def groups(self, rank=0, world=1):
@@ -241,13 +251,28 @@ def match_names(path: Path, wanted: Sequence[str], available: Sequence[str]) -> 
     return names
 
 
-def read_contexts(path: Path, columns: Columns) -> tuple[dict[str, np.ndarray], Tensor]:
+def open_table(path: Path, columns: Columns, data: Dataset | None) -> TableFile:
+    """A table with ``columns``, read with the options of ``data`` where that is a table of the same format.
+
+    Raises:
+        UsageError: it is not a table.
+    """
+    if not (path.is_dir() or find_reader(path)):
+        raise UsageError(f"{path}: this model takes rows: {TABLES}")
+    same = isinstance(data, Table) and data.path is not None and find_reader(data.path) is find_reader(path)
+    file = TableFile(path, text=columns.texts, **({"read": data.read, "key": data.key} if same else {}))
+    for note in file.notes:
+        log.info("%s: %s", path, note)
+    return file
+
+
+def read_contexts(path: Path, columns: Columns, data: Dataset) -> tuple[dict[str, np.ndarray], Tensor]:
     """The context columns of all rows of a table: as the file has them, and encoded, float32 (N, C).
 
     Raises:
         UsageError: the table has no rows, lacks a column, or holds a value that is missing or unknown.
     """
-    file = TableFile(path)
+    file = open_table(path, columns, data)
     names = match_names(path, columns.context_names, file.names)
     blocks = list(file.blocks(list(names.values())))
     if not sum(len(next(iter(block.values()))) for block in blocks):

@@ -20,7 +20,11 @@ from PIL import Image
 from flowtrain import data, train
 from flowtrain.data.image_files import ImageFileSplit
 from flowtrain.data.image_sources import find_images
-from flowtrain.data.tables.table_file import BLOCK, Array, TableFile
+from flowtrain.data.tables import table
+from flowtrain.data.tables.arrays import Array
+from flowtrain.data.tables.block import BLOCK
+from flowtrain.data.tables.inference import survey
+from flowtrain.data.tables.table_file import TableFile
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint
@@ -196,16 +200,16 @@ def change_archive(folder):
 
 def change_table_between_two_readings(folder):
     np.save(folder / "t.npy", np.random.default_rng(0).normal(size=(60, 3)))
-    table, infer_columns = data.Table(path=str(folder / "t.npy")), TableFile.infer_columns
+    dataset = data.Table(path=str(folder / "t.npy"))
 
-    def infer_and_change(self, names):
-        found = infer_columns(self, names)
+    def survey_and_change(*words):
+        found = survey(*words)
         np.save(folder / "t.npy", np.zeros((90, 3)))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TableFile, "infer_columns", infer_and_change)
-        return error_line(lambda: table.split("train")), f"{folder}/t.npy", "has changed while it was read"
+        patch.setattr(table, "survey", survey_and_change)
+        return error_line(lambda: dataset.split("train")), f"{folder}/t.npy", "has changed while it was read"
 
 
 def truncate_array_while_it_is_read(folder):

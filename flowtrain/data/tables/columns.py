@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.tables import times
+from flowtrain.data.tables.block import BLOCK
 from flowtrain.data.tables.column import Column, Constant
-from flowtrain.data.tables.table_file import BLOCK, missing_value_error
+from flowtrain.data.tables.table_file import missing_value_error
 from flowtrain.errors import FlowtrainError, UsageError
 
 WORDS = {"categorical": "category"}  # as dataset.types has it
@@ -87,6 +88,11 @@ class Columns:
     @property
     def context_shape(self) -> tuple[int] | None:
         return (sum(map(_context_width, self.context)),) if self.context else None
+
+    @property
+    def texts(self) -> list[str]:
+        """The names of the columns that are read as text."""
+        return [column.name for column in (*self.modelled, *self.context) if column.kind == "categorical"]
 
     def encode(self, frame: Mapping, first_row: int = 1) -> tuple[Tensor, Tensor | None]:
         """Encode new rows for a flow: x, float32 (N, D), and their context, float32 (N, C), or None without one.

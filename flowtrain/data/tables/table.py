@@ -11,10 +11,11 @@ import torch
 
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
+from flowtrain.data.tables.block import BLOCK, Block
 from flowtrain.data.tables.column import Column, Constant
 from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.inference import Dropped, Survey, survey
-from flowtrain.data.tables.table_file import BLOCK, Block, TableFile, refuse_changes
+from flowtrain.data.tables.table_file import TableFile, refuse_changes
 from flowtrain.data.tables.types import parse_types
 from flowtrain.data.tables.weights import check_weights, split_weights
 from flowtrain.data.vectors import Vectors
@@ -93,10 +94,7 @@ class Table(Vectors):
         if self.path is None:
             raise UsageError(f"dataset={self.name} needs dataset.path=FILE")
         texts = [name for name, declared in self.types.items() if declared.kind == "categorical"]
-        if self._known:
-            known = (*self._known.modelled, *self._known.context)
-            texts = [column.name for column in known if column.kind == "categorical"]
-        file = TableFile(self.path, key=self.key, read=self.read, text=texts)
+        file = TableFile(self.path, key=self.key, read=self.read, text=self._known.texts if self._known else texts)
         for note in file.notes:
             log.info("%s: %s", self.path, note)
         return file
