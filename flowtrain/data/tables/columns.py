@@ -16,6 +16,7 @@ from flowtrain.data.tables.column import Column, Constant
 from flowtrain.data.tables.table_file import missing_value_error
 from flowtrain.errors import FlowtrainError, UsageError
 
+BOOLEANS = {"false", "true"}
 WORDS = {"categorical": "category"}  # as dataset.types has it
 
 
@@ -91,8 +92,9 @@ class Columns:
 
     @property
     def texts(self) -> list[str]:
-        """The names of the columns that are read as text."""
-        return [column.name for column in (*self.modelled, *self.context) if column.kind == "categorical"]
+        """The names of the columns that are read as text, whatever they look like."""
+        columns = (*self.modelled, *self.context)
+        return [column.name for column in columns if column.categories and not {*column.categories} <= BOOLEANS]
 
     def encode(self, frame: Mapping, first_row: int = 1) -> tuple[Tensor, Tensor | None]:
         """Encode new rows for a flow: x, float32 (N, D), and their context, float32 (N, C), or None without one.

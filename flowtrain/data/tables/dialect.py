@@ -185,8 +185,9 @@ def _comment_mark(lines: list[_Line]) -> str | None:
 
 
 def _separator(lines: list[_Line]) -> str | None:
-    """What separates the fields: it occurs equally often in every line, and leaves the most numbers."""
-    best, found = (0.0, -1.0), ","
+    """What separates the fields: it occurs equally often in every line, also in the first but for the name of an index,
+    and leaves the most numbers."""
+    best, found = (0.0, False, -1.0), ","
     texts = [line.text for line in lines[:200]]
     for separator in SEPARATORS:
         records = Records(separator, 0)
@@ -200,8 +201,9 @@ def _separator(lines: list[_Line]) -> str | None:
         numeric = sum(map(_is_number, fields)) / len(fields)
         if separator is None and not numeric:  # words
             continue
-        if (min(share, 0.9), numeric) > best:
-            best, found = (min(share, 0.9), numeric), separator
+        fit = (min(share, 0.9), widths[0] in (common, common - 1), numeric)
+        if fit > best:
+            best, found = fit, separator
     decimals = all(re.fullmatch(rb" *[-+]?\d+,\d+ *", text) for text in texts[1:])
     if found == "," and len(texts) > 1 and b"," not in texts[0] and decimals:
         return ";"  # one column of decimals

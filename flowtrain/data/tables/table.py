@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -117,7 +118,8 @@ class Table(Vectors):
             split_indices(found.rows, self.val_size, self.test_size, self.split_seed)  # in one row, all are constant
             why = f": it {dropped[0].why}" if len(dropped) == 1 else ""
             raise UsageError(f"{self.path}: no column is left to model{why}; name one with dataset.columns=[…]")
-        given = tuple(found.columns[name] for name in context if isinstance(found.columns[name], Column))
+        given = [found.columns[name] for name in context if isinstance(found.columns[name], Column)]
+        given = tuple(replace(column, kind="real") if column.kind == "integer" else column for column in given)
         return found.rows, Columns(modelled, given, _constants(names, found.columns))
 
     def _check_gaps(self, found: Survey) -> None:
@@ -143,10 +145,17 @@ class Table(Vectors):
         if not self._parts:
             self._read()
         rows, context, weights = self._parts[name]
-        how = f"{len(rows):,} rows of {self.path}" + ("" if weights is None else f", weighted by {self.weights}")
-        how = f"{self.name} {name}: {how}, cut with seed {self.split_seed}"
         weights = None if weights is None else torch.from_numpy(weights)
+        how = self._description(name, len(rows))
         return ArraySplit(torch.from_numpy(rows), how, context, self._known, weights)
+
+    def _description(self, name: str, rows: int) -> str:
+        kinds = [column.kind for column in self._known.modelled]
+        counts = " + ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        given = f", conditional on {', '.join(self._known.context_names)}" if self._known.context else ""
+        given += "" if self.weights is None else f", weighted by {self.weights}"
+        of = f"{self.name} {name}: {rows:,} rows of {self.path}"
+        return f"{of}, {counts} columns{given}, cut with seed {self.split_seed}"
 
     def _read(self) -> None:
         """Read the values of all rows, and split them."""
