@@ -11,7 +11,7 @@ import zarr
 from composed import ONLY_IMAGES, configuration
 from inprocess import flowtrain
 
-from flowtrain import data, flows
+from flowtrain import data, flows, train
 from flowtrain.bijections import Flatten, StandardizeChannels
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.data import arrays
@@ -339,6 +339,17 @@ def test_spectra_are_vectors_with_a_plot_of_curves(tmp_path):
     assert made(tmp_path, "run/sample/*/curves.png").stat().st_size > 1000
     run(tmp_path, "score", "ckpt=run", "input=x.npy")
     assert len(made(tmp_path, "run/score/*/scores.csv").read_text().splitlines()) == 41
+
+
+def test_a_split_that_is_read_batch_by_batch_trains_the_same(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", FIELD)
+    words = ["dataset=arrays", f"dataset.path={tmp_path}/x.npy", "model=maf", "smoke=true", "trainer.tensorboard=false"]
+    results = []
+    for held in (2**30, 0):
+        monkeypatch.setattr(arrays, "HELD_BYTES", held)
+        (folder := tmp_path / f"run{held}").mkdir()
+        results.append(train.main(configuration(*words), str(folder))["log_likelihood"])
+    assert results[0] == results[1]
 
 
 def test_resume_finds_the_run(tmp_path):
