@@ -1,6 +1,7 @@
 """dataset=arrays: files of every kind, their axes and numbers, and every command on what was trained on them."""
 
 import json
+import os
 from functools import partial
 
 import h5py
@@ -231,6 +232,14 @@ def test_a_damaged_file_is_one_line(tmp_path, kind):
     with pytest.raises(FlowtrainError) as caught:
         data.Arrays(path=str(path)).split("train")
     assert "\n" not in str(caught.value) and "data." in str(caught.value)
+
+
+def test_a_file_that_is_truncated_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "HELD_BYTES", 0)
+    split = data.Arrays(path=str(write(tmp_path, FIELD, "npy"))).split("train")
+    os.truncate(tmp_path / "data.npy", 5000)
+    with pytest.raises(FlowtrainError, match=r"cannot read .*data.npy from index \d+ on: it is truncated"):
+        split.take(torch.arange(len(split)))
 
 
 # ------------------------------------------------------------------ densities of fields
