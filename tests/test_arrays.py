@@ -297,7 +297,7 @@ def made(folder, pattern):
 
 def test_every_command_on_a_field(tmp_path):
     np.savez(tmp_path / "x.npz", x=FIELD, y=LABELS)
-    words = ["dataset=arrays", "dataset.path=x.npz", "dataset.labels=y", "dataset.context=label", "model=glow"]
+    words = ["dataset=arrays", "dataset.path=x.npz", "dataset.labels=y", "dataset.context=label", "model=nice"]
     run(tmp_path, "train", *words, *SMALL)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     expected = -96 * (0.5 * np.log(2 * np.pi * np.e) + np.log(100))  # of normals of deviation 100
@@ -317,7 +317,7 @@ def test_every_command_on_a_field(tmp_path):
 
 def test_a_checkpoint_describes_its_arrays_without_them(tmp_path):
     path = write(tmp_path, RGB.astype(np.uint16), "each")
-    run(tmp_path, "train", "dataset=arrays", f"dataset.path={path}", "model=realnvp", *SMALL)
+    run(tmp_path, "train", "dataset=arrays", f"dataset.path={path}", "model=nice", *SMALL)
     np.save(tmp_path / "first.npy", RGB[:5].transpose(0, 3, 1, 2).astype(np.int64))
     wrong = RGB[:5].astype(np.int64)
     wrong[3, 0, 0, 0] = 256
@@ -386,3 +386,17 @@ def test_rows_come_in_any_order():
 
     assert Squares().take(np.array([7, 2, 3, 7])).ravel().tolist() == [49, 4, 9, 49]
     assert Squares().take(np.array([], dtype=int)).shape == (0, 1)
+
+
+FOUND = {"shape": [1, 4, 4], "layout": "NHW", "grey_levels": None, "dropped_bits": 0, "classes": []}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shape": 4}, {"layout": "HWN"}, {"grey_levels": 1}, {"dropped_bits": -1}, {"classes": [1]}]
+)
+def test_a_damaged_record_of_a_checkpoint_is_refused(wrong):
+    assert data.Arrays(found=FOUND).spec.shape == (1, 4, 4)
+    with pytest.raises(UsageError, match="the record of the arrays is damaged"):
+        data.Arrays(found=FOUND | wrong)
+    with pytest.raises(UsageError, match="the record of the classes is damaged"):
+        data.ImageFolder(context="label", found={"classes": [1]}).spec  # noqa: B018

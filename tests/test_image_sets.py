@@ -215,7 +215,7 @@ def test_sides_that_are_none(size):
 # ------------------------------------------------------------------ commands
 
 
-SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run", "model=realnvp"]
+SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run", "model=nice"]
 
 
 def test_every_command_on_labelled_images(tmp_path):
