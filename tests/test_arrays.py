@@ -1,6 +1,7 @@
 """dataset=arrays: files of every kind, their axes and numbers, and every command on what was trained on them."""
 
 import json
+import os
 from functools import partial
 
 import h5py
@@ -11,7 +12,7 @@ import zarr
 from composed import ONLY_IMAGES, configuration
 from inprocess import flowtrain
 
-from flowtrain import data, flows
+from flowtrain import data, flows, train
 from flowtrain.bijections import Flatten, StandardizeChannels
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.data import arrays
@@ -233,6 +234,14 @@ def test_a_damaged_file_is_one_line(tmp_path, kind):
     assert "\n" not in str(caught.value) and "data." in str(caught.value)
 
 
+def test_a_file_that_is_truncated_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "HELD_BYTES", 0)
+    split = data.Arrays(path=str(write(tmp_path, FIELD, "npy"))).split("train")
+    os.truncate(tmp_path / "data.npy", 5000)
+    with pytest.raises(FlowtrainError, match=r"cannot read .*data.npy from index \d+ on: it is truncated"):
+        split.take(torch.arange(len(split)))
+
+
 # ------------------------------------------------------------------ densities of fields
 
 
@@ -288,7 +297,7 @@ def made(folder, pattern):
 
 def test_every_command_on_a_field(tmp_path):
     np.savez(tmp_path / "x.npz", x=FIELD, y=LABELS)
-    words = ["dataset=arrays", "dataset.path=x.npz", "dataset.labels=y", "dataset.context=label", "model=glow"]
+    words = ["dataset=arrays", "dataset.path=x.npz", "dataset.labels=y", "dataset.context=label", "model=nice"]
     run(tmp_path, "train", *words, *SMALL)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     expected = -96 * (0.5 * np.log(2 * np.pi * np.e) + np.log(100))  # of normals of deviation 100
@@ -308,7 +317,7 @@ def test_every_command_on_a_field(tmp_path):
 
 def test_a_checkpoint_describes_its_arrays_without_them(tmp_path):
     path = write(tmp_path, RGB.astype(np.uint16), "each")
-    run(tmp_path, "train", "dataset=arrays", f"dataset.path={path}", "model=realnvp", *SMALL)
+    run(tmp_path, "train", "dataset=arrays", f"dataset.path={path}", "model=nice", *SMALL)
     np.save(tmp_path / "first.npy", RGB[:5].transpose(0, 3, 1, 2).astype(np.int64))
     wrong = RGB[:5].astype(np.int64)
     wrong[3, 0, 0, 0] = 256
@@ -341,6 +350,17 @@ def test_spectra_are_vectors_with_a_plot_of_curves(tmp_path):
     assert len(made(tmp_path, "run/score/*/scores.csv").read_text().splitlines()) == 41
 
 
+def test_a_split_that_is_read_batch_by_batch_trains_the_same(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", FIELD)
+    words = ["dataset=arrays", f"dataset.path={tmp_path}/x.npy", "model=maf", "smoke=true", "trainer.tensorboard=false"]
+    results = []
+    for held in (2**30, 0):
+        monkeypatch.setattr(arrays, "HELD_BYTES", held)
+        (folder := tmp_path / f"run{held}").mkdir()
+        results.append(train.main(configuration(*words), str(folder))["log_likelihood"])
+    assert results[0] == results[1]
+
+
 def test_resume_finds_the_run(tmp_path):
     np.save(tmp_path / "x.npy", FIELD)
     words = ["train", "dataset=arrays", "dataset.path=x.npy", "model=maf", "smoke=true", "trainer.tensorboard=false"]
@@ -366,3 +386,17 @@ def test_rows_come_in_any_order():
 
     assert Squares().take(np.array([7, 2, 3, 7])).ravel().tolist() == [49, 4, 9, 49]
     assert Squares().take(np.array([], dtype=int)).shape == (0, 1)
+
+
+FOUND = {"shape": [1, 4, 4], "layout": "NHW", "grey_levels": None, "dropped_bits": 0, "classes": []}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shape": 4}, {"layout": "HWN"}, {"grey_levels": 1}, {"dropped_bits": -1}, {"classes": [1]}]
+)
+def test_a_damaged_record_of_a_checkpoint_is_refused(wrong):
+    assert data.Arrays(found=FOUND).spec.shape == (1, 4, 4)
+    with pytest.raises(UsageError, match="the record of the arrays is damaged"):
+        data.Arrays(found=FOUND | wrong)
+    with pytest.raises(UsageError, match="the record of the classes is damaged"):
+        data.ImageFolder(context="label", found={"classes": [1]}).spec  # noqa: B018

@@ -418,7 +418,7 @@ def test_missing_and_empty_folders(tmp_path):
     one_line(lambda: data.ImageFolder(path=str(tmp_path / "none")).split("train"), "dataset.path=", "does not exist")
     one_line(lambda: data.ImageFolder(path=str(tmp_path)).split("train"), "dataset.path", "no images", ".png")
     (tmp_path / "images.rar").touch()
-    one_line(lambda: data.ImageFolder(path=str(tmp_path / "images.rar")).split("train"), ".zip or .tar")
+    one_line(lambda: data.ImageFolder(path=str(tmp_path / "images.rar")).split("train"), ".zip, .tar or .parquet")
     (tmp_path / "images.zip").write_text("no archive")
     one_line(lambda: data.ImageFolder(path=str(tmp_path / "images.zip")).split("train"), "zip", error=FlowtrainError)
     one_line(lambda: data.CelebAHQ(root=str(tmp_path)).split("train"), "dataset=celebahq", "celeba_hq")

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -213,7 +215,7 @@ def test_sides_that_are_none(size):
 # ------------------------------------------------------------------ commands
 
 
-SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run", "model=realnvp"]
+SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run", "model=nice"]
 
 
 def test_every_command_on_labelled_images(tmp_path):
@@ -281,3 +283,21 @@ def test_a_class_of_an_odd_name(odd_folder):
     (odd_folder / ODD).unlink()
     images = data.ImageFolder(path=str(odd_folder), image_size=8, context="label")
     assert images.spec.context.names == ("chat\\xe9", "dog", "eel") and len(images.split("train"))
+
+
+def test_a_folder_of_an_odd_name(tmp_path, odd_folder):
+    """The command as a process of its own, whose stdout takes UTF-8 alone."""
+    odd = odd_folder.rename(tmp_path / os.fsdecode(b"photos\xe9"))
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    words = ["dataset=image_folder", f"dataset.path='{odd}'", "dataset.image_size=8", *SMALL]
+    for command in (["train", *words], ["score", "ckpt=run", f"input='{odd / ODD}'"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "flowtrain", *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert "photos\\udce9" in (tmp_path / "run/train.log").read_text(encoding="utf-8")
+    assert list(tmp_path.glob("run/score/*/scores.csv"))

@@ -273,7 +273,7 @@ def test_a_class_is_given_by_its_label(tmp_path):
     one, other = (likelihoods(run_dir, tmp_path, input="digits.npy", label=label) for label in (0, 3))
     assert np.abs(one - other).max() > 1e-3
     for keys in ({}, {"label": 10}):
-        with pytest.raises(UsageError, match="give the class, 0 to 9"):
+        with pytest.raises(UsageError, match="label=.*0 to 9"):
             run_score(run_dir, tmp_path, input="digits.npy", **keys)
 
 

@@ -37,6 +37,7 @@ HYDRA_FULL_ERROR=1 shows an error's traceback. Exit codes: 0; 1 failed; 2 wrong 
 def main() -> None:
     end_at_once()
     end_with_torchrun()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are not UTF-8
     # Before torch starts its threads. Threads that spin while they wait make a shared machine ten times slower; threads
     # that do not spin at all wake too late for small operations, and a step on two idle cores takes 1.5 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -47,6 +47,7 @@ def execute(command: str, config: JobConfig, run_dir: str, logging_config: dict 
 def main() -> None:
     """Read a job from stdin, run it, and write its summary or its error into the group's folder."""
     end_in_kernel()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are not UTF-8
     job = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_follow_parent, daemon=True).start()
     file = Path(job.pop("folder")) / f"{distributed.rank()}.json"

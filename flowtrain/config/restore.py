@@ -26,6 +26,7 @@ from flowtrain.config.compose import is_part
 from flowtrain.config.conversion import key_names, to_dict, validate
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.labels import printable
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint
@@ -106,7 +107,7 @@ def _check_plain(config) -> None:
             raise ValueError("it is too deep or too large")
         if isinstance(value, str) and ("${" in value or value == "???"):
             raise ValueError(f"it holds an interpolation: {value[:60]}")
-        if isinstance(value, str) and not "".join(value.split()).isprintable():
+        if isinstance(value, str) and not "".join(printable(value).split()).isprintable():
             raise ValueError(f"it holds control characters: {value[:60]}")
         if not isinstance(value, dict | list | str | int | float | None):
             raise ValueError(f"it holds a {type(value).__name__}")

@@ -88,16 +88,23 @@ class NpyRows(Rows):
                 self.whole = numbers.reshape(self.shape, order="F")
 
     def read(self, start, stop):
-        if self.whole is not None:
-            return self.whole[start:stop]
-        with _name_file_in_errors(self.path), open(self.path, "rb") as file:
-            file.seek(self.start + self.each * start)
-            data = file.read(self.each * (stop - start))
-        if len(data) < self.each * (stop - start):
-            raise FlowtrainError(
-                f"cannot read {self.path} from {self.name(start + len(data) // self.each)} on: it is truncated"
-            )
-        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
+        return self._read([(start, stop - start)]) if self.whole is None else self.whole[start:stop]
+
+    def take(self, numbers):
+        return self._read([(number, 1) for number in numbers.tolist()]) if self.whole is None else self.whole[numbers]
+
+    def _read(self, runs: list[tuple[int, int]]) -> np.ndarray:
+        """Rows of each (first, how many), one run after another."""
+        data, at = np.empty(self.each * sum(rows for _, rows in runs), np.uint8), 0
+        with _name_file_in_errors(self.path), open(self.path, "rb", buffering=0) as file:
+            for first, rows in runs:
+                file.seek(self.start + self.each * first)
+                end = at + self.each * rows
+                while at < end and (found := file.readinto(data[at:end])):
+                    at += found
+                if at < end:
+                    raise FlowtrainError(f"cannot read {self.path} from {self.name(first)} on: it is truncated")
+        return data.view(self.dtype).reshape(-1, *self.shape[1:])
 
 
 class HeldRows(Rows):
