@@ -399,7 +399,7 @@ def test_circular_splines_learn_a_distribution_across_the_seam():
     x = torch.tensor(generator.vonmises(np.pi, 3.0, (4000, 1))).float()
     x = torch.where(x < 0, x + 2 * np.pi, x)
     columns = Columns((Column("phi", "angle", low=0.0, high=2 * math.pi),))
-    flow = with_angles(flows.maf, (1,), angles=[0])
+    flow = with_angles(flows.maf, (1,), columns=[0])
     fit_to_columns(flow.bijection, columns, x)
     optimizer = torch.optim.Adam(flow.parameters(), 3e-2)
     for _ in range(150):
@@ -408,6 +408,12 @@ def test_circular_splines_learn_a_distribution_across_the_seam():
         loss.backward()
         optimizer.step()
     assert loss.item() == pytest.approx(-stats.vonmises(3.0, np.pi).logpdf(x.numpy()).mean(), abs=0.02)
+
+
+def test_the_splines_of_angles_have_keys():
+    flow = flow_with_angles(RING, "maf", None, "standardize", "angles.bins=5", "angles.hidden=16")
+    assert flow.bijection.factored.second.splines.univariate.bins == 5
+    assert flow.bijection.factored.second.splines.net.linears[0].out_features == 16
 
 
 def test_angles_refuse_what_they_cannot_be():
