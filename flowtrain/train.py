@@ -388,6 +388,8 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     if spec.context:
         log.info("context: %s, shape %s", config.dataset["context"], "×".join(map(str, spec.context_shape)))
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
+    if spec.columns and all(column.kind == "angle" for column in spec.columns):
+        log.info("every column is an angle: circular splines are the whole flow, and model= has no part in it")
     preset = f"{model_name(config)}_{spec.name}"
     if config.published is None and (conf_dir() / "experiment" / f"{preset}.yaml").exists():
         log.info("paper size: experiment=%s", preset)

@@ -16,14 +16,18 @@ from flowtrain import flows
 from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.bijections.ode import exact_trace
 from flowtrain.data.spec import ColumnContext, DataSpec
+from flowtrain.data.split import ArraySplit
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
 from flowtrain.distributions import Joint, Logistic
+from flowtrain.engine.audit import _count_changes, audit
+from flowtrain.engine.divergence import examine
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.flows import parts
 from flowtrain.flows.angles import with_angles
 from flowtrain.runtime import global_batch
+from flowtrain.train import _fit_to_columns
 
 
 def fit(layer, columns, rows=None):
@@ -49,11 +53,11 @@ INSIDE = torch.tensor([[0.25, 2.5, -70.0, 0.1, 3.0], [0.99, 90.0, 1.0, -20.0, 0.
 
 
 def test_bounds_are_exact_in_both_directions():
-    assert_exact(fit(b.BoundColumns, BOUNDED).double(), INSIDE)
+    assert_exact(fit(b.BoundColumns, BOUNDED, INSIDE).double(), INSIDE)
 
 
 def test_bounds_map_only_real_columns_that_have_them():
-    z, _ = fit(b.BoundColumns, BOUNDED).double()(INSIDE)
+    z, _ = fit(b.BoundColumns, BOUNDED, INSIDE).double()(INSIDE)
     assert torch.equal(z[:, [2, 4]], INSIDE[:, [2, 4]])
     expected = [math.log(0.25 / 0.75), math.log(0.5 / 3), -math.log(0.6 / 3.7)]
     torch.testing.assert_close(z[0, [0, 1, 3]].tolist(), expected, rtol=1e-6, atol=1e-6)
@@ -61,7 +65,7 @@ def test_bounds_map_only_real_columns_that_have_them():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_samples_never_leave_the_bounds(dtype):
-    layer = fit(b.BoundColumns, BOUNDED).to(dtype)
+    layer = fit(b.BoundColumns, BOUNDED, INSIDE).to(dtype)
     z = torch.linspace(-300, 300, 999, dtype=dtype)[:, None].expand(-1, 5)
     x, log_det = layer.inverse(z)
     x = x.double()  # as a file holds them
@@ -71,7 +75,7 @@ def test_samples_never_leave_the_bounds(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_value_on_a_bound_stays_finite_and_one_beyond_it_does_not(dtype):
-    layer = fit(b.BoundColumns, BOUNDED).to(dtype)
+    layer = fit(b.BoundColumns, BOUNDED, INSIDE).to(dtype)
     on = torch.tensor([[0, 2, 1, 0.7, 0], [1, 3, 1, 0.1, 0]]).to(dtype)
     z, log_det = layer(on)
     assert z.isfinite().all() and log_det.isfinite().all() and z.abs().max() < 40
@@ -82,6 +86,11 @@ def test_a_value_on_a_bound_stays_finite_and_one_beyond_it_does_not(dtype):
         beyond[1, column] = value
         with pytest.raises(ValueError, match="row 1 of x, .* has no log-likelihood that is finite"):
             flow.log_prob(beyond)
+
+
+def test_a_column_with_values_beyond_its_bounds_is_refused():
+    with pytest.raises(ValueError, match="BoundColumns: column 'price' has values from 1.5 to 9, beyond its bounds"):
+        fit(b.BoundColumns, BOUNDED, torch.tensor([[0.5, 1.5, 9, 0, 3], [0.5, 9, -9, 0, 3]]))
 
 
 def test_the_density_between_bounds_integrates_to_one():
@@ -316,11 +325,12 @@ def flow_with_angles(columns, model="maf", context=None, preprocess="standardize
     shape = (len(columns.encoded),)
     spec = DataSpec("table", shape, context=context and ColumnContext(("c",), (context,)), columns=columns.encoded)
     flow = flow_of(f"model={model}", "dataset=table", f"preprocess={preprocess}", "smoke=true", *overrides, spec=spec)
-    rows = torch.rand(50, *shape)
+    rows = 0.6 * torch.rand(50, *shape)
     for i, column in enumerate(columns.modelled):
+        rows[:, i] += 0 if column.high is not None else column.low or 0
         if column.missing:
             indicator = columns.encoded.index(Column(column.name, "indicator"))
-            rows[:, indicator] = rows[:, indicator].round()
+            rows[:, indicator] = (rows[:, indicator] > 0.3).float()
             rows[rows[:, indicator] == 1, i] = NAN
     fit_to_columns(flow.bijection, columns, rows)
     return randomize(flow)
@@ -389,7 +399,7 @@ def test_circular_splines_learn_a_distribution_across_the_seam():
     x = torch.tensor(generator.vonmises(np.pi, 3.0, (4000, 1))).float()
     x = torch.where(x < 0, x + 2 * np.pi, x)
     columns = Columns((Column("phi", "angle", low=0.0, high=2 * math.pi),))
-    flow = with_angles(flows.maf, (1,), angles=[0])
+    flow = with_angles(flows.maf, (1,), columns=[0])
     fit_to_columns(flow.bijection, columns, x)
     optimizer = torch.optim.Adam(flow.parameters(), 3e-2)
     for _ in range(150):
@@ -398,6 +408,12 @@ def test_circular_splines_learn_a_distribution_across_the_seam():
         loss.backward()
         optimizer.step()
     assert loss.item() == pytest.approx(-stats.vonmises(3.0, np.pi).logpdf(x.numpy()).mean(), abs=0.02)
+
+
+def test_the_splines_of_angles_have_keys():
+    flow = flow_with_angles(RING, "maf", None, "standardize", "angles.bins=5", "angles.hidden=16")
+    assert flow.bijection.factored.second.splines.univariate.bins == 5
+    assert flow.bijection.factored.second.splines.net.linears[0].out_features == 16
 
 
 def test_angles_refuse_what_they_cannot_be():
@@ -409,3 +425,58 @@ def test_angles_refuse_what_they_cannot_be():
         b.Factored((2,), [0, 1], b.ActNorm, b.ActNorm)
     with pytest.raises(ValueError, match="do not make up a shape"):
         Joint((3,), [Logistic((1,))])
+
+
+# ---- what else must know of them
+
+
+def flow_of_gaps(model="nsf_autoregressive"):
+    return flow_with_angles(GAPS, model).float()
+
+
+def test_an_audit_passes_over_missing_values_and_bounds():
+    flow = flow_of_gaps()
+    rows = flow.sample(60)
+    assert rows.isnan().any()
+    flow.initialize(rows)
+    failed = [check for check in audit(flow, rows) if not check.passed]
+    assert not failed
+
+
+def test_an_audit_counts_a_missing_value_that_comes_back_as_a_number():
+    flow = flow_of_gaps()
+    rows = flow.sample(60)
+    flow.bijection.preprocess.fill.inverse = lambda z, context=None: (z, z.new_zeros(len(z)))
+    assert _count_changes(flow, rows, None) == rows.isnan().sum()
+
+
+def test_a_divergence_is_not_blamed_on_missing_values():
+    flow = flow_of_gaps().requires_grad_().train()
+    rows = flow.sample(60)
+    with torch.no_grad():
+        next(flow.bijection.factored.first.parameters()).fill_(NAN)
+
+    def step():
+        loss = -flow(rows).mean()
+        loss.backward()
+        return loss
+
+    assert examine(flow, step).layer.startswith("factored.first")
+    rows[3, 0], rows[3, 8] = math.inf, 0
+    assert examine(flow, step).layer == "data"
+
+
+def test_fitting_before_training_is_a_function_of_the_seed():
+    rows = flow_of_gaps().sample(300)
+    made = []
+    for seed in (1, 1, 2):
+        flow = Flow((15,), partial(parts.quantile, columns=Columns(GAPS).encoded))
+        _fit_to_columns(flow, ArraySplit(rows, columns=Columns(GAPS)), seed)
+        made.append(flow.bijection.quantile.x)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
+
+
+def test_fitting_names_the_layer_and_its_key():
+    flow = Flow((3,), b.Standardize)
+    with pytest.raises(UsageError, match="preprocess: Standardize: needs what is known of 3 columns, not 2"):
+        _fit_to_columns(flow, ArraySplit(torch.zeros(4, 3), columns=Columns(GAPS[3:4] * 2)), 0)

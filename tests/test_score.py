@@ -236,7 +236,7 @@ def test_a_missing_value_stops_or_is_left_out(table):
         ({"input": "names.csv"}, "names.csv has no column 'age'; did you mean 'ages'?", 2),
         ({"input": "empty.csv"}, "empty.csv has no rows", 2),
         ({"input": "cut.parquet"}, "cut.parquet: Parquet", 1),
-        ({"input": "."}, "this model takes rows: a file that ends in .csv", 2),
+        ({"input": "rows.pdf"}, "this model takes rows: a table (csv,", 2),
         ({"input": "rows.csv", "output": "rows.csv"}, "is the input itself", 2),
         ({"input": "rows.csv", "output": "rows.txt"}, "must end in .csv or .parquet", 2),
         ({"input": "rows.csv", "output": "nowhere/rows.csv"}, "there is no folder", 2),

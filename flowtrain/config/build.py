@@ -118,16 +118,16 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     factories = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
     make = _constructor(_null_empty(model), "model", config.allow, data, factories)
     takes = inspect.signature(make.func).parameters
-    for name, node in parts.items():  # preprocess comes with the data; layers may refer to any part
-        if node and name not in takes and name != "preprocess" and "layers" not in takes:
+    for name, node in parts.items():  # preprocess and angles come with the data; layers may refer to any part
+        if node and name not in takes and name not in ("preprocess", "angles") and "layers" not in takes:
             raise UsageError(f"{name}: nothing in this model reads it; leave it out")
     columns = spec.columns or ()
     if any(column.missing for column in columns) and not parts.get("preprocess"):
         raise UsageError("preprocess=none: nothing fills missing values; use preprocess=standardize or quantile")
     if angles := [i for i, column in enumerate(columns) if column.kind == "angle"]:
         others = partial(make, preprocess=None) if "preprocess" in takes else make
-        given = {"preprocess": factories.get("preprocess"), "context_shape": spec.context_shape}
-        make = partial(with_angles, others, spec.shape, angles=angles, **given)
+        given = {name: factories[name] for name in ("preprocess", "angles") if factories.get(name)}
+        make = partial(with_angles, others, spec.shape, columns=angles, context_shape=spec.context_shape, **given)
     if device.type != "meta":
         torch.manual_seed(config.seed)
     try:

@@ -9,11 +9,14 @@ from typing import Any
 from flowtrain.bijections import (
     ActNorm,
     Additive,
+    Autoregressive,
     BatchNorm,
     Bijection,
     BoundColumns,
     Center,
     Chain,
+    CircleToLine,
+    CircularRationalQuadratic,
     Continuous,
     Dequantize,
     DequantizeColumns,
@@ -27,8 +30,10 @@ from flowtrain.bijections import (
     Shuffle,
     Standardize,
     StandardizeChannels,
+    Turns,
 )
 from flowtrain.bijections.bijection import check_shape
+from flowtrain.nets import CircularMADE
 
 Factory = Callable[..., Any]  # of a layer, a univariate map or a base distribution: called with ``shape``
 PER_CHANNEL = (1, 2)  # the axes of an image along which all pixels of a channel share their parameters
@@ -155,6 +160,24 @@ def column_links(columns=None) -> dict[str, Factory | None]:
         "fill": FillMissing if any(column.missing for column in columns) else None,
         "bound": BoundColumns if bounded else None,
     }
+
+
+def circular(shape, bins: int = 8, hidden: int = 64, depth: int = 2, context_shape=None) -> Bijection:
+    """Angles to a standard normal vector, by splines of the circle (Rezende et al. 2020, section 2.1.2).
+
+    A masked network computes the parameters of an angle's spline from the context and from the sines and cosines of the
+    angles before it. A spline takes the angle to a uniform point of the circle, Φ⁻¹ takes that to the line.
+    """
+    layers = chain(
+        turns=Turns,
+        splines=partial(
+            Autoregressive,
+            univariate=partial(CircularRationalQuadratic, bins=bins),
+            net=partial(CircularMADE, hidden=hidden, depth=depth),
+        ),
+        line=CircleToLine,
+    )
+    return layers(shape=shape, context_shape=context_shape)
 
 
 # ---- mixing of channels, and norms

@@ -21,7 +21,7 @@ class BoundColumns(ColumnBijection):
     the bounds.
 
     Raises:
-        ValueError: ``shape`` is not that of a row.
+        ValueError: ``shape`` is not that of a row; in ``fit``, rows beyond the bounds of a column, which is named.
 
     >>> BoundColumns((3,))(torch.ones(2, 3))[0].shape
     torch.Size([2, 3])
@@ -66,9 +66,17 @@ class BoundColumns(ColumnBijection):
             high=high,
         )
         self._set(
+            # float32 may have rounded outwards
             least=torch.where(self.low.double() < low, torch.nextafter(self.low, self.high), self.low),
             greatest=torch.where(self.high.double() > high, torch.nextafter(self.high, self.low), self.high),
         )
+        beyond = ((rows < self.low) | (rows > self.high)).any(0) & self.bounded
+        for i in beyond.nonzero().flatten().tolist():
+            least, greatest = rows[:, i].aminmax()
+            raise ValueError(
+                f"column '{columns[i].name}' has values from {least:g} to {greatest:g}, beyond its bounds,"
+                f" {' and '.join(f'{end:g}' for end in bounds[i] if end is not None)}"
+            )
 
     def forward(self, x, context=None):
         with full_precision(x):

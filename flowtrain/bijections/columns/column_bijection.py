@@ -62,7 +62,7 @@ def fit_to_columns(bijection: Bijection, columns, rows: Tensor) -> None:
             try:
                 fit(columns, rows)
             except ValueError as error:
-                raise ValueError(f"{type(layer).__name__} {error}") from error
+                raise ValueError(f"{type(layer).__name__}: {error}") from error
         if i < last:
             rows, _ = layer(rows)
 
