@@ -100,7 +100,12 @@ class Runner:
         x = np.random.default_rng(seed).normal(size=(count, 2)).astype(np.float32)
         np.save(self.folder / "rows.npy", x)
         np.save(self.folder / "few.npy", x[:FEW])
-        data = ["dataset=table", f"dataset.path={self.folder}/rows.npy", "dataset.val_size=100", "dataset.test_size=100"]
+        data = [
+            "dataset=table",
+            f"dataset.path={self.folder}/rows.npy",
+            "dataset.val_size=100",
+            "dataset.test_size=100",
+        ]
         steps = ["max_steps=3", "trainer.tensorboard=false", f"hydra.run.dir={self.folder}/run"]
         self._finish("-m", "flowtrain", "train", "model=nsf_autoregressive", *data, *steps)
 
