@@ -11,6 +11,7 @@ import torch
 from inprocess import flowtrain
 
 from flowtrain.benchmarks import SUITES, ours, peers, report
+from flowtrain.benchmarks.command_speed import Finished, Runner
 from flowtrain.benchmarks.session import BARE, Row, Session
 from flowtrain.benchmarks.timing import MIN_ROUNDS, Spread, ratio, time_in_turns
 from flowtrain.cli import exit_codes
@@ -73,6 +74,23 @@ def test_the_start_suite_measures_seconds(bench, monkeypatch):
     help_, first = found["rows"]
     assert help_["unit"] == "s" and 0 < help_["value"] < 60
     assert first["value"] == 1.0 and first["reached"]
+
+
+def test_the_commands_suite_compares_with_the_library(bench, monkeypatch):
+    monkeypatch.setattr(Runner, "train", lambda *_: None)
+    monkeypatch.setattr(Runner, "library", lambda _: {"sample": 1.0, "log_prob": 2.0})
+    few = {"n=2", "input=few.npy", "examples=2"}
+    monkeypatch.setattr(Runner, "run", lambda _, command, *words: Finished(3.0 if few & {*words} else 4.1, 1000))
+    found, _ = bench("suite=commands")
+    assert [row["theirs"] for row in found["rows"][:3]] == ["flow.sample", "flow.log_prob", "flow.log_prob"]
+    assert [row["value"] for row in found["rows"]] == pytest.approx([1.1, 0.55, 0.55, 1.0])
+    assert all(row["reached"] for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_the_commands_suite_runs_the_commands(bench):
+    found, _ = bench("suite=commands")
+    assert len(found["rows"]) == 4 and all(row["value"] > 0 for row in found["rows"][3:])
 
 
 def test_a_peer_that_is_not_installed_is_reported_and_left_out(bench, monkeypatch):

@@ -7,4 +7,5 @@ SUITES = {  # name -> module
     "memory": "peak_memory",
     "data": "data_loading",
     "start": "start_up",
+    "commands": "command_speed",
 }

@@ -31,7 +31,7 @@ def _row(work: str, seconds: list[float], target: float) -> Row:
 
 def _help() -> float:
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "flowtrain", "--help"], check=True, capture_output=True, env=_environment())
+    subprocess.run([sys.executable, "-m", "flowtrain", "--help"], check=True, capture_output=True, env=environment())
     return time.perf_counter() - start
 
 
@@ -46,7 +46,7 @@ def _first_step() -> float:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=_environment(),
+            env=environment(),
         ) as process:
             line = ""
             for line in process.stdout:
@@ -57,6 +57,6 @@ def _first_step() -> float:
         raise FlowtrainError(f"bench: flowtrain {' '.join(words)} ended without a step: {line.strip()}")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's environment without the variables of a distributed process group."""
     return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

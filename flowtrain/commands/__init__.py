@@ -57,7 +57,7 @@ class ScoreConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
-    suite: Literal["train", "sample", "spline", "memory", "data", "start", "all"]
+    suite: Literal["train", "sample", "spline", "memory", "data", "start", "commands", "all"]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
     threads: int = number(least=1)
     compile: bool

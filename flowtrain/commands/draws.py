@@ -55,8 +55,9 @@ def sample_batches(
                 part = None if context is None else context(slice(start, stop)).to(next(flow.parameters()).device)
                 return flow.decode(_latents(flow, start, stop, block, seed, part, temperature), part).cpu()
 
-            few = min(few_rows(flow.dimensions), n)
-            most = rows_within_budget(lambda: draw(0, few), few, next(flow.parameters()).device)
+            few = most = few_rows(flow.dimensions)
+            if n > few:
+                most = rows_within_budget(lambda: draw(0, few), few, next(flow.parameters()).device)
             most = distributed.broadcast_object(even_batches(n, most, world)) if world > 1 else most
             size = -(-most // block) * block
             for start in range(rank * size, n, world * size):

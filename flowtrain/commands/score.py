@@ -220,19 +220,15 @@ class Tally:
         self.first_skipped = self.first_skipped or next(iter(problems), None)
         values = values[~np.isnan(values)]
         if len(values):
-            before, self.scored = self.scored, self.scored + len(values)
-            change = values.mean() - (self.mean if before else 0.0)
-            self.mean = (self.mean if before else 0.0) + float(change * len(values) / self.scored)
-            self.squares += float(
-                np.square(values - values.mean()).sum() + change**2 * before * len(values) / self.scored
-            )
+            before, mean = self.scored, float(values.mean())
+            self.scored += len(values)
+            share, change = len(values) / self.scored, mean - (self.mean if before else mean)
+            self.mean = mean - change * (1 - share)
+            self.squares += float(np.square(values - mean).sum()) + change**2 * before * share
 
     @property
     def stderr(self) -> float:
         return math.sqrt(self.squares / (self.scored - 1) / self.scored) if self.scored > 1 else math.nan
-
-
-# ---- output ---------------------------------------------------------------------------------------------------------
 
 
 def table(report: dict) -> str:
