@@ -20,7 +20,7 @@ from flowtrain.bijections import channels, linear
 from flowtrain.commands import draws, outputs, sample
 from flowtrain.commands.outputs import open_array, open_table
 from flowtrain.distributions import ConditionalNormal, Mixture, StandardNormal
-from flowtrain.engine import batch_size
+from flowtrain.engine import memory_budget
 from flowtrain.engine.evaluate import evaluation_mode, log_likelihoods
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import global_batch, kept
@@ -127,14 +127,14 @@ def test_batches_follow_the_budget(monkeypatch):
         log_likelihoods(flow, torch.arange(256), x)
 
     with evaluation_mode(CPU):
-        monkeypatch.setattr(batch_size, "budget", lambda device: 2**20)
-        rows = batch_size.rows_within_budget(work, 256, CPU)
-        monkeypatch.setattr(batch_size, "budget", lambda device: 2**21)
-        twice = batch_size.rows_within_budget(work, 256, CPU)
-        monkeypatch.setattr(batch_size, "budget", lambda device: 1)
-        assert batch_size.rows_within_budget(work, 256, CPU) == 1
+        monkeypatch.setattr(memory_budget, "budget", lambda device: 2**20)
+        rows = memory_budget.rows_within_budget(work, 256, CPU)
+        monkeypatch.setattr(memory_budget, "budget", lambda device: 2**21)
+        twice = memory_budget.rows_within_budget(work, 256, CPU)
+        monkeypatch.setattr(memory_budget, "budget", lambda device: 1)
+        assert memory_budget.rows_within_budget(work, 256, CPU) == 1
     assert 256 < rows < twice <= 2 * rows + 1
-    assert [batch_size.few_rows(d) for d in (2, 3072, 10**6)] == [256, 21, 1]
+    assert [memory_budget.few_rows(d) for d in (2, 3072, 10**6)] == [256, 21, 1]
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -145,7 +145,7 @@ def test_samples_depend_on_neither_batches_nor_processes(name, monkeypatch):
     context = classes and torch.eye(3)[torch.arange(1500) % 3]
     whole = draws.draw_samples(flow, 1500, 1, context)
     assert whole.shape == (1500, 2) and len(whole.unique()) == 3000
-    monkeypatch.setattr(batch_size, "budget", lambda device: 1000)
+    monkeypatch.setattr(memory_budget, "budget", lambda device: 1000)
     torch.testing.assert_close(draws.draw_samples(flow, 1500, 1, context), whole)
     monkeypatch.setattr(draws.distributed, "broadcast_object", lambda value: value)
     of = None if context is None else context.__getitem__
@@ -246,7 +246,7 @@ def test_contexts_come_from_a_file(people, tmp_path, monkeypatch):
     given.to_parquet(tmp_path / "given.parquet")
     drawn = []
     for name, budget in (("csv", 2**25), ("parquet", 1000)):
-        monkeypatch.setattr(batch_size, "budget", lambda device, budget=budget: budget)
+        monkeypatch.setattr(memory_budget, "budget", lambda device, budget=budget: budget)
         paths = run_sample(people, tmp_path / name, n=200, context=str(tmp_path / f"given.{name}"))
         drawn.append(pd.read_csv(paths["csv"]))
     pd.testing.assert_frame_equal(drawn[0], drawn[1], rtol=1e-4)
@@ -294,7 +294,7 @@ def test_contexts_that_do_not_fit(people, tmp_path, context, says):
 
 def test_samples_are_streamed_and_alike_in_all_files(people, tmp_path, monkeypatch):
     """Also at several temperatures; the pair plot shows a part of them."""
-    monkeypatch.setattr(batch_size, "budget", lambda device: 1000)
+    monkeypatch.setattr(memory_budget, "budget", lambda device: 1000)
     monkeypatch.setattr(sample, "ROWS", 100)
     plotted = []
     monkeypatch.setattr(sample, "plot_pairs", lambda path, samples, *_: plotted.append(samples))

@@ -12,10 +12,9 @@ from flowtrain.errors import FlowtrainError, UsageError
 
 def suggest(name: str, options) -> str:
     """ "did you mean 'x'? ", or nothing."""
-    near = difflib.get_close_matches(name, list(options), 1)
-    if not near:  # trainer.lr or lr for optimizer.lr
-        last = name.rpartition(".")[2]
-        near = [key for key in options if key.rpartition(".")[2] == last][:1]
+    last = name.rpartition(".")[2]
+    near = [key for key in options if key.rpartition(".")[2] == last][:1]  # trainer.lr or lr for optimizer.lr
+    near = near or difflib.get_close_matches(name, list(options), 1)
     return f"did you mean '{near[0]}'? " if near else ""
 
 

@@ -143,13 +143,12 @@ class Columns:
         return dict(found)
 
     def to_plot(self, x: Tensor) -> dict[str, np.ndarray]:
-        """Rows (N, D) for a plot: the modelled columns as :meth:`decode` has them, but times in days."""
+        """Rows (N, D) for a plot: the modelled columns as :meth:`decode` has them, but times in days since the first."""
         table = self.decode(x)
         found = {}
         for i, column in enumerate(self.modelled):
             if column.kind == "time":
-                first = times.to_texts(np.array([column.offset]), column.written)[0]
-                found[f"{column.name}, days from {first}"] = x[:, i].double().cpu().numpy() / 86400
+                found[f"{column.name} (days)"] = x[:, i].double().cpu().numpy() / 86400
             else:
                 found[column.name] = table[column.name]
         return found
