@@ -143,7 +143,7 @@ class Columns:
         return dict(found)
 
     def to_plot(self, x: Tensor) -> dict[str, np.ndarray]:
-        """Rows (N, D) for a plot: the modelled columns as :meth:`decode` has them, but times in days since the first."""
+        """Rows (N, D) for a plot: modelled columns as :meth:`decode` has them, but times in days from the first."""
         table = self.decode(x)
         found = {}
         for i, column in enumerate(self.modelled):

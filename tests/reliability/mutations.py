@@ -1,0 +1,296 @@
+"""Files that users might bring by accident: valid files of every kind, damaged, mixed up or of enormous shape."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import random
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from PIL import Image
+from pyarrow import feather, parquet
+
+ROWS = 60
+SIDE = 8
+# what commands open each kind of file as
+TABLES = ("csv", "tsv", "txt", "dat", "csv.gz", "csv.bz2", "csv.xz", "csv.zst", "parquet", "feather", "arrow")
+TABLES += ("npy", "npz", "h5", "jsonl", "xlsx")
+ARRAYS = ("npy", "npz", "h5")
+IMAGES = ("zip", "tar", "png")
+
+
+def frame(seed: int = 0) -> pd.DataFrame:
+    """A table with a column of each type."""
+    numbers = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "x": numbers.normal(size=ROWS),
+            "n": numbers.integers(0, 9, ROWS),
+            "colour": numbers.choice(["red", "grün", "blue"], ROWS),
+            "when": pd.date_range("2024-01-01", periods=ROWS, freq="h").astype(str),
+            "ok": numbers.random(ROWS) < 0.5,
+            "zip": [f"{code:05}" for code in numbers.integers(0, 99, ROWS)],
+        }
+    )
+
+
+def valid(kind: str) -> bytes:
+    """A valid file of a kind of table."""
+    table, numbers, out = frame(), frame()[["x", "n"]].to_numpy(), io.BytesIO()
+    text = table.to_csv(index=False, sep="\t" if kind == "tsv" else " " if kind == "dat" else ",").encode()
+    if kind in ("csv", "tsv", "txt", "dat"):
+        return text
+    if kind == "csv.zst":
+        return pa.compress(text, "zstd", asbytes=True)
+    if kind.startswith("csv."):
+        return {"gz": gzip, "bz2": bz2, "xz": lzma}[kind[4:]].compress(text)
+    if kind == "jsonl":
+        return table.to_json(orient="records", lines=True).encode()
+    if kind == "npy":
+        np.save(out, numbers)
+    elif kind == "npz":
+        np.savez(out, a=numbers)
+    elif kind == "h5":
+        with h5py.File(out, "w") as file:
+            file["a"] = numbers
+    elif kind == "xlsx":
+        table.to_excel(out, index=False)
+    elif kind == "parquet":
+        table.to_parquet(out)
+    elif kind in ("feather", "arrow"):
+        feather.write_feather(pa.Table.from_pandas(table), out)
+    return out.getvalue()
+
+
+def images(kind: str, seed: int = 0) -> bytes:
+    """A valid archive of small images, or one image."""
+    numbers, out = np.random.default_rng(seed), io.BytesIO()
+    pictures = []
+    for _ in range(12):
+        picture = io.BytesIO()
+        Image.fromarray(numbers.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(picture, "png")
+        pictures.append(picture.getvalue())
+    if kind == "png":
+        return pictures[0]
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w") as archive:
+            for number, picture in enumerate(pictures):
+                archive.writestr(f"{number}.png", picture)
+    else:
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            for number, picture in enumerate(pictures):
+                member = tarfile.TarInfo(f"{number}.png")
+                member.size = len(picture)
+                archive.addfile(member, io.BytesIO(picture))
+    return out.getvalue()
+
+
+# ---- damage to the bytes of any file -------------------------------------------------------------------------------
+
+
+def cut(data: bytes, dice: random.Random) -> bytes:
+    return data[: dice.randrange(len(data))]
+
+
+def flip(data: bytes, dice: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(dice.choice([1, 1, 3, 30])):
+        changed[dice.randrange(len(changed))] = dice.randrange(256)
+    return bytes(changed)
+
+
+def insert(data: bytes, dice: random.Random) -> bytes:
+    place = dice.randrange(len(data))
+    return data[:place] + dice.randbytes(dice.choice([1, 7, 400])) + data[place:]
+
+
+def repeat(data: bytes, dice: random.Random) -> bytes:
+    start, stop = sorted(dice.randrange(len(data)) for _ in range(2))
+    return data[:stop] + data[start:stop] * dice.choice([1, 5]) + data[stop:]
+
+
+def remove(data: bytes, dice: random.Random) -> bytes:
+    start, stop = sorted(dice.randrange(len(data)) for _ in range(2))
+    return data[:start] + data[stop:]
+
+
+def wrap(data: bytes, dice: random.Random) -> bytes:
+    """An archive in an archive, some levels deep."""
+    for _ in range(dice.choice([1, 2, 20])):
+        data = gzip.compress(data)
+    return data
+
+
+def disguise(data: bytes, dice: random.Random) -> bytes:
+    """The content of another kind of file."""
+    return valid(dice.choice(TABLES)) if dice.random() < 0.7 else images(dice.choice(IMAGES))
+
+
+DAMAGE = (cut, flip, insert, repeat, remove, wrap, disguise)
+
+# ---- texts that are strange but may be read -----------------------------------------------------------------------
+
+
+def _lines(text: str) -> list[str]:
+    return text.split("\n")
+
+
+def mix_types(text: str, dice: random.Random) -> str:
+    lines, strange = _lines(text), ("?", "1e999", "-", "abc", "2024-13-45", "NaN", "0x1F", "1_000", '"', "١٢٣", "", "∞")
+    for _ in range(dice.choice([1, 5, 40])):
+        row = dice.randrange(1, len(lines) - 1)
+        fields = lines[row].split(",")
+        fields[dice.randrange(len(fields))] = dice.choice(strange)
+        lines[row] = ",".join(fields)
+    return "\n".join(lines)
+
+
+def change_separators(text: str, dice: random.Random) -> str:
+    lines = _lines(text)
+    for row in range(len(lines)):
+        if dice.random() < 0.3:
+            lines[row] = lines[row].replace(",", dice.choice([";", "\t", "|", " ", ",,", "\0"]))
+    return "\n".join(lines)
+
+
+def change_header(text: str, dice: random.Random) -> str:
+    head, _, rest = text.partition("\n")
+    names = ["", " ", "x", '"', "#", "${x}", "a\tb", "名", "=1", "x" * 70_000]
+    return ",".join(dice.choice([name, dice.choice(names)]) for name in head.split(",")) + "\n" + rest
+
+
+def change_line_ends(text: str, dice: random.Random) -> str:
+    return "".join(dice.choice(["\n", "\r\n", "\r", "\n\n", "\v", "\x1c"]) if sign == "\n" else sign for sign in text)
+
+
+def comment(text: str, dice: random.Random) -> str:
+    lines = _lines(text)
+    for _ in range(dice.choice([1, 10])):
+        lines.insert(dice.randrange(len(lines)), dice.choice(["# a comment", "% a, b", "//", '"', "#" * 5000, ";;;;"]))
+    return "\n".join(lines)
+
+
+def one_row(text: str, dice: random.Random) -> str:
+    return "\n".join(_lines(text)[: dice.choice([0, 1, 2, 3])])
+
+
+STRANGE = (mix_types, change_separators, change_header, change_line_ends, comment, one_row)
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift_jis", "utf-7", "cp037")
+
+# ---- Parquet files with types that no flow takes -----------------------------------------------------------------
+
+
+def odd_columns() -> dict[str, pa.Array]:
+    """Columns of odd types by name."""
+    return {
+        "lists": pa.array([[1, 2], [3]] * 30),
+        "structs": pa.array([{"a": 1, "b": "c"}] * ROWS),
+        "maps": pa.array([[("a", 1)]] * ROWS, pa.map_(pa.string(), pa.int64())),
+        "bytes": pa.array([b"\xff\x00"] * ROWS),
+        "nothing": pa.nulls(ROWS),
+        "wide": pa.array([10**40 + i for i in range(ROWS)], pa.decimal256(60, 2)),
+        "uint64": pa.array([2**64 - 1 - i for i in range(ROWS)], pa.uint64()),
+        "ancient": pa.array([-(2**62) + i for i in range(ROWS)], pa.timestamp("ns")),
+        "far": pa.array([2**62 + i for i in range(ROWS)], pa.timestamp("s")),
+        "zones": pa.array(range(ROWS), pa.timestamp("us", "Pacific/Kiritimati")),
+        "durations": pa.array(range(ROWS), pa.duration("ms")),
+        "clock": pa.array(range(ROWS), pa.time32("s")),
+        "halves": pa.array(np.arange(ROWS, dtype=np.float16)),
+        "codes": pa.array(["a", "b"] * 30).dictionary_encode(),
+        "empty texts": pa.array([""] * ROWS),
+        "huge texts": pa.array([str(i) * 50_000 for i in range(ROWS)]),
+        "infinite": pa.array([np.inf, 1.0] * 30),
+        "twice": pa.array([1.5, 2.0] * 30),
+    }
+
+
+def odd_parquet(dice: random.Random) -> bytes:
+    chosen = dice.sample(sorted(odd_columns().items()), dice.choice([1, 2, 5]))
+    names = [dice.choice([name, name, "x", ""]) for name, _ in chosen]  # some twice
+    table, out = pa.table([array for _, array in chosen], names=names), io.BytesIO()
+    if dice.random() < 0.5:
+        table = table.append_column("y", pa.array(np.random.default_rng(0).normal(size=ROWS)))
+    parquet.write_table(table.slice(0, dice.choice([ROWS, ROWS, 3, 0])), out)
+    return out.getvalue()
+
+
+def odd_array(dice: random.Random) -> bytes:
+    """An .npy of an odd dtype or shape, or with a header that lies."""
+    out = io.BytesIO()
+    kinds = ["f2", "f8", ">f4", "c16", "?", "u8", "i1", "S3", "U2", "M8[s]", "m8[D]", "f4,i2", "V7"]
+    shape = dice.choice([(), (0,), (ROWS,), (ROWS, 0), (0, 3), (ROWS, 2), (ROWS, 2, 3), (ROWS, 4, 4, 3), (1,) * 32])
+    np.save(out, np.zeros(shape, dtype=dice.choice(kinds)))
+    data = out.getvalue()
+    return data.replace(b"(60,", dice.choice([b"(99,", b"(60,", b"(-1,", b"(9999999999999,"]), 1)
+
+
+# ---- files that are enormous --------------------------------------------------------------------------------------
+
+
+def write_enormous(folder: Path, gigabyte: bool) -> Iterator[Path]:
+    """Write files that are wide, long or deep, one at a time."""
+    path = folder / "wide.csv"
+    path.write_text(",".join(f"c{i}" for i in range(1_000_000)) + "\n" + ("1," * 999_999 + "2\n") * 3)
+    yield path
+    path = folder / "line.csv"
+    with path.open("wb") as file:
+        for _ in range(1024 if gigabyte else 64):
+            file.write(b"1234567," * 2**17)
+    yield path
+    path = folder / "text.csv"
+    with path.open("wb") as file:
+        file.write(b"a,b\n")
+        for _ in range(1024 if gigabyte else 64):
+            file.write(b"x" * 2**20)
+    yield path
+    path = folder / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(b"\0" * (2**30 if gigabyte else 2**26), 9))
+    yield path
+    path = folder / "deep.jsonl"
+    path.write_text('{"a": ' * 100_000 + "1" + "}" * 100_000 + "\n")
+    yield path
+    path = folder / "quote.csv"
+    path.write_text('a,b\n"' + "1,2\n" * 2_000_000)
+    yield path
+
+
+def write_mutation(folder: Path, number: int) -> tuple[str, Path]:
+    """Write mutation ``number``; what to open it as ("table", "arrays" or "images"), and its path."""
+    dice = random.Random(number)
+    group = dice.choices(["damage", "strange", "encoding", "parquet", "array", "pictures"], [8, 6, 2, 2, 2, 3])[0]
+    kind, opened_as = dice.choice(TABLES), "table"
+    if group == "damage":
+        data = dice.choice(DAMAGE)(valid(kind), dice)
+        opened_as = dice.choice(["table", "table", "arrays"]) if kind in ARRAYS else "table"
+    elif group == "strange":
+        kind, text = dice.choice(["csv", "txt", "dat"]), valid("csv").decode()
+        for change in dice.sample(STRANGE, dice.choice([1, 1, 2])):
+            text = change(text, dice) if text else text
+        data = text.encode("utf-8", "surrogatepass")
+    elif group == "encoding":
+        kind, data = "csv", valid("csv").decode().encode(dice.choice(ENCODINGS), "replace")
+    elif group == "parquet":
+        kind, data = "parquet", odd_parquet(dice)
+    elif group == "array":
+        kind, data, opened_as = "npy", odd_array(dice), dice.choice(["table", "arrays"])
+    else:
+        kind, opened_as = dice.choice(IMAGES), "images"
+        data = dice.choice(DAMAGE)(images(kind), dice)
+    path = folder / f"{number}.{kind}"
+    path.write_bytes(data)
+    return opened_as, path
+
+
+def describe(path: Path) -> str:
+    """The beginning of a file, for the report of a failure."""
+    return json.dumps(path.read_bytes()[:200].decode("latin-1"))
