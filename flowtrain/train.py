@@ -384,7 +384,8 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
             math.log2(levels),
         )
     else:
-        log.info("shape %s, D = %d, real numbers: likelihoods in nats", shape, flow.dimensions)
+        bound = ", lower bounds of those of the values that are not missing" if spec.has_gaps else ""
+        log.info("shape %s, D = %d, real numbers: likelihoods in nats%s", shape, flow.dimensions, bound)
     if spec.context:
         log.info("context: %s, shape %s", config.dataset["context"], "×".join(map(str, spec.context_shape)))
     log.info("model: %s parameters (%s)", f"{count:,}", spread)

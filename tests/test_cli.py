@@ -366,7 +366,7 @@ def test_vectors_have_no_keys_of_images(tmp_path, monkeypatch):
 
 def test_a_file_that_options_share_is_no_option(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="dataset=_image: no such option; .*there are bsds300, "):
+    with pytest.raises(UsageError, match="dataset=_image: no such option; .*there are arrays, bsds300, "):
         main.run(["train", "dataset=_image"])
     monkeypatch.setenv("COMP_LINE", "flowtrain train dataset=")
     assert main.run(["-sc", "query=bash"]) == 0

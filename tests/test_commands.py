@@ -201,7 +201,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
         (["scheduler=exponential", "scheduler.every=0"], "scheduler: .*every=0 at least 1"),
         (["trainer.decay='['"], "trainer.decay=.*no regular expression"),
         (["batch_size=5000"], "batch_size=5000 is larger than the train split"),
-        (["dataset.image_size=8", "model.levels=4"], "sides of 1×1 cannot be halved"),
+        (["dataset.image_size=8", "model.levels=4"], "the sides can be halved 3 times"),
     ],
 )
 def test_what_cannot_be_is_refused(words, says, tmp_path):

@@ -38,7 +38,8 @@ def test_settings_name_the_key_and_what_is_right(values, message):
 def test_values_are_converted_and_none_is_missing():
     clip = validate(TrainerConfig, TRAINER | {"clip": 1}).clip
     assert clip == 1.0 and isinstance(clip, float)
-    keys = {"n": 1, "temperature": [1, 0.5], "label": None, "context": None, "plot": True, "weights": "raw"}
+    keys = {"n": 1, "temperature": [1, 0.5], "label": None, "context": None, "output": None, "plot": True}
+    keys["weights"] = "raw"
     sample = checkpoint_command_config("sample", configuration(), ckpt="run", **keys)
     assert sample.temperature == [1.0, 0.5] and all(isinstance(value, float) for value in sample.temperature)
     with pytest.raises(UsageError, match="trainer.accumulate: is missing"):

@@ -67,7 +67,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", sorted({*options("dataset")} - {"arrays"}))  # test_arrays.py has these
 def test_every_dataset_has_the_shared_keys_and_builds_without_data(name, tmp_path):
-    (tmp_path / "t.csv").write_text("a,b\n")
+    (tmp_path / "t.csv").write_text("a,b\n1.5,2\n2.5,1\n")
     file = [f"dataset.path={tmp_path}/t.csv"] if name == "table" else []
     config = configuration(f"dataset={name}", "model=maf", f"dataset.root={tmp_path}/none", *file)
     assert {*KEYS} <= {*config.dataset} and not {"levels", "halvings", "context_shape"} & {*config.dataset}

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -103,7 +104,7 @@ def test_every_image_comes_with_its_class(tmp_path, kind, workers):
             assert context.argmax(1).tolist() == (numbers % 3).tolist() and context.shape == (len(x), 3)
             seen += numbers.tolist()
     assert sorted(seen) == list(range(30))
-    x, context = next(data.Loader(images.split("train"), 6, workers=workers).batches())
+    x, context, _ = next(data.Loader(images.split("train"), 6, workers=workers).batches())
     assert context.argmax(1).tolist() == (x[:, 0, 0, 0].long() % 3).tolist()
 
 
@@ -290,7 +291,7 @@ def test_a_folder_of_an_odd_name(tmp_path, odd_folder):
     odd = odd_folder.rename(tmp_path / os.fsdecode(b"photos\xe9"))
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     words = ["dataset=image_folder", f"dataset.path='{odd}'", "dataset.image_size=8", *SMALL]
-    for command in (["train", *words], ["score", "ckpt=run", f"input='{odd / ODD}'"]):
+    for command in (["train", *words], ["eval", "ckpt=run"], ["score", "ckpt=run", f"input='{odd / ODD}'"]):
         done = subprocess.run(
             [sys.executable, "-m", "flowtrain", *command],
             cwd=tmp_path,
@@ -298,6 +299,7 @@ def test_a_folder_of_an_odd_name(tmp_path, odd_folder):
             capture_output=True,
             check=False,
         )
-        assert (done.returncode, done.stderr) == (0, b"")
-    assert "photos\\udce9" in (tmp_path / "run/train.log").read_text(encoding="utf-8")
+        told = rb"data: \S+photos\\xe9, as \S+ says\n" if command[0] == "eval" else b""
+        assert done.returncode == 0 and re.fullmatch(told, done.stderr)
+    assert "photos\\xe9" in (tmp_path / "run/train.log").read_text(encoding="utf-8")
     assert list(tmp_path.glob("run/score/*/scores.csv"))

@@ -25,7 +25,7 @@ def test_every_model_is_a_density_of_one_number(model, context):
     with exact_trace(), torch.no_grad():
         log_prob = flow.log_prob(x, None if given is None else given[:1].double().expand(4001, -1))
     assert torch.trapezoid(log_prob.exp(), x[:, 0]).item() == pytest.approx(1, abs=2e-3)
-    samples = flow.sample(256, context=None if given is None else given.double())
+    samples = flow.sample(256, context=None if given is None else given[0].double())
     assert samples.shape == (256, 1) and samples.std() > 0
 
 

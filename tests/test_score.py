@@ -248,6 +248,7 @@ def test_refusals(table, keys, says, code):
     np.save(folder / "four.npy", np.zeros((4, 4)))
     frame.rename(columns={"age": "ages"}).to_csv(folder / "names.csv", index=False)
     frame[:0].to_csv(folder / "empty.csv", index=False)
+    (folder / "rows.pdf").touch()
     (folder / "cut.parquet").write_bytes((folder / "rows.parquet").read_bytes()[:500])
     with pytest.raises(FlowtrainError) as caught:
         run_score(run_dir, folder, **keys)

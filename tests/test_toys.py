@@ -35,8 +35,8 @@ def test_splits_sizes_and_seeds(toy):
     other = torch.cat([other.split(name).data for name in ("train", "val", "test")])
     assert len(torch.unique(torch.cat((points, other)), dim=0)) == 2000  # other points, not only another cut
     columns = parts[0].columns
-    assert columns.names == ["x", "y"] and columns.kinds == ["real", "real"]
-    np.testing.assert_allclose(columns.mean, parts[0].data.double().mean(0), atol=1e-9)
+    assert columns.names == ["x", "y"] and [column.kind for column in columns.modelled] == ["real", "real"]
+    np.testing.assert_allclose([column.mean for column in columns.modelled], parts[0].data.double().mean(0), atol=1e-9)
     assert len(toy().split("train")) == 40_000
 
 

@@ -47,6 +47,7 @@ def main(config: EvalConfig, run_dir: str) -> dict:
         "log_likelihood_stderr": result.log_likelihood_stderr,
         "examples": result.examples,
         "draws": result.draws,
+        **({"lower_bound": True} if restored.dataset.spec.has_gaps else {}),
         **({"trace": "exact" if exact else "Hutchinson's, one noise a draw"} if has_ode else {}),
         **({"weights_column": config.dataset.get("weights")} if split.weights is not None else {}),
         "split": config.split,
@@ -141,6 +142,7 @@ def table(report: dict) -> str:
     rows += [
         ("examples", f"{report['examples']} ({report['split']})"),
         *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),
+        *([("lower bound", "values are missing")] if "lower_bound" in report else []),
         ("noise draws", str(report["draws"])),
         *([("trace of the ODE", report["trace"])] if "trace" in report else []),
         ("weights", report["weights"]),

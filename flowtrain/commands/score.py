@@ -82,6 +82,7 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
         **{name: _number(mean) for name, mean in _figures(tally.mean, flow, restored.has_bits).items()},
         "log_likelihood_stderr": _number(tally.stderr),
         "draws": config.draws,
+        **({"lower_bound": True} if restored.dataset.spec.has_gaps else {}),
         "input": config.input,
         "output": str(output),
         "weights": restored.weights,
@@ -240,6 +241,8 @@ def table(report: dict) -> str:
         rows.append(("nats, mean", f"{nats:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")))
     if report.get("bits_per_dim") is not None:
         rows.append(("bits/dim, mean", f"{report['bits_per_dim']:.4f}"))
+    if "lower_bound" in report:
+        rows.append(("lower bound", "values are missing"))
     rows += [("noise draws", str(report["draws"])), ("weights", report["weights"]), ("scores", report["output"])]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

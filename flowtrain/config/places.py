@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.labels import printable
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import files
 
@@ -78,17 +79,18 @@ def announce(run: Path | None, dataset: Dataset) -> None:
     places = read(run)
     if places is None:
         return
-    record = run / NAME
+    record = printable(str(run / NAME))
     if places.path is not None and os.path.abspath(dataset.path or "") == places.path:
         if not os.path.exists(places.path):
             raise UsageError(f"{places.path}, the data of this run by {record}, is gone: say dataset.path=PATH")
-        log.info("data: %s, as %s says", places.path, record)
+        path = printable(places.path)
+        log.info("data: %s, as %s says", path, record)
         size, head = _fingerprint(places.path)
         if size != places.size:
             unit = "entries" if os.path.isdir(places.path) else "bytes"
-            log.warning("%s has changed since training: %s %s, not %s", places.path, size, unit, places.size)
+            log.warning("%s has changed since training: %s %s, not %s", path, size, unit, places.size)
         elif head != places.head:
-            log.warning("%s has changed since training: it begins otherwise", places.path)
+            log.warning("%s has changed since training: it begins otherwise", path)
     elif places.path is None and dataset.path is None and dataset.uses_root:
         if os.path.abspath(dataset.root) == places.root:
             log.info("data: under %s, as %s says", places.root, record)

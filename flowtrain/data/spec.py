@@ -62,6 +62,11 @@ class DataSpec:
         return None if self.context is None else self.context.shape
 
     @property
+    def has_gaps(self) -> bool:
+        """Whether missing values are modelled, so that a likelihood is a lower bound of that of the others."""
+        return any(column.missing for column in self.columns or ())
+
+    @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
 
