@@ -419,7 +419,6 @@ def test_a_table_is_read_as_it_stands(tmp_path, frame, kind, monkeypatch):
         monkeypatch.setattr(text_stream, "HEAD", 2**11)
         monkeypatch.setattr(text_stream, "PIECE", 2**11)
         monkeypatch.setattr(text_file, "CHUNK", 2**11)
-        monkeypatch.setattr("flowtrain.data.tables.table.BLOCK", 37)
     dataset = data.Table(path=str(path), context=["age", "colour"], val_size=50, test_size=0.2)
     parts = {name: dataset.split(name) for name in ("train", "val", "test")}
     assert {name: len(split) for name, split in parts.items()} == {"train": 350, "val": 50, "test": 100}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
-from flowtrain.data.tables.block import BLOCK, Block
+from flowtrain.data.tables.block import Block
 from flowtrain.data.tables.column import Column, Constant
 from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.inference import Dropped, Survey, survey
 from flowtrain.data.tables.table_file import TableFile, refuse_changes
 from flowtrain.data.tables.types import parse_types
-from flowtrain.data.tables.weights import check_weights, split_weights
+from flowtrain.data.tables.weights import check_split_weights, check_weights
 from flowtrain.data.vectors import Vectors
 from flowtrain.errors import FlowtrainError, UsageError
 
@@ -158,59 +160,99 @@ class Table(Vectors):
         return f"{of}, {counts} columns{given}, cut with seed {self.split_seed}"
 
     def _read(self) -> None:
-        """Read the values of all rows, and split them."""
+        """Read the values of all rows, each into its split."""
         expected = None if self._known else self._found
-        columns, file = self._known or expected[1], self._file
+        columns = self._known or expected[1]
         with refuse_changes(self.path):
             if self._known:
                 for key, names in (("columns", columns.names), ("context", columns.context_names)):
-                    file.find_columns(key, names)
-            *both, weights, dropped = self._values(columns, expected and expected[0])
-        count = len(both[0])
-        if expected and count + dropped != expected[0]:
-            raise FlowtrainError(f"{self.path} has changed since it was first read")
-        if dropped:
-            log.info(
-                "%s: %s of %s rows miss a value and are left out", self.path, f"{dropped:,}", f"{count + dropped:,}"
-            )
-        parts = split_indices(count, self.val_size, self.test_size, self.split_seed)
-        parts = {part: np.sort(chosen) for part, chosen in parts.items()}
-        weights = split_weights(self.weights, weights, parts) if len(weights) else dict.fromkeys(parts)
-        rows, context = (_split_rows(values, parts) for values in both)
-        self._known = self._known or columns.with_moments(rows["train"], context["train"], weights["train"])
+                    self._file.find_columns(key, names)
+            blocks = self._encoded(columns)
+            if self._known or self.missing == "drop":  # the number of rows is not yet known
+                blocks = list(blocks)
+                count = sum(len(block.rows) for block in blocks)
+            else:
+                count = expected[0]
+            self._check_count(count, expected)
+            parts = split_indices(count, self.val_size, self.test_size, self.split_seed)
+            rows, context, weights = _distribute(blocks, parts, self.path)
+        if self.weights is not None:
+            check_split_weights(self.weights, weights)
+        self._known = self._known or columns.with_moments(
+            rows["train"], context["train"], None if self.weights is None else weights["train"]
+        )
         self._parts = {
             part: (
                 rows[part],
                 self._known.standardize_context(context[part]) if columns.context else None,
-                weights[part],
+                None if self.weights is None else weights[part],
             )
             for part in parts
         }
 
-    def _values(self, columns: Columns, count: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """The modelled columns and those of the context of ``count`` rows (None: all), as :func:`encode_values` returns
-        them; the weights, float64, empty without a column of them; and the number of rows that were left out."""
+    def _check_count(self, count: int, expected: tuple[int, Columns] | None) -> None:
+        dropped = expected[0] - count if expected else 0
+        if dropped:
+            line = "%s: %s of %s rows miss a value and are left out"
+            log.info(line, self.path, f"{dropped:,}", f"{expected[0]:,}")
+        if not count:
+            raise UsageError(f"{self.path} has no rows" + (" without a missing value" if dropped else ""))
+
+    def _encoded(self, columns: Columns) -> Iterator[_Block]:
+        """Yield the rows in blocks, without those that ``missing`` drops."""
         weighted = [] if self.weights is None else self._file.find_columns("weights", [self.weights])
-        names, weights = [*columns.names, *columns.context_names, *weighted], [np.empty(0)]
-        kinds = (columns.modelled, columns.context)
-        widths = [len(kind) + sum(column.missing for column in kind) for kind in kinds]
-        out = [np.empty((count or BLOCK, width), dtype=np.float32) for width in widths]
-        start = dropped = 0
-        for block in self._file.blocks(names):
-            row, size = start + dropped + 1, len(block[names[0]])
+        row = 1
+        for block in self._file.blocks([*columns.names, *columns.context_names, *weighted]):
+            size = len(block[columns.names[0]])
             if self.missing == "drop":
                 block = _without_gaps(block)
-            kept = len(block[names[0]])
-            for i, kind in enumerate(kinds):
-                if start + kept > len(out[i]):
-                    out[i].resize((2 * (start + kept), widths[i]), refcheck=False)
-                if kind:
-                    out[i][start : start + kept] = encode_values(kind, block, row)
-            weights += [check_weights(name, block[name], row) for name in weighted]
-            start, dropped = start + kept, dropped + size - kept
-        if not start:
-            raise UsageError(f"{self.path} has no rows" + (" without a missing value" if dropped else ""))
-        return out[0][:start], out[1][:start], np.concatenate(weights), dropped
+            rows = encode_values(columns.modelled, block, row)
+            context = encode_values(columns.context, block, row) if columns.context else rows[:, :0]
+            weights = check_weights(self.weights, block[weighted[0]], row) if weighted else np.empty(len(rows))
+            yield _Block(rows, context, weights)
+            row += size
+
+
+class _Block(NamedTuple):
+    """Some rows: the modelled columns and those of the context, as :func:`encode_values` returns them, and the weights,
+    float64."""
+
+    rows: np.ndarray
+    context: np.ndarray
+    weights: np.ndarray
+
+
+def _distribute(blocks: Iterable[_Block], parts: dict[str, np.ndarray], path: Path) -> list[dict[str, np.ndarray]]:
+    """Rows, context and weights of each split, whose row numbers ``parts`` holds, in the order of the file.
+
+    Each row goes to its place at once, so that a table of gigabytes is not in memory twice.
+
+    Raises:
+        FlowtrainError: there are more or fewer rows.
+    """
+    names = list(parts)
+    owner = np.empty(sum(map(len, parts.values())), dtype=np.uint8)
+    for number, name in enumerate(names):
+        owner[parts[name]] = number
+    out: list[dict[str, np.ndarray]] = [{}, {}, {}]
+    filled, start = dict.fromkeys(names, 0), 0
+    for block in blocks:
+        if not out[0]:
+            for found, values in zip(out, block):
+                found |= {name: np.empty((len(parts[name]), *values.shape[1:]), values.dtype) for name in names}
+        owners = owner[start : start + len(block.rows)]
+        start += len(block.rows)
+        if start > len(owner):
+            break
+        for number, name in enumerate(names):
+            mine = owners == number
+            stop = filled[name] + int(mine.sum())
+            for found, values in zip(out, block):
+                found[name][filled[name] : stop] = values[mine]
+            filled[name] = stop
+    if start != len(owner):
+        raise FlowtrainError(f"{path} has changed since it was first read")
+    return out
 
 
 def _without_gaps(block: Block) -> Block:
@@ -229,14 +271,3 @@ def _constants(names: Sequence[str], found: Mapping[str, Column | Dropped]) -> t
     """The constant columns among ``names``, with their places in a sample, where identifiers are absent."""
     shown = [found[name] for name in names if isinstance(found[name], Column) or found[name].is_constant]
     return tuple(Constant(one.name, one.value, place) for place, one in enumerate(shown) if isinstance(one, Dropped))
-
-
-def _split_rows(rows: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Split ``rows`` by the sorted row numbers of each split. This overwrites ``rows``: those of train move to the
-    front, so that a table of gigabytes is not in memory twice."""
-    out = {name: rows[index] for name, index in parts.items() if name != "train"}
-    train = parts["train"]
-    for start in range(0, len(train), BLOCK):
-        some = train[start : start + BLOCK]
-        rows[start : start + len(some)] = rows[some]  # sorted numbers: no row is overwritten before it is read
-    return out | {"train": rows[: len(train)]}

@@ -11,10 +11,11 @@ def check_weights(name: str, values: np.ndarray, first_row: int) -> np.ndarray:
     """The values of the column of weights in a block of rows, float64 (N,).
 
     Raises:
-        UsageError: one is not a finite number of at least 0; the message names the column and the row.
+        UsageError: one is not a number of at least 0, finite in float32; the message names the column and the row.
     """
     weights = values if values.dtype == np.float64 else np.array([_number(value) for value in values])
-    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    with np.errstate(over="ignore"):
+        wrong = ~(np.isfinite(weights.astype(np.float32)) & (weights >= 0))
     if wrong.any():
         first = int(wrong.argmax())
         raise UsageError(
@@ -24,17 +25,11 @@ def check_weights(name: str, values: np.ndarray, first_row: int) -> np.ndarray:
     return weights
 
 
-def split_weights(name: str, weights: np.ndarray, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights of each split, from the row numbers in it, divided by the largest so that sums are finite.
-
-    Raises UsageError where no row of a split counts.
-    """
-    weights = weights / (weights.max() or 1.0)
-    out = {part: weights[index] for part, index in parts.items()}
-    for part, found in out.items():
+def check_split_weights(name: str, weights: dict[str, np.ndarray]) -> None:
+    """Raise UsageError where no row of a split counts."""
+    for part, found in weights.items():
         if not found.any():
             raise UsageError(f"dataset.weights: column '{name}' is 0 in all {len(found):,} rows of the {part} split")
-    return out
 
 
 def _number(value) -> float:
