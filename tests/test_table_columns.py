@@ -44,6 +44,7 @@ TYPES = {
     "months first": (DAYS.strftime("%m/%d/%Y"), "time"),
     "names of months": (DAYS.strftime("%d %b %Y"), "time"),
     "half days": (DAYS.strftime("%m/%d/%Y 07:30 PM"), "time"),
+    "clock with points": ([f"{hour % 24:02}.00.00" for hour in range(12, 12 + N)], "time"),
     "time of day": ((DAYS + pd.to_timedelta(random.integers(0, 1440, N), "min")).strftime("%H:%M"), "time"),
 }
 
@@ -78,7 +79,7 @@ def test_days_before_months_are_said(tmp_path, caplog):
     early = pd.date_range("2024-02-01", periods=12).strftime("%d/%m/%Y")
     early = np.concatenate([early] * 3)
     columns_of(tmp_path, early)
-    assert "the month first" in caplog.text and "dataset.types={value: '%d/%m/%Y'}" in caplog.text
+    assert "times read as %m/%d/%Y" in caplog.text and "dataset.types={value: '%d/%m/%Y'}" in caplog.text
     columns = columns_of(tmp_path, early, types={"value": "%d/%m/%Y"})
     assert columns.modelled[0].unit == 86400
     span = columns.decode(torch.tensor([[11 * 86400.0, 0.5]]))["value"]

@@ -158,7 +158,10 @@ class Columns:
         lines = [f"{kind}: {names}" for kind, names in _by_kind(self.modelled)]
         lines += [f"context, {kind}: {names}" for kind, names in _by_kind(self.context)]
         if self.constants:
-            lines.append("constant: " + ", ".join(f"{one.name} ({one.value})" for one in self.constants))
+            lines.append(
+                "constant: "
+                + ", ".join(f"{one.name} ({'no values' if one.value is None else one.value})" for one in self.constants)
+            )
         return lines
 
     def to_record(self) -> dict:

@@ -307,7 +307,7 @@ class _Texts(_Finder):
         written = self.formats[0]
         if len(self.formats) > 1:
             log.warning(
-                "column '%s': times read as %s, the month first; dataset.types={%s: '%s'} reads the day first",
+                "column '%s': times read as %s; dataset.types={%s: '%s'} reads them otherwise",
                 self.name,
                 written,
                 self.name,

@@ -10,7 +10,11 @@ import numpy as np
 
 DEFAULT = "%Y-%m-%d %H:%M:%S"
 UNITS = {86400.0: "day", 3600.0: "hour", 60.0: "minute", 1.0: "second"}
-CLOCK = {r"\d{1,2}:\d{2}": "%H:%M", r"\d{1,2}:\d{2}:\d{2}": "%H:%M:%S"}
+CLOCKS = {  # what looks so may be one of these
+    r"\d{1,2}:\d{2}": ["%H:%M"],
+    r"\d{1,2}:\d{2}:\d{2}": ["%H:%M:%S"],
+    r"\d{1,2}\.\d{2}\.\d{2}": ["%d.%m.%y", "%H.%M.%S"],
+}
 TWELVE_HOURS = ("{day}/%Y %I:%M %p", "{day}/%Y %I:%M:%S %p", "{day}/%y %I:%M %p")
 LOOKS_LIKE_TIME = re.compile(r"\d+[-/.:]\d+|[A-Za-z]{3}\D+\d|\d\s*[A-Za-z]{3}")
 
@@ -20,9 +24,9 @@ def guess_formats(text: str) -> list[str]:
     from pandas.tseries.api import guess_datetime_format
 
     text = text.strip()
-    for pattern, clock in CLOCK.items():
+    for pattern, formats in CLOCKS.items():
         if re.fullmatch(pattern, text):
-            return [clock]
+            return [*formats]
     if not LOOKS_LIKE_TIME.search(text):
         return []
     days = ["%m/%d", "%d/%m"]
