@@ -95,6 +95,7 @@ def write(path, data):
         ),
         ("a;b;\n1;2;\n3;4;\n", {"a": [1, 3], "b": [2, 4]}, None, []),
         ("a;b\n1;2;\n3;4;\n", {"a": [1, 3], "b": [2, 4]}, None, []),
+        ("a;b;;\n1;2;;\n3;4;;\n", {"a": [1, 3], "b": [2, 4]}, None, []),
         # comments
         ("# made by hand\na,b\n1,2\n# and more\n3,4\n", {"a": [1, 3], "b": [2, 4]}, None, HASH),
         ("a,b\n1,2\n# and more\n3,4\n", {"a": [1, 3], "b": [2, 4]}, None, HASH),
