@@ -340,7 +340,7 @@ def test_types_of_arrow(tmp_path, suffix):
     for name, values in contents(file, good[::-1]).items():
         np.testing.assert_equal(values, ARROW[name][1], err_msg=name)
     for name in ARROW.keys() - {*good}:
-        one_line(lambda: file.kinds([name]), str(path), f"column '{name}' holds", "leave it out")
+        one_line(lambda: file.kinds([name]), str(path), f"column '{name}' holds", "dataset.columns=[…]")
     texts = contents(TableFile(path, text=good), ["i", "f", "stamp", "bool"])
     assert [*texts.values()] == [["1", None], ["1.5", "2"], ["2020-01-02T03:04:05.678901", None], ["true", None]]
 
@@ -445,7 +445,7 @@ def test_json_lines(tmp_path):
     assert file.names == ["a", "b", "c", "d"] and [*file.kinds("abc").values()] == ["number", "text", "boolean"]
     expected = {"a": [1, 2.5, NAN], "b": ["x", None, None], "c": ["true", None, None]}
     np.testing.assert_equal(contents(file, [*"abc"]), expected)
-    one_line(lambda: file.kinds(["d"]), str(path), "column 'd' holds lists")
+    one_line(lambda: file.kinds(["d"]), str(path), "lists, objects or several kinds in d: dataset.columns=")
     assert contents(TableFile(path, text=["a"]), ["a"])["a"] == ["1", "2.5", None]
     packed = tmp_path / "t.ndjson.gz"
     packed.write_bytes(gzip.compress(lines.encode()))
@@ -483,8 +483,14 @@ def test_sheets(tmp_path):
 
 
 def test_files_that_are_refused_by_their_names(tmp_path):
-    one_line(lambda: TableFile(tmp_path / "t.xls"), "must end in .csv, .tsv, .txt, .dat, .parquet", ".gz, .bz2")
+    one_line(lambda: TableFile(tmp_path / "t.xls"), "must end in .csv, .tsv, .txt, .dat, .data, .parquet", ".gz, .bz2")
     one_line(lambda: TableFile(tmp_path / "t.parquet.gz"), "must end in")
+    for suffix, hint in (
+        (".xls", "save it as .xlsx"),
+        (".json", "an object in each line"),
+        (".zarr", "dataset=arrays"),
+    ):
+        one_line(lambda: TableFile(tmp_path / f"t{suffix}"), "must end in", hint)
     one_line(lambda: TableFile(tmp_path / "t.gz"), "must end in")
     one_line(lambda: TableFile(tmp_path / "t.tsv"), "t.tsv: no such file")
     path = write(tmp_path / "t.csv", "a\n1\n")

@@ -17,7 +17,7 @@ from flowtrain.data.tables.text_stream import COMPRESSIONS
 from flowtrain.errors import FlowtrainError, UsageError
 
 READERS: dict[str, type[Reader]] = {
-    **dict.fromkeys((".csv", ".tsv", ".txt", ".dat"), TextFile),
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".dat", ".data"), TextFile),
     ".parquet": Parquet,
     **dict.fromkeys((".feather", ".arrow"), ArrowFile),
     ".npy": Npy,
@@ -25,6 +25,13 @@ READERS: dict[str, type[Reader]] = {
     **dict.fromkeys((".h5", ".hdf5"), Hdf5),
     **dict.fromkeys((".jsonl", ".ndjson"), JsonLines),
     ".xlsx": Excel,
+}
+HINTS = {
+    ".xls": "save it as .xlsx",
+    ".json": "write an object in each line of a .jsonl",
+    ".zarr": "dataset=arrays reads it",
+    ".zip": "unpack it",
+    ".tar": "unpack it",
 }
 COMPRESSED = (TextFile, JsonLines)  # what may also be compressed
 KEYED = (Npz, Hdf5)  # what may hold several tables
@@ -62,9 +69,11 @@ class TableFile:
         self.path = Path(os.path.expanduser(path))
         reader = Parquet if self.path.is_dir() else find_reader(self.path)
         if reader is None:
-            packed = f"; text and JSON may also be compressed: {', '.join(COMPRESSIONS)}"
+            hint = HINTS.get(self.path.suffix.lower())
+            packed = f"text and JSON may also be compressed: {', '.join(COMPRESSIONS)}"
             raise UsageError(
-                f"dataset.path={path}: must end in {', '.join(READERS)}, or be a folder of parquet parts{packed}"
+                f"dataset.path={path}: {f'{hint}; ' if hint else ''}must end in {', '.join(READERS)}, or be a folder of"
+                f" parquet parts; {packed}"
             )
         if not self.path.exists():
             raise UsageError(f"dataset.path={path}: no such file")
