@@ -557,7 +557,11 @@ def csv(text, rows=40):
         (csv("1,2\n1,NaN\n"), {}, ("missing in 'b'", "row 2")),
         (csv("inf,2\n"), {}, ("column 'a'", "row 1", "not finite")),
         (csv("1,2\n1,-\n"), {}, ("missing in 'b'", "row 2")),
-        ("a,b\n" + "".join(f"$1{i},{i}.5\n" for i in range(40)), {}, ("'a', row 1: '$10'", "write 1234.5")),
+        (
+            "a,b\n" + "".join(f"$1{i},{i}.5\n" for i in range(40)),
+            {},
+            ("t.csv: column 'a', row 1: '$10'", "write 1234.5"),
+        ),
         (csv("1,1e39\n"), {}, ("column 'b'", "too large for float32")),
         ("a,b\n" + "1,x\n2,\n3,y\n" * 20, {}, ("missing in 'b' 20", "row 2")),
         ("a,b\n" + "1,2\n" * 40, {}, ("no column is left to model",)),

@@ -131,6 +131,17 @@ def missing_value_error(name: str, row: int) -> UsageError:
 
 
 @contextmanager
+def name_file(path: Path):
+    """Begin the line of a UsageError with the file, unless it names the file or a key."""
+    try:
+        yield
+    except UsageError as error:
+        if str(path) in str(error) or str(error).startswith("dataset."):
+            raise
+        raise UsageError(f"{path}: {error}") from error
+
+
+@contextmanager
 def refuse_changes(path: Path):
     """Raise FlowtrainError at the end of this block if the file has changed, whatever else was raised."""
     before = _version(path)
@@ -154,16 +165,13 @@ def _version(path: Path) -> list[tuple] | None:
 def _name_file_in_errors(path: Path):
     """Turn what is raised inside this block into one line that names the file."""
     try:
-        yield
+        with name_file(path):
+            yield
     except ModuleNotFoundError as error:
         extra = "excel" if error.name == "openpyxl" else "tables"
         raise UsageError(f"{path.suffix} files need more packages: pip install 'flowtrain[{extra}]'") from error
     except ImportError as error:  # as pandas says that openpyxl is lacking
         raise UsageError(f"{path.suffix} files need more packages: pip install 'flowtrain[tables,excel]'") from error
-    except UsageError as error:
-        if str(path) in str(error) or str(error).startswith("dataset."):
-            raise
-        raise UsageError(f"{path}: {error}") from error
     except FlowtrainError:
         raise
     except UnicodeDecodeError as error:
