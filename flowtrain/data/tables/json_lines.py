@@ -72,10 +72,10 @@ class JsonLines(Reader):
         """Yield pandas tables of ``rows`` lines, or of fewer that are ``LONGEST`` bytes together."""
         import pandas as pd
 
+        row = 0
         with open_file(self.path) as file:
-            lines, row = io.BufferedReader(file) if not hasattr(file, "readline") else file, 0
             while True:
-                some = _some_lines(lines, rows)
+                some = _some_lines(file, rows)
                 if not some:
                     return
                 try:
