@@ -199,6 +199,7 @@ def test_options_of_a_text(tmp_path, text, read, expected, kinds):
         ("a,b\n1,\0\n", {}, ["NUL bytes", "dataset.read={encoding: utf-16}"]),
         ("größe,b\n1,2\n".encode("latin-1"), {}, ["is not in UTF-8", "dataset.read={encoding: latin-1}"]),
         ("a,b\n1,2\n3\n", {}, ["row 2 (the first is 1) has 1 field, not 2"]),
+        ("Operator,jane\nDevice,x\n\na,b,c\n" + "1,2,3\n" * 9, {}, ["row 1", "has 2 fields, not 3", "skiprows: N"]),
         ("a,b\n1,2\n\n3,4,5\n6\n7,8\n", {}, ["row 2", "has 3 fields, not 2"]),
         ("a b\n1 2\n3 4\n5\n", {}, ["row 3", "has 1 field, not 2"]),
         ('a,b\n"x,y",2\nz,3,4\n', {}, ["row 2", "has 3 fields, not 2"]),

@@ -180,8 +180,9 @@ class Records:
             found = self.count(line)
             row += found > 0
             if found not in (0, self.fields):
+                hint = "; dataset.read={skiprows: N} leaves out N lines before a table" if row == 1 else ""
                 raise UsageError(
-                    f"row {row} (the first is 1) has {found} field{'s' if found > 1 else ''}, not {self.fields}"
+                    f"row {row} (the first is 1) has {found} field{'s' if found > 1 else ''}, not {self.fields}{hint}"
                 )
         return row - before
 
