@@ -44,7 +44,7 @@ TYPES = {
     "months first": (DAYS.strftime("%m/%d/%Y"), "time"),
     "names of months": (DAYS.strftime("%d %b %Y"), "time"),
     "half days": (DAYS.strftime("%m/%d/%Y 07:30 PM"), "time"),
-    "clock with points": ([f"{hour % 24:02}.00.00" for hour in range(12, 12 + N)], "time"),
+    "time of day with points": ((DAYS + pd.to_timedelta(random.integers(0, 24, N), "h")).strftime("%H.00.00"), "time"),
     "time of day": ((DAYS + pd.to_timedelta(random.integers(0, 1440, N), "min")).strftime("%H:%M"), "time"),
 }
 

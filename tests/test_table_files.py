@@ -95,6 +95,7 @@ def write(path, data):
         ),
         ("a;b;\n1;2;\n3;4;\n", {"a": [1, 3], "b": [2, 4]}, None, []),
         ("a;b\n1;2;\n3;4;\n", {"a": [1, 3], "b": [2, 4]}, None, []),
+        ("a;b;;\n1;2;;\n3;4;;\n", {"a": [1, 3], "b": [2, 4]}, None, []),
         # comments
         ("# made by hand\na,b\n1,2\n# and more\n3,4\n", {"a": [1, 3], "b": [2, 4]}, None, HASH),
         ("a,b\n1,2\n# and more\n3,4\n", {"a": [1, 3], "b": [2, 4]}, None, HASH),
@@ -198,6 +199,7 @@ def test_options_of_a_text(tmp_path, text, read, expected, kinds):
         ("a,b\n1,\0\n", {}, ["NUL bytes", "dataset.read={encoding: utf-16}"]),
         ("größe,b\n1,2\n".encode("latin-1"), {}, ["is not in UTF-8", "dataset.read={encoding: latin-1}"]),
         ("a,b\n1,2\n3\n", {}, ["row 2 (the first is 1) has 1 field, not 2"]),
+        ("Operator,jane\nDevice,x\n\na,b,c\n" + "1,2,3\n" * 9, {}, ["row 1", "has 2 fields, not 3", "skiprows: N"]),
         ("a,b\n1,2\n\n3,4,5\n6\n7,8\n", {}, ["row 2", "has 3 fields, not 2"]),
         ("a b\n1 2\n3 4\n5\n", {}, ["row 3", "has 1 field, not 2"]),
         ('a,b\n"x,y",2\nz,3,4\n', {}, ["row 2", "has 3 fields, not 2"]),
@@ -339,7 +341,7 @@ def test_types_of_arrow(tmp_path, suffix):
     for name, values in contents(file, good[::-1]).items():
         np.testing.assert_equal(values, ARROW[name][1], err_msg=name)
     for name in ARROW.keys() - {*good}:
-        one_line(lambda: file.kinds([name]), str(path), f"column '{name}' holds", "leave it out")
+        one_line(lambda: file.kinds([name]), str(path), f"column '{name}' holds", "dataset.columns=[…]")
     texts = contents(TableFile(path, text=good), ["i", "f", "stamp", "bool"])
     assert [*texts.values()] == [["1", None], ["1.5", "2"], ["2020-01-02T03:04:05.678901", None], ["true", None]]
 
@@ -444,7 +446,7 @@ def test_json_lines(tmp_path):
     assert file.names == ["a", "b", "c", "d"] and [*file.kinds("abc").values()] == ["number", "text", "boolean"]
     expected = {"a": [1, 2.5, NAN], "b": ["x", None, None], "c": ["true", None, None]}
     np.testing.assert_equal(contents(file, [*"abc"]), expected)
-    one_line(lambda: file.kinds(["d"]), str(path), "column 'd' holds lists")
+    one_line(lambda: file.kinds(["d"]), str(path), "lists, objects or several kinds in d: dataset.columns=")
     assert contents(TableFile(path, text=["a"]), ["a"])["a"] == ["1", "2.5", None]
     packed = tmp_path / "t.ndjson.gz"
     packed.write_bytes(gzip.compress(lines.encode()))
@@ -482,8 +484,14 @@ def test_sheets(tmp_path):
 
 
 def test_files_that_are_refused_by_their_names(tmp_path):
-    one_line(lambda: TableFile(tmp_path / "t.xls"), "must end in .csv, .tsv, .txt, .dat, .parquet", ".gz, .bz2")
+    one_line(lambda: TableFile(tmp_path / "t.xls"), "must end in .csv, .tsv, .txt, .dat, .data, .parquet", ".gz, .bz2")
     one_line(lambda: TableFile(tmp_path / "t.parquet.gz"), "must end in")
+    for suffix, hint in (
+        (".xls", "save it as .xlsx"),
+        (".json", "an object in each line"),
+        (".zarr", "dataset=arrays"),
+    ):
+        one_line(lambda: TableFile(tmp_path / f"t{suffix}"), "must end in", hint)
     one_line(lambda: TableFile(tmp_path / "t.gz"), "must end in")
     one_line(lambda: TableFile(tmp_path / "t.tsv"), "t.tsv: no such file")
     path = write(tmp_path / "t.csv", "a\n1\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flowtrain.data.tables.block import (
+    LEAVE_OUT,
     Block,
     Kind,
     Reader,
@@ -135,7 +136,7 @@ class ArrayReader(Reader):
         dtype = self._fields[name][1].dtype
         kind = "text" if _is_text(dtype) else KINDS.get(dtype.kind)
         if kind is None or dtype.names:
-            raise UsageError(f"column '{name}' holds {dtype}: write it as numbers, times or text, or leave it out")
+            raise UsageError(f"column '{name}' holds {dtype}: write it as numbers, times or text; {LEAVE_OUT}")
         return "text" if name in self.text else kind
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flowtrain.data.tables.block import (
     INDEX_NAMES,
+    LEAVE_OUT,
     Block,
     Kind,
     Reader,
@@ -60,7 +61,7 @@ class ArrowReader(Reader):
         kind = kind_of(self.schema.field(self._place[name]).type)
         if kind is None:
             held = self.schema.field(self._place[name]).type
-            raise UsageError(f"column '{name}' holds {held}: write it as numbers, times or text, or leave it out")
+            raise UsageError(f"column '{name}' holds {held}: write it as numbers, times or text; {LEAVE_OUT}")
         return "text" if name in self.text else kind
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:

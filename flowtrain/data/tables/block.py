@@ -11,6 +11,7 @@ from flowtrain.errors import UsageError
 
 BLOCK = 2**16  # the most rows of a block
 CELLS = 2**22  # about the most values of a block
+LEAVE_OUT = "dataset.columns=[…] names the columns to read"  # after what is wrong with another
 INDEX_NAMES = ("", "Unnamed: 0", "__index_level_0__")  # of an index that was written as a column
 
 # name -> float64, NaN if missing; or texts, None if missing; or datetime64[us], NaT; or "true" and "false", None

@@ -270,7 +270,10 @@ def _places(names: list[str] | None, body: list[list[str]], records: Records, no
     if len(names) == fields + 1 and not names[-1]:
         names = names[:-1]
     if trailing and (len(names) == fields - 1 or not names[-1]):
-        return places[:-1], names[: fields - 1]
+        width = fields - 1
+        while width > 1 and not names[width - 1] and not any(row[width - 1] for row in body):
+            width -= 1
+        return places[:width], names[:width]
     if len(names) == fields - 1:
         notes.append("the first column has no name and is left out: it names the rows")
         return places[1:], names

@@ -23,8 +23,10 @@ MOST_DECLARED = 2**16  # even where the user says that they are categories
 EXACT = 2.0**22  # up to here float32 distinguishes x from x + ½
 WHOLE = 2.0**53  # up to here float64 distinguishes x from x + 1
 FEW = 20  # of so few whole numbers, all different is no sign of an identifier
-# numbers in forms that are not read: 12,5 or 1.234,5 or 1'234 or 12 %
-OTHER_FORMS = re.compile(r"[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?\s?%?")
+# numbers in forms that are not read: 12,5 or 1.234,5 or 1'234 or 12 % or $12 or 1.5D-3 or 1.5 ± 0.1
+NUMBER = r"[-+]?[$€£¥]?\s?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?([dDeE][-+]?\d+)?\s?[%$€£¥]?"
+OTHER_FORMS = re.compile(rf"{NUMBER}(\s?(±|\+/-)\s?{NUMBER})?")
+ODD = 0.05  # of texts that are all different and else numbers, at most so many are no numbers: not identifiers
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,7 @@ class _Texts(_Finder):
         if self.formats:
             return self._time()
         if not named and self._all_different() and self.rows > 2:
+            self._check_numbers(ODD)
             return Dropped(self.name, "holds a different text in every row, as an identifier does")
         if len(self.first) > self.most:
             why = f"holds more than {self.most:,} different texts, too many for categories"
@@ -315,10 +318,10 @@ class _Texts(_Finder):
             )
         return self.times[written].time(written)
 
-    def _check_numbers(self) -> None:
-        """Refuse texts that are numbers but for a few, or in another form."""
+    def _check_numbers(self, most: float = 0.5) -> None:
+        """Refuse texts that are numbers in another form, or but for a share of less than ``most``."""
         others = [text for text in self.first if not is_number(text)]
-        if 0 < len(others) < len(self.first) / 2:  # such as ? for a missing value
+        if 0 < len(others) < len(self.first) * most:  # such as ? for a missing value
             why = "is not a number, but most values of the column are"
         elif others and all(map(OTHER_FORMS.fullmatch, self.first)):
             why = "is a number in a form that cannot be read; write 1234.5"

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data.tables.block import BLOCK, Block, Kind, Reader, check_options, name_columns, number_texts
+from flowtrain.data.tables.block import (
+    BLOCK,
+    LEAVE_OUT,
+    Block,
+    Kind,
+    Reader,
+    check_options,
+    join_names,
+    name_columns,
+    number_texts,
+)
 from flowtrain.data.tables.text_stream import LONGEST, open_file
 from flowtrain.errors import UsageError
 
@@ -41,9 +51,8 @@ class JsonLines(Reader):
         self._kinds = {name: _kind(head[key].tolist()) for name, key in self._keys.items()}
 
     def kinds(self, names):
-        for name in names:
-            if self._kinds[name] is None:
-                raise UsageError(f"column '{name}' holds lists, objects or several kinds: leave it out")
+        if wrong := [name for name in names if self._kinds[name] is None]:
+            raise UsageError(f"lists, objects or several kinds in {join_names(wrong)}: {LEAVE_OUT}")
         return {name: "text" if name in self.text else self._kinds[name] for name in names}
 
     def blocks(self, names: Sequence[str]) -> Iterator[Block]:
@@ -63,10 +72,10 @@ class JsonLines(Reader):
         """Yield pandas tables of ``rows`` lines, or of fewer that are ``LONGEST`` bytes together."""
         import pandas as pd
 
+        row = 0
         with open_file(self.path) as file:
-            lines, row = io.BufferedReader(file) if not hasattr(file, "readline") else file, 0
             while True:
-                some = _some_lines(lines, rows)
+                some = _some_lines(file, rows)
                 if not some:
                     return
                 try:

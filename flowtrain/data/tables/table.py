@@ -18,7 +18,7 @@ from flowtrain.data.tables.block import Block
 from flowtrain.data.tables.column import Column, Constant
 from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.inference import Dropped, Survey, survey
-from flowtrain.data.tables.table_file import TableFile, refuse_changes
+from flowtrain.data.tables.table_file import TableFile, name_file, refuse_changes
 from flowtrain.data.tables.types import parse_types
 from flowtrain.data.tables.weights import check_split_weights, check_weights
 from flowtrain.data.vectors import Vectors
@@ -108,7 +108,7 @@ class Table(Vectors):
         names, context = self._file.choose(self.columns, self.context, self.weights)
         self._file.find_columns("types", list(self.types))
         named = {*context, *self.types, *(names if self.columns is not None else ())}
-        with refuse_changes(self.path):
+        with refuse_changes(self.path), name_file(self.path):
             found = survey(self._file, [*names, *context], self.types, named, self.missing == "model")
         dropped = [column for column in found.columns.values() if isinstance(column, Dropped)]
         for column in dropped:
@@ -163,7 +163,7 @@ class Table(Vectors):
         """Read the values of all rows, each into its split."""
         expected = None if self._known else self._found
         columns = self._known or expected[1]
-        with refuse_changes(self.path):
+        with refuse_changes(self.path), name_file(self.path):
             if self._known:
                 for key, names in (("columns", columns.names), ("context", columns.context_names)):
                     self._file.find_columns(key, names)

@@ -17,7 +17,7 @@ from flowtrain.data.tables.text_stream import COMPRESSIONS
 from flowtrain.errors import FlowtrainError, UsageError
 
 READERS: dict[str, type[Reader]] = {
-    **dict.fromkeys((".csv", ".tsv", ".txt", ".dat"), TextFile),
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".dat", ".data"), TextFile),
     ".parquet": Parquet,
     **dict.fromkeys((".feather", ".arrow"), ArrowFile),
     ".npy": Npy,
@@ -25,6 +25,13 @@ READERS: dict[str, type[Reader]] = {
     **dict.fromkeys((".h5", ".hdf5"), Hdf5),
     **dict.fromkeys((".jsonl", ".ndjson"), JsonLines),
     ".xlsx": Excel,
+}
+HINTS = {
+    ".xls": "save it as .xlsx",
+    ".json": "write an object in each line of a .jsonl",
+    ".zarr": "dataset=arrays reads it",
+    ".zip": "unpack it",
+    ".tar": "unpack it",
 }
 COMPRESSED = (TextFile, JsonLines)  # what may also be compressed
 KEYED = (Npz, Hdf5)  # what may hold several tables
@@ -62,9 +69,11 @@ class TableFile:
         self.path = Path(os.path.expanduser(path))
         reader = Parquet if self.path.is_dir() else find_reader(self.path)
         if reader is None:
-            packed = f"; text and JSON may also be compressed: {', '.join(COMPRESSIONS)}"
+            hint = HINTS.get(self.path.suffix.lower())
+            packed = f"text and JSON may also be compressed: {', '.join(COMPRESSIONS)}"
             raise UsageError(
-                f"dataset.path={path}: must end in {', '.join(READERS)}, or be a folder of parquet parts{packed}"
+                f"dataset.path={path}: {f'{hint}; ' if hint else ''}must end in {', '.join(READERS)}, or be a folder of"
+                f" parquet parts; {packed}"
             )
         if not self.path.exists():
             raise UsageError(f"dataset.path={path}: no such file")
@@ -122,6 +131,17 @@ def missing_value_error(name: str, row: int) -> UsageError:
 
 
 @contextmanager
+def name_file(path: Path):
+    """Begin the line of a UsageError with the file, unless it names the file or a key."""
+    try:
+        yield
+    except UsageError as error:
+        if str(path) in str(error) or str(error).startswith("dataset."):
+            raise
+        raise UsageError(f"{path}: {error}") from error
+
+
+@contextmanager
 def refuse_changes(path: Path):
     """Raise FlowtrainError at the end of this block if the file has changed, whatever else was raised."""
     before = _version(path)
@@ -145,16 +165,13 @@ def _version(path: Path) -> list[tuple] | None:
 def _name_file_in_errors(path: Path):
     """Turn what is raised inside this block into one line that names the file."""
     try:
-        yield
+        with name_file(path):
+            yield
     except ModuleNotFoundError as error:
         extra = "excel" if error.name == "openpyxl" else "tables"
         raise UsageError(f"{path.suffix} files need more packages: pip install 'flowtrain[{extra}]'") from error
     except ImportError as error:  # as pandas says that openpyxl is lacking
         raise UsageError(f"{path.suffix} files need more packages: pip install 'flowtrain[tables,excel]'") from error
-    except UsageError as error:
-        if str(path) in str(error) or str(error).startswith("dataset."):
-            raise
-        raise UsageError(f"{path}: {error}") from error
     except FlowtrainError:
         raise
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import lzma
 import re
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ MARKS = {  # byte-order marks, the longer ones first
 def _open_zstandard(path: Path) -> BinaryIO:
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
 COMPRESSIONS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
@@ -179,8 +180,9 @@ class Records:
             found = self.count(line)
             row += found > 0
             if found not in (0, self.fields):
+                hint = "; dataset.read={skiprows: N} leaves out N lines before a table" if row == 1 else ""
                 raise UsageError(
-                    f"row {row} (the first is 1) has {found} field{'s' if found > 1 else ''}, not {self.fields}"
+                    f"row {row} (the first is 1) has {found} field{'s' if found > 1 else ''}, not {self.fields}{hint}"
                 )
         return row - before
 

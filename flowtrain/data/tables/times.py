@@ -36,7 +36,8 @@ def guess_formats(text: str) -> list[str]:
         found = [guess_datetime_format(text, dayfirst=dayfirst) for dayfirst in (False, True)]
     if found[0] and found[0].startswith("%Y"):  # nobody writes the year, the day, the month
         return [re.sub("%z$", "Z", found[0]) if text.endswith("Z") else found[0]]
-    return list(dict.fromkeys(filter(None, found)))
+    found = list(dict.fromkeys(filter(None, found)))
+    return found or (["%H.%M.%S"] if re.fullmatch(r"\d{1,2}\.\d{2}\.\d{2}", text) else [])
 
 
 def to_seconds(values: Sequence | np.ndarray, written: str) -> np.ndarray:
