@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from flowtrain.data.array_files import read_npy_header
 from flowtrain.data.tables.block import (
     Block,
     Kind,
@@ -25,7 +25,6 @@ from flowtrain.data.tables.block import (
 )
 from flowtrain.errors import FlowtrainError, UsageError
 
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 KINDS: dict[str, Kind] = {**dict.fromkeys("iufm", "number"), "b": "boolean", "M": "time", "U": "text", "S": "text"}
 
 
@@ -76,9 +75,8 @@ class Array:
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it is stored by columns, and dtype, from the header of an array in the format of .npy."""
-    with warnings.catch_warnings(action="ignore"):  # of a damaged header
-        shape, is_fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-    if dtype.hasobject or math.prod(shape) < 0 or dtype.itemsize == 0 and math.prod(shape):
+    shape, is_fortran, dtype = read_npy_header(file)
+    if dtype.hasobject or dtype.itemsize == 0 and math.prod(shape):
         raise ValueError("it holds objects")
     return shape, is_fortran, dtype
 

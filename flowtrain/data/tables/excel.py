@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flowtrain.data.tables.block import join_names, nearest
 from flowtrain.data.tables.text_file import TextFile
-from flowtrain.errors import UsageError
+from flowtrain.errors import FlowtrainError, UsageError
 
 
 class Excel(TextFile):
@@ -18,8 +19,10 @@ class Excel(TextFile):
     def __init__(self, path: Path, read: Mapping, text: Sequence[str]):
         import pandas as pd
 
-        with pd.ExcelFile(path, engine="openpyxl") as book:
+        with warnings.catch_warnings(action="ignore"), pd.ExcelFile(path, engine="openpyxl") as book:
             sheets = book.sheet_names
+            if not sheets:
+                raise FlowtrainError(f"cannot read {path}: it holds no sheet")
             sheet = _choose(sheets, read.get("sheet_name", 0))
             frame = pd.read_excel(book, sheet, header=None, dtype=object, na_filter=False)
         used = frame.ne("")

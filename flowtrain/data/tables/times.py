@@ -12,6 +12,7 @@ DEFAULT = "%Y-%m-%d %H:%M:%S"
 UNITS = {86400.0: "day", 3600.0: "hour", 60.0: "minute", 1.0: "second"}
 CLOCK = {r"\d{1,2}:\d{2}": "%H:%M", r"\d{1,2}:\d{2}:\d{2}": "%H:%M:%S"}
 TWELVE_HOURS = ("{day}/%Y %I:%M %p", "{day}/%Y %I:%M:%S %p", "{day}/%y %I:%M %p")
+LONGEST = 60  # characters of a date and a time
 LOOKS_LIKE_TIME = re.compile(r"\d+[-/.:]\d+|[A-Za-z]{3}\D+\d|\d\s*[A-Za-z]{3}")
 
 
@@ -20,6 +21,8 @@ def guess_formats(text: str) -> list[str]:
     from pandas.tseries.api import guess_datetime_format
 
     text = text.strip()
+    if len(text) > LONGEST:
+        return []
     for pattern, clock in CLOCK.items():
         if re.fullmatch(pattern, text):
             return [clock]
