@@ -120,6 +120,8 @@ class SlicedRows(Rows):
     """A dataset of an .h5 or .zarr file: an object with slices."""
 
     def __init__(self, path: Path, dataset):
+        if path.suffix.lower() in HDF5:
+            check_written(dataset)
         self.path, self.dataset = path, dataset
         self.shape, self.dtype = tuple(dataset.shape), np.dtype(dataset.dtype)
 
@@ -256,6 +258,14 @@ def _open_member(path: Path, key: str) -> Rows:
             )
     with np.load(path, allow_pickle=False) as archive:
         return HeldRows(path, archive[key])
+
+
+def check_written(dataset) -> None:
+    """Raise FlowtrainError for a dataset of an .h5 file that has a shape but no data: it would be read as zeros."""
+    stored = dataset.is_virtual or dataset.external or dataset.id.get_storage_size()
+    if dataset.size and not stored:
+        shape = list(dataset.shape)
+        raise FlowtrainError(f"{dataset.file.filename}: {dataset.name.strip('/')} {shape} was never written")
 
 
 def half_of_memory() -> int:

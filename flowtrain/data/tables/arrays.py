@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data.array_files import read_npy_header
+from flowtrain.data.array_files import check_written, read_npy_header
 from flowtrain.data.tables.block import (
     Block,
     Kind,
@@ -265,6 +265,8 @@ class Hdf5(ArrayReader):
 
         with h5py.File(self.path) as archive:
             sets = {name: archive[self.group + name] for name in names}
+            for dataset in sets.values():
+                check_written(dataset)
             for start in range(0, len(sets[names[0]]), rows):
                 yield {name: item[start : start + rows] for name, item in sets.items()}
 
