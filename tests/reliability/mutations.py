@@ -368,31 +368,67 @@ def bomb(kind: str, dice: random.Random) -> bytes:
 # ---- files that are enormous --------------------------------------------------------------------------------------
 
 
-def write_enormous(folder: Path, gigabyte: bool) -> Iterator[Path]:
-    """Write files that are wide, long or deep, one at a time."""
-    path = folder / "wide.csv"
-    path.write_text(",".join(f"c{i}" for i in range(1_000_000)) + "\n" + ("1," * 999_999 + "2\n") * 3)
-    yield path
-    path = folder / "line.csv"
-    with path.open("wb") as file:
-        for _ in range(1024 if gigabyte else 64):
-            file.write(b"1234567," * 2**17)
-    yield path
-    path = folder / "text.csv"
-    with path.open("wb") as file:
-        file.write(b"a,b\n")
-        for _ in range(1024 if gigabyte else 64):
-            file.write(b"x" * 2**20)
-    yield path
-    path = folder / "bomb.csv.gz"
-    path.write_bytes(gzip.compress(b"\0" * (2**30 if gigabyte else 2**26), 9))
-    yield path
-    path = folder / "deep.jsonl"
-    path.write_text('{"a": ' * 100_000 + "1" + "}" * 100_000 + "\n")
-    yield path
-    path = folder / "quote.csv"
-    path.write_text('a,b\n"' + "1,2\n" * 2_000_000)
-    yield path
+def write_enormous(folder: Path, gigabyte: bool) -> Iterator[tuple[str, Path]]:
+    """Write files that are wide, long, deep or unpack to much more, one at a time; what to open each as, and its path.
+    The longest have a gigabyte, or 1/16 of it."""
+    megabytes = 1024 if gigabyte else 64
+    columns = 1_000_000
+
+    def fill(name: str, part: bytes, count: int, head: bytes = b"", opener=open) -> tuple[str, Path]:
+        with opener(folder / name, "wb") as file:
+            file.write(head)
+            for _ in range(count):
+                file.write(part)
+        return "table", folder / name
+
+    header = ",".join(f"c{i}" for i in range(columns)).encode()
+    yield fill("wide.csv", b"1," * (columns - 1) + b"2\n", 3, header + b"\n")
+    yield fill("wide without names.dat", b"1.5 " * (columns - 1) + b"2\n", 3)
+    yield fill("wide.jsonl", json.dumps(dict.fromkeys(map(str, range(columns)), 1.5)).encode() + b"\n", 3)
+    yield fill("line.csv", b"1234567," * 2**17, megabytes)
+    yield fill("text.csv", b"x" * 2**20, megabytes, b"a,b\n")
+    yield fill("text.jsonl", b"x" * 2**20, megabytes, b'{"a": "')
+    yield fill("quote.csv", b"1,2\n" * 2**18, megabytes, b'a,b\n1,2\n"')
+    yield fill("nothing.csv", b"\n" * 2**20, megabytes)
+    yield fill("comments.csv", b"# \n" * 2**18, megabytes, b"a,b\n1,2\n2,3\n")
+    yield fill("bomb.csv.gz", bytes(2**20), megabytes, opener=gzip.open)
+    yield fill("bomb.csv.bz2", b"," * 2**20, megabytes, opener=bz2.open)
+    yield fill("bomb.csv.xz", b" " * 2**20, megabytes, opener=lzma.open)
+    yield fill("deep.jsonl", b"}" * 100_000, 1, b'{"a": ' * 100_000 + b"1")
+    path = folder / "wide.npy"
+    np.save(path, np.zeros((3, columns)))
+    yield "table", path
+    path = folder / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(
+            member, {"descr": "<f4", "fortran_order": True, "shape": (megabytes * 2**16, 4)}
+        )
+        for _ in range(megabytes):
+            member.write(bytes(2**20))
+    yield "table", path
+    path = folder / "bomb.xlsx"
+    path.write_bytes(valid("xlsx"))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("xl/sharedStrings.xml", "w") as member:
+            for _ in range(megabytes * 8):
+                member.write(b" " * 2**20)
+    yield "table", path
+    path = folder / "far.xlsx"
+    with zipfile.ZipFile(io.BytesIO(valid("xlsx"))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    for old, new in ((b'r="F61"', b'r="XFD1048576"'), (b'<row r="61"', b'<row r="1048576"')):
+        members[sheet] = members[sheet].replace(old, new)
+    path.write_bytes(pack("zip", members))
+    yield "table", path
+    path = folder / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            with archive.open(f"{number}.gif", "w") as member:
+                member.write(pictures("gif")[0])
+                for _ in range(megabytes):
+                    member.write(bytes(2**20))
+    yield "images", path
 
 
 def write_mutation(folder: Path, number: int) -> tuple[str, Path]:

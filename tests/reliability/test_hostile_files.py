@@ -40,9 +40,9 @@ def test_mutations_of_valid_files_are_read_or_refused_in_one_line(server, tmp_pa
 
 def test_enormous_files_are_read_or_refused_in_one_line(server, tmp_path, pytestconfig, promise):
     asked, wrong = 0, []
-    for path in write_enormous(tmp_path, gigabyte=pytestconfig.getoption("--reliability")):
+    for opened_as, path in write_enormous(tmp_path, gigabyte=pytestconfig.getoption("--reliability")):
         asked += 1
-        if found := fault(server.start(tmp_path, "table", str(path), kind="open")):
+        if found := fault(server.start(tmp_path, opened_as, str(path), kind="open")):
             wrong.append(f"{path.name}: {found}")
         path.unlink()
     promise(15, "enormous files read, or refused in one line, below 2 GB and 60 s", f"{asked - len(wrong)} of {asked}")

@@ -16,6 +16,7 @@ from flowtrain.data.tables.block import (
     Reader,
     boolean_texts,
     check_options,
+    check_width,
     join_names,
     name_columns,
     nearest,
@@ -98,10 +99,12 @@ def fields_of(shape: Sequence[int], dtype: np.dtype) -> list[_Field]:
         fields = []
         for name in dtype.names:
             base, inner = dtype[name].subdtype or (dtype[name], ())
+            check_width(math.prod(inner))
             places = range(math.prod(inner)) if inner else [None]
             fields += [_Field(name if place is None else f"{name}_{place}", base, name, place) for place in places]
         return fields
     if dtype.names is None and len(shape) == 2:
+        check_width(shape[1])
         return [_Field(f"c{i}", dtype, place=i) for i in range(shape[1])]
     if dtype.names is None and len(shape) == 1:
         return [_Field("c0", dtype)]

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data.tables.block import BLOCK, Block, Kind, Reader, check_options, name_columns, number_texts
+from flowtrain.data.tables.block import (
+    BLOCK,
+    Block,
+    Kind,
+    Reader,
+    check_options,
+    check_width,
+    name_columns,
+    number_texts,
+)
 from flowtrain.data.tables.text_stream import LONGEST, open_file
 from flowtrain.errors import UsageError
 
@@ -69,6 +78,7 @@ class JsonLines(Reader):
                 some = _some_lines(lines, rows)
                 if not some:
                     return
+                check_width(max(line.count(b'":') for line in some))  # about the keys: too many take pandas minutes
                 try:
                     frame = pd.read_json(io.BytesIO(b"".join(some)), lines=True, dtype=False, **self.options)
                 except Exception:  # pandas raises many kinds
