@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from flowtrain.errors import FlowtrainError, UsageError
 HDF5 = (".h5", ".hdf5")
 SUFFIXES = (".npy", ".npz", *HDF5, ".zarr")
 BLOCK_BYTES = 2**24  # of rows that are read at once
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _LOCAL_HEADER = 30  # bytes of a zip member's header, before its name
 
 
@@ -66,13 +68,10 @@ class NpyRows(Rows):
 
     def __init__(self, path: Path, at: int = 0):
         self.path = path
-        npy = np.lib.format
-        headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        # a damaged header may cause warnings
-        with _name_file_in_errors(path), open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+        with _name_file_in_errors(path), open(path, "rb") as file:
             file.seek(at)
             try:
-                self.shape, by_columns, self.dtype = headers[npy.read_magic(file)](file)
+                self.shape, by_columns, self.dtype = read_npy_header(file)
             except Exception as error:  # numpy raises many kinds for a damaged header
                 raise FlowtrainError(f"cannot read {path}: it is not an .npy array of numbers") from error
             if self.dtype.hasobject:
@@ -121,6 +120,8 @@ class SlicedRows(Rows):
     """A dataset of an .h5 or .zarr file: an object with slices."""
 
     def __init__(self, path: Path, dataset):
+        if path.suffix.lower() in HDF5:
+            check_written(dataset)
         self.path, self.dataset = path, dataset
         self.shape, self.dtype = tuple(dataset.shape), np.dtype(dataset.dtype)
 
@@ -164,6 +165,16 @@ class FolderRows(Rows):
 
     def name(self, number):
         return f"{self.files[number]}" if not self.stacked else super().name(number)
+
+
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is stored by columns, and dtype, from the header of an array in the format of .npy. Raises
+    many kinds of errors for a damaged one."""
+    with warnings.catch_warnings(action="ignore"):  # of a damaged header
+        shape, by_columns, dtype = NPY_HEADERS[np.lib.format.read_magic(file)](file)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its shape is {list(shape)}")
+    return shape, by_columns, dtype
 
 
 def is_array_path(path: Path) -> bool:
@@ -249,6 +260,14 @@ def _open_member(path: Path, key: str) -> Rows:
         return HeldRows(path, archive[key])
 
 
+def check_written(dataset) -> None:
+    """Raise FlowtrainError for a dataset of an .h5 file that has a shape but no data: it would be read as zeros."""
+    stored = dataset.is_virtual or dataset.external or dataset.id.get_storage_size()
+    if dataset.size and not stored:
+        shape = list(dataset.shape)
+        raise FlowtrainError(f"{dataset.file.filename}: {dataset.name.strip('/')} {shape} was never written")
+
+
 def half_of_memory() -> int:
     """Half of the machine's memory, in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -256,9 +275,7 @@ def half_of_memory() -> int:
 
 def _npz_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(file)[0]
+        return read_npy_header(file)[0]
 
 
 def _open_group(path: Path):

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LAYOUTS = ("NL", "NHW", "NHWC", "NCHW", "L", "HW", "HWC", "CHW")
 HELD_BYTES = 2**30  # of the numbers of a split: it is held in memory up to here, and read batch by batch above
+MOST_EXAMPLES = 2**27  # their order takes 8 bytes each
 MOST_LEVELS = 2**22  # up to here float32 distinguishes x from x + ½
 
 
@@ -208,7 +209,10 @@ class Arrays(Dataset):
             )
         if not self.path.exists():
             raise UsageError(f"dataset.path={self.path}: no such file or folder")
-        return open_rows(self.path, self.key, self.layout)
+        rows = open_rows(self.path, self.key, self.layout)
+        if rows.shape and len(rows) > MOST_EXAMPLES:
+            raise UsageError(f"{self.path} holds {len(rows):,} examples, more than {MOST_EXAMPLES:,}")
+        return rows
 
     @cached_property
     def _numbers(self) -> Numbers:

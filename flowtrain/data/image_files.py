@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from flowtrain.errors import FlowtrainError
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 64_000_000  # a larger image is unreadable: decoding it would take gigabytes
+GIF_TAIL = 4096
 _TRIES = 100  # images to try in place of an unreadable one
 
 
@@ -47,9 +49,9 @@ def load_image(file: BinaryIO, mode: str, exact: tuple[int, int] | None = None) 
 
 
 def _is_whole_gif(file: BinaryIO) -> bool:
-    """Whether a GIF has its final byte. The position in ``file`` stays."""
+    """Whether a GIF has its final byte, before at most ``GIF_TAIL`` zeros. The position in ``file`` stays."""
     place = file.tell()
-    file.seek(0)
+    file.seek(max(0, file.seek(0, os.SEEK_END) - GIF_TAIL))
     whole = file.read().rstrip(b"\0").endswith(b";")
     file.seek(place)
     return whole
@@ -159,7 +161,7 @@ class ImageFileSplit(Split):
         """
         images, kept, problems = [], [], {}
         for number in index:
-            tries = range(number, number + _TRIES) if replace and self.on_bad == "skip" else (number,)
+            tries = range(number, number + min(_TRIES, len(self))) if replace and self.on_bad == "skip" else (number,)
             for other in tries:
                 other %= len(self)
                 try:

@@ -20,6 +20,7 @@ from flowtrain.errors import FlowtrainError, UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 MOST_LABEL_BYTES = 1024  # of a .cls
+MOST_IMAGE_BYTES = 2**28  # of an image in a .tar
 MOST_SHARDS = 100_000
 
 
@@ -116,7 +117,7 @@ class Tar(Source):
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
-                    if member.isfile() and _is_image(member.name):
+                    if member.isfile() and not member.issparse() and _is_image(member.name):
                         members.append(member)
                     elif member.isfile() and member.name.endswith(".cls") and member.size <= MOST_LABEL_BYTES:
                         labels[_key(member.name)] = archive.extractfile(member).read().decode("utf-8").strip()
@@ -129,6 +130,8 @@ class Tar(Source):
 
     def open(self, name):
         offset, size = self._places[name]
+        if size > MOST_IMAGE_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than the {MOST_IMAGE_BYTES:,} allowed")
         with open(self.path, "rb") as file:
             self.listed_at.check_unchanged(file).seek(offset)
             return io.BytesIO(file.read(size))

@@ -206,6 +206,8 @@ def _run_and_exit(main) -> None:
 
 def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
     """Fork a process that runs a command, and return its process id."""
+    if kind == "open":
+        import open_file  # with the libraries that read files: once, for all processes
     pid = os.fork()
     if pid:
         return pid
@@ -227,11 +229,10 @@ def _start(cwd: str, words: list[str], kind: str, env: dict) -> int:
         slow.patch()
     import disks
     import kill_points
-    import open_file
 
     kill_points.prepare(env)
     disks.prepare(env, words)
-    _run_and_exit({"command": main.main, "torchrun": _torchrun, "open": open_file.main}[kind])
+    _run_and_exit(open_file.main if kind == "open" else {"command": main.main, "torchrun": _torchrun}[kind])
 
 
 def _wait(pid: int, timeout: float, codes={}):  # noqa: B006 (keeps the exit codes)

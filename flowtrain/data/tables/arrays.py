@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from flowtrain.data.array_files import check_written, read_npy_header
 from flowtrain.data.tables.block import (
     LEAVE_OUT,
     Block,
@@ -17,6 +17,7 @@ from flowtrain.data.tables.block import (
     Reader,
     boolean_texts,
     check_options,
+    check_width,
     join_names,
     name_columns,
     nearest,
@@ -26,7 +27,6 @@ from flowtrain.data.tables.block import (
 )
 from flowtrain.errors import FlowtrainError, UsageError
 
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 KINDS: dict[str, Kind] = {**dict.fromkeys("iufm", "number"), "b": "boolean", "M": "time", "U": "text", "S": "text"}
 
 
@@ -77,9 +77,8 @@ class Array:
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it is stored by columns, and dtype, from the header of an array in the format of .npy."""
-    with warnings.catch_warnings(action="ignore"):  # of a damaged header
-        shape, is_fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-    if dtype.hasobject or math.prod(shape) < 0 or dtype.itemsize == 0 and math.prod(shape):
+    shape, is_fortran, dtype = read_npy_header(file)
+    if dtype.hasobject or dtype.itemsize == 0 and math.prod(shape):
         raise ValueError("it holds objects")
     return shape, is_fortran, dtype
 
@@ -101,10 +100,12 @@ def fields_of(shape: Sequence[int], dtype: np.dtype) -> list[_Field]:
         fields = []
         for name in dtype.names:
             base, inner = dtype[name].subdtype or (dtype[name], ())
+            check_width(math.prod(inner))
             places = range(math.prod(inner)) if inner else [None]
             fields += [_Field(name if place is None else f"{name}_{place}", base, name, place) for place in places]
         return fields
     if dtype.names is None and len(shape) == 2:
+        check_width(shape[1])
         return [_Field(f"c{i}", dtype, place=i) for i in range(shape[1])]
     if dtype.names is None and len(shape) == 1:
         return [_Field("c0", dtype)]
@@ -268,6 +269,8 @@ class Hdf5(ArrayReader):
 
         with h5py.File(self.path) as archive:
             sets = {name: archive[self.group + name] for name in names}
+            for dataset in sets.values():
+                check_written(dataset)
             for start in range(0, len(sets[names[0]]), rows):
                 yield {name: item[start : start + rows] for name, item in sets.items()}
 

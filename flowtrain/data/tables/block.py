@@ -12,6 +12,7 @@ from flowtrain.errors import UsageError
 BLOCK = 2**16  # the most rows of a block
 CELLS = 2**22  # about the most values of a block
 LEAVE_OUT = "dataset.columns=[…] names the columns to read"  # after what is wrong with another
+MOST_COLUMNS = 100_000  # more take minutes to look through, and are likely rows that were meant as columns
 INDEX_NAMES = ("", "Unnamed: 0", "__index_level_0__")  # of an index that was written as a column
 
 # name -> float64, NaN if missing; or texts, None if missing; or datetime64[us], NaT; or "true" and "false", None
@@ -44,10 +45,20 @@ def rows_of_block(columns: int) -> int:
     return max(1, min(BLOCK, CELLS // max(columns, 1)))
 
 
+def check_width(columns: int) -> None:
+    """Raise UsageError for too many columns."""
+    if columns > MOST_COLUMNS:
+        raise UsageError(
+            f"it has {columns:,} columns, more than {MOST_COLUMNS:,}; if its rows are examples of one kind of number,"
+            " write it as an array and read it with dataset=arrays"
+        )
+
+
 def name_columns(given: Iterable) -> tuple[list[str], list[str]]:
     """Unique names from those in a file, and notes on what was changed: blanks go, a column without a name is called
     after its place, and equal names are numbered."""
     names = [" ".join(str(name).split()) for name in given]
+    check_width(len(names))
     nameless = [i for i, name in enumerate(names) if not name]
     for i in nameless:
         names[i] = f"c{i}"

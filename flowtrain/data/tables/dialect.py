@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flowtrain.data.tables.block import INDEX_NAMES, counts, index_note, name_columns
+from flowtrain.data.tables.block import INDEX_NAMES, check_width, counts, index_note, name_columns
 from flowtrain.data.tables.numerals import EXPONENT, MISSING, find_decimal
 from flowtrain.data.tables.text_stream import Records, mask_quoted
 from flowtrain.errors import UsageError
@@ -75,6 +75,7 @@ def find_dialect(head: bytes, options: Mapping) -> Dialect:
         raise UsageError(f"dataset.read.header={header}: must be the number of a line, from 0, or null for none")
     widths = Counter(records.count(line.text) for line in rows[1:SAMPLE] or rows)
     records = replace(records, fields=max(widths, key=widths.get))
+    check_width(records.fields)
     split = _Splitter(separator, quote)
     sample = [split(line.source(head)) for line in rows[:SAMPLE]]
     first, body = sample[0], [row for row in sample[1:] if len(row) == records.fields]
@@ -197,7 +198,7 @@ def _separator(lines: list[_Line]) -> str | None:
             continue
         share = sum(width == common for width in widths) / len(widths)
         split = _Splitter(separator, '"')
-        fields = [field for text in texts[:50] for field in split(text.decode(errors="replace"))]
+        fields = [field for text in texts[:50] for field in split(text.decode(errors="replace"))[:1000]]
         numeric = sum(map(_is_number, fields)) / len(fields)
         if separator is None and not numeric:  # words
             continue

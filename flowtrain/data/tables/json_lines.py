@@ -19,6 +19,7 @@ from flowtrain.data.tables.block import (
     Kind,
     Reader,
     check_options,
+    check_width,
     join_names,
     name_columns,
     number_texts,
@@ -78,6 +79,7 @@ class JsonLines(Reader):
                 some = _some_lines(file, rows)
                 if not some:
                     return
+                check_width(max(line.count(b'":') for line in some))  # about the keys: too many take pandas minutes
                 try:
                     frame = pd.read_json(io.BytesIO(b"".join(some)), lines=True, dtype=False, **self.options)
                 except Exception:  # pandas raises many kinds

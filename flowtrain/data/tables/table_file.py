@@ -50,8 +50,8 @@ class TableFile:
 
     Args:
         key: the name of an array in an .npz or .h5 file that holds several.
-        read: options for the reader: for text, JSON and Excel those of ``pandas.read_csv``, ``read_json`` and
-            ``read_excel``, for parquet those of ``pyarrow.parquet.ParquetFile``.
+        read: options for the reader: for text and Excel those of ``pandas.read_csv``, and ``sheet_name``, for JSON
+            those of ``read_json``, for parquet those of ``pyarrow.parquet.ParquetFile``.
         text: names of columns that hold text, whatever they look like.
 
     Attributes:

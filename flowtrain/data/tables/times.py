@@ -16,6 +16,7 @@ CLOCKS = {  # what looks so may be one of these
     r"\d{1,2}\.\d{2}\.\d{2}": ["%d.%m.%y", "%H.%M.%S"],
 }
 TWELVE_HOURS = ("{day}/%Y %I:%M %p", "{day}/%Y %I:%M:%S %p", "{day}/%y %I:%M %p")
+LONGEST = 60  # characters of a date and a time
 LOOKS_LIKE_TIME = re.compile(r"\d+[-/.:]\d+|[A-Za-z]{3}\D+\d|\d\s*[A-Za-z]{3}")
 
 
@@ -24,6 +25,8 @@ def guess_formats(text: str) -> list[str]:
     from pandas.tseries.api import guess_datetime_format
 
     text = text.strip()
+    if len(text) > LONGEST:
+        return []
     for pattern, formats in CLOCKS.items():
         if re.fullmatch(pattern, text):
             return [*formats]
@@ -36,8 +39,7 @@ def guess_formats(text: str) -> list[str]:
         found = [guess_datetime_format(text, dayfirst=dayfirst) for dayfirst in (False, True)]
     if found[0] and found[0].startswith("%Y"):  # nobody writes the year, the day, the month
         return [re.sub("%z$", "Z", found[0]) if text.endswith("Z") else found[0]]
-    found = list(dict.fromkeys(filter(None, found)))
-    return found or (["%H.%M.%S"] if re.fullmatch(r"\d{1,2}\.\d{2}\.\d{2}", text) else [])
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def to_seconds(values: Sequence | np.ndarray, written: str) -> np.ndarray:
