@@ -57,7 +57,8 @@ def test_enormous_files_are_read_or_refused_in_one_line(server, tmp_path, pytest
         asked += 1
         if found := fault(server.start(tmp_path, opened_as, str(path), kind="open")):
             wrong.append(f"{path.name}: {found}")
-        path.unlink()
+        if len(path.name) < 255:
+            path.unlink()
     promise(15, "enormous files read, or refused in one line, below 2 GB and 60 s", f"{asked - len(wrong)} of {asked}")
     assert not wrong, "\n".join(wrong)
 
