@@ -69,6 +69,8 @@ class Dataset:
 
         if path is not None and not self.uses_path:
             self._refuse("path", path, f"{self.name} has none; its files, if any, are under dataset.root")
+        if self.path is not None and not _may_be_read(self.path):
+            self._refuse("path", path, "must be a file or a folder")
         if on_bad not in ("stop", "skip"):
             raise UsageError(f"on_bad={on_bad}: must be stop or skip")
         for part, size in (("val", self.val_size), ("test", self.test_size)):
@@ -107,3 +109,11 @@ class Dataset:
 
     def _refuse(self, key, value, why) -> None:
         raise UsageError(f"dataset.{key}={value}: {why}")
+
+
+def _may_be_read(path: Path) -> bool:
+    """Whether it is a file or a folder, or there is nothing; not a pipe, which blocks, or a name that is too long."""
+    try:
+        return path.is_file() or path.is_dir() or not path.exists()
+    except OSError:
+        return False

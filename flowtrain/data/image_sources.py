@@ -21,6 +21,8 @@ from flowtrain.errors import FlowtrainError, UsageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 MOST_LABEL_BYTES = 1024  # of a .cls
 MOST_IMAGE_BYTES = 2**28  # of an image in a .tar
+MOST_UNPACKED = 20  # times the size of a .parquet: images are compressed already
+PARQUET_ROWS = 256  # that are read at once
 MOST_SHARDS = 100_000
 
 
@@ -204,7 +206,7 @@ def _read_parquet(file: Path, label: str | None):
         if label is not None and label not in schema.names:
             raise UsageError(f"dataset.labels={label}: {file} has no such column; it has {list_classes(schema.names)}")
         label = label or ("label" if "label" in schema.names else None)
-        table = parquet.read_table(file, columns=[image, *([label] if label else [])])
+        table = _read_within(file, schema, [image, *([label] if label else [])])
         if label is None:
             return table[image], None
         texts = table[label].to_pylist()
@@ -218,6 +220,23 @@ def _read_parquet(file: Path, label: str | None):
         raise
     except Exception as error:  # pyarrow raises many kinds for a damaged file
         raise FlowtrainError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read_within(file: Path, schema, columns: list[str]):
+    """Columns of a .parquet as a table. A value that a file repeats is stored once there but many times in memory, so
+    UsageError is raised where that is far more than the file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    most = min(half_of_memory(), max(2**30, MOST_UNPACKED * file.stat().st_size))
+    with parquet.ParquetFile(file) as opened:
+        batches, size = [], 0
+        for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > most:
+                raise UsageError(f"{file} unpacks to more than {most / 2**30:.1f} GiB of images; write each image once")
+    return pa.Table.from_batches(batches, None if batches else pa.schema([schema.field(name) for name in columns]))
 
 
 def _image_column(file: Path, schema) -> str:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 import tarfile
 import zipfile
@@ -398,6 +399,16 @@ def write_enormous(folder: Path, gigabyte: bool) -> Iterator[tuple[str, Path]]:
     path = folder / "wide.npy"
     np.save(path, np.zeros((3, columns)))
     yield "table", path
+    path = folder / "repeated.parquet"
+    picture = pictures()[0] + bytes(2**20)
+    places = pa.array(np.arange(megabytes * 20, dtype=np.int32) % 2)
+    repeated = pa.DictionaryArray.from_arrays(places, pa.array([picture, picture + b"0"]))
+    parquet.write_table(pa.table({"image": repeated}), path, store_schema=False)
+    yield "images", path
+    path = folder / "pipe.csv"
+    os.mkfifo(path)
+    yield "table", path
+    yield "table", folder / f"{'long' * 80}.csv"
     path = folder / "bomb.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as member:
         np.lib.format.write_array_header_1_0(
@@ -410,7 +421,7 @@ def write_enormous(folder: Path, gigabyte: bool) -> Iterator[tuple[str, Path]]:
     path.write_bytes(valid("xlsx"))
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("xl/sharedStrings.xml", "w") as member:
-            for _ in range(megabytes * 8):
+            for _ in range(max(512, megabytes)):
                 member.write(b" " * 2**20)
     yield "table", path
     path = folder / "far.xlsx"

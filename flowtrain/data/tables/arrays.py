@@ -236,10 +236,15 @@ def _header_or_none(file) -> tuple[tuple[int, ...], np.dtype] | None:
     return shape, dtype
 
 
-def _read_exactly(file, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise ValueError("the array is truncated")
+def _read_exactly(file, size: int) -> np.ndarray:
+    """``size`` bytes, of which there is never a second copy."""
+    data, at = np.empty(size, np.uint8), 0
+    while at < size:
+        piece = file.read(min(2**24, size - at))
+        if not piece:
+            raise ValueError("the array is truncated")
+        data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+        at += len(piece)
     return data
 
 
