@@ -26,7 +26,7 @@ from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.data import Loader, Split
 from flowtrain.data.spec import DataSpec, has_bits
 from flowtrain.engine import determinism
-from flowtrain.engine.batch_size import choose_batch_size
+from flowtrain.engine.auto import choose_batch_size, choose_learning_rate
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_errors, compile_flow, pays
 from flowtrain.engine.ema import EMA
@@ -68,7 +68,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
     if (found := data.find()) is not None:  # a checkpoint then describes its data without them
         config = replace(config, dataset=config.dataset | {"found": found})
     flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
-    _optimizer(config, flow)
+    _optimizer(config, flow, 0, spec)
     _set_memory(config, flow)
     objective, loggers = _objective(config, spec), _loggers(config)
     schedule = build(config.scheduler, "scheduler", allow=config.allow)
@@ -103,7 +103,7 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         flow,
         objective,
         loader,
-        _optimizer(config, flow),
+        _optimizer(config, flow, len(train), spec),
         config,
         budget=budget,
         schedule=WarmUp(schedule, _warmup_steps(config, loader.steps_per_epoch)),
@@ -339,8 +339,9 @@ def _warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps
 
 
-def _optimizer(config: TrainConfig, flow: Flow) -> torch.optim.Optimizer:
-    """The configured optimizer; weight decay reaches the parameters whose names match ``trainer.decay``."""
+def _optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) -> torch.optim.Optimizer:
+    """The configured optimizer for a train split of ``rows`` examples; weight decay reaches the parameters whose names
+    match ``trainer.decay``."""
     try:
         decays = re.compile(config.trainer.decay)
     except re.error as error:
@@ -350,7 +351,10 @@ def _optimizer(config: TrainConfig, flow: Flow) -> torch.optim.Optimizer:
         {"params": [p for name, p in named if decays.search(name)]},
         {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
     ]
-    make = build(config.optimizer, "optimizer", allow=config.allow)
+    node = config.optimizer
+    if "lr" in node:
+        node = node | {"lr": choose_learning_rate(node["lr"], rows, spec)}
+    make = build(node, "optimizer", allow=config.allow)
     if make.func in FUSED and not any(parameter.is_meta for _, parameter in named):
         make = partial(make.func, **{"fused": True, **make.keywords})
     try:
@@ -403,7 +407,9 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     if config.memory != "none" and not flow.backpropagation.chains(flow.bijection):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", config.memory)
     share, parts = config.batch_size // world, config.trainer.accumulate
-    log.info("batch: %d, %d a device in %d part(s); until %s", config.batch_size, share, parts, trainer.budget)
+    rate = trainer.weights.highest_rates[0]
+    line = "batch: %d, %d a device in %d part(s); learning rate %g; until %s"
+    log.info(line, config.batch_size, share, parts, rate, trainer.budget)
     if trainer.step:
         log.info("resumed at step %d", trainer.step)
     if config.trainer.tensorboard and "tensorboard" in config.logger:

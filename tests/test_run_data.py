@@ -12,7 +12,7 @@ from PIL import Image
 
 from flowtrain.config import places
 from flowtrain.data.spec import DataSpec
-from flowtrain.engine.batch_size import choose_batch_size
+from flowtrain.engine.auto import choose_batch_size
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
 

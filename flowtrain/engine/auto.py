@@ -1,4 +1,4 @@
-"""The batch size of a run: the one given, or the one that suits the data."""
+"""The batch size and the learning rate of a run: those given, or where they are "auto" those that suit the data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,25 @@ from flowtrain.errors import UsageError
 log = logging.getLogger("flowtrain")
 
 
+SMALL = 2000  # rows of a small table
+
+
 def usual_batch_size(rows: int, spec: DataSpec) -> int:
-    """The batch size that suits a train split of ``rows`` examples that ``spec`` describes."""
-    return 64
+    """The batch size that suits a train split of ``rows`` examples that ``spec`` describes, as docs/data.md measures."""
+    return 64 if spec.is_image or rows < SMALL else 256
+
+
+def choose_learning_rate(given: float | str, rows: int, spec: DataSpec) -> float:
+    """``given``, or where that is "auto" the rate that suits ``rows`` examples, as docs/data.md measures.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    if isinstance(given, str) and given != "auto":
+        raise UsageError(f"optimizer.lr={given}: must be a number or auto")
+    if given != "auto":
+        return given
+    return 3e-3 if spec.is_image or rows >= SMALL else 1e-3
 
 
 def choose_batch_size(given: int | str, rows: int, spec: DataSpec, processes: int, accumulate: int) -> int:
