@@ -14,12 +14,12 @@ SMALL = 2000  # rows of a small table
 
 
 def usual_batch_size(rows: int, spec: DataSpec) -> int:
-    """The batch size that suits a train split of ``rows`` examples that ``spec`` describes, as docs/data.md measures."""
+    """The batch size that suits a train split of ``rows`` examples that ``spec`` describes, by docs/data.md."""
     return 64 if spec.is_image or rows < SMALL else 256
 
 
 def choose_learning_rate(given: float | str, rows: int, spec: DataSpec) -> float:
-    """``given``, or where that is "auto" the rate that suits ``rows`` examples, as docs/data.md measures.
+    """``given``, or where that is "auto" the rate that suits ``rows`` examples, by docs/data.md.
 
     Raises:
         UsageError: it is no number.
