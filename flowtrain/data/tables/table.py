@@ -167,10 +167,10 @@ class Table(Vectors):
         """Read the values of all rows, each into its split."""
         expected = None if self._known else self._found
         columns = self._known or expected[1]
+        file = self._file  # which asks for a path
         with refuse_changes(self.path), name_file(self.path):
             if self._known:
-                for key, names in (("columns", columns.names), ("context", columns.context_names)):
-                    self._file.find_columns(key, names)
+                file.find_columns(None, [*columns.names, *columns.context_names])
             blocks = self._encoded(columns)
             if self._known or self.missing == "drop":  # the number of rows is not yet known
                 blocks = list(blocks)
