@@ -192,7 +192,7 @@ def test_labels_are_classes_with_names(tmp_path):
         ({"path": "field.npy", "key": "c"}, "dataset.key=c: an .npy file holds a single array"),
         ({"path": "empty"}, "a folder without .npy files"),
         ({"path": "x.csv"}, "must end in .npy, .npz, .h5, .hdf5, .zarr"),
-        ({"path": "line.npy"}, r"examples of shape \[\]: must be \(N, length\)"),
+        ({"path": "line.npy"}, r"examples of shape \[\]: an array must be \(N, length\)"),
         ({"path": "complex.npy"}, "complex64: must be integers or real numbers"),
         ({"path": "below.npy"}, "holds -3: integers are grey levels from 0"),
         ({"path": "field.npy", "layout": "NHWC"}, r"dataset.layout=NHWC: .*which can be NHW"),

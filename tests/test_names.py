@@ -158,6 +158,13 @@ def test_a_run_with_odd_names_in_a_file(tmp_path):
     assert checkpoint.read_config(file)["dataset"]["columns"] == ODD[1:]
 
 
+def test_a_refusal_repeats_the_word_as_it_was_typed():
+    (word,) = names.prepare(["dataset.types={CO(GT): real}"])
+    line = str(names.quoting(word))
+    assert line.startswith("dataset.types={CO(GT): real}: quote names")
+    assert line.endswith("type: 'dataset.types={\"CO(GT)\": real}'")
+
+
 def test_the_printed_line_works_in_a_shell(tmp_path):
     write_table(tmp_path / "t.csv")
     typed = (

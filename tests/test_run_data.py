@@ -90,7 +90,9 @@ def test_the_command_line_wins(run, tmp_path, capfd):
     write_table(tmp_path / "other.csv", 100)
     capfd.readouterr()
     assert flowtrain(tmp_path, "eval", "ckpt=home/run", "dataset.path=other.csv") == 0
-    assert "10 rows of other.csv" in evaluated(run) and "data.json" not in capfd.readouterr().err
+    assert "10 rows of other.csv" in evaluated(run)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert lines == [f"data: {tmp_path}/other.csv"]
     assert "needs dataset.path=FILE" in refusal(tmp_path, "eval", "ckpt=home/run", "dataset.root=.")
 
 

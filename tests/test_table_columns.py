@@ -163,6 +163,16 @@ def test_a_constant_is_dropped_said_and_restored_in_its_place(tmp_path, value, c
     assert list(decoded["none"]) == [None, None]
 
 
+def test_one_value_and_gaps_are_no_constant(tmp_path):
+    frame = pd.DataFrame({"x": random.normal(size=N), "flag": ["yes", None] * (N // 2)})
+    with pytest.raises(UsageError, match=rf"values are missing in 'flag' {N // 2} \(first in row 2\)"):
+        table(tmp_path, frame).split("train")
+    kept = table(tmp_path, frame, missing="drop")
+    assert sum(len(kept.split(part)) for part in ("train", "val", "test")) == N // 2
+    assert kept.split("train").columns.names == ["x"]
+    assert table(tmp_path, frame, missing="model").split("train").columns.names == ["x", "flag"]
+
+
 @pytest.fixture
 def gaps():
     """A frame with gaps in real numbers, integers, texts and times."""

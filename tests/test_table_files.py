@@ -78,7 +78,8 @@ def write(path, data):
             None,
             ["columns without a name are called c3", "columns whose name occurs before are called a_3, a_4"],
         ),
-        # an index
+        # an index, also where there are separators at the end
+        (",v,\n0,1.5,\n1,2.5,\n", {"v": [1.5, 2.5]}, None, ["the column without a name is left out: it is an index"]),
         (",v\n0,1.5\n1,2.5\n", {"v": [1.5, 2.5]}, None, ["the column without a name is left out: it is an index"]),
         (
             "Unnamed: 0,v\n1,1.5\n2,2.5\n",

@@ -92,7 +92,8 @@ def quoting(word: str, why: str = "hold more than letters and digits") -> UsageE
     if not equals or "\n" in word or repaired == word or is_cut or parse(repaired) is None:
         return None
     what = "names" if bare in (*NAMES, *MAPPINGS) else "texts"
-    return UsageError(f"{word}: quote {what} that {why}; type: {shlex.quote(repaired)}")
+    typed = word.removeprefix("++")  # which prepare adds
+    return UsageError(f"{typed}: quote {what} that {why}; type: {shlex.quote(repaired)}")
 
 
 def misread(item) -> bool:

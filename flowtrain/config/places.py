@@ -71,7 +71,8 @@ def remembered(run: Path | None) -> dict[str, str]:
 
 
 def announce(run: Path | None, dataset: Dataset) -> None:
-    """Log which of the remembered places ``dataset`` is opened from, and whether the data there have changed.
+    """Log where ``dataset`` is opened from, the command line or what ``run`` remembers, and whether the data at a
+    remembered place have changed.
 
     Raises:
         UsageError: they are no longer there.
@@ -91,6 +92,8 @@ def announce(run: Path | None, dataset: Dataset) -> None:
             log.warning("%s has changed since training: %s %s, not %s", path, size, unit, places.size)
         elif head != places.head:
             log.warning("%s has changed since training: it begins otherwise", path)
+    elif places.path is not None and dataset.path is not None:
+        log.info("data: %s", printable(os.path.abspath(dataset.path)))
     elif places.path is None and dataset.path is None and dataset.uses_root:
         if os.path.abspath(dataset.root) == places.root:
             log.info("data: under %s, as %s says", places.root, record)

@@ -317,7 +317,10 @@ def find_layout(shape: tuple[int, ...], path: Path, layout: str | None = None, e
     fitting = {2: ["NL"], 3: ["NHW"], 4: ["NCHW", "NHWC"]}.get(len(shape), [])
     holds = f"{path} holds examples of shape {list(shape[1:])}"
     if not fitting or min(shape[1:]) < 1:
-        raise UsageError(f"{holds}: must be (N, length), (N, height, width), (N, height, width, channels) or (N, …)")
+        raise UsageError(
+            f"{holds}: an array must be (N, length), (N, height, width), (N, height, width, channels) or"
+            " (N, channels, height, width)"
+        )
     if layout is not None:
         layout = layout if layout.startswith("N") else f"N{layout}"
         if layout not in fitting:

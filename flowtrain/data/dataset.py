@@ -8,7 +8,7 @@ from flowtrain.data.split import Split
 from flowtrain.errors import UsageError
 
 SPLITS = ("train", "val", "test")
-COUNT_OR_FRACTION = "a number of examples, or a fraction below 1"
+COUNT_OR_FRACTION = "a number of examples, at least 1, or a fraction below 1"
 
 
 class Dataset:

@@ -274,16 +274,16 @@ def _places(names: list[str] | None, body: list[list[str]], records: Records, no
         width = fields - 1
         while width > 1 and not names[width - 1] and not any(row[width - 1] for row in body):
             width -= 1
-        return places[:width], names[:width]
-    if len(names) == fields - 1:
+        places, names = places[:width], names[:width]
+    elif len(names) == fields - 1:
         notes.append("the first column has no name and is left out: it names the rows")
         return places[1:], names
-    if len(names) != fields:
+    elif len(names) != fields:
         raise UsageError(
             f"its first line has {_fields(len(names))}, the others {fields}; if it does not name the columns:"
             " dataset.read={skiprows: 1}"
         )
-    if names[0] in INDEX_NAMES and fields > 1 and _counts([row[0] for row in body]):
+    if names[0] in INDEX_NAMES and len(names) > 1 and _counts([row[0] for row in body]):
         notes.append(index_note(names[0]))
         return places[1:], names[1:]
     return places, names

@@ -110,11 +110,11 @@ class Table(Vectors):
         named = {*context, *self.types, *(names if self.columns is not None else ())}
         with refuse_changes(self.path), name_file(self.path):
             found = survey(self._file, [*names, *context], self.types, named, self.missing == "model")
+        self._check_gaps(found)
         dropped = [column for column in found.columns.values() if isinstance(column, Dropped)]
         for column in dropped:
             how = "" if column.is_constant else f"; dataset.types={{{column.name}: …}} or dataset.columns keeps it"
             log.info("%s: column '%s' is left out: it %s%s", self.path, column.name, column.why, how)
-        self._check_gaps(found)
         modelled = tuple(found.columns[name] for name in names if isinstance(found.columns[name], Column))
         if not modelled:
             split_indices(found.rows, self.val_size, self.test_size, self.split_seed)  # in one row, all are constant
@@ -125,8 +125,12 @@ class Table(Vectors):
         return found.rows, Columns(modelled, given, _constants(names, found.columns))
 
     def _check_gaps(self, found: Survey) -> None:
-        gaps = {name: gap for name, gap in found.gaps.items() if isinstance(found.columns[name], Column)}
-        if not gaps or self.missing != "refuse":
+        if self.missing != "refuse":
+            return
+        columns = found.columns
+        unused = {name for name in found.gaps if isinstance(columns[name], Dropped) and columns[name].value is None}
+        gaps = {name: gap for name, gap in found.gaps.items() if name not in unused}
+        if not gaps:
             return
         counts = ", ".join(f"'{name}' {count:,} (first in row {row})" for name, (count, row) in [*gaps.items()][:8])
         more = f", and {len(gaps) - 8} more columns" if len(gaps) > 8 else ""
@@ -163,10 +167,10 @@ class Table(Vectors):
         """Read the values of all rows, each into its split."""
         expected = None if self._known else self._found
         columns = self._known or expected[1]
+        file = self._file  # which asks for a path
         with refuse_changes(self.path), name_file(self.path):
             if self._known:
-                for key, names in (("columns", columns.names), ("context", columns.context_names)):
-                    self._file.find_columns(key, names)
+                file.find_columns(None, [*columns.names, *columns.context_names])
             blocks = self._encoded(columns)
             if self._known or self.missing == "drop":  # the number of rows is not yet known
                 blocks = list(blocks)
@@ -201,8 +205,12 @@ class Table(Vectors):
     def _encoded(self, columns: Columns) -> Iterator[_Block]:
         """Yield the rows in blocks, without those that ``missing`` drops."""
         weighted = [] if self.weights is None else self._file.find_columns("weights", [self.weights])
+        read = [*columns.names, *columns.context_names, *weighted]
+        if self.missing == "drop":  # also rows that miss the one value of a constant
+            valued = {constant.name for constant in columns.constants if constant.value is not None}
+            read += [name for name in self._file.names if name in valued]
         row = 1
-        for block in self._file.blocks([*columns.names, *columns.context_names, *weighted]):
+        for block in self._file.blocks(read):
             size = len(block[columns.names[0]])
             if self.missing == "drop":
                 block = _without_gaps(block)

@@ -99,18 +99,19 @@ class TableFile:
             raise UsageError("dataset.columns: no column is left to model")
         return columns, context
 
-    def find_columns(self, key: str, chosen: Sequence) -> list[str]:
+    def find_columns(self, key: str | None, chosen: Sequence) -> list[str]:
         """The names of the ``chosen`` columns, which may be numbers where the columns are called c0, c1, …. Raises
-        UsageError, naming ``dataset.key``, for a column that is absent or named twice."""
+        UsageError, naming ``dataset.key`` if the user typed them, for a column that is absent or named twice."""
+        typed = f"dataset.{key}: " if key else ""
         numbered = "c0" in self.names
         chosen = [f"c{item}" if numbered and isinstance(item, int) else str(item) for item in chosen]
         for name in chosen:
             if name not in self.names:
                 near = nearest(name, self.names)
                 hint = f"did you mean '{near}'?" if near else f"there are {join_names(self.names)}"
-                raise UsageError(f"dataset.{key}: {self.path} has no column '{name}'; {hint}")
+                raise UsageError(f"{typed}{self.path} has no column '{name}'; {hint}")
             if chosen.count(name) > 1:
-                raise UsageError(f"dataset.{key}: '{name}' is named twice")
+                raise UsageError(f"{typed}'{name}' is named twice")
         return chosen
 
     def kinds(self, names: Sequence[str]) -> dict[str, Kind]:
