@@ -292,12 +292,12 @@ def kill_reader(patch, at):
     """Make a run kill one of its reader processes at step ``at``."""
     gradient, kills = Trainer.gradient, []
 
-    def kill_and_compute(self, x, context=None):
+    def kill_and_compute(self, batch):
         if self.step == at and not kills:
             kills.append(True)
             victim = random.Random(at).choice(multiprocessing.active_children())
             os.kill(victim.pid, signal.SIGKILL)
-        return gradient(self, x, context)
+        return gradient(self, batch)
 
     patch.setattr(Trainer, "gradient", kill_and_compute)
 
