@@ -189,11 +189,6 @@ def read_array_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool
     return shape, by_columns, dtype
 
 
-def is_array_path(path: Path) -> bool:
-    """Whether ``path`` holds arrays: by its suffix, or a folder with .npy files."""
-    return path.suffix.lower() in SUFFIXES or path.is_dir() and bool(_npy_files(path))
-
-
 def open_rows(path: Path, key: str | None = None, layout: str | None = None) -> Rows:
     """The array at ``path``.
 
