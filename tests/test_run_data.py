@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from inprocess import flowtrain
 from PIL import Image
+from test_image_sets import write_tar
 
 from flowtrain.config import places
 from flowtrain.data.spec import DataSpec
@@ -179,6 +180,20 @@ def test_a_record_is_data(run, tmp_path):
     record.unlink()
     record.symlink_to(tmp_path / "home/rows.csv")
     assert "is a link" in refusal(tmp_path, "eval", "ckpt=home/run", code=1)
+
+
+def test_several_tars_are_remembered_and_compared(tmp_path, capfd):
+    for shard in range(2):
+        write_tar(tmp_path / f"s-{shard}.tar", range(10 * shard, 10 * shard + 10))
+    data = ("dataset=image_folder", "dataset.image_size=8", 'dataset.path="s-{0..1}.tar"')
+    assert flowtrain(tmp_path, *TRAIN, *data, "hydra.run.dir=run") == 0
+    for changed in (False, True):
+        capfd.readouterr()
+        assert flowtrain(tmp_path, "eval", "ckpt=run") == 0
+        output = capfd.readouterr().err
+        assert f"data: {tmp_path}/s-{{0..1}}.tar, as {tmp_path}/run/data.json says\n" in output
+        assert ("s-{0..1}.tar has changed since training" in output) == changed
+        write_tar(tmp_path / "s-1.tar", range(10, 30))
 
 
 def test_a_folder_has_changed_with_the_names_in_it(tmp_path, capfd):

@@ -163,6 +163,12 @@ def test_a_constant_is_dropped_said_and_restored_in_its_place(tmp_path, value, c
     assert list(decoded["none"]) == [None, None]
 
 
+def test_numbers_that_float64_does_not_tell_apart_are_no_proven_constant(tmp_path, caplog):
+    caplog.set_level("INFO", "flowtrain")
+    columns_of(tmp_path, [2**60 + i % 3 for i in range(N)])
+    assert "it is 1.15292e+18 in every row, as far as float64 tells such numbers apart" in caplog.text
+
+
 def test_one_value_and_gaps_are_no_constant(tmp_path):
     frame = pd.DataFrame({"x": random.normal(size=N), "flag": ["yes", None] * (N // 2)})
     with pytest.raises(UsageError, match=rf"values are missing in 'flag' {N // 2} \(first in row 2\)"):

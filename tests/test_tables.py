@@ -537,7 +537,9 @@ def test_arrays(tmp_path):
     np.save(tmp_path / "b.npy", rows[None])
     one_line(lambda: data.Table(path=str(tmp_path / "b.npy")).split("test"), "(rows, columns)")
     np.save(tmp_path / "o.npy", np.array([[None]]))
-    one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "not an .npy", error=FlowtrainError)
+    one_line(lambda: data.Table(path=str(tmp_path / "o.npy")).split("test"), "Python objects", error=FlowtrainError)
+    np.save(tmp_path / "v.npy", np.zeros((9, 2), dtype="V0"))  # values without bytes
+    one_line(lambda: data.Table(path=str(tmp_path / "v.npy")).split("test"), "not an .npy", error=FlowtrainError)
 
 
 def kinds(columns):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowtrain.data.dataset import Dataset
+from flowtrain.data.image_sources import expand_braces
 from flowtrain.data.labels import printable
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import files
@@ -25,8 +26,8 @@ HEAD = 2**20  # bytes of a file in its digest
 class Places:
     """Attributes:
     root, path: ``dataset.root`` and ``dataset.path``, absolute.
-    size: bytes of the file at ``path``, or entries of the folder.
-    head: SHA-256 of the file's first ``HEAD`` bytes, or of the names of the folder's entries.
+    size: bytes of the file at ``path``, or of all files where it has braces; or entries of the folder.
+    head: SHA-256 of the file's first ``HEAD`` bytes, shared out among several; or of the names of the folder's entries.
     """
 
     root: str
@@ -82,7 +83,7 @@ def announce(run: Path | None, dataset: Dataset) -> None:
         return
     record = printable(str(run / NAME))
     if places.path is not None and os.path.abspath(dataset.path or "") == places.path:
-        if not os.path.exists(places.path):
+        if not os.path.exists(places.path) and not expand_braces(Path(places.path)):
             raise UsageError(f"{places.path}, the data of this run by {record}, is gone: say dataset.path=PATH")
         path = printable(places.path)
         log.info("data: %s, as %s says", path, record)
@@ -107,9 +108,14 @@ def _fingerprint(path: str) -> tuple[int | None, str | None]:
         if os.path.isdir(path):
             names = sorted(map(os.fsencode, os.listdir(path)))
             return len(names), hashlib.sha256(b"\0".join(names)).hexdigest()
-        if not os.path.isfile(path):
+        paths = [path] if os.path.exists(path) else [*map(str, expand_braces(Path(path)))]
+        if not paths or not all(map(os.path.isfile, paths)):
             return None, None
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(HEAD)).hexdigest()
+        size, heads = 0, hashlib.sha256()
+        for one in paths:
+            with open(one, "rb") as file:
+                size += os.fstat(file.fileno()).st_size
+                heads.update(file.read(HEAD // len(paths)))
+        return size, heads.hexdigest()
     except OSError as error:
         raise FlowtrainError(f"{path}: cannot be read ({error.strerror})") from error

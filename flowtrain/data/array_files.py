@@ -70,17 +70,9 @@ class NpyRows(Rows):
         self.path = path
         with _name_file_in_errors(path), open(path, "rb") as file:
             file.seek(at)
-            try:
-                self.shape, by_columns, self.dtype = read_npy_header(file)
-            except Exception as error:  # numpy raises many kinds for a damaged header
-                raise FlowtrainError(f"cannot read {path}: it is not an .npy array of numbers") from error
-            if self.dtype.hasobject:
-                raise FlowtrainError(f"cannot read {path}: it holds Python objects, not numbers")
+            self.shape, by_columns, self.dtype = read_array_header(path, file)
             self.start = file.tell()
             self.each = self.dtype.itemsize * math.prod(self.shape[1:])  # bytes of a row
-            size, expected = os.fstat(file.fileno()).st_size, self.start + self.each * math.prod(self.shape[:1])
-            if size < expected:
-                raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes instead of {expected:,}")
             self.whole = None
             if by_columns and len(self.shape) > 1:
                 numbers = np.fromfile(file, self.dtype, math.prod(self.shape))
@@ -177,9 +169,24 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, by_columns, dtype
 
 
-def is_array_path(path: Path) -> bool:
-    """Whether ``path`` holds arrays: by its suffix, or a folder with .npy files."""
-    return path.suffix.lower() in SUFFIXES or path.is_dir() and bool(_npy_files(path))
+def read_array_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """As :func:`read_npy_header`, of an array of numbers, texts or records whose values follow in the file at ``path``.
+
+    Raises:
+        FlowtrainError: it is damaged, cut off or holds Python objects.
+    """
+    try:
+        shape, by_columns, dtype = read_npy_header(file)
+        if dtype.itemsize == 0 and math.prod(shape):
+            raise ValueError("its values have no bytes")
+    except Exception as error:  # numpy raises many kinds for a damaged header
+        raise FlowtrainError(f"cannot read {path}: it is not an .npy array of numbers") from error
+    if dtype.hasobject:
+        raise FlowtrainError(f"cannot read {path}: it holds Python objects, not numbers")
+    size, expected = os.fstat(file.fileno()).st_size, file.tell() + dtype.itemsize * math.prod(shape)
+    if size < expected:
+        raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes instead of {expected:,}")
+    return shape, by_columns, dtype
 
 
 def open_rows(path: Path, key: str | None = None, layout: str | None = None) -> Rows:

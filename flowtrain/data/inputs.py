@@ -25,7 +25,7 @@ from flowtrain.data.image_folders import common_folders, image_labels
 from flowtrain.data.image_sources import SUFFIXES, Source, find_images
 from flowtrain.data.labels import number_classes, printable
 from flowtrain.data.loader import evaluation_batches
-from flowtrain.data.tables.block import Block
+from flowtrain.data.tables.block import Block, join_names, nearest
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
 from flowtrain.data.tables.table import Table
@@ -232,7 +232,7 @@ def match_names(path: Path, wanted: Sequence[str], available: Sequence[str]) -> 
     """The name in the file of each of the model's columns.
 
     Columns of an array have no names and are taken by position. So are those of any table if the model's have only the
-    default names x0, x1, …. Raises UsageError for a column that is absent or not unique.
+    default names x0, x1, …. Raises UsageError for a column that is absent.
     """
     names = {name: name for name in wanted}
     are_default = list(wanted) == [f"x{i}" for i in range(len(wanted))]
@@ -242,12 +242,9 @@ def match_names(path: Path, wanted: Sequence[str], available: Sequence[str]) -> 
         names = dict(zip(wanted, available))
     for name in names.values():
         if name not in available:
-            near = difflib.get_close_matches(name, available, 1)
-            listed = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {listed}"
+            near = nearest(name, available)
+            hint = f"did you mean '{near}'?" if near else f"there are {join_names(available)}"
             raise UsageError(f"{path} has no column '{name}'; {hint}")
-        if list(available).count(name) > 1:
-            raise UsageError(f"{path} has two columns '{name}'")
     return names
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.data.array_files import check_written, read_npy_header
+from flowtrain.data.array_files import check_written, read_array_header, read_npy_header
 from flowtrain.data.tables.block import (
     LEAVE_OUT,
     Block,
@@ -40,16 +40,10 @@ class Array:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with open(path, "rb") as file:
-                self.shape, is_fortran, self.dtype = _read_header(file)
-                self.start = file.tell()
-        except Exception as error:  # numpy raises many kinds for a damaged header
-            raise FlowtrainError(f"cannot read {path}: it is not an .npy array of numbers") from error
+        with open(path, "rb") as file:
+            self.shape, is_fortran, self.dtype = read_array_header(path, file)
+            self.start = file.tell()
         self.ndim = len(self.shape)
-        size, expected = path.stat().st_size, self.start + self.dtype.itemsize * math.prod(self.shape)
-        if size < expected:
-            raise FlowtrainError(f"cannot read {path}: it has {size:,} bytes instead of {expected:,}")
         self.by_columns = is_fortran and self.ndim > 1
 
     def __len__(self) -> int:

@@ -179,7 +179,8 @@ class _Numbers(_Finder):
         if self.least == self.greatest:
             value = int(self.least) if self.whole and abs(self.least) < WHOLE else float(self.least)
             if not missing:
-                return Dropped(self.name, f"is {value:g} in every row", True, value)
+                more = "" if abs(self.least) < WHOLE else ", as far as float64 tells such numbers apart"
+                return Dropped(self.name, f"is {value:g} in every row{more}", True, value)
             return Column(self.name, "integer", offset=float(value))
         if kind == "integer" and not self.whole:
             raise UsageError(
