@@ -18,7 +18,7 @@ from flowtrain import train
 from flowtrain.config.compose import train_config
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "results" / "table_defaults.json"
+RESULT = ROOT / "docs" / "table_defaults.json"
 SECONDS = 15.0  # of one core
 BATCHES, RATES, SEEDS = (64, 256, 1024), (1e-3, 3e-3), (1, 2)
 MODEL = "nsf_autoregressive"
