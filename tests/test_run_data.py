@@ -13,7 +13,7 @@ from test_image_sets import write_tar
 
 from flowtrain.config import places
 from flowtrain.data.spec import DataSpec
-from flowtrain.engine.auto import choose_batch_size
+from flowtrain.engine.auto import choose_batch_size, choose_learning_rate
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
 
@@ -257,7 +257,8 @@ def test_a_sweep_is_not_mixed_with_another_nor_its_jobs(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("given", "rows", "processes", "accumulate", "chosen"),
     [
-        ("auto", 50_000, 1, 1, 64),
+        ("auto", 50_000, 1, 1, 256),
+        ("auto", 1_999, 1, 1, 64),
         ("auto", 64, 1, 1, 64),
         ("auto", 8, 1, 1, 8),
         ("auto", 8, 2, 3, 6),
@@ -269,6 +270,15 @@ def test_a_sweep_is_not_mixed_with_another_nor_its_jobs(tmp_path, capfd):
 )
 def test_the_batch_size_fits_the_train_split(given, rows, processes, accumulate, chosen):
     assert choose_batch_size(given, rows, DataSpec("table", (2,)), processes, accumulate) == chosen
+
+
+def test_the_learning_rate_follows_the_rows_of_a_table():
+    table, image = DataSpec("table", (2,)), DataSpec("digits", (1, 8, 8), 17)
+    rates = [choose_learning_rate("auto", *data) for data in ((1_999, table), (2_000, table), (1_000, image))]
+    assert rates == [1e-3, 3e-3, 3e-3]
+    assert choose_learning_rate(0.1, 10, table) == 0.1
+    with pytest.raises(UsageError, match="optimizer.lr=high: must be a number or auto"):
+        choose_learning_rate("high", 10, table)
 
 
 def test_a_batch_size_that_was_typed_is_not_changed():
