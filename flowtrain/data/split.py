@@ -133,7 +133,8 @@ def _too_few(length: int, vals: int, tests: int) -> str:
     have = "1 example is" if length == 1 else f"{length} examples are"
     names, count = ("train, validation and test", 3) if tests else ("train and validation", 2)
     if length < count:
-        return f"{have} too few for a {names} split: at least {count} are needed"
+        sizes = "dataset.val_size=1" + (" and dataset.test_size=1" if tests else "")
+        return f"{have} too few for a {names} split: at least {count} are needed, which {sizes} would share out"
     fit = max(1, length // 10)
     return (
         f"{have} too few for a validation split of {vals}"
