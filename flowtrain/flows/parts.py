@@ -56,7 +56,10 @@ training_solver = partial(Continuous, train_tolerance=1e-3, steps=4, adjoint=Fal
 def check_image(shape: Sequence[int]) -> None:
     """Raise ValueError if ``shape`` is not that of an image."""
     if len(check_shape(shape)) != 3:
-        raise ValueError(f"this model takes images (channels, height, width), not {list(shape)}")
+        raise ValueError(
+            f"this model takes images (channels, height, width), not {list(shape)}; maf, nsf_coupling, nsf_autoregressive,"
+            " glow_vector and realnvp_vector take rows of numbers"
+        )
 
 
 def halved_sides(shape: Sequence[int]) -> list[tuple[int, int]]:
