@@ -57,8 +57,8 @@ def check_image(shape: Sequence[int]) -> None:
     """Raise ValueError if ``shape`` is not that of an image."""
     if len(check_shape(shape)) != 3:
         raise ValueError(
-            f"this model takes images (channels, height, width), not {list(shape)}; maf, nsf_coupling, nsf_autoregressive,"
-            " glow_vector and realnvp_vector take rows of numbers"
+            f"this model takes images (channels, height, width), not {list(shape)}; maf, nsf_coupling,"
+            " nsf_autoregressive, glow_vector and realnvp_vector take rows of numbers"
         )
 
 
