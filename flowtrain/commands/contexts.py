@@ -48,9 +48,9 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     """The contexts of the samples; None for an unconditional flow.
 
     ``config.label`` is the class of the ``config.n`` samples, by its number or its name, or a list: n of each class in
-    turn; None: n samples of which each is of the next class. ``config.context`` maps each context column
-    of a table to a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises
-    UsageError where they do not fit the flow.
+    turn; None: n samples of which each is of the next class. ``config.context`` maps each context column of a table to
+    a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises UsageError where
+    they do not fit the flow.
     """
     shape, columns = restored.flow.bijection.context_shape, restored.columns
     if config.label is not None and (shape is None or columns):

@@ -10,12 +10,16 @@ from flowtrain.errors import UsageError
 log = logging.getLogger("flowtrain")
 
 
-SMALL = 2000  # rows of a small table
+SMALL = 2000  # a table of fewer rows is small
+
+
+def is_small_table(rows: int, spec: DataSpec) -> bool:
+    return rows < SMALL and not spec.is_image
 
 
 def usual_batch_size(rows: int, spec: DataSpec) -> int:
     """The batch size that suits a train split of ``rows`` examples that ``spec`` describes, by docs/data.md."""
-    return 64 if spec.is_image or rows < SMALL else 256
+    return 64 if spec.is_image or is_small_table(rows, spec) else 256
 
 
 def choose_learning_rate(given: float | str, rows: int, spec: DataSpec) -> float:
@@ -28,7 +32,7 @@ def choose_learning_rate(given: float | str, rows: int, spec: DataSpec) -> float
         raise UsageError(f"optimizer.lr={given}: must be a number or auto")
     if given != "auto":
         return given
-    return 3e-3 if spec.is_image or rows >= SMALL else 1e-3
+    return 1e-3 if is_small_table(rows, spec) else 3e-3
 
 
 def choose_batch_size(given: int | str, rows: int, spec: DataSpec, processes: int, accumulate: int) -> int:

@@ -81,6 +81,15 @@ def name_columns(given: Iterable) -> tuple[list[str], list[str]]:
     return unique, notes
 
 
+def is_missing(values: np.ndarray) -> np.ndarray:
+    """Which values of a column of a block are missing, bool (N,)."""
+    if values.dtype.kind == "M":
+        return np.isnat(values)
+    if values.dtype.kind == "f":
+        return np.isnan(values)
+    return np.fromiter((value is None for value in values), bool, len(values))
+
+
 def counts(values: np.ndarray) -> bool:
     """Whether numbers are 0, 1, 2, … or 1, 2, 3, …: an index. Two of them are enough."""
     return len(values) > 1 and values[0] in (0, 1) and bool((np.diff(values) == 1).all())

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowtrain.data.tables import times
 from flowtrain.data.tables.block import BLOCK
 from flowtrain.data.tables.column import Column, Constant
-from flowtrain.data.tables.table_file import missing_value_error
+from flowtrain.data.tables.table_file import is_number, missing_value_error
 from flowtrain.errors import FlowtrainError, UsageError
 
 BOOLEANS = {"false", "true"}
@@ -239,7 +239,7 @@ def _encode_numbers(column: Column, values: Iterable, first_row: int) -> np.ndar
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         for row, value in enumerate(values):
-            if _text(value) is not None and not _is_number(value):
+            if _text(value) is not None and not is_number(value):
                 text = f"column '{column.name}', row {first_row + row}: '{value}' is not a number"
                 raise UsageError(text) from None
         numbers = np.array([np.nan if _text(value) is None else float(value) for value in values])
@@ -272,14 +272,6 @@ def _text(value) -> str | None:
     if isinstance(value, float | np.floating):  # a column of 1, 2, … was read as numbers
         return None if np.isnan(value) else f"{value:.15g}"
     return str(value)
-
-
-def _is_number(value) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _decode_column(column: Column, values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flowtrain.data.tables import times
+from flowtrain.data.tables.block import is_missing
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.table_file import TableFile, is_number
 from flowtrain.data.tables.types import Declared
@@ -22,6 +23,7 @@ MOST_CATEGORIES = 1000  # a column of more different texts holds names, not cate
 MOST_DECLARED = 2**16  # even where the user says that they are categories
 EXACT = 2.0**22  # up to here float32 distinguishes x from x + ½
 WHOLE = 2.0**53  # up to here float64 distinguishes x from x + 1
+DAY = max(times.UNITS)  # the coarsest unit of times, in seconds
 FEW = 20  # of so few whole numbers, all different is no sign of an identifier
 # numbers in forms that are not read: 12,5 or 1.234,5 or 1'234 or 12 % or $12 or 1.5D-3 or 1.5 ± 0.1
 NUMBER = r"[-+]?[$€£¥]?\s?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?([dDeE][-+]?\d+)?\s?[%$€£¥]?"
@@ -100,7 +102,7 @@ class _Finder:
 
     def update(self, values: np.ndarray, row: int) -> None:
         """``values`` (N,) are those of the rows ``row``, ``row`` + 1, …."""
-        missing = self._missing(values)
+        missing = is_missing(values)
         if missing.any():
             self.first_gap = self.first_gap or row + int(missing.argmax())
             self.gaps += int(missing.sum())
@@ -117,9 +119,6 @@ class _Finder:
         if isinstance(found, Column) and gaps and self.gaps:
             return replace(found, missing=True)
         return found
-
-    def _missing(self, values: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
 
     def _update(self, values: np.ndarray, rows: np.ndarray) -> None:
         raise NotImplementedError
@@ -146,10 +145,7 @@ class _Numbers(_Finder):
         self.offset: float | None = None
         self.whole, self.first_fraction = True, 0
         self.least, self.greatest = np.inf, -np.inf
-        self.daytime: float | None = None  # the coarsest unit of times
-
-    def _missing(self, values):
-        return np.isnan(values)
+        self.unit = DAY  # of times
 
     def _update(self, values, rows):
         infinite = np.isinf(values)
@@ -170,8 +166,7 @@ class _Numbers(_Finder):
             else:
                 self._note_different(values)
         if self.declared and self.declared.kind == "time":
-            unit = times.coarsest_unit(values)
-            self.daytime = unit if self.daytime is None else min(self.daytime, unit)
+            self.unit = min(self.unit, times.coarsest_unit(values))
         self.least, self.greatest = min(self.least, values.min()), max(self.greatest, values.max())
 
     def _column(self, named, missing):
@@ -189,7 +184,7 @@ class _Numbers(_Finder):
         if kind == "angle":
             return self._angle(self.declared.period)
         if kind == "time":
-            return _time(self.name, self.least, self.greatest, self.daytime, self.declared.written or times.DEFAULT)
+            return _time(self.name, self.least, self.greatest, self.unit, self.declared.written or times.DEFAULT)
         if self.declared and (self.declared.low, self.declared.high) != (None, None):
             return Column(self.name, "real", low=self.declared.low, high=self.declared.high)
         if not named and self.whole and self._all_different():
@@ -245,9 +240,6 @@ class _Texts(_Finder):
         self.formats: list[str] | None = None  # that all texts so far may have as times
         if declared and declared.kind not in ("categorical", "time"):
             self.most = 1  # refused at the end
-
-    def _missing(self, values):
-        return np.fromiter((value is None for value in values), bool, len(values))
 
     def _update(self, values, rows):
         import pandas as pd
@@ -338,10 +330,7 @@ class _Texts(_Finder):
 class _Times(_Finder):
     def __init__(self, name, declared):
         super().__init__(name, declared)
-        self.least, self.greatest, self.unit = np.inf, -np.inf, 86400.0
-
-    def _missing(self, values):
-        return np.isnat(values)
+        self.least, self.greatest, self.unit = np.inf, -np.inf, DAY
 
     def _update(self, values, rows):
         self.update_seconds(times.to_seconds(values, times.DEFAULT))
@@ -354,9 +343,9 @@ class _Times(_Finder):
         return _time(self.name, self.least, self.greatest, self.unit, written)
 
     def _column(self, named, missing):
-        if self.declared and self.declared.kind not in ("time",):
+        if self.declared and self.declared.kind != "time":
             raise UsageError(f"column '{self.name}' holds times; dataset.types says otherwise")
-        written = (self.declared and self.declared.written) or ("%Y-%m-%d" if self.unit == 86400 else times.DEFAULT)
+        written = (self.declared and self.declared.written) or ("%Y-%m-%d" if self.unit == DAY else times.DEFAULT)
         if not self.declared and self.unit == 0:
             written += ".%f"
         if self.least == self.greatest and not missing:
@@ -368,7 +357,7 @@ class _Times(_Finder):
 FINDERS = {"number": _Numbers, "text": _Texts, "boolean": _Texts, "time": _Times}
 
 
-def _time(name: str, least: float, greatest: float, unit: float | None, written: str) -> Column:
+def _time(name: str, least: float, greatest: float, unit: float, written: str) -> Column:
     """A column of times between two, in seconds since 1970, which are multiples of ``unit`` (0: any).
 
     Its noise is only used where float32 resolves it.

@@ -14,7 +14,7 @@ import torch
 
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
-from flowtrain.data.tables.block import Block
+from flowtrain.data.tables.block import Block, is_missing
 from flowtrain.data.tables.column import Column, Constant
 from flowtrain.data.tables.columns import Columns, encode_values
 from flowtrain.data.tables.inference import Dropped, Survey, survey
@@ -264,15 +264,9 @@ def _distribute(blocks: Iterable[_Block], parts: dict[str, np.ndarray], path: Pa
 
 
 def _without_gaps(block: Block) -> Block:
-    gaps = [_is_missing(values) for values in block.values()]
+    gaps = [is_missing(values) for values in block.values()]
     kept = ~np.logical_or.reduce(gaps)
     return block if kept.all() else {name: values[kept] for name, values in block.items()}
-
-
-def _is_missing(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind == "M":
-        return np.isnat(values)
-    return np.isnan(values) if values.dtype.kind == "f" else np.array([value is None for value in values])
 
 
 def _constants(names: Sequence[str], found: Mapping[str, Column | Dropped]) -> tuple[Constant, ...]:

@@ -184,9 +184,10 @@ def _name_file_in_errors(path: Path):
         raise FlowtrainError(f"cannot read {path}: {why}") from error
 
 
-def is_number(text: str) -> bool:
+def is_number(value) -> bool:
+    """Whether ``value``, such as a text, can be converted to a number."""
     try:
-        float(text)
-    except ValueError:
+        float(value)
+    except (TypeError, ValueError):
         return False
     return True
