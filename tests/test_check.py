@@ -227,6 +227,7 @@ def test_completion_and_help(folder):
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
 
     assert "model=glow" in say("-sc", "query=bash", COMP_LINE="flowtrain check model=gl")
+    (folder / "outputs").mkdir(exist_ok=True)
     assert say("-sc", "query=bash", COMP_LINE="flowtrain check ckpt=out").split() == ["ckpt=outputs/"]
     for name in ("check", "score"):
         out = say(name, "--help")

@@ -55,6 +55,8 @@ def test_every_model_trains_evaluates_and_samples(model, tmp_path):
     assert json.loads((tmp_path / "eval/eval.json").read_text()) == report
     assert report["examples"] == 40 and report["draws"] == 2 and report["weights"] == "ema"
     assert report["bits_per_dim_iw"] <= report["bits_per_dim"]
+    each = np.load(tmp_path / "eval/log_likelihoods.npy")
+    assert np.isfinite(each).sum() == 40 and np.nanmean(each) == pytest.approx(report["log_likelihood"], rel=1e-12)
 
     paths = sample.main(*of_checkpoint(config, summary, tmp_path / "sample", **SAMPLE))
     integers = np.load(paths["npy"])
@@ -226,7 +228,7 @@ PUBLISHED = {"split": "test", "data": "mnist", "grey_levels": 256, "source": "a 
 )
 def test_published_figures_are_compared_in_their_own_unit(published, ours):
     nats = -4.0 * 768 * np.log(2)
-    result = evaluation.Evaluation(4.0, 0.1, None, nats, 1.0, 10, 1)
+    result = evaluation.Evaluation(4.0, 0.1, None, nats, 1.0, 10, 1, torch.full((10,), nats))
     row = evaluation.compare(PublishedConfig(**{**PUBLISHED, **published}), result, 768, "test", 256, "mnist test")
     assert row["ours"] == (pytest.approx(ours, abs=0.01) if ours else None)
     assert bool(row["not_comparable"]) == (ours is None)

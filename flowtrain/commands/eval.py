@@ -13,6 +13,7 @@ from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
 from flowtrain.commands import EvalConfig
 from flowtrain.commands.evaluation import evaluate_split, split_batches
+from flowtrain.commands.outputs import open_array
 from flowtrain.commands.restored import restore
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
@@ -24,7 +25,11 @@ EXAMPLES = 1000  # with an exact trace, which costs D times a stochastic one
 
 
 def main(config: EvalConfig, run_dir: str) -> dict:
-    """Evaluate ``config.ckpt``, print a table (or JSON), and write eval.json and environment.json into ``run_dir``.
+    """Evaluate ``config.ckpt``, print a table (or JSON), and write eval.json, log_likelihoods.npy and environment.json
+    into ``run_dir``.
+
+    log_likelihoods.npy holds one number in nats for each example of the split, NaN for those that were not evaluated:
+    what decides between two models is the mean of the differences on the same examples.
 
     Returns the content of eval.json.
     """
@@ -70,6 +75,8 @@ def main(config: EvalConfig, run_dir: str) -> dict:
         )
     if distributed.is_main():
         files.write_json(Path(run_dir) / "eval.json", report)
+        with open_array(Path(run_dir) / "log_likelihoods.npy", len(result.each)) as write:
+            write(result.each.numpy())
         environment.record(run_dir, distributed.device())
         print(json.dumps(report, indent=2) if config.json else table(report))
     return report

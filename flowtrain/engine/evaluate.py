@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ class Evaluation:
     ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
     It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
     for log p_k.
+
+    ``each`` (N,) float64 holds the log-likelihood of every example of the split in nats, the mean over its draws, by
+    its index; NaN for those that were not evaluated.
     """
 
     bits_per_dim: float
@@ -38,6 +41,7 @@ class Evaluation:
     log_likelihood_stderr: float | None
     examples: int
     draws: int
+    each: Tensor = field(compare=False, repr=False)
 
 
 @torch.no_grad()
@@ -78,6 +82,7 @@ def evaluate(
         raise FloatingPointError("there is no likelihood: none of the examples counts")
     if bad:
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
+    each = mean.where(evaluated > 0, math.nan).cpu()
     mean, weighted, weights = mean[found], weighted[found], weights[found]
     nats = weighted_mean(mean, weights)
     squares = (weights * (mean - nats)).square().sum().item()
@@ -90,6 +95,7 @@ def evaluate(
         log_likelihood_stderr=stderr,
         examples=total,
         draws=draws,
+        each=each,
     )
 
 
