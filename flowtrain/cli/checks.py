@@ -20,7 +20,7 @@ from flowtrain.commands import CHECKPOINT_KEYS, Command
 from flowtrain.config import runs
 from flowtrain.config.compose import conf_dir, is_part, make_config
 from flowtrain.config.conversion import dotted_keys, format_value, key_names
-from flowtrain.config.schema import TrainConfig, check_batch_size
+from flowtrain.config.schema import JobConfig, TrainConfig, check_batch_size
 from flowtrain.errors import UsageError
 from flowtrain.runtime import distributed
 
@@ -31,13 +31,18 @@ OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "datas
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
 
 
-def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> None:
-    """Compose every job of a command line. Raises UsageError, in one line, at the first mistake."""
+def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> bool:
+    """Compose every job of a command line; whether they are dry runs. Raises UsageError, in one line, at the first
+    mistake."""
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise UsageError(f"--config-dir {args.config_dir}: no such directory")
-    loader = Loader(args.config_dir)
+    loader, dry = Loader(args.config_dir), set()
     for words in split_jobs(args.overrides, multirun):
-        _Job(loader, command, args.config_name or config_name, words).check()
+        config = _Job(loader, command, args.config_name or config_name, words).check()
+        dry.add(command.trains and config.dry_run)
+    if len(dry) > 1:
+        raise UsageError("dry_run=true,false: the jobs of a sweep are all dry runs, or none is")
+    return True in dry
 
 
 def check_names(command: Command, words: list[str]) -> None:
@@ -65,7 +70,8 @@ class _Job:
         self.parsed = parse(words)
         self.restored = command.opens_checkpoint(config_name)
 
-    def check(self) -> None:
+    def check(self) -> JobConfig:
+        """The configuration that the job receives."""
         self._check_options()
         try:
             composition = Composition(self.loader, self.config_name, self.words)
@@ -76,7 +82,7 @@ class _Job:
             raise self._missing(error) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise usage_error(error) from error  # ValueError: of ~model=0
-        self._check_whole(cfg)
+        return self._check_whole(cfg)
 
     def _check_options(self) -> None:
         for item in self.parsed:
@@ -133,7 +139,7 @@ class _Job:
             if not item.is_delete():
                 keys.check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False))
 
-    def _check_whole(self, cfg: DictConfig) -> None:
+    def _check_whole(self, cfg: DictConfig) -> JobConfig:
         known = key_names(self.command.config)
         for key in cfg:
             if key not in known and not is_part(key) and key != "hydra":
@@ -153,6 +159,9 @@ class _Job:
                 check_batch_size(config.batch_size, processes, config.trainer.accumulate)
             if config.init:
                 runs.checkpoint_in(config.init, "init")
+            if config.dry_run:
+                directories.check_place(cfg)
+        return config
 
 
 def _check_part(part: str, cfg: DictConfig) -> None:

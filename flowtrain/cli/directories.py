@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.cli import sweep
 from flowtrain.commands import Command
 from flowtrain.config import runs
-from flowtrain.errors import UsageError
+from flowtrain.errors import FlowtrainError, UsageError
+
+place: Path | None = None  # an existing folder on the disk of the run directory, of a dry run in this process
 
 
 def check(command: Command, cfg: DictConfig) -> None:
@@ -28,6 +35,40 @@ def check(command: Command, cfg: DictConfig) -> None:
         raise UsageError(
             f"hydra.sweep.dir={sweep_dir}: holds a sweep, whose results these would join; choose another directory"
             + (", or continue that one with resume=true" if command.trains else "")
+        )
+
+
+def check_place(cfg: DictConfig) -> None:
+    """Raise UsageError where a dry run's run could not make its directory, or computes on a machine that does not share
+    this one's temporary files."""
+    global place
+    if "submitit" in str(cfg.hydra.launcher.get("_target_")):
+        raise UsageError("dry_run=true: measures on this machine; leave launcher=submitit out, or start it in a job")
+    kind = "sweep" if cfg.hydra.mode == RunMode.MULTIRUN else "run"
+    place = Path(_given(cfg, kind) or runs.OUTPUTS).absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".flowtrain-", dir=place))
+    except OSError as error:
+        raise UsageError(f"{place}: no run directory can be made there ({error.strerror})") from error
+
+
+def check_room(needed: int) -> None:
+    """Raise FlowtrainError where the disk of the run directory lacks ``needed`` bytes for the checkpoints."""
+    if place and (free := shutil.disk_usage(place).free) < needed:
+        raise FlowtrainError(f"{place}: the checkpoints need {needed:,} bytes, {free:,} are free")
+
+
+@contextmanager
+def temporary_outputs() -> Iterator[tuple[str, ...]]:
+    """The words with which a dry run writes into a temporary directory, which is then removed."""
+    with tempfile.TemporaryDirectory(prefix="flowtrain-", ignore_cleanup_errors=True) as folder:
+        yield (
+            f"hydra.run.dir='{folder}/run'",
+            f"hydra.sweep.dir='{folder}/sweep'",
+            "hydra.sweep.subdir=${hydra.job.num}",
+            "hydra.output_subdir=null",
         )
 
 

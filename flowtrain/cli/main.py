@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from contextlib import nullcontext
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes
@@ -105,6 +106,7 @@ def compose(name: str, words: list[str]) -> int:
     from flowtrain.cli import jobs
     from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.checks import check
+    from flowtrain.cli.directories import temporary_outputs
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
     from flowtrain.cli.messages import usage_error
@@ -125,9 +127,11 @@ def compose(name: str, words: list[str]) -> int:
     root, args.overrides = open_checkpoints(command, prepare(args.overrides), placeholder=args.hydra_help)
     code = 0
     try:
+        is_dry = False
         if not args.hydra_help:
-            check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
-        run_hydra(root, [*flags, *args.overrides], jobs.job)
+            is_dry = check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+        with temporary_outputs() if is_dry and not runs.dry_run else nullcontext(()) as words:
+            run_hydra(root, [*flags, *args.overrides, *words], jobs.job)
     except SystemExit as end:
         code = end.code or 0
     except HydraException as error:

@@ -48,6 +48,9 @@ class Table(Callback):
             writer.writerows(rows)
         path.with_suffix(".tmp").replace(path)
         out = sys.stderr if config.get("json") else sys.stdout
-        print(f"{_format(rows)}\n{path}", file=out)
+        if config.get("dry_run"):  # whose files are not kept
+            print("\n" + _format([row | {"run_dir": ""} for row in rows]))
+        else:
+            print(f"{_format(rows)}\n{path}", file=out)
         if any(row["status"] == "failed" for row in rows):
             raise SystemExit(1)  # Hydra turns a callback's Exception into a warning

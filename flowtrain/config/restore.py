@@ -38,7 +38,7 @@ NODES = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "
 # keys of dataset that this machine and this command decide, never the file
 LOCAL = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
 DROPPED = ("devices", "threads", "allow", "dist", "job_timeout")
-UNSET = {"init": None, "resume": False}
+UNSET = {"init": None, "resume": False, "dry_run": False}
 NAMING = ("types", "read")  # mappings of dataset that have names of columns as keys
 SPECIAL = ("_recursive_", "_convert_", "_args_")  # keys that Hydra obeys, besides _target_ and _partial_
 
@@ -70,7 +70,7 @@ def checkpoint_config(file: Path, allow=()) -> TrainConfig:
         values = state.get("config")
         _check_plain(values)
         check_targets(values, allow)
-        config = validate(TrainConfig, values)
+        config = validate(TrainConfig, {"dry_run": False} | values)  # older files do not know it
         _check_flow(replace(config, allow=list(allow)), state)
     except Exception as error:  # whatever a constructor raises for a stranger's values
         text = " ".join(str(error).split()) or type(error).__name__

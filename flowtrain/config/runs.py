@@ -22,7 +22,7 @@ OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
 # keys that may differ between a run and its continuation
-FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes")
+FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes", "dry_run")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 
@@ -177,6 +177,6 @@ def final_summary(run: Path, config: TrainConfig, file: Path) -> dict | None:
     def more(now, then):
         return then is not None and (now is None or now > then)
 
-    limits = [(getattr(config, key), had[key]) for key in ("max_steps", "max_minutes")]
+    limits = [(getattr(config, key), had[key]) for key in ("max_steps", "max_minutes", "dry_run")]
     limits += [(getattr(config.trainer, key), had["trainer"][key]) for key in ("max_epochs", "patience")]
     return None if any(more(now, then) for now, then in limits) else summary

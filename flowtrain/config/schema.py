@@ -84,6 +84,7 @@ class TrainConfig(JobConfig):
     resume: bool | str | None
     init: str | None
     deterministic: bool
+    dry_run: bool
     smoke: bool
     on_bad: Literal["stop", "skip"]
     model: Any

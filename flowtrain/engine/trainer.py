@@ -33,7 +33,7 @@ from flowtrain.engine.weights import Weights
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
-from flowtrain.runtime.interrupts import check_signals, next_batch, note_signals
+from flowtrain.runtime.interrupts import SignalNote, check_signals, next_batch, note_signals
 
 log = logging.getLogger("flowtrain")
 
@@ -121,13 +121,8 @@ class Trainer(Stateful):
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
                     batch, start = next_batch(batches), time.monotonic()
-                    loss, norm = self.gradient(batch)
-                    loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
-                    self.update(loss, norm)
+                    norm, signum = self.take_step(batch, began, noted)
                     self.threads.after_step(time.monotonic() - start)
-                    self.step += 1
-                    if self.compilation:
-                        self.compilation.after_step(self.step)
                     profile_step()
                     if self.every(config.log_every):
                         self.report(norm, elapsed=time.monotonic() - logged)
@@ -148,6 +143,17 @@ class Trainer(Stateful):
             check_signals()
 
     # ---- a step
+
+    def take_step(self, batch: Batch, began: float, noted: SignalNote) -> tuple[float, int]:
+        """Train on a batch, in a run that ``began`` then; the gradient's norm and a signal that any process has
+        noted, or 0."""
+        loss, norm = self.gradient(batch)
+        loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
+        self.update(loss, norm)
+        self.step += 1
+        if self.compilation:
+            self.compilation.after_step(self.step)
+        return norm, signum
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
