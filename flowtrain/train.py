@@ -17,17 +17,23 @@ from flowtrain.training.introduction import log_introduction
 from flowtrain.training.setup import SetUp, record_of, set_up
 
 
-def main(config: TrainConfig, run_dir: str, look: Callable[[SetUp], None] = lambda run: None) -> dict:
+def main(
+    config: TrainConfig,
+    run_dir: str,
+    look: Callable[[SetUp], None] = lambda run: None,
+    turns: tuple[int, ...] = (),
+) -> dict:
     """Train what ``config`` says into ``run_dir``; returns the summary, on every process.
 
     Args:
         look: called on every process with the run once its data are open.
+        turns: numbers of threads, in the order in which the run that this one repeats gave them turns.
     """
     with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
                 files.remove_temporary(Path(run_dir) / folder)
-        run = set_up(config, run_dir)
+        run = set_up(config, run_dir, turns)
         look(run)
         return dry_run.main(run) if config.dry_run else _train(run)
 

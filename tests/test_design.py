@@ -24,6 +24,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "commands": {"errors", "runtime", "bijections", "flow", "data", "plots", "engine", "config", "benchmarks"},
     "training": {"errors", "runtime", "bijections", "flow", "data", "engine", "config", "commands"},
     "train": {"runtime", "engine", "config", "training"},
+    "rerun": {"runtime", "config", "commands", "training", "train"},
     "benchmarks": {"errors", "runtime", "bijections", "flow", "flows", "data", "engine"},
     "cli": {"errors", "runtime", "config", "commands"},
     "__init__": {"flow", "flows", "bijections", "nets", "distributions", "config"},

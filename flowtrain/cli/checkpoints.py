@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,18 @@ FIND = {  # key -> the checkpoint that its value names
     "ckpt": lambda path: runs.checkpoint_in(path, "ckpt"),
     "resume": runs.checkpoint_to_resume,
     "replay": runs.divergence_record,
+    "run": runs.run_to_repeat,
 }
+
+
+def name_words(command: Command, words: list[str]) -> list[str]:
+    """The words with ``KEY=`` before those that are paths by themselves, where a command takes such a word."""
+    key = command.positional
+    return [f"{key}={word}" if key and _is_path(word) else word for word in words]
+
+
+def _is_path(word: str) -> bool:
+    return os.path.exists(os.path.expanduser(word)) or not re.match(r"[~+]?[\w./@]+=|~", word)
 
 
 def open_checkpoints(command: Command, words: list[str], placeholder: bool = False) -> tuple[str, list[str]]:
@@ -36,7 +48,7 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
     if command.root and not named:
         if "ckpt" not in command.on_checkpoint or placeholder or any(_chooses_flow(item) for item in parse(words)):
             return command.root, words
-    key = named[0].partition("=")[0] if named else "ckpt"
+    key = named[0].partition("=")[0] if named else next(iter(command.on_checkpoint))
     if placeholder and not named:
         ConfigStore.instance().store(group=key, name="PATH", node={key: "PATH"}, package="_global_")
         return command.on_checkpoint[key], [f"{key}=PATH", *others]
@@ -48,9 +60,9 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
     if named:
         files = [FIND[key](format_value(path)) for path in _values(named[0])]
     else:
-        files = [runs.newest_checkpoint()]
+        files = [runs.newest_checkpoint() if key == "ckpt" else runs.newest_to_repeat()]
         out = sys.stderr if runs.dry_run or values.get("json") else sys.stdout
-        print(f"ckpt={os.path.relpath(files[0])}", file=out, flush=True)
+        print(f"{key}={os.path.relpath(files[0])}", file=out, flush=True)
     from flowtrain.config import restore  # imports torch, which a mistake in a word should not wait for
 
     options = ",".join(restore.store_option(key, file, allow, remember) for file in files)

@@ -56,7 +56,7 @@ def check_names(command: Command, words: list[str]) -> None:
         if item.is_hydra_override() or root == "hydra":
             continue
         if _is_fixed(command, key):
-            raise _refusal(key)
+            raise _refusal(command, key)
         has_schema = any(name.startswith(f"{root}.") for name in declared)
         if root not in known or has_schema and key not in declared:
             raise UsageError(f"no key '{key}'; {suggest(key, known)}".rstrip("; "))
@@ -92,7 +92,7 @@ class _Job:
             if item.is_delete() or not self.loader.group_exists(group):
                 continue
             if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
-                raise _refusal(group)
+                raise _refusal(self.command, group)
             options = self.loader.options(group)
             if value is None:
                 raise UsageError(f"{group}=null: choose one of {', '.join(options)}")
@@ -129,7 +129,7 @@ class _Job:
             if item.package is not None or item.is_hydra_override():
                 continue
             if self.restored and _is_fixed(self.command, key):
-                raise _refusal(key)
+                raise _refusal(self.command, key)
             if not (item.is_add() or item.is_force_add()) or key.startswith(keys.OPEN):
                 keys.check_exists(key, content, known)
             if self.restored and _changes_nothing(self.command, key):
@@ -159,6 +159,8 @@ class _Job:
                 check_batch_size(config.batch_size, processes, config.trainer.accumulate)
             if config.init:
                 runs.checkpoint_in(config.init, "init")
+            if self.command.repeats and config.resume:
+                raise UsageError("resume: flowtrain rerun starts anew; flowtrain train resume=PATH continues a run")
             if config.dry_run:
                 directories.check_place(cfg)
         return config
@@ -181,6 +183,8 @@ def _check_part(part: str, cfg: DictConfig) -> None:
 def _is_fixed(command: Command, key: str) -> bool:
     """Whether the checkpoint decides a key: the flow, its data and, unless the command trains, its optimizer."""
     root = key.split(".")[0]
+    if command.repeats:  # a new run, of the same data
+        return root == "dataset" and key not in PLACES
     of_training = not command.trains and root in ("optimizer", "scheduler", "logger")
     return (root in ("model", "dataset", "objective") or is_part(root) or of_training) and key not in PLACES
 
@@ -189,5 +193,7 @@ def _changes_nothing(command: Command, key: str) -> bool:
     return not command.trains and key.split(".")[0] in OF_TRAINING and key not in READ_BY_ALL
 
 
-def _refusal(key: str) -> UsageError:
+def _refusal(command: Command, key: str) -> UsageError:
+    if command.repeats:
+        return UsageError(f"{key}: a rerun keeps the run's data and its choices; flowtrain train starts another run")
     return UsageError(f"{key} is fixed by the checkpoint; of the model and its data, only {', '.join(PLACES)} are not")

@@ -27,7 +27,9 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain check                                    is its flow exact? or check model=glow: a new flow
   flowtrain score input=table.csv                    or a folder of images
   flowtrain bench suite=sample                       what it costs here, compared with nflows and others
+  flowtrain train dry_run=true                       the model, the data and what the run would cost
   flowtrain train resume=true                        continue the run that stopped
+  flowtrain rerun outputs/…                          repeat a run, and say what differs
   torchrun --nproc-per-node=8 -m flowtrain train     or, on one machine, devices=8
   eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
 
@@ -104,7 +106,7 @@ def compose(name: str, words: list[str]) -> int:
     from hydra.errors import HydraException
 
     from flowtrain.cli import jobs
-    from flowtrain.cli.checkpoints import open_checkpoints
+    from flowtrain.cli.checkpoints import name_words, open_checkpoints
     from flowtrain.cli.checks import check
     from flowtrain.cli.directories import temporary_outputs
     from flowtrain.cli.help import help_text
@@ -124,7 +126,9 @@ def compose(name: str, words: list[str]) -> int:
     if args.multirun and args.cfg:
         raise UsageError("--cfg shows one job: leave --multirun and its lists of values out")
     runs.dry_run = bool(args.hydra_help or args.cfg or args.info)
-    root, args.overrides = open_checkpoints(command, prepare(args.overrides), placeholder=args.hydra_help)
+    root, args.overrides = open_checkpoints(
+        command, prepare(name_words(command, args.overrides)), placeholder=args.hydra_help
+    )
     code = 0
     try:
         is_dry = False

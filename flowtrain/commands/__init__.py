@@ -11,6 +11,11 @@ from flowtrain.config.schema import JobConfig, TrainConfig, number
 
 
 @dataclass(frozen=True, kw_only=True)
+class RerunConfig(TrainConfig):
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(TrainConfig):
     ckpt: str
     split: Literal["train", "val", "test"]
@@ -78,6 +83,7 @@ class Command:
     root: the file in ``conf/`` that it composes on where no checkpoint is opened; None: it always opens one.
     on_checkpoint: each key whose value is the path of a checkpoint, and the file in ``conf/`` that is composed on top
         of the configuration in that checkpoint.
+    positional: the key of ``on_checkpoint`` whose value may also be given as a word by itself.
     """
 
     module: str
@@ -85,10 +91,15 @@ class Command:
     config: type[JobConfig]
     root: str | None = None
     on_checkpoint: dict[str, str] = field(default_factory=dict)
+    positional: str | None = None
 
     @property
     def trains(self) -> bool:
-        return self.config is TrainConfig
+        return self.config is TrainConfig or self.repeats
+
+    @property
+    def repeats(self) -> bool:
+        return self.config is RerunConfig
 
     def opens_checkpoint(self, root: str) -> bool:
         """Whether the root configuration of that name is composed on top of a checkpoint's."""
@@ -98,6 +109,13 @@ class Command:
 COMMANDS = {
     "train": Command(
         "flowtrain.train", "fit a flow to data", TrainConfig, root="train", on_checkpoint={"resume": "train_resume"}
+    ),
+    "rerun": Command(
+        "flowtrain.rerun",
+        "repeat a run from its directory",
+        RerunConfig,
+        on_checkpoint={"run": "rerun"},
+        positional="run",
     ),
     "eval": Command("flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}),
     "sample": Command("flowtrain.commands.sample", "samples of a run", SampleConfig, on_checkpoint={"ckpt": "sample"}),

@@ -76,6 +76,7 @@ def _shrink(cfg: DictConfig) -> None:
 
 
 OmegaConf.register_new_resolver("output_path", runs.output_path, replace=True)
+OmegaConf.register_new_resolver("repeated_path", runs.repeated_path, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 # cached: a composed configuration has one directory, however often that is read
 OmegaConf.register_new_resolver("claim", runs.claim, replace=True, use_cache=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -25,6 +26,15 @@ def device_name(device: torch.device) -> str:
 def record(directory: str, device: torch.device, **measured) -> None:
     """Write environment.json into ``directory``; ``measured``: what else was chosen on this machine."""
     files.write_json(Path(directory) / NAME, {**describe(device), **measured})
+
+
+def read(run: Path) -> dict | None:
+    """What :func:`record` wrote into a run directory; None where there is nothing that can be read."""
+    try:
+        found = json.loads((run / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def describe(device: torch.device) -> dict:

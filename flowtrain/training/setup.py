@@ -33,7 +33,7 @@ from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
-from flowtrain.engine.threads import Threads, halvings
+from flowtrain.engine.threads import RepeatedThreads, Threads, halvings
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
@@ -56,6 +56,7 @@ class SetUp:
         config: its ``batch_size`` is a number.
         stored: what checkpoints keep of the configuration.
         state: of the checkpoint that the run resumes, or None.
+        turns: numbers of threads, as the run that this one repeats used them; () where it chooses them itself.
     """
 
     config: TrainConfig
@@ -69,6 +70,7 @@ class SetUp:
     loggers: Loggers
     stored: dict
     state: dict | None
+    turns: tuple[int, ...] = ()
 
     @property
     def spec(self) -> DataSpec:
@@ -117,7 +119,7 @@ class SetUp:
             ema=ema,
             autocast=autocast_dtype(config.precision, self.device),
             compilation=compilation,
-            threads=threads_of(config, self.device, compilation),
+            threads=threads_of(config, self.device, compilation, self.turns),
         )
 
     def ready_trainer(self) -> Trainer:
@@ -134,7 +136,7 @@ class SetUp:
         return trainer
 
 
-def set_up(config: TrainConfig, run_dir: str) -> SetUp:
+def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> SetUp:
     """Refuse what can be refused before data are opened, then open them and choose the batch size."""
     data = build_dataset(config)
     spec = data.spec
@@ -154,7 +156,7 @@ def set_up(config: TrainConfig, run_dir: str) -> SetUp:
     train, val = data.split("train"), data.split("val")
     state = checkpoint.read(config.resume) if config.resume else None
     stored = stored_config(config, state)
-    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state)
+    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, turns)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
 
 
@@ -222,12 +224,17 @@ def compile_where_it_pays(flow: Flow, config: TrainConfig, budget: Budget, devic
         raise
 
 
-def threads_of(config: TrainConfig, device: torch.device, compilation: Compilation | None) -> Threads:
+def threads_of(
+    config: TrainConfig, device: torch.device, compilation: Compilation | None, turns: tuple[int, ...] = ()
+) -> Threads:
     """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
-    ``deterministic`` says otherwise; code that is compiled has its number."""
+    ``deterministic`` says otherwise; code that is compiled has its number. Where there are ``turns``, they repeat them.
+    """
     most = torch.get_num_threads()
     alone = device.type == "cpu" and distributed.world() == 1 and not compilation
-    return Threads(halvings(most) if alone and config.threads == "auto" and not config.deterministic else [most])
+    if not alone or config.threads != "auto" or config.deterministic:
+        return Threads([most])
+    return RepeatedThreads([*turns]) if turns and max(turns) <= most else Threads(halvings(most))
 
 
 def set_memory(config: TrainConfig, flow: Flow) -> None:
