@@ -238,7 +238,7 @@ def _costs(
         how = f"extrapolated from batches of {' and '.join(map(str, measured.sizes))}"
     keys = trainer.config.trainer
     lines = [
-        f"a step: {clock(prices.step)}, {batch / prices.step:,.0f} examples/s ({how}, {measured.threads} thread(s))",
+        f"a step: {clock(prices.step)}, {batch / prices.step:,.0f} examples/s ({how}, {_count(measured.threads, 'thread')})",
         f"peak memory: {size(cost.bytes)} of tensors{' on each device' if world > 1 else ''} (weights, their average, "
         "optimizer, gradients, activations)"
         + ("" if run.device.type == "cuda" else f"; the process so far {size(_resident())}"),
@@ -248,10 +248,10 @@ def _costs(
     if prices.step > cost.seconds:
         lines.append(f"reading the data is slower than a step, {clock(cost.seconds)}: trainer.workers=N may help")
     counts = [
-        f"{expected.steps:,} steps {clock(expected.steps * prices.step)}",
-        f"{expected.validations:,} validations {clock(expected.validations * prices.validation)}",
-        f"{expected.previews:,} images {clock(expected.previews * prices.preview)}",
-        f"{expected.checkpoints:,} checkpoints",
+        f"{_count(expected.steps, 'step')} {clock(expected.steps * prices.step)}",
+        f"{_count(expected.validations, 'validation')} {clock(expected.validations * prices.validation)}",
+        f"{_count(expected.previews, 'image')} {clock(expected.previews * prices.preview)}",
+        _count(expected.checkpoints, "checkpoint"),
         f"the last evaluation {clock(prices.conclusion)}",
     ]
     hours = f" ({expected.seconds / 3600:.2g} hours)" if expected.seconds >= 60 else ""
@@ -259,6 +259,10 @@ def _costs(
     if keys.patience:
         lines.append(f"trainer.patience={keys.patience} may end it earlier")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _resident() -> int:
