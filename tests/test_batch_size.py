@@ -1,4 +1,4 @@
-"""batch_size=auto of images: the throughput's knee on a CPU, what fits on a GPU; the run is as if the size were given."""
+"""batch_size=auto of images: the throughput's knee on a CPU, what fits on a GPU; no other effect on the run."""
 
 import json
 from dataclasses import replace
@@ -108,6 +108,11 @@ def test_only_a_run_that_is_long_enough_measures(words, measures):
     assert batch_size.measures(configuration(*TINY, *words), rows=1259) == measures
 
 
+def trained(config, folder):
+    folder.mkdir(exist_ok=True)
+    return train.main(config, str(folder))
+
+
 def weights(run):
     return checkpoint.read(run / "checkpoints/last.pt")["model"]
 
@@ -117,7 +122,7 @@ def test_measuring_does_not_change_the_run_and_resume_keeps_the_size(tmp_path, m
     monkeypatch.setattr(batch_size, "STEPS", 2)
     config = replace(configuration(*TINY, "max_steps=3"), threads=torch.get_num_threads())
     torch.manual_seed(7)
-    chosen = train.main(config, str(tmp_path / "auto"))["batch_size"]
+    chosen = trained(config, tmp_path / "auto")["batch_size"]
     assert chosen in SIZES
     (line,) = [text for text in caplog.messages if text.startswith("batch_size=auto")]
     assert line.startswith(f"batch_size=auto: {chosen}; examples a second: ") and line.endswith(
@@ -125,17 +130,17 @@ def test_measuring_does_not_change_the_run_and_resume_keeps_the_size(tmp_path, m
     )
     assert f" with {chosen}" in line
     assert json.loads((tmp_path / "auto/environment.json").read_text())["batch_size"] == chosen
-    train.main(replace(config, batch_size=chosen), str(tmp_path / "given"))
+    trained(replace(config, batch_size=chosen), tmp_path / "given")
     first, second = weights(tmp_path / "auto"), weights(tmp_path / "given")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     monkeypatch.setattr(batch_size, "knee", None)  # resuming measures nothing
     last = tmp_path / "auto/checkpoints/last.pt"
     assert checkpoint.read(last)["loader"]["batch_size"] == chosen
-    resumed = train.main(replace(config, resume=str(last), max_steps=4), str(tmp_path / "auto"))
+    resumed = trained(replace(config, resume=str(last), max_steps=4), tmp_path / "auto")
     assert resumed["batch_size"] == chosen and resumed["steps"] == 4
 
 
 def test_no_clock_decides_in_a_short_or_deterministic_run(tmp_path, monkeypatch):
     monkeypatch.setattr(batch_size, "knee", None)
-    assert train.main(configuration(*TINY, "max_steps=1"), str(tmp_path / "short"))["batch_size"] == 64
+    assert trained(configuration(*TINY, "max_steps=1"), tmp_path / "short")["batch_size"] == 64

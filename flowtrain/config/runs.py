@@ -221,6 +221,6 @@ def final_summary(run: Path, config: TrainConfig, file: Path) -> dict | None:
     def more(now, then):
         return then is not None and (now is None or now > then)
 
-    limits = [(getattr(config, key), had[key]) for key in ("max_steps", "max_minutes", "dry_run")]
+    limits = [(getattr(config, key), had[key]) for key in ("max_steps", "max_minutes")]
     limits += [(getattr(config.trainer, key), had["trainer"][key]) for key in ("max_epochs", "patience")]
     return None if any(more(now, then) for now, then in limits) else summary

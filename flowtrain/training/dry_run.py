@@ -238,7 +238,8 @@ def _costs(
         how = f"extrapolated from batches of {' and '.join(map(str, measured.sizes))}"
     keys = trainer.config.trainer
     lines = [
-        f"a step: {clock(prices.step)}, {batch / prices.step:,.0f} examples/s ({how}, {_count(measured.threads, 'thread')})",
+        f"a step: {clock(prices.step)}, {batch / prices.step:,.0f} examples/s "
+        f"({how}, {_count(measured.threads, 'thread')})",
         f"peak memory: {size(cost.bytes)} of tensors{' on each device' if world > 1 else ''} (weights, their average, "
         "optimizer, gradients, activations)"
         + ("" if run.device.type == "cuda" else f"; the process so far {size(_resident())}"),
