@@ -87,6 +87,14 @@ def test_a_size_that_the_line_allows_but_the_gpu_does_not_is_halved():
         largest_that_fits(Machine(most=0), [1, 2, 4], room=1e9)
 
 
+def test_large_batches_leave_steps_in_an_epoch():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for rows, most in ((100, 64), (1259, 64), (2048, 128), (50_000, 256)):
+        assert batch_size._sizes(rows, 1, cpu)[-1] == most
+    assert batch_size._sizes(50_000, 1, gpu) == [2**k for k in range(10)]
+    assert batch_size._sizes(10, 1, cpu) == []
+
+
 def test_sizes_are_shared_out_evenly():
     assert sizes_between(16, 256, 6) == [24, 48, 96, 192]
     assert sizes_between(16, 256, 300) == []

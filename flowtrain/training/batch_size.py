@@ -23,6 +23,7 @@ from flowtrain.training.start import average_of
 log = logging.getLogger("flowtrain")
 
 STEPS, MINUTES = 500, 2  # a run shorter than one of these measures nothing, since that costs about 30 steps
+USUAL, STEPS_OF_EPOCH = 64, 16  # larger sizes than the usual one leave at least so many steps in an epoch
 MOST = {"cpu": 256, "cuda": 512}  # examples: more do not make a run on images learn faster
 ROOM = 0.9, 0.8  # of the free memory for a step of one process, and of several, which must not meet the limit alone
 SECONDS = 4.0  # that a search on a CPU may take, the first size aside
@@ -47,13 +48,14 @@ def batch_size_of(run) -> int:
 def measures(config: TrainConfig, rows: int) -> bool:
     """Whether a run of images measures steps of several sizes: a short one would spend more on that than it gains, and
     ``deterministic=true`` lets no clock decide."""
-    budget = budget_of(config, max(1, rows // 64))
+    budget = budget_of(config, max(1, rows // USUAL))
     long = (budget.steps or math.inf) >= STEPS and (budget.minutes or math.inf) >= MINUTES
     return long and not config.deterministic
 
 
 def _sizes(rows: int, share: int, device: torch.device) -> list[int]:
-    return sizes_between(START if device.type == "cpu" else 1, min(rows, MOST[device.type]), share)
+    most = max(USUAL, min(rows // STEPS_OF_EPOCH, MOST[device.type]))
+    return sizes_between(START if device.type == "cpu" else 1, min(rows, most), share)
 
 
 def _measured(run, sizes: list[int]) -> int:
