@@ -20,6 +20,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "data": {"errors", "runtime"},
     "plots": {"errors", "runtime"},
     "engine": {"errors", "runtime", "bijections", "flow", "data", "plots"},
+    "report": {"errors", "runtime"},
     "config": {"errors", "runtime", "flow", "flows", "data"},
     "commands": {"errors", "runtime", "bijections", "flow", "data", "plots", "engine", "config", "benchmarks"},
     "train": {"errors", "runtime", "bijections", "flow", "data", "engine", "config", "commands"},
