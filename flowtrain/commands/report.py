@@ -21,7 +21,7 @@ log = logging.getLogger("flowtrain")
 
 NAME = "report.html"
 SHARE, LEAST, MOST = 0.15, 2.0, 60.0  # of the seconds of training, that its report may take; at least, at most
-SMOKE = Amounts(examples=64, n=8, temperatures=(0.7, 1.0), seconds=0.5)
+SMOKE = Amounts(examples=64, n=8, temperatures=(0.7, 1.0), seconds=1.0)
 
 
 def main(config: ReportConfig, run_dir: str) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -56,12 +57,17 @@ def preset_of(config: TrainConfig, overrides: list[str] | None, run: Path | None
     job = get_gh_backup()  # this may run inside a job, whose Hydra it must leave as it is
     GlobalHydra.instance().clear()
     try:
-        return Preset(command, to_dict(train_config(*words, *search)), note)
+        return Preset(command, _compose(*words, *search), note)
     except (FlowtrainError, HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())[:200]
         return Preset(command, None, f"The preset, {command}, cannot be composed here ({reason}).")
     finally:
         restore_gh_from_backup(job)
+
+
+@lru_cache(maxsize=16)
+def _compose(*words: str) -> dict:
+    return to_dict(train_config(*words))
 
 
 def _config_dirs(record: Path) -> list[str]:

@@ -15,19 +15,20 @@ class SplitLikelihoods:
 
     Attributes:
         split: train, val or test.
-        mean, stderr: over the examples, by their weights; no standard error (None) of one example.
-        each: (n,), of the examples evaluated.
+        mean, stderr: over ``examples`` of them, by their weights; no standard error (None) of one example.
+        examples, total: that the mean is over, and all in the split.
+        each: (n,), of some examples.
         index: (n,), their numbers in the split.
-        total: examples in the split.
-        source: where the figure comes from: a file of the run, or "" where it was computed for the report.
+        source: where the mean comes from: a file of the run, or "" where it was computed for the report.
     """
 
     split: str
     mean: float
     stderr: float | None
+    examples: int
+    total: int
     each: np.ndarray
     index: np.ndarray
-    total: int
     source: str = ""
 
 

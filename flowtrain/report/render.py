@@ -12,8 +12,7 @@ def render(record: RunRecord, material: Material, configuration: Configuration) 
     """The page of a run."""
     data = configuration.config["dataset"].get("name") or material.name
     model = str(configuration.config["model"].get("_target_", "flow")).rpartition(".")[2]
-    where = str(record.directory or record.checkpoint)
-    page = Page(f"{model} on {data}", where)
+    page = Page(f"{model} on {data}", " · ".join(_facts(record, material)))
     figures.add(page, record, material)
     learning.add(page, record)
     if material.images is not None:
@@ -26,3 +25,13 @@ def render(record: RunRecord, material: Material, configuration: Configuration) 
         images.add_neighbours(page, material)
     provenance.add(page, record, configuration)
     return page
+
+
+def _facts(record: RunRecord, material: Material) -> list[str]:
+    facts = [(record.directory or record.checkpoint).name]
+    if material.sizes.get("train"):
+        facts.append(f"{material.sizes['train']:,} training examples of {material.dimensions:,} numbers")
+    if record.summary:
+        facts.append(f"{record.summary['parameters']:,} parameters")
+        facts.append(f"{record.summary['steps']:,} steps")
+    return facts

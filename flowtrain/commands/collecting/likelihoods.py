@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ def gather(material: Material, source: Source, record: RunRecord) -> None:
                 known = _evaluate(source, name, source.share(share))
             elif not source.example_seconds:
                 _evaluate(source, name, 0.0)  # for the time that an example takes
+            if name == "val" and not known.source:
+                known = _of_training(known, record)
             material.likelihoods[name] = known
     if source.config.published and not source.config.smoke:
         with attempt(material, "figures"):
@@ -84,7 +87,16 @@ def _of_evaluation(source: Source, record: RunRecord, name: str) -> SplitLikelih
     if len(each) != len(source.split(name)) or not len(index):
         return None
     mean, stderr = report["log_likelihood"], report["log_likelihood_stderr"]
-    return SplitLikelihoods(name, mean, stderr, each[index], index, len(each), path)
+    return SplitLikelihoods(name, mean, stderr, report["examples"], len(each), each[index], index, path)
+
+
+def _of_training(found: SplitLikelihoods, record: RunRecord) -> SplitLikelihoods:
+    """With the mean that training ended with, over the whole validation split, where that is of this checkpoint."""
+    summary = record.summary
+    if Path(str(summary.get("checkpoint"))).name != record.checkpoint.name:
+        return found
+    mean, stderr = summary["log_likelihood"], summary["log_likelihood_stderr"]
+    return replace(found, mean=mean, stderr=stderr, examples=found.total, source="summary.json")
 
 
 def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
@@ -112,8 +124,9 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
     flow.train(was_training)
     result = summarize(*sums, split.weights, flow.dimensions)
     index = result.each.isfinite().nonzero().flatten()
+    mean, stderr = result.log_likelihood, result.log_likelihood_stderr
     each = result.each[index].numpy()
-    return SplitLikelihoods(name, result.log_likelihood, result.log_likelihood_stderr, each, index.numpy(), total)
+    return SplitLikelihoods(name, mean, stderr, result.examples, total, each, index.numpy())
 
 
 def _published(material: Material, source: Source, record: RunRecord) -> dict | None:
@@ -132,7 +145,7 @@ def _published(material: Material, source: Source, record: RunRecord) -> dict | 
         bits_per_dim_iw=None,
         log_likelihood=found.mean,
         log_likelihood_stderr=found.stderr,
-        examples=len(found.each),
+        examples=found.examples,
         draws=1,
         each=torch.from_numpy(found.each),
     )

@@ -22,7 +22,7 @@ def add(page: Page, record: RunRecord, material: Material) -> None:
         found.append(Figure("published", _plain(published["value"], 4), unit, f"{published['source']}; {note}"))
     if material.has_bits and material.grey_levels:
         uniform = math.log2(material.grey_levels)
-        found.append(Figure("uniform code", f"{uniform:.3g}", "bits/dim", "what no model at all needs"))
+        found.append(Figure("uniform code", f"{uniform:.3g}", "bits/dim", "what it takes without a model"))
     section.figures(found)
     section.text(" ".join(_reading(record, material)))
     section.note(_details(record, material))
@@ -38,8 +38,7 @@ def _likelihoods(record: RunRecord, material: Material) -> dict[str, SplitLikeli
 
 def _value(material: Material, one: SplitLikelihoods) -> tuple[str, str, str]:
     """The figure with its error, its unit, and a note."""
-    count = len(one.each)
-    of = f"{count:,} examples" if count == one.total else f"{count:,} of {one.total:,} examples"
+    of = f"{one.examples:,} examples" if one.examples == one.total else f"{one.examples:,} of {one.total:,} examples"
     if not material.has_bits:
         return plus_minus(one.mean, one.stderr), "nats", of
     error = None if one.stderr is None else abs(material.to_unit(one.stderr))
@@ -68,9 +67,7 @@ def _reading(record: RunRecord, material: Material) -> list[str]:
         )
         if material.grey_levels:
             uniform = math.log2(material.grey_levels)
-            less = (
-                f"{share(value / uniform)} of that" if value < uniform else "more, so the model has learned nothing yet"
-            )
+            less = f"{share(value / uniform)} of that" if value < uniform else "more: it has learned nothing yet"
             lines.append(
                 f"Without a model, {material.grey_levels} equally likely grey levels take {uniform:.3g} bits each;"
                 f" an ideal code made from this model would take {less}."
