@@ -62,7 +62,10 @@ def _rows(material: Material, source: Source, split: str, x: Tensor, samples: Te
 
 def _answers(source: Source, x: Tensor, context: Tensor) -> list[Answer]:
     """Samples for the contexts of some real rows."""
-    columns, places = source.columns, spread(len(x), ANSWERS)
+    columns = source.columns
+    _, same = context.unique(dim=0, return_inverse=True)
+    first = torch.tensor([int((same == one).nonzero()[0]) for one in spread(int(same.max()) + 1, ANSWERS)])
+    places = first.sort().values
     given = context[places].repeat_interleave(DRAWN, 0)
     samples = source.draw(len(given), source.share(0.15), 1.0, given)
     if len(samples) < len(given):
@@ -80,8 +83,8 @@ def _answers(source: Source, x: Tensor, context: Tensor) -> list[Answer]:
     return found
 
 
-def show(value) -> str:
-    """A value of a table as a text: numbers with five digits.
+def show(value, digits: int = 5) -> str:
+    """A value of a table as a text: numbers with some digits.
 
     >>> show(12345.678), show(0.000012345), show(3), show(None), show("red")
     ('12346', '1.2345e-05', '3', '–', 'red')
@@ -90,7 +93,7 @@ def show(value) -> str:
         return "–"
     if not isinstance(value, float | np.floating):
         return str(value)
-    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.5g}"
+    return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def _spread(encoded: np.ndarray, decoded: np.ndarray, categories: tuple[str, ...]) -> str:
@@ -101,7 +104,7 @@ def _spread(encoded: np.ndarray, decoded: np.ndarray, categories: tuple[str, ...
     if categories:
         kinds, counts = np.unique(decoded[order].astype(str), return_counts=True)
         return f"{kinds[counts.argmax()]} ({100 * counts.max() / len(encoded):.0f} %)"
-    low, middle, high = (show(decoded[order[int(part * (len(order) - 1))]]) for part in (0.05, 0.5, 0.95))
+    low, middle, high = (show(decoded[order[int(part * (len(order) - 1))]], 4) for part in (0.05, 0.5, 0.95))
     return f"{middle} ({low} to {high})"
 
 

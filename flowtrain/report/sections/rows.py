@@ -147,8 +147,8 @@ def _answers(section: Section, rows: Rows) -> None:
     section.table(
         [*rows.context, "column", "real row", "samples"],
         table,
-        "The contexts of some real rows, those rows, and 100 samples for each context: the median and the range of 90 %,"
-        " or the most frequent value.",
+        "The contexts of some real rows, those rows, and 100 samples for each context: the median and the range of"
+        " 90 %, or the most frequent value.",
     )
 
 
