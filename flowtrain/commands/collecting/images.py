@@ -47,6 +47,7 @@ def gather(material: Material, source: Source) -> None:
     most = max(4, int(PIXELS / (height * width / shrink**2)))
     n = min(source.amounts.n, most)
     real, context = val.take(spread(len(val), n))
+    n = n if context is None else len(real)  # each sample has the context of a real image
     to_thumbnails = Thumbnails(real, source.spec.grey_levels)
     found: dict = {"real": to_thumbnails(real), "samples": {}, "shrunk": to_thumbnails.times > 1}
     if isinstance(source.spec.context, LabelContext) and context is not None:
@@ -61,7 +62,7 @@ def gather(material: Material, source: Source) -> None:
                 plain = drawn
             if temperature in source.amounts.temperatures:
                 found["samples"][temperature] = to_thumbnails(drawn)
-                if len(drawn) < min(n, len(real) if context is not None else n):
+                if len(drawn) < n:
                     material.leave_out("samples", f"Only {len(drawn)} of {n} at temperature {temperature:g}: time.")
     with attempt(material, "interpolations"):
         rows = max(1, min(ROWS, most // STEPS))

@@ -40,7 +40,7 @@ def _value(material: Material, one: SplitLikelihoods) -> tuple[str, str, str]:
     """The figure with its error, its unit, and a note."""
     of = f"{one.examples:,} examples" if one.examples == one.total else f"{one.examples:,} of {one.total:,} examples"
     if not material.has_bits:
-        return plus_minus(one.mean, one.stderr), "nats", of
+        return plus_minus(one.mean, one.stderr, 4 if abs(one.mean) < 100 else 2), "nats", of
     error = None if one.stderr is None else abs(material.to_unit(one.stderr))
     return (
         plus_minus(material.to_unit(one.mean), error),

@@ -27,7 +27,7 @@ FILES = {  # what lies in a run directory
     "eval": "what flowtrain eval wrote",
     "sample": "what flowtrain sample wrote",
 }
-UNSHOWN = ("resume", "allow", "dist", "job_timeout")
+UNSHOWN = ("resume", "allow", "dist", "job_timeout", "dataset.found")  # what no one chooses
 
 
 def add(page: Page, record: RunRecord, configuration: Configuration) -> None:
@@ -42,7 +42,8 @@ def _configuration(page: Page, configuration: Configuration) -> None:
     if configuration.preset is not None:
         preset = dict(_flatten(configuration.preset))
         keys = [key for key in {**preset, **run} if run.get(key, "absent") != preset.get(key, "absent")]
-        keys = [key for key in keys if key.split(".")[0] not in UNSHOWN and not _is_filled(key, preset, run)]
+        keys = [key for key in keys if not f"{key}.".startswith(tuple(f"{name}." for name in UNSHOWN))]
+        keys = [key for key in keys if not _is_filled(key, preset, run)]
         if keys:
             rows = [[key, _show(preset, key), _show(run, key)] for key in keys]
             section.table(["key", "preset", "this run"], rows, f"Differences from {configuration.command}:")
