@@ -92,7 +92,6 @@ def _interpolations(source: Source, to_thumbnails: Thumbnails, rows: int):
     x, context = val.take(spread(len(val), min(len(val), max(64, 2 * rows))))
     first, second = _pairs(context, len(x), rows)
     given = None if context is None else context[first]
-    flow.eval()
     with evaluation_mode(source.device):
         ends = [flow.encode(x[index], given) for index in (first, second)]
         share = torch.linspace(0, 1, STEPS, device=source.device, dtype=ends[0].dtype)

@@ -30,9 +30,9 @@ FILES = {  # what lies in a run directory
 UNSHOWN = ("resume", "allow", "dist", "job_timeout", "dataset.found")  # what no one chooses
 
 
-def add(page: Page, record: RunRecord, configuration: Configuration) -> None:
+def add(page: Page, record: RunRecord, configuration: Configuration, seconds: float) -> None:
     _configuration(page, configuration)
-    _environment(page, record)
+    _environment(page, record, seconds)
     _files(page, record)
 
 
@@ -77,7 +77,7 @@ def _show(values: dict, key: str) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
-def _environment(page: Page, record: RunRecord) -> None:
+def _environment(page: Page, record: RunRecord, seconds: float) -> None:
     section = page.section("Environment")
     found = record.environment
     if record.command:
@@ -88,6 +88,7 @@ def _environment(page: Page, record: RunRecord) -> None:
         section.table(["what", "value"], [*rows, ["packages", packages]])
     elif record.directory is None:
         section.note("A lone checkpoint does not say where it was trained.")
+    section.note(f"Computing what this page shows took {seconds:.1f} s.")
 
 
 _NAMES = {
