@@ -9,6 +9,7 @@ from flowtrain.report.material import Material, SplitLikelihoods
 from flowtrain.report.page import Figure, Page
 from flowtrain.report.run import RunRecord
 
+UNCHANGING = ("experiment", "devices", "threads", "resume", "dataset.root", "dataset.path")  # words of a command line
 NAMES = {"test": "test", "val": "validation", "train": "train"}
 
 
@@ -19,6 +20,8 @@ def add(page: Page, record: RunRecord, material: Material) -> None:
         unit = "bits/dim" if published["unit"] == "bits_per_dim" else published["unit"]
         ours, why = published["ours"], published["not_comparable"]
         note = f"not comparable: {why}" if ours is None else f"ours in this unit: {_plain(ours, 4)}"
+        if any(word.partition("=")[0] not in UNCHANGING for word in record.overrides or ()):
+            note += "; this run changes the experiment's settings, see Configuration"
         found.append(Figure("published", _plain(published["value"], 4), unit, f"{published['source']}; {note}"))
     if material.has_bits and material.grey_levels:
         uniform = math.log2(material.grey_levels)
