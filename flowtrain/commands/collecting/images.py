@@ -158,7 +158,7 @@ def _neighbours(source: Source, to_thumbnails: Thumbnails, samples: Tensor) -> N
     sets = [samples[:QUERIES], queries.cpu()]
     best = [torch.full((len(one),), float("inf")) for one in sets]
     place = [torch.zeros(len(one), dtype=torch.int64) for one in sets]
-    for part in searched.split(1000):
+    for part in searched.split(50 if train.streams else 1000):
         if source.left < 0:
             raise FlowtrainError("the time of this report is spent")
         rows = train.take(part)[0].cpu().flatten(1).float() * scale
