@@ -14,6 +14,7 @@ from flowtrain.training import dry_run
 from flowtrain.training.conclusion import conclude
 from flowtrain.training.errors import one_line_errors
 from flowtrain.training.introduction import log_introduction
+from flowtrain.training.report import write_report
 from flowtrain.training.setup import SetUp, record_of, set_up
 
 
@@ -54,6 +55,9 @@ def _train(run: SetUp) -> dict:
             loggers.hyperparameters(_flatten(to_dict(config)), {run.objective.key: score.figure})
     finally:
         loggers.close()
+    if config.report:
+        with trainer.pause_compilation():
+            write_report(run, trainer)
     return summary
 
 

@@ -24,7 +24,7 @@ BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
 RECORD = Path(".hydra", "config.yaml")  # what Hydra writes when a run starts
 # keys that may differ between a run and its continuation
-FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes", "dry_run")
+FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes", "dry_run", "report")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 

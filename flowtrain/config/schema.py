@@ -86,6 +86,7 @@ class TrainConfig(JobConfig):
     deterministic: bool
     dry_run: bool
     smoke: bool
+    report: bool
     on_bad: Literal["stop", "skip"]
     model: Any
     dataset: Any
