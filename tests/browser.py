@@ -49,7 +49,8 @@ class Browser:
         self.run("arguments[0].scrollIntoView({block: 'center'})", chart)
         ActionChains(self.driver).move_to_element(chart).perform()
         return self.run(
-            "const tip = document.querySelector(arguments[0] + ' .tip'); return tip.hidden ? '' : tip.innerText", selector
+            "const tip = document.querySelector(arguments[0] + ' .tip'); return tip.hidden ? '' : tip.innerText",
+            selector,
         )
 
     def screenshot(self, path: Path) -> None:

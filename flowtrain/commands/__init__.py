@@ -33,6 +33,31 @@ class SampleConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    steps: int = number(least=0)
+    split: Literal["train", "val", "test"]
+    examples: list[int] | None = number(least=0)
+    path: Literal["auto", "spherical", "linear"]
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    split: Literal["train", "val", "test"]
+    examples: list[int] | None = number(least=0)
+    keep: float | list[float] | None = number(least=0, below=1.0000001)
+    temperature: float = number(least=0)
+    tolerance: float = number(above=0)
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckConfig(TrainConfig):
     ckpt: str | None
     replay: str | None
@@ -101,6 +126,18 @@ COMMANDS = {
     ),
     "eval": Command("flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}),
     "sample": Command("flowtrain.commands.sample", "samples of a run", SampleConfig, on_checkpoint={"ckpt": "sample"}),
+    "interpolate": Command(
+        "flowtrain.commands.interpolate",
+        "paths between real examples in latent space",
+        InterpolateConfig,
+        on_checkpoint={"ckpt": "interpolate"},
+    ),
+    "reconstruct": Command(
+        "flowtrain.commands.reconstruct",
+        "real examples, encoded and decoded again",
+        ReconstructConfig,
+        on_checkpoint={"ckpt": "reconstruct"},
+    ),
     "check": Command(
         "flowtrain.commands.check",
         "audit of a run's flow, or of a new one",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.plots.colours import shade
 from flowtrain.runtime import files
+
+TEXT, LONGEST = 18, 28  # pixels of the lowest row with a label; letters of the longest label
 
 
 def image_grid(images: Tensor, grey_levels: int | None, columns: int | None = None, side: int = 512) -> Tensor:
@@ -33,6 +37,30 @@ def image_grid(images: Tensor, grey_levels: int | None, columns: int | None = No
     times = max(1, round(side / (columns * images.shape[-1])))
     shown = shown.repeat_interleave(times, -1).repeat_interleave(times, -2)
     return make_grid(shown, columns, padding=max(1, times // 2), pad_value=64)
+
+
+def labelled_rows(images: Tensor, grey_levels: int | None, labels: Sequence[str]) -> Tensor:
+    """A grid as :func:`image_grid` makes it, of a row for each label, which stands in the margin to its left.
+
+    Args:
+        images: (rows · columns, C, H, W), a row after the other.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns = len(images) // len(labels)
+    channels, height, width = images.shape[1:]
+    width *= 1 if channels in (1, 3) else channels
+    grid = image_grid(images, grey_levels, columns, max(512, columns * width * math.ceil(TEXT / height)))
+    row = (grid.shape[1] - 1) / len(labels)
+    font = ImageFont.load_default(round(max(12, min(20, row / 3))))
+    texts = [label if len(label) <= LONGEST else label[: LONGEST - 1] + "…" for label in labels]
+    margin = math.ceil(max(map(font.getlength, texts))) + round(2 * font.size)
+    image = Image.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
+    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, 0))
+    draw = ImageDraw.Draw(image)
+    for i, text in enumerate(texts):
+        draw.text((margin - font.size, (i + 0.5) * row), text, (32, 32, 32), font, anchor="rm")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _shade_field(images: Tensor) -> Tensor:

@@ -131,7 +131,9 @@ class Section:
         """Headline numbers side by side."""
         self._add("figures", figures=figures)
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence], caption: str = "", best: Mapping | None = None) -> None:
+    def table(
+        self, head: Sequence[str], rows: Sequence[Sequence], caption: str = "", best: Mapping | None = None
+    ) -> None:
         """A table. Cells that are numbers, or texts that begin like one, are aligned to the right.
 
         Args:
