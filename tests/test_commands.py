@@ -167,7 +167,7 @@ def test_a_list_of_temperatures_draws_rows(tmp_path):
     assert len(integers) == 18
     assert (integers[:6] == integers[0]).all() and not (integers[12:] == integers[12]).all()
     width, height = Image.open(paths["png"]).size
-    assert abs(width / height - 2) < 0.2
+    assert height == 3 * 93 + 5 and 6 * 93 + 5 < width < 8 * 93  # three rows, and labels beside them
 
 
 def test_initial_weights_come_from_a_checkpoint(tmp_path):
