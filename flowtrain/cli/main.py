@@ -23,6 +23,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain train --multirun model=nice,realnvp,glow seed=1,2
   flowtrain eval                                     the run that started last; or ckpt=outputs/…
   flowtrain sample n=64 temperature=0.7
+  flowtrain compare outputs/a outputs/b              which is better, and by how much
   flowtrain check                                    is its flow exact? or check model=glow: a new flow
   flowtrain score input=table.csv                    or a folder of images
   flowtrain bench suite=sample                       what it costs here, compared with nflows and others
@@ -108,7 +109,7 @@ def compose(name: str, words: list[str]) -> int:
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
     from flowtrain.cli.messages import usage_error
-    from flowtrain.cli.names import prepare
+    from flowtrain.cli.names import gather_paths, prepare
     from flowtrain.config import runs
     from flowtrain.runtime import distributed
 
@@ -122,7 +123,8 @@ def compose(name: str, words: list[str]) -> int:
     if args.multirun and args.cfg:
         raise UsageError("--cfg shows one job: leave --multirun and its lists of values out")
     runs.dry_run = bool(args.hydra_help or args.cfg or args.info)
-    root, args.overrides = open_checkpoints(command, prepare(args.overrides), placeholder=args.hydra_help)
+    given = prepare(gather_paths(args.overrides, command.words))
+    root, args.overrides = open_checkpoints(command, given, placeholder=args.hydra_help)
     code = 0
     try:
         if not args.hydra_help:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +27,25 @@ def prepare(words: list[str]) -> list[str]:
     be added marked as such. Raises UsageError for a file that cannot be read."""
     words = [_read_files(word) for word in words]
     return [f"++{word}" if re.match(rf"({'|'.join(map(re.escape, OPEN))})[.=]", word) else word for word in words]
+
+
+def gather_paths(words: list[str], key: str | None) -> list[str]:
+    """The words with those that are paths, without KEY=, in one list at ``key``. Without a key, the words as they are.
+
+    >>> gather_paths(["outputs/a", "split=val", "outputs/b"], "runs")
+    ['split=val', 'runs=["outputs/a","outputs/b"]']
+    """
+    paths = [word for word in words if key and _is_path(word)]
+    if not paths:
+        return words
+    others = [word for word in words if word not in paths]
+    if given := next((word for word in others if word.partition("=")[0] == key), None):
+        raise UsageError(f"{given}: name the {key} with {key}= or as words, not both")
+    return [*others, f"{key}={_write(paths)}"]
+
+
+def _is_path(word: str) -> bool:
+    return "=" not in word and not re.match(r"[~+](?!/)", word) or os.path.exists(os.path.expanduser(word))
 
 
 def _read_files(word: str) -> str:

@@ -58,6 +58,17 @@ class ReconstructConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig(JobConfig):
+    runs: list[str]
+    split: Literal["train", "val", "test"]
+    baseline: Literal["best", "first"]
+    examples: int | None = number(least=2)
+    draws: int | None = number(least=1)
+    seed: int | None = number(least=0)
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckConfig(TrainConfig):
     ckpt: str | None
     replay: str | None
@@ -103,6 +114,7 @@ class Command:
     root: the file in ``conf/`` that it composes on where no checkpoint is opened; None: it always opens one.
     on_checkpoint: each key whose value is the path of a checkpoint, and the file in ``conf/`` that is composed on top
         of the configuration in that checkpoint.
+    words: the key that words without "=" become: a list of paths; None: the command takes no such words.
     """
 
     module: str
@@ -110,6 +122,7 @@ class Command:
     config: type[JobConfig]
     root: str | None = None
     on_checkpoint: dict[str, str] = field(default_factory=dict)
+    words: str | None = None
 
     @property
     def trains(self) -> bool:
@@ -137,6 +150,13 @@ COMMANDS = {
         "real examples, encoded and decoded again",
         ReconstructConfig,
         on_checkpoint={"ckpt": "reconstruct"},
+    ),
+    "compare": Command(
+        "flowtrain.commands.compare",
+        "runs side by side, on the same examples",
+        CompareConfig,
+        root="compare",
+        words="runs",
     ),
     "check": Command(
         "flowtrain.commands.check",

@@ -24,7 +24,7 @@ from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part
 from flowtrain.config.conversion import key_names, to_dict, validate
-from flowtrain.config.schema import TrainConfig
+from flowtrain.config.schema import JobConfig, TrainConfig
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.labels import printable
 from flowtrain.errors import FlowtrainError
@@ -189,14 +189,9 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
     Args:
         remember: whether the data lie where the checkpoint's run directory says; False: at the usual place.
     """
-    values = to_dict(checkpoint_config(file, allow))
-    config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
+    config = _local_values(file, allow, remember)
     config[group] = str(file).replace("${", "\\${")  # OmegaConf would read an interpolation
     run = runs.run_of(file)
-    if run:
-        _check_links(run)
-    remembered = places.remembered(run) if remember else {}
-    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
     parts = (run or file.parent).parts[-2:]
     name = re.sub(r"[^\w.-]", "_", "_".join([*parts, file.stem]))
     known = ConfigStore.instance().repo.get(group, {})
@@ -204,6 +199,30 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
         name += "_"
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(config), package="_global_")
     return name
+
+
+def command_config(schema, file: Path, job: JobConfig, **keys):
+    """The ``schema`` instance of a command on a checkpoint, for callers outside the command line: its data lie where
+    the run remembers, ``job`` says how it runs, and ``keys`` are the command's own.
+
+    Raises:
+        FlowtrainError: as :func:`checkpoint_config`.
+    """
+    values = OmegaConf.to_container(OmegaConf.create(_local_values(file, job.allow)), resolve=True)
+    how = {key: value for key, value in to_dict(job).items() if key in DROPPED}
+    return validate(schema, values | how | keys)
+
+
+def _local_values(file: Path, allow=(), remember: bool = True) -> dict:
+    """A checkpoint's configuration with what this machine decides, some of it interpolations: :func:`store_option`."""
+    values = to_dict(checkpoint_config(file, allow))
+    config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
+    run = runs.run_of(file)
+    if run:
+        _check_links(run)
+    remembered = places.remembered(run) if remember else {}
+    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
+    return config
 
 
 def _check_links(run: Path) -> None:
