@@ -16,6 +16,7 @@ import torch
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.bijections.columns import fit_to_columns
+from flowtrain.commands import report
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.commands.previews import Preview
 from flowtrain.config import places, runs
@@ -133,6 +134,9 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
             loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
     finally:
         loggers.close()
+    if config.report:
+        with trainer.pause_compilation():
+            _report(config, stored, spec, trainer, data, val, run_dir)
     return summary
 
 
@@ -316,6 +320,29 @@ def _conclude(config: TrainConfig, spec: DataSpec, trainer: Trainer, val, run_di
             log.info("samples: %s", images[-1])
         log.info("next: flowtrain eval ckpt='%s'", run_dir)
     return summary, score
+
+
+def _report(config: TrainConfig, stored: dict, spec: DataSpec, trainer: Trainer, data, val, run_dir: str) -> None:
+    """Write report.html on the first process, while the others wait; the flow holds the best weights. Only now is the
+    test split opened, on every process, since the first one downloads for all."""
+    splits = {"train": trainer.loader.split, "val": val}
+    failed = None
+    try:
+        splits["test"] = data.split("test")
+    except FlowtrainError as error:
+        failed = error
+
+    def split(name: str) -> Split:
+        if name not in splits:
+            raise FlowtrainError(f"the test split cannot be opened: {failed}")
+        return splits[name]
+
+    if distributed.is_main():
+        columns = trainer.loader.split.columns
+        path = report.of_training(config, stored, run_dir, trainer.seconds, trainer.flow, spec, columns, split)
+        if path:
+            log.info("report: %s", path)
+    distributed.barrier()
 
 
 def _unreadable(split) -> int:

@@ -48,10 +48,8 @@ class Browser:
         chart = self.driver.find_element(By.CSS_SELECTOR, f"{selector} svg")
         self.run("arguments[0].scrollIntoView({block: 'center'})", chart)
         ActionChains(self.driver).move_to_element(chart).perform()
-        return self.run(
-            "const tip = document.querySelector(arguments[0] + ' .tip'); return tip.hidden ? '' : tip.innerText",
-            selector,
-        )
+        tip = "const tip = document.querySelector(arguments[0] + ' .tip')"
+        return self.run(f"{tip}; return tip.hidden ? '' : tip.innerText", selector)
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG."""

@@ -34,7 +34,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
         "config",
         "benchmarks",
         "report",
-    },  # fmt: skip
+    },
     "train": {"errors", "runtime", "bijections", "flow", "data", "engine", "config", "commands"},
     "benchmarks": {"errors", "runtime", "bijections", "flow", "flows", "data", "engine"},
     "cli": {"errors", "runtime", "config", "commands"},

@@ -92,6 +92,16 @@ class ScoreConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig(TrainConfig):
+    ckpt: str
+    examples: int = number(least=2)
+    n: int = number(least=1)
+    temperatures: list[float] = number(least=0)
+    seconds: float | None = number(above=0)
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
     suite: Literal["train", "sample", "spline", "memory", "data", "start", "commands", "all"]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
@@ -167,6 +177,9 @@ COMMANDS = {
     ),
     "score": Command(
         "flowtrain.commands.score", "a likelihood for each row or image", ScoreConfig, on_checkpoint={"ckpt": "score"}
+    ),
+    "report": Command(
+        "flowtrain.commands.report", "a page that shows a run", ReportConfig, on_checkpoint={"ckpt": "report"}
     ),
     "bench": Command("flowtrain.commands.bench", "time and memory beside other libraries", BenchConfig, root="bench"),
 }

@@ -22,7 +22,7 @@ OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
 # keys that may differ between a run and its continuation
-FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes")
+FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes", "report")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 

@@ -85,6 +85,7 @@ class TrainConfig(JobConfig):
     init: str | None
     deterministic: bool
     smoke: bool
+    report: bool
     on_bad: Literal["stop", "skip"]
     model: Any
     dataset: Any

@@ -226,7 +226,7 @@
       node(svg, "path", {d: path, fill: "none", stroke: colour(one, i), "stroke-width": 1.8, "stroke-linejoin": "round", ...(one.dashed ? {"stroke-dasharray": "5 4"} : {})});
       for (const [cx, cy] of alone) node(svg, "circle", {cx, cy, r: 2.6, fill: colour(one, i)});
     });
-    const places = [...new Set(data.series.flatMap(one => one.x))].sort((a, b) => a - b);
+    const places = [...new Set(data.series.flatMap(one => one.x))].filter(at => at != null).sort((a, b) => a - b);
     const index = data.series.map(one => new Map(one.x.map((at, k) => [at, k])));
     interact({...view, plot}, places.length, px => nearestOf(places, px, x.of), (k, overlay) => {
       const at = places[k], rows = [];

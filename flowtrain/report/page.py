@@ -134,13 +134,15 @@ class Section:
     def table(
         self, head: Sequence[str], rows: Sequence[Sequence], caption: str = "", best: Mapping | None = None
     ) -> None:
-        """A table. Cells that are numbers, or texts that begin like one, are aligned to the right.
+        """A table. Columns of numbers, or of texts that begin like one, are aligned to the right.
 
         Args:
             best: cells to emphasize, as ``{(row, column): why}``; the reason is shown as their title.
         """
         cells = [[("" if cell is None else str(cell)) for cell in row] for row in rows]
-        self._add("table", head=head, rows=cells, caption=caption, best=dict(best or {}))
+        columns = [[cell for cell in column if cell not in ("", "–")] for column in zip(*cells)]
+        numeric = [i > 0 and len(column) > 0 and all(map(_is_number, column)) for i, column in enumerate(columns)]
+        self._add("table", head=head, rows=cells, numeric=numeric, caption=caption, best=dict(best or {}))
 
     def code(self, text: str, caption: str = "") -> None:
         """Text as a terminal shows it, such as a command."""
@@ -326,5 +328,4 @@ def _runs(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
 def _template():
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"json": _json, "runs": _runs}
-    environment.tests["numeric"] = _is_number
     return environment.from_string((HERE / "page.html").read_text())
