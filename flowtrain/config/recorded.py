@@ -13,12 +13,13 @@ from flowtrain.runtime import checkpoint
 
 # keys of places, processes and records, which do not change what a run learns
 ASIDE = ("resume", "devices", "threads", "allow", "dist", "job_timeout", "logger", "hydra", "published")
-ASIDE_NESTED = ("dataset.root", "dataset.download", "dataset.found", "dataset.name", "trainer.tensorboard")
+ASIDE_NESTED = ("dataset.root", "dataset.download", "dataset.found", "trainer.tensorboard")
 
 
 def recorded_keys(run: Path | None, file: Path | None) -> dict[str, str]:
     """Dotted key -> value as a person types it, of a run's checkpoint, else of Hydra's record in ``run``; {} without
-    either. A class or a family stands under the key of its node, ``model: glow``, without the modules before it.
+    either. A class or a family stands under the key of its node, ``model: glow``, without the modules before it, a data
+    set's name under ``dataset``.
 
     Raises:
         FlowtrainError: that cannot be read.
@@ -51,7 +52,11 @@ def _flatten(node: dict, prefix: str = "") -> dict[str, str]:
         key = f"{prefix}{name}"
         if name in ASIDE and not prefix or key in ASIDE_NESTED or name in ("_partial_", "defaults"):
             continue
-        if name == "_target_":
+        if key == "dataset.name":
+            flat["dataset"] = str(value)
+        elif key == "dataset._target_":
+            flat.setdefault("dataset", str(value).rpartition(".")[2])
+        elif name == "_target_":
             flat[prefix.rstrip(".") or name] = str(value).rpartition(".")[2]
         elif isinstance(value, dict):
             flat |= _flatten(value, f"{key}.")

@@ -228,6 +228,7 @@ def _why_apart(main: ComparedRun, other: ComparedRun, members: Sequence[Compared
     ours, theirs = main.evaluation, other.evaluation
     keys = dict.fromkeys(key for key in [*main.keys, *other.keys] if key == "dataset" or key.startswith("dataset."))
     apart = [key for key in keys if main.keys.get(key) != other.keys.get(key)]
+    apart = ["dataset"] if "dataset" in apart else apart
     if apart:
         what = ", ".join(f"{key}={other.keys.get(key, '–')}, not {main.keys.get(key, '–')}" for key in apart[:3])
     elif len(ours.each) != len(theirs.each):
