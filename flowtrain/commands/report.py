@@ -20,7 +20,7 @@ from flowtrain.runtime import checkpoint, distributed, files
 log = logging.getLogger("flowtrain")
 
 NAME = "report.html"
-SHARE, LEAST, MOST = 0.15, 2.0, 60.0  # of the seconds of training, that its report may take; at least, at most
+SHARE, LEAST, MOST = 0.15, 3.0, 60.0  # of the seconds of training, that its report may take; at least, at most
 SMOKE = Amounts(examples=64, n=8, temperatures=(0.7, 1.0), seconds=1.0)
 
 

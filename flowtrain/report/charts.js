@@ -345,7 +345,7 @@
 
   function pairs(plot, data, width) {
     const most = width < 560 ? 4 : 8, columns = data.columns.slice(0, most), D = columns.length;
-    const left = 46, bottom = 58, side = Math.min(190, (width - left - 6) / D), gap = side > 90 ? 8 : 5;
+    const narrow = width < 560, left = narrow ? 22 : 66, bottom = 58, side = Math.min(190, (width - left - 6) / D), gap = side > 90 ? 8 : 5;
     legend(plot, data);
     const svg = surface(plot, data, width, Math.round(side * D + bottom)), points = [];
     const cell = i => left + i * side;
@@ -386,7 +386,7 @@
         const at = x0 + axes[c].of(tick), half = text.length * 3.2;
         node(svg, "text", {x: Math.min(x0 + size - half + 4, Math.max(x0 + half - 4, at)), y: D * side + 12, "text-anchor": "middle"}, text);
       }
-      if (c === 0 && r) for (const [tick, text] of marks(down, axes[r])) if (text.length <= 6) node(svg, "text", {x: left - 4, y: y0 + size - axes[r].of(tick) + 4, "text-anchor": "end"}, text);
+      if (c === 0 && r && !narrow) for (const [tick, text] of marks(down, axes[r])) if (text.length <= 7) node(svg, "text", {x: left - 4, y: y0 + size - axes[r].of(tick) + 4, "text-anchor": "end"}, text);
     }));
     if (D < data.columns.length) node(svg, "text", {x: width - 6, y: D * side + 52, "text-anchor": "end"}, `the first ${D} of ${data.columns.length} columns; a wider page shows more`);
     const nearest = (px, py) => {

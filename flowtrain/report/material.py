@@ -105,12 +105,11 @@ class ColumnValues:
 
 @dataclass(frozen=True)
 class Answer:
-    """Samples for the context of one real row: the context, the row, and of the samples' columns the median and the
-    5 % and 95 % quantiles or the most frequent category, all as texts."""
+    """Samples for the context of one real row: the context, and of each column its name, the row's value, and the
+    samples' median with the range of 90 %, or their most frequent category; all as texts."""
 
     context: Sequence[str]
-    row: Sequence[str]
-    samples: Sequence[str]
+    columns: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)

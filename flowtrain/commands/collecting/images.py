@@ -55,7 +55,7 @@ def gather(material: Material, source: Source) -> None:
     temperatures = sorted({*source.amounts.temperatures, 1.0}, key=lambda one: (one != 1.0, one))  # 1 first: the model
     for i, temperature in enumerate(temperatures):
         with attempt(material, "samples"):
-            seconds = source.share(0.3 if i == 0 else 0.05)
+            seconds = source.share(0.25 if i == 0 else 0.12)
             drawn = source.draw(n, seconds, temperature, None if context is None else context.cpu())
             if temperature == 1.0:
                 plain = drawn

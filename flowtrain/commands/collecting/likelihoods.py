@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flowtrain.bijections import Logit
+from flowtrain.commands.collecting.rows import show
 from flowtrain.commands.collecting.source import Source, attempt
 from flowtrain.commands.eval import compare
 from flowtrain.engine.evaluate import Evaluation, evaluation_mode, log_likelihoods, summarize
@@ -20,7 +21,7 @@ from flowtrain.report.run import RunRecord
 from flowtrain.runtime import global_batch, seeds
 
 SHARES = {"test": 0.15, "val": 0.12, "train": 0.12}  # of the budget of time, the most important first
-FIRST = 8  # examples of the first batch, which tells how long the others take
+FIRST, GROWTH = 8, 4  # examples of the first batch, and of the next for each of the last
 EXTREMES = 12  # images; rows half as many
 
 
@@ -34,7 +35,7 @@ def gather(material: Material, source: Source, record: RunRecord) -> None:
             if known is None:
                 known = _evaluate(source, name, source.share(share))
             elif not source.example_seconds:
-                _evaluate(source, name, 0.0)  # for the time that an example takes
+                _evaluate(source, name, source.share(share / 4))  # for the time that an example takes
             if name == "val" and not known.source:
                 known = _of_training(known, record)
             material.likelihoods[name] = known
@@ -59,18 +60,12 @@ def gather_extremes(material: Material, source: Source) -> None:
             pixels = to_pixels(x, source.spec.grey_levels).movedim(1, 3).numpy()
             sides[side] = [Extreme(one, pixels=image) for one, image in zip(nats, pixels)]
         elif source.columns:
-            rows = zip(*(map(_text, values) for values in source.columns.decode(x).values()))
+            rows = zip(*(map(show, values) for values in source.columns.decode(x).values()))
             sides[side] = [Extreme(one, row=list(row)) for one, row in zip(nats, rows)]
         else:
             return
     names = [] if material.is_image else [*source.columns.decode(x[:0])]
     material.extremes = Extremes(found.split, sides["most"], sides["least"], names)
-
-
-def _text(value) -> str:
-    if value is None or value != value:
-        return "–"
-    return f"{value:.5g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def _of_evaluation(source: Source, record: RunRecord, name: str) -> SplitLikelihoods | None:
@@ -117,10 +112,12 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
             mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed)
             sums[:, index] = torch.stack([mean, weighted, torch.ones_like(mean)]).cpu()
             start += len(index)
-            source.example_seconds = (time.monotonic() - at) / len(index)
-            rows = few_rows(flow.dimensions)
-            if time.monotonic() - began + rows * source.example_seconds > seconds:
+            took = time.monotonic() - at
+            source.example_seconds = took / len(index)
+            larger = min(GROWTH * rows, few_rows(flow.dimensions))
+            if time.monotonic() - began + took * larger / rows > seconds:
                 break
+            rows = larger
     flow.train(was_training)
     result = summarize(*sums, split.weights, flow.dimensions)
     index = result.each.isfinite().nonzero().flatten()

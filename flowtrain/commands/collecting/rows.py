@@ -16,7 +16,8 @@ from flowtrain.report.material import Answer, ColumnValues, Curves, Material, Ro
 
 ROWS, FEW = 1000, 300  # real rows and samples; of fewer validation rows, training rows are shown
 COLUMNS = 24  # most that are shown
-ANSWERS, DRAWN = 6, 100  # contexts that samples are drawn for, and samples of each
+ANSWERS, DRAWN = 4, 100  # contexts that samples are drawn for, and samples of each
+OF_ANSWER = 6  # most columns of them that are shown
 MOST_DENSITY = 0.25  # of the budget of time
 
 
@@ -61,39 +62,50 @@ def _rows(material: Material, source: Source, split: str, x: Tensor, samples: Te
 
 def _answers(source: Source, x: Tensor, context: Tensor) -> list[Answer]:
     """Samples for the contexts of some real rows."""
-    columns, places = source.columns, spread(len(x), ANSWERS)
+    columns = source.columns
+    _, same = context.unique(dim=0, return_inverse=True)
+    first = torch.tensor([int((same == one).nonzero()[0]) for one in spread(int(same.max()) + 1, ANSWERS)])
+    places = first.sort().values
     given = context[places].repeat_interleave(DRAWN, 0)
     samples = source.draw(len(given), source.share(0.15), 1.0, given)
     if len(samples) < len(given):
         raise FlowtrainError("samples for single contexts take too long for this report's time")
     texts = decode_context(columns.context, context[places])
     real, drawn = columns.decode(x[places]), columns.decode(samples)
-    return [
-        Answer(
-            text,
-            [_show(real[name][i]) for name in columns.names],
-            [_spread(drawn[name][i * DRAWN : (i + 1) * DRAWN]) for name in columns.names],
-        )
-        for i, text in enumerate(texts)
-    ]
+    found = []
+    for i, text in enumerate(texts):
+        part = slice(i * DRAWN, (i + 1) * DRAWN)
+        each = [
+            (name, show(real[name][i]), _spread(samples[part, j].numpy(), drawn[name][part], column.categories))
+            for j, (name, column) in enumerate(zip(columns.names, columns.modelled))
+        ]
+        found.append(Answer(text, each[:OF_ANSWER]))
+    return found
 
 
-def _show(value) -> str:
+def show(value, digits: int = 5) -> str:
+    """A value of a table as a text: numbers with some digits.
+
+    >>> show(12345.678), show(0.000012345), show(3), show(None), show("red")
+    ('12346', '1.2345e-05', '3', '–', 'red')
+    """
     if value is None or value != value:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
-def _spread(values: np.ndarray) -> str:
-    """The median and the 5 % and 95 % quantiles of numbers, or the most frequent of other values."""
-    known = [value for value in values.tolist() if value is not None and value == value]
-    if not known:
+def _spread(encoded: np.ndarray, decoded: np.ndarray, categories: tuple[str, ...]) -> str:
+    """The most frequent of texts; of numbers and times the median and the 5 % and 95 % quantiles."""
+    order = np.argsort(encoded)[: np.isfinite(encoded).sum()]
+    if not len(order):
         return "–"
-    if isinstance(known[0], str):
-        kinds, counts = np.unique(known, return_counts=True)
-        return f"{kinds[counts.argmax()]} ({100 * counts.max() / len(values):.0f} %)"
-    low, middle, high = np.quantile(known, [0.05, 0.5, 0.95])
-    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+    if categories:
+        kinds, counts = np.unique(decoded[order].astype(str), return_counts=True)
+        return f"{kinds[counts.argmax()]} ({100 * counts.max() / len(encoded):.0f} %)"
+    low, middle, high = (show(decoded[order[int(part * (len(order) - 1))]], 4) for part in (0.05, 0.5, 0.95))
+    return f"{middle} ({low} to {high})"
 
 
 def decode_context(columns: tuple[Column, ...], context: Tensor) -> list[list[str]]:
@@ -131,8 +143,8 @@ def _density(source: Source) -> np.ndarray:
     points, context = train.take(spread(len(train), POINTS))
     if points.isnan().any():
         raise FlowtrainError("the density of rows with missing values has no picture")
-    cells = CELLS ** min(2, source.flow.dimensions) * (1 if context is None else CONTEXTS)
-    if cells * source.example_seconds > source.share(MOST_DENSITY) + 1:
-        seconds = cells * source.example_seconds
-        raise FlowtrainError(f"the density on its grid would take {seconds:.0f} s, too long for this report's time")
-    return density_of(source.flow, points, context).movedim(0, 2).numpy()
+    each = source.example_seconds * (1 if context is None else CONTEXTS)
+    for cells in (CELLS, CELLS // 2, CELLS // 4):
+        if cells ** min(2, source.flow.dimensions) * each <= source.share(MOST_DENSITY):
+            return density_of(source.flow, points, context, cells).movedim(0, 2).numpy()
+    raise FlowtrainError("the density on a grid takes too long for this report's time")

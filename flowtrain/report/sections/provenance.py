@@ -42,7 +42,7 @@ def _configuration(page: Page, configuration: Configuration) -> None:
     if configuration.preset is not None:
         preset = dict(_flatten(configuration.preset))
         keys = [key for key in {**preset, **run} if run.get(key, "absent") != preset.get(key, "absent")]
-        keys = [key for key in keys if key.split(".")[0] not in UNSHOWN]
+        keys = [key for key in keys if key.split(".")[0] not in UNSHOWN and not _is_filled(key, preset, run)]
         if keys:
             rows = [[key, _show(preset, key), _show(run, key)] for key in keys]
             section.table(["key", "preset", "this run"], rows, f"Differences from {configuration.command}:")
@@ -51,6 +51,12 @@ def _configuration(page: Page, configuration: Configuration) -> None:
     if configuration.note:
         section.note(configuration.note)
     section.fold("All keys", yaml.safe_dump(configuration.config, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _is_filled(key: str, preset: dict, run: dict) -> bool:
+    """Whether a mapping is empty on one side only, whose keys on the other are shown."""
+    one, other = (preset, run) if key in preset else (run, preset)
+    return one[key] == {} and any(name.startswith(f"{key}.") for name in other)
 
 
 def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

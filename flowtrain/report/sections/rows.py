@@ -140,18 +140,15 @@ def _pairs(section: Section, rows: Rows) -> None:
 def _answers(section: Section, rows: Rows) -> None:
     if not rows.answers:
         return
-    names = [column.name for column in rows.columns]
-    shown = min(6, len(names), min(len(answer.row) for answer in rows.answers))
-    head = [*rows.context, *(text for name in names[:shown] for text in (name, "sampled"))]
     table = []
     for answer in rows.answers:
-        pairs = [text for pair in zip(answer.row[:shown], answer.samples[:shown]) for text in pair]
-        table.append([*answer.context, *pairs])
+        for i, column in enumerate(answer.columns):
+            table.append([*(answer.context if i == 0 else [""] * len(answer.context)), *column])
     section.table(
-        head,
+        [*rows.context, "column", "real row", "samples"],
         table,
-        "The contexts of some real rows, the rest of each row, and what 100 samples for its context hold: the median"
-        " and the range of 90 %, or the most frequent value.",
+        "The contexts of some real rows, those rows, and 100 samples for each context: the median and the range of"
+        " 90 %, or the most frequent value.",
     )
 
 
