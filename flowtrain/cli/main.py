@@ -32,7 +32,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
 
 HYDRA_FULL_ERROR=1 shows an error's traceback. Exit codes: 0; 1 failed; 2 wrong usage; 130, 143 interrupted.
-""".format("\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items()))
+""".format("\n".join(f"  {name:12} {command.summary}" for name, command in COMMANDS.items()))
 
 
 def main() -> None:

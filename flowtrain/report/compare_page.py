@@ -28,7 +28,7 @@ def compare_page(found: Comparison, split: str) -> str:
 
 
 def _name(found: Comparison, row: Row) -> str:
-    return f"{number_of(found, row)} {row.run.name}"
+    return f"{number_of(found, row)}. {row.run.name}"
 
 
 def _figures(section: Section, found: Comparison, split: str) -> None:
