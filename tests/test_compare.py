@@ -187,6 +187,11 @@ def test_runs_that_lack_something_are_shown(digits, tmp_path, capsys):
     status = json.loads((tmp_path / "outputs/stopped/status.json").read_text())
     (tmp_path / "outputs/stopped/status.json").write_text(json.dumps(status | {"state": "interrupted"}))
     shutil.copy(digits / "outputs/glow/checkpoints/best.pt", tmp_path / "lone.pt")
+    for number, text in enumerate(("[]", "{", '{"split": "test", "seed": "x"}')):
+        odd = tmp_path / f"outputs/whole/eval/{number}"
+        odd.mkdir(parents=True)
+        (odd / "eval.json").write_text(text)
+        np.save(odd / "log_likelihoods.npy", np.zeros((2, 2)))
     paths = [f"outputs/{name}" for name in ("whole", "bare", "broken", "stopped")]
     rows, made = run_compare(tmp_path, *paths, "lone.pt")
     told = capsys.readouterr().out

@@ -31,7 +31,6 @@ from flowtrain.runtime import checkpoint, distributed, files
 
 PICTURES, SAMPLES = 12, 36  # runs whose samples are shown; samples that are drawn for a run without an image
 TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?"  # in the names of runs and sweeps
-OF_EVAL = ("data_sha256", "checkpoint_sha256", "dimensions", "seed", "draws", "split")  # that a comparison needs
 
 
 def main(config: CompareConfig, run_dir: str) -> dict:
@@ -46,7 +45,7 @@ def main(config: CompareConfig, run_dir: str) -> dict:
     """
     given = find_runs(config.runs)
     runs = [_read_run(path, name) for path, name in zip(given, _short_names(given))]
-    _evaluate_all(runs, given, config)
+    _evaluate_all(runs, config)
     if not distributed.is_main():
         return {}
     found = compare(runs, differing([run.keys for run in runs]), config.baseline == "first")
@@ -74,7 +73,7 @@ def find_runs(given: list[str]) -> list[Path]:
     for text in given:
         path = Path(os.path.expanduser(text))
         if path.is_dir() and not _is_run(path):
-            inside = sorted(filter(_is_run, path.iterdir()), key=_natural)
+            inside = sorted(filter(_is_run, [*path.glob("*"), *path.glob("*/*")]), key=_natural)
             if not inside:
                 raise UsageError(f"{text}: neither a run nor a folder with runs, such as outputs/sweeps/…")
             found |= dict.fromkeys(one.absolute() for one in inside)
@@ -124,9 +123,9 @@ def _read_run(path: Path, name: str) -> ComparedRun:
     """What a run has; what it lacks becomes a line."""
     run = ComparedRun(name, path)
     directory = path if path.is_dir() else run_directories.run_of(path)
-    file = _checkpoint(run)
+    run.checkpoint = _checkpoint(run)
     try:
-        run.keys = recorded_keys(directory, file)
+        run.keys = recorded_keys(directory, run.checkpoint)
     except FlowtrainError as error:
         run.missing.append(f"no configuration: {error}")
     if directory is None:
@@ -179,13 +178,12 @@ def _overrides(directory: Path) -> dict[str, str]:
 # ---- evaluations ---------------------------------------------------------------------------------------------------
 
 
-def _evaluate_all(runs: list[ComparedRun], paths: list[Path], config: CompareConfig) -> None:
+def _evaluate_all(runs: list[ComparedRun], config: CompareConfig) -> None:
     """Give each run its newest evaluation with the noise of the others, or evaluate it."""
     have = [list(_evaluations(run, config)) for run in runs]
     seed, draws = _noise(have, config)
     for run, evaluations in zip(runs, have):
-        file = _checkpoint_of(run)
-        if file is None:
+        if run.checkpoint is None:
             continue
         run.evaluation = next((one for one in evaluations if _noise_of(one) == (seed, draws)), None)
         if run.evaluation is not None:
@@ -193,20 +191,16 @@ def _evaluate_all(runs: list[ComparedRun], paths: list[Path], config: CompareCon
         if distributed.is_main():
             print(f"evaluating {run.name} on {config.split}, {config.examples or 'all'} examples at most", flush=True)
         try:
-            run.evaluation = _evaluate(run, file, config, seed, draws)
+            run.evaluation = _evaluate(run.checkpoint, config, seed, draws)
         except FlowtrainError as error:
             if distributed.world() > 1:  # the others wait
                 raise
             run.missing.append(f"cannot be evaluated: {error}")
 
 
-def _checkpoint_of(run: ComparedRun) -> Path | None:
-    return run.path if run.path.is_file() else run_directories.best_intact(run.path)[0]
-
-
 def _evaluations(run: ComparedRun, config: CompareConfig):
     """The usable evaluations of a run's checkpoint, the newest first."""
-    file = _checkpoint_of(run)
+    file = run.checkpoint
     if file is None:
         return
     digest = checkpoint.digest(file)
@@ -222,16 +216,25 @@ def _evaluations(run: ComparedRun, config: CompareConfig):
             one = Evaluation(report, each, np.load(beside) if beside.is_file() else None)
         except (OSError, ValueError):
             continue
-        wanted = (config.split, digest, weights, config.draws or report.get("draws"), config.seed)
-        found = (report.get("split"), report.get("checkpoint_sha256"), report.get("weights"), report.get("draws"))
-        same_seed = config.seed is None or report.get("seed") == config.seed
-        if (
-            found == wanted[:4]
-            and same_seed
-            and all(key in report for key in OF_EVAL)
-            and _covers(one, config.examples)
-        ):
-            yield one
+        wanted = {"split": config.split, "checkpoint_sha256": digest, "weights": weights}
+        wanted |= {key: value for key, value in (("draws", config.draws), ("seed", config.seed)) if value is not None}
+        if _is_whole(one) and all(report[key] == value for key, value in wanted.items()):
+            if _covers(one, config.examples):
+                yield one
+
+
+def _is_whole(one: Evaluation) -> bool:
+    """Whether an evaluation has what a comparison needs; those of older versions have not."""
+    if not isinstance(one.report, dict):
+        return False
+    numbers = [one.report.get(key) for key in ("dimensions", "seed", "draws", "examples")]
+    texts = [one.report.get(key) for key in ("split", "data_sha256", "checkpoint_sha256", "weights")]
+    arrays = [one.each, *([] if one.weights is None else [one.weights])]
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and all(array.ndim == 1 and len(array) == len(one.each) and array.dtype.kind == "f" for array in arrays)
+    )
 
 
 def _covers(one: Evaluation, examples: int | None) -> bool:
@@ -253,7 +256,7 @@ def _noise(have: list[list[Evaluation]], config: CompareConfig) -> tuple[int, in
     return 1 if config.seed is None else config.seed, config.draws or 1
 
 
-def _evaluate(run: ComparedRun, file: Path, config: CompareConfig, seed: int, draws: int) -> Evaluation:
+def _evaluate(file: Path, config: CompareConfig, seed: int, draws: int) -> Evaluation:
     """Evaluate a checkpoint as ``flowtrain eval`` does, into the directory of its run."""
     own = {"split": config.split, "draws": draws, "weights": config.weights, "json": False, "seed": seed}
     examples = config.examples if config.examples is not None else "auto"
@@ -282,8 +285,8 @@ def _picture(run: ComparedRun, config: CompareConfig) -> np.ndarray | None:
     try:
         if kept:
             return np.asarray(Image.open(kept[-1]).convert("RGB"))
-        file = _checkpoint_of(run) if run.evaluation else None
-        if file is None:
+        file = run.checkpoint
+        if file is None or run.evaluation is None:
             return None
         keys = {"split": "test", "draws": 1, "weights": config.weights, "json": False, "examples": None}
         restored = restore(command_config(EvalConfig, file, config, ckpt=str(file), **keys), str(file), config.weights)

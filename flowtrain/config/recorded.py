@@ -25,15 +25,23 @@ def recorded_keys(run: Path | None, file: Path | None) -> dict[str, str]:
         FlowtrainError: that cannot be read.
     """
     if file is not None:
-        return _flatten(checkpoint.read_config(file))
+        return _flatten(_mapping(checkpoint.read_config(file), file))
     record = run / ".hydra" / "config.yaml" if run else None
     if record is None or not record.is_file():
         return {}
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(record), resolve=True)
+        tree = OmegaConf.to_container(
+            OmegaConf.load(record), resolve=False
+        )  # a stranger's interpolations may do anything
     except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise FlowtrainError(f"{record}: cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return _flatten(tree if isinstance(tree, dict) else {})
+    return {key: value for key, value in _flatten(_mapping(tree, record)).items() if "${" not in value}
+
+
+def _mapping(config, file: Path) -> dict:
+    if not isinstance(config, dict):
+        raise FlowtrainError(f"{file}: its configuration is no mapping")
+    return config
 
 
 def differing(runs: list[dict[str, str]]) -> list[str]:

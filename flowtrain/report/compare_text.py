@@ -22,7 +22,8 @@ def terminal_text(found: Comparison, split: str, width: int = 120) -> str:
     lines = [*found.notes, *(f"{row.run.name}: {line}" for row in found.rows for line in row.run.missing)]
     if lines:
         parts.append("\n".join(line for text in lines for line in textwrap.wrap(text, width, subsequent_indent="  ")))
-    return "\n\n".join(parts)
+    text = "\n\n".join(parts)
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def number_of(found: Comparison, row: Row) -> str:

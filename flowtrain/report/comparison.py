@@ -45,18 +45,20 @@ class ComparedRun:
     Attributes:
         name: short, and different from that of every other run.
         path: its directory, or the checkpoint's file.
+        checkpoint: the file that is evaluated; None: it has none.
         keys: its configuration, by dotted keys.
         overrides: the words of its command line, key -> value.
         summary: the content of summary.json, {} where there is none.
         state: "finished", "running", "interrupted", "failed", or "" where that is unknown.
         curves: of metrics.jsonl, by name.
         evaluation: of the split that is compared.
-        pictures: the paths of its last images, or such images.
+        picture: its last image of samples, (H, W, 3) uint8.
         missing: a line for each thing that it lacks.
     """
 
     name: str
     path: Path
+    checkpoint: Path | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
     summary: Mapping = field(default_factory=dict)
@@ -166,8 +168,8 @@ def compare(runs: Sequence[ComparedRun], keys: Sequence[str], first_is_reference
     """Group runs by their data and compare each run with the best of its group, or with the first that was named."""
     by_data: dict[tuple, list[ComparedRun]] = {}
     for run in runs:
-        if run.evaluation is not None:
-            by_data.setdefault((run.evaluation.data, run.evaluation.has_bits), []).append(run)
+        if (one := run.evaluation) is not None:
+            by_data.setdefault((one.data, one.has_bits, len(one.each)), []).append(run)
     together = sorted(by_data.values(), key=len, reverse=True)
     groups = [_group(members, first_is_reference) for members in together]
     notes = [_why_apart(together[0][0], members[0], members) for members in together[1:]]
