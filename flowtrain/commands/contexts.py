@@ -26,7 +26,7 @@ class Contexts:
     Attributes:
         rows: (m, *context_shape).
         columns: the context columns of a file, m values each as the file has them, by their names.
-        classes: of a list of classes, the name of each.
+        classes: of a list of classes, the name of each as a margin shows it.
     """
 
     rows: Tensor
@@ -74,8 +74,14 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     if not given:
         raise UsageError(f"label=[]: the classes are {list_classes(names) or f'0 to {classes - 1}'}")
     labels = torch.tensor([class_number(one, classes, names) for one in given])
-    listed = [names[label] if names else f"class {label}" for label in labels] if isinstance(config.label, list) else []
-    return Contexts(label_context(labels, classes), config.n, classes=tuple(listed))
+    shown = [_shorten(names[label]) if names else f"class {label}" for label in labels]
+    return Contexts(
+        label_context(labels, classes), config.n, classes=tuple(shown) if isinstance(config.label, list) else ()
+    )
+
+
+def _shorten(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _of_columns(config: SampleConfig, columns: Columns, data: Dataset) -> Contexts:

@@ -58,7 +58,7 @@ def main(config: ReconstructConfig, run_dir: str) -> dict:
     columns = columns_of(restored, rows[0])
     if columns is None:
         report = _image_errors(rows[0], again, spec.grey_levels)
-        if report["largest"]:
+        if report["differ"] or report["relative"] > config.tolerance:
             rows, names = [*rows[:2], (rows[0] - again).abs(), *rows[2:]], [*names[:2], "difference", *names[2:]]
         paths["png"] = folder / "reconstructions.png"
         save_png(labelled_rows(torch.cat(rows), spec.grey_levels, names), paths["png"])
