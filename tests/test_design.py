@@ -26,6 +26,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
         "errors",
         "runtime",
         "bijections",
+        "distributions",
         "flow",
         "data",
         "plots",

@@ -14,7 +14,6 @@ from inprocess import flowtrain
 from PIL import Image
 
 from flowtrain.commands.collecting import collect
-from flowtrain.commands.collecting.images import interpolate
 from flowtrain.commands.collecting.rows import decode_context
 from flowtrain.config.compose import train_config
 from flowtrain.config.preset import preset_of
@@ -154,16 +153,6 @@ def test_copies_of_training_images_are_noticed():
     assert "may repeat training images" in _memorizing(Neighbours([], np.full(30, 0.01), real, 10, 10))
     assert "no sign of memorizing" in _memorizing(Neighbours([], real[:30], real, 10, 10))
     assert "nothing is memorized" in _memorizing(Neighbours([], 3 * real[:30], real, 10, 10))
-
-
-def test_interpolation_runs_along_the_great_circle():
-    start, end = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64)
-    ends = [interpolate(start, end, torch.tensor(share)) for share in (0.0, 1.0)]
-    torch.testing.assert_close(ends, [start, end])
-    unit = [one / one.flatten(1).norm(dim=1)[:, None, None, None] for one in (start, end)]
-    middle = interpolate(*unit, torch.tensor(0.5))
-    torch.testing.assert_close(middle.flatten(1).norm(dim=1), torch.ones(5, dtype=torch.float64))
-    torch.testing.assert_close(interpolate(start, start, torch.tensor(0.3)), start)
 
 
 def test_contexts_are_read_back_as_the_file_has_them():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 
 from hydra.core.config_store import ConfigStore
@@ -23,16 +22,6 @@ FIND = {  # key -> the checkpoint that its value names
     "replay": runs.divergence_record,
     "run": runs.run_to_repeat,
 }
-
-
-def name_words(command: Command, words: list[str]) -> list[str]:
-    """The words with ``KEY=`` before those that are paths by themselves, where a command takes such a word."""
-    key = command.positional
-    return [f"{key}={word}" if key and _is_path(word) else word for word in words]
-
-
-def _is_path(word: str) -> bool:
-    return os.path.exists(os.path.expanduser(word)) or not re.match(r"[~+]?[\w./@]+=|~", word)
 
 
 def open_checkpoints(command: Command, words: list[str], placeholder: bool = False) -> tuple[str, list[str]]:

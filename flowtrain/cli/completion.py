@@ -34,12 +34,14 @@ def prepare(argv: list[str]) -> str | None:
     if key:
         found = glob(words[-1][len(key) :] + "*")
         return _answer(query, words, [key + path + "/" * os.path.isdir(path) for path in sorted(found)])
-    if command.positional and "=" not in words[-1] and (found := glob(words[-1] + "*")):
+    if command.words and (found := glob(words[-1] + "*")) and "=" not in words[-1] and words[-1]:
         return _answer(query, words, [path + "/" * os.path.isdir(path) for path in sorted(found)])
-    from flowtrain.cli.checkpoints import name_words, open_checkpoints
+    from flowtrain.cli.checkpoints import open_checkpoints
+    from flowtrain.cli.names import name_paths
     from flowtrain.cli.names import prepare as prepare_names
 
-    root, before = open_checkpoints(command, prepare_names(name_words(command, words[:-1])), placeholder=True)
+    before = prepare_names(name_paths(command, words[:-1]))
+    root, before = open_checkpoints(command, before, placeholder=True)
     plain = [word for word in before if not re.search(r"[\s'\"]", word)]  # Hydra separates words at blanks
     os.environ["COMP_LINE"] = " ".join(["flowtrain", *plain, words[-1]])
     return root

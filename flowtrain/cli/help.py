@@ -155,6 +155,7 @@ def _defaults(file: Path) -> list:
 
 def _usage(command: Command) -> str:
     paths = [f"[{key}=PATH]" for key in command.on_checkpoint if key != "resume"]
+    paths += ["PATH PATH …"] if command.words and command.words not in command.on_checkpoint else []
     return " ".join([*paths, "[group=option]", "[key=value]", "[--multirun]", "[--cfg job]"])
 
 

@@ -25,6 +25,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain eval                                     the run that started last; or ckpt=outputs/…
   flowtrain sample n=64 temperature=0.7
   flowtrain report                                   one page that shows it; training ends with it too
+  flowtrain compare outputs/a outputs/b              which is better, and by how much
   flowtrain check                                    is its flow exact? or check model=glow: a new flow
   flowtrain score input=table.csv                    or a folder of images
   flowtrain bench suite=sample                       what it costs here, compared with nflows and others
@@ -35,7 +36,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
 
 HYDRA_FULL_ERROR=1 shows an error's traceback. Exit codes: 0; 1 failed; 2 wrong usage; 130, 143 interrupted.
-""".format("\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items()))
+""".format("\n".join(f"  {name:12} {command.summary}" for name, command in COMMANDS.items()))
 
 
 def main() -> None:
@@ -107,13 +108,13 @@ def compose(name: str, words: list[str]) -> int:
     from hydra.errors import HydraException
 
     from flowtrain.cli import jobs
-    from flowtrain.cli.checkpoints import name_words, open_checkpoints
+    from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.checks import check
     from flowtrain.cli.directories import temporary_outputs
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
     from flowtrain.cli.messages import usage_error
-    from flowtrain.cli.names import prepare
+    from flowtrain.cli.names import name_paths, prepare
     from flowtrain.config import runs
     from flowtrain.runtime import distributed
 
@@ -127,9 +128,8 @@ def compose(name: str, words: list[str]) -> int:
     if args.multirun and args.cfg:
         raise UsageError("--cfg shows one job: leave --multirun and its lists of values out")
     runs.dry_run = bool(args.hydra_help or args.cfg or args.info)
-    root, args.overrides = open_checkpoints(
-        command, prepare(name_words(command, args.overrides)), placeholder=args.hydra_help
-    )
+    given = prepare(name_paths(command, args.overrides))
+    root, args.overrides = open_checkpoints(command, given, placeholder=args.hydra_help)
     code = 0
     try:
         is_dry = False

@@ -38,6 +38,42 @@ class SampleConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    steps: int = number(least=0)
+    split: Literal["train", "val", "test"]
+    examples: list[int] | None = number(least=0)
+    path: Literal["auto", "spherical", "linear"]
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    split: Literal["train", "val", "test"]
+    examples: list[int] | None = number(least=0)
+    keep: float | list[float] | None = number(least=0, below=1.0000001)
+    temperature: float = number(least=0)
+    tolerance: float = number(above=0)
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(JobConfig):
+    runs: list[str]
+    split: Literal["train", "val", "test"]
+    baseline: Literal["best", "first"]
+    examples: int | None = number(least=2)
+    draws: int | None = number(least=1)
+    seed: int | None = number(least=0)
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckConfig(TrainConfig):
     ckpt: str | None
     replay: str | None
@@ -93,7 +129,8 @@ class Command:
     root: the file in ``conf/`` that it composes on where no checkpoint is opened; None: it always opens one.
     on_checkpoint: each key whose value is the path of a checkpoint, and the file in ``conf/`` that is composed on top
         of the configuration in that checkpoint.
-    positional: the key of ``on_checkpoint`` whose value may also be given as a word by itself.
+    words: the key of words without "=", which are paths: of a checkpoint each where it is a key of ``on_checkpoint``,
+        else of a list; None: the command takes no such words.
     """
 
     module: str
@@ -101,7 +138,7 @@ class Command:
     config: type[JobConfig]
     root: str | None = None
     on_checkpoint: dict[str, str] = field(default_factory=dict)
-    positional: str | None = None
+    words: str | None = None
 
     @property
     def trains(self) -> bool:
@@ -125,10 +162,29 @@ COMMANDS = {
         "repeat a run from its directory",
         RerunConfig,
         on_checkpoint={"run": "rerun"},
-        positional="run",
+        words="run",
     ),
     "eval": Command("flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}),
     "sample": Command("flowtrain.commands.sample", "samples of a run", SampleConfig, on_checkpoint={"ckpt": "sample"}),
+    "interpolate": Command(
+        "flowtrain.commands.interpolate",
+        "paths between real examples in latent space",
+        InterpolateConfig,
+        on_checkpoint={"ckpt": "interpolate"},
+    ),
+    "reconstruct": Command(
+        "flowtrain.commands.reconstruct",
+        "real examples, encoded and decoded again",
+        ReconstructConfig,
+        on_checkpoint={"ckpt": "reconstruct"},
+    ),
+    "compare": Command(
+        "flowtrain.commands.compare",
+        "runs side by side, on the same examples",
+        CompareConfig,
+        root="compare",
+        words="runs",
+    ),
     "check": Command(
         "flowtrain.commands.check",
         "audit of a run's flow, or of a new one",

@@ -25,7 +25,7 @@ from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part, make_config
 from flowtrain.config.conversion import key_names, to_dict, validate
-from flowtrain.config.schema import TrainConfig
+from flowtrain.config.schema import JobConfig, TrainConfig
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.labels import printable
 from flowtrain.errors import FlowtrainError
@@ -228,23 +228,9 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
     Args:
         remember: whether the data lie where the checkpoint's run directory says; False: at the usual place.
     """
-    is_record = file.suffix == ".yaml"
-    values = to_dict((record_config if is_record else checkpoint_config)(file, allow))
-    config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
-    if group == "run":  # which repeats all that was decided, and the batch size that was measured
-        config |= {key: values[key] for key in ("devices", "threads", "init")}
-        if config["batch_size"] == "auto" and (size := measured_batch_size(file)):
-            config["batch_size"] = size
+    config = _local_values(file, allow, remember, repeats=group == "run")
     config[group] = str(file).replace("${", "\\${")  # OmegaConf would read an interpolation
     run = runs.run_of(file)
-    if run:
-        _check_links(run)
-    remembered = places.remembered(run) if remember else {}
-    if (
-        is_record and remember and values["dataset"].get("path")
-    ):  # a run that ended before it could say where it found them
-        remembered = {"path": os.path.join(started_in(file), values["dataset"]["path"])} | remembered
-    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
     parts = (run or file.parent).parts[-2:]
     name = re.sub(r"[^\w.-]", "_", "_".join([*parts, file.stem]))
     known = ConfigStore.instance().repo.get(group, {})
@@ -252,6 +238,40 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
         name += "_"
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(config), package="_global_")
     return name
+
+
+def command_config(schema, file: Path, job: JobConfig, **keys):
+    """The ``schema`` instance of a command on a checkpoint, for callers outside the command line: its data lie where
+    the run remembers, ``job`` says how it runs, and ``keys`` are the command's own.
+
+    Raises:
+        FlowtrainError: as :func:`checkpoint_config`.
+    """
+    values = OmegaConf.to_container(OmegaConf.create(_local_values(file, job.allow)), resolve=True)
+    how = {key: value for key, value in to_dict(job).items() if key in DROPPED}
+    return validate(schema, values | how | keys)
+
+
+def _local_values(file: Path, allow=(), remember: bool = True, repeats: bool = False) -> dict:
+    """A checkpoint's configuration with what this machine decides, some of it interpolations: :func:`store_option`.
+
+    ``repeats``: with all that the run decided too, and the batch size that it measured.
+    """
+    is_record = file.suffix == ".yaml"
+    values = to_dict((record_config if is_record else checkpoint_config)(file, allow))
+    config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
+    if repeats:
+        config |= {key: values[key] for key in ("devices", "threads", "init")}
+        if config["batch_size"] == "auto" and (size := measured_batch_size(file)):
+            config["batch_size"] = size
+    run = runs.run_of(file)
+    if run:
+        _check_links(run)
+    remembered = places.remembered(run) if remember else {}
+    if is_record and remember and values["dataset"].get("path"):  # the run ended before it could say where they lie
+        remembered = {"path": os.path.join(started_in(file), values["dataset"]["path"])} | remembered
+    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
+    return config
 
 
 def _check_links(run: Path) -> None:

@@ -147,13 +147,18 @@ def divergence_record(path: str) -> Path:
 def newest_checkpoint() -> Path:
     """The best checkpoint of the run under ``outputs/`` that started last and has an intact one."""
     for run in newest_first():
-        folder = run / "checkpoints"
-        file, problems = _first_intact(folder, [name for name in BEST if (folder / name).exists()])
+        file, problems = best_intact(run)
         if problems:
             log.warning("%s", "; ".join(problems))
         if file:
             return file.resolve()
     raise UsageError("there is no run with a checkpoint under outputs/ here: give ckpt=PATH, or train one first")
+
+
+def best_intact(run: Path) -> tuple[Path | None, list[str]]:
+    """The best intact checkpoint of a run, or None; and what is wrong with those before it."""
+    folder = run / "checkpoints"
+    return _first_intact(folder, [name for name in BEST if (folder / name).exists()])
 
 
 def newest_intact(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.commands.collecting.source import Source, attempt, spread
+from flowtrain.commands.interpolate import spherical
 from flowtrain.data.labels import label_context
 from flowtrain.data.spec import LabelContext
 from flowtrain.engine.evaluate import evaluation_mode
@@ -94,8 +95,7 @@ def _interpolations(source: Source, to_thumbnails: Thumbnails, rows: int):
     given = None if context is None else context[first]
     with evaluation_mode(source.device):
         ends = [flow.encode(x[index], given) for index in (first, second)]
-        share = torch.linspace(0, 1, STEPS, device=source.device, dtype=ends[0].dtype)
-        latents = torch.stack([interpolate(*ends, part) for part in share], 1)
+        latents = spherical(*ends, torch.linspace(0, 1, STEPS, device=source.device, dtype=torch.float64))
         repeated = None if given is None else given.repeat_interleave(STEPS, 0)
         decoded = flow.decode(latents.flatten(0, 1), repeated).cpu()
     pixels = to_thumbnails(decoded)
@@ -116,21 +116,6 @@ def _pairs(context: Tensor | None, count: int, rows: int) -> tuple[Tensor, Tenso
     if not first:
         raise FlowtrainError("no two of the validation images have the same context")
     return torch.tensor(first), torch.tensor(second)
-
-
-def interpolate(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """Latents at ``share`` of the way along the great circle from ``start`` to ``end`` (n, …): (n, …) (Shoemake 1985).
-
-    Unlike a straight line it stays at the distance from 0 at which nearly all latents of a normal distribution lie.
-    """
-    a, b = start.flatten(1).double(), end.flatten(1).double()
-    cosine = torch.nn.functional.cosine_similarity(a, b)[:, None].clamp(-1, 1)
-    angle = cosine.acos()
-    straight = angle.sin() < 1e-6
-    sine = angle.sin().where(~straight, 1.0)
-    left = (((1 - share) * angle).sin() / sine).where(~straight, 1 - share)
-    right = ((share * angle).sin() / sine).where(~straight, share)
-    return (left * a + right * b).reshape(start.shape).to(start.dtype)
 
 
 def _classes(source: Source, to_thumbnails: Thumbnails, most: int) -> dict:
