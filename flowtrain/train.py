@@ -30,7 +30,7 @@ from flowtrain.engine.auto import choose_batch_size, choose_learning_rate
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_errors, compile_flow, pays
 from flowtrain.engine.ema import EMA
-from flowtrain.engine.loggers import Logger, Loggers, RunRecord
+from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
 from flowtrain.engine.objectives import Objective, Score
 from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.previews import Previews
@@ -122,15 +122,27 @@ def _train(config: TrainConfig, run_dir: str) -> dict:
         _log_introduction(config, spec, trainer, val, device, run_dir)
         environment.record(run_dir, device)
         places.record(run_dir, data)
+    settings = _flatten({key: value for key, value in to_dict(config).items() if key != "logger"})
     try:
         with compile_errors(), determinism.determinism_errors(), _one_line_errors(config, trainer, device):
-            loggers.open(RunRecord(Path(run_dir), trainer.step, loggers.records, budget, objective.key, objective.unit))
+            loggers.open(
+                RunRecord(
+                    Path(run_dir),
+                    trainer.step,
+                    loggers.records,
+                    budget,
+                    objective.key,
+                    objective.unit,
+                    settings=settings,
+                    examples=trainer.examples,
+                )
+            )
             trainer.fit()
             with trainer.pause_compilation():
                 summary, score = _conclude(config, spec, trainer, val, run_dir)
             if distributed.is_main():
                 environment.record(run_dir, device)  # once more: threads are chosen by now
-            loggers.hyperparameters(_flatten(to_dict(config)), {objective.key: score.figure})
+            loggers.hyperparameters(settings, {objective.key: score.figure})
     finally:
         loggers.close()
     return summary
@@ -184,15 +196,14 @@ def _objective(config: TrainConfig, spec: DataSpec) -> Objective:
 
 
 def _loggers(config: TrainConfig) -> Loggers:
-    """The configured loggers, without those that are null, on the first process; none on the others."""
-    loggers = build(config.logger, "logger", allow=config.allow)
-    loggers = {name: logger for name, logger in loggers.items() if logger is not None}
-    if not config.trainer.tensorboard:
-        loggers.pop("tensorboard", None)
-    for name, logger in loggers.items():
+    """What every run records and the chosen loggers, without those that are null, on the first process; none on the
+    others."""
+    chosen = build(config.logger, "logger", allow=config.allow)
+    chosen = {name: logger for name, logger in chosen.items() if logger is not None}
+    for name, logger in chosen.items():
         if not isinstance(logger, Logger):
             raise UsageError(f"logger.{name}: {type(logger).__name__} is no logger")
-    return Loggers(loggers.values() if distributed.is_main() else ())
+    return Loggers([JsonLines(), ImageFiles(), progress(), *chosen.values()] if distributed.is_main() else ())
 
 
 def _start(flow: Flow, config: TrainConfig, train, device) -> None:
@@ -412,15 +423,17 @@ def _log_introduction(config: TrainConfig, spec: DataSpec, trainer: Trainer, val
     log.info(line, config.batch_size, share, parts, rate, trainer.budget)
     if trainer.step:
         log.info("resumed at step %d", trainer.step)
-    if config.trainer.tensorboard and "tensorboard" in config.logger:
+    if config.logger.get("tensorboard"):
         log.info("watch: tensorboard --logdir '%s'", Path(run_dir).parent)
 
 
 def _flatten(config: dict, prefix: str = "") -> dict:
-    """The settings by dotted names, those that TensorBoard's HParams page can show."""
+    """The settings by dotted names: numbers, texts, true and false; and the names of the classes that are chosen."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, dict):
+        if key == "_target_":
+            flat[prefix.removesuffix(".")] = value.rpartition(".")[2]
+        elif isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, bool | int | float | str) and not key.startswith("_"):
             flat[prefix + key] = value

@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli import directories, keys
-from flowtrain.cli.hydra_internals import Composition, Loader
+from flowtrain.cli.hydra_internals import Composition, Loader, is_search
 from flowtrain.cli.messages import no_option, suggest, usage_error
 from flowtrain.cli.overrides import parse, split_jobs
 from flowtrain.commands import CHECKPOINT_KEYS, Command
@@ -35,9 +36,16 @@ def check(command: Command, config_name: str, args: Namespace, multirun: bool) -
     """Compose every job of a command line. Raises UsageError, in one line, at the first mistake."""
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise UsageError(f"--config-dir {args.config_dir}: no such directory")
-    loader = Loader(args.config_dir)
-    for words in split_jobs(args.overrides, multirun):
-        _Job(loader, command, args.config_name or config_name, words).check()
+    loader, name = Loader(args.config_dir), args.config_name or config_name
+    words, search = args.overrides, False
+    if multirun or any(item.key_or_group == "sweep" for item in parse(words)):
+        hydra = _Job(loader, command, name, words).hydra_node()
+        search = hydra is None or is_search(hydra.sweeper)
+        if hydra is not None:
+            multirun = multirun or hydra.mode == RunMode.MULTIRUN
+            words = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()), *words]
+    for job in split_jobs(words, multirun, search):
+        _Job(loader, command, name, job).check()
 
 
 def check_names(command: Command, words: list[str]) -> None:
@@ -64,6 +72,14 @@ class _Job:
         self.loader, self.command, self.config_name, self.words = loader, command, config_name, words
         self.parsed = parse(words)
         self.restored = command.opens_checkpoint(config_name)
+
+    def hydra_node(self) -> DictConfig | None:
+        """Hydra's own settings, without what a sweep varies; None where there is a mistake, which :meth:`check` says."""
+        fixed = [item.input_line for item in self.parsed if not item.is_sweep_override()]
+        try:
+            return Composition(self.loader, self.config_name, fixed).whole().hydra
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
+            return None
 
     def check(self) -> None:
         self._check_options()
@@ -98,6 +114,8 @@ class _Job:
 
     def _missing(self, error: MissingConfigException) -> Exception:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if group == "hydra/sweeper" and name == "optuna":
+            return UsageError("hydra/sweeper=optuna: needs the extra packages of pip install 'flowtrain[optuna]'")
         if group == "hydra/launcher":
             return UsageError(f"launcher={name}: needs the extra packages of pip install 'flowtrain[launchers]'")
         return no_option(group, name, error.options or []) if group else usage_error(error)

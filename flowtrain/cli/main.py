@@ -105,6 +105,7 @@ def compose(name: str, words: list[str]) -> int:
     from flowtrain.cli import jobs
     from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.checks import check
+    from flowtrain.cli.continuation import concluded
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
     from flowtrain.cli.messages import usage_error
@@ -127,7 +128,9 @@ def compose(name: str, words: list[str]) -> int:
     try:
         if not args.hydra_help:
             check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
-        run_hydra(root, [*flags, *args.overrides], jobs.job)
+        with concluded() as codes:
+            run_hydra(root, [*flags, *args.overrides], jobs.job)
+        code = max(codes, default=0)
     except SystemExit as end:
         code = end.code or 0
     except HydraException as error:

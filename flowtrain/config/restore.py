@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from flowtrain.config import places, runs
+from flowtrain.config import earlier, places, runs
 from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part
@@ -67,7 +67,7 @@ def checkpoint_config(file: Path, allow=()) -> TrainConfig:
     """
     state = checkpoint.read(file, mmap=True)
     try:
-        values = state.get("config")
+        values = earlier.update(state.get("config"))
         _check_plain(values)
         check_targets(values, allow)
         config = validate(TrainConfig, values)
@@ -195,6 +195,8 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
     run = runs.run_of(file)
     if run:
         _check_links(run)
+    if "tracking_uri" in config["logger"].get("mlflow", {}):  # a server of a stranger's: it gets no records
+        config["logger"]["mlflow"]["tracking_uri"] = None
     remembered = places.remembered(run) if remember else {}
     config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
     parts = (run or file.parent).parts[-2:]

@@ -13,6 +13,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from flowtrain.config import earlier
 from flowtrain.config.schema import TrainConfig
 from flowtrain.errors import FlowtrainError, UsageError
 
@@ -22,7 +23,7 @@ OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
 # keys that may differ between a run and its continuation
-FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes")
+FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes", "logger")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 
@@ -154,7 +155,7 @@ def find_run(config: dict) -> Path | None:
         if file is None and any((run / "checkpoints").glob("*.pt")):
             log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
         try:
-            if file and without_free(checkpoint.read_config(file)) == without_free(config):
+            if file and without_free(earlier.update(checkpoint.read_config(file))) == without_free(config):
                 return run.resolve()
         except FlowtrainError as error:  # of another version of flowtrain
             log.warning("no checkpoint of %s can be used: %s", run, error)

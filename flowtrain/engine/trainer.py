@@ -19,6 +19,7 @@ from flowtrain.engine.divergence import examine
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.loggers import Loggers
 from flowtrain.engine.objectives import Objective
+from flowtrain.engine.peak import peak_memory
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.profile import profile_steps
 from flowtrain.engine.recovery import Recovery
@@ -98,6 +99,7 @@ class Trainer(Stateful):
         if distributed.world() > 1:
             self.training_pass.synchronize()
         self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, config.trainer.save_every)
+        self.examples = "images" if len(flow.shape) == 3 else "rows"  # what the data consist of
         self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
@@ -228,8 +230,9 @@ class Trainer(Stateful):
             "train/lr": self.weights.optimizer.param_groups[0]["lr"],
             "train/skipped_steps": self.recovery.skipped,
             **({"train/recompiles": self.compilation.recompiles} if self.compilation else {}),
-            "time/seconds": self.seconds,
-            "time/examples_per_second": self.config.trainer.log_every * self.loader.batch_size / elapsed,
+            "system/seconds": self.seconds,
+            f"system/{self.examples}_per_second": self.config.trainer.log_every * self.loader.batch_size / elapsed,
+            "system/peak_memory_mib": peak_memory(self.batch.x.device) / 2**20,
         }
         self.loggers.scalars(self.step, values)
         self.loss_sum, self.loss_count = 0.0, 0

@@ -30,10 +30,10 @@ class ProgressLines(NullLogger):
         log.info("step %d: %s, %s", step, figure, rate)
 
     def _rate(self, step: int, values: dict[str, float]) -> str:
-        seconds = values["time/seconds"]
+        seconds = values["system/seconds"]
         spent = self.run.budget.spent(step, seconds)
         left = _clock(seconds * (1 - spent) / spent)
-        return f"{values['time/examples_per_second']:.0f} examples/s, {left} left"
+        return f"{values[f'system/{self.run.examples}_per_second']:.0f} {self.run.examples}/s, {left} left"
 
 
 class ProgressBar(ProgressLines):
