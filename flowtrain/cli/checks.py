@@ -74,7 +74,7 @@ class _Job:
         self.restored = command.opens_checkpoint(config_name)
 
     def hydra_node(self) -> DictConfig | None:
-        """Hydra's own settings, without what a sweep varies; None where there is a mistake, which :meth:`check` says."""
+        """Hydra's own settings, without what a sweep varies; None where :meth:`check` will find a mistake."""
         fixed = [item.input_line for item in self.parsed if not item.is_sweep_override()]
         try:
             return Composition(self.loader, self.config_name, fixed).whole().hydra

@@ -26,7 +26,7 @@ from flowtrain.engine.recovery import Recovery
 from flowtrain.engine.replay import Record, replay_command
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.state import Stateful
-from flowtrain.engine.statistics import layer_statistics
+from flowtrain.engine.statistics import LayerStatistics, counts
 from flowtrain.engine.threads import Threads
 from flowtrain.engine.training_pass import TrainingPass, clip_gradient
 from flowtrain.engine.validation import Validation
@@ -225,7 +225,7 @@ class Trainer(Stateful):
         loss = self.loss_sum / self.loss_count if self.loss_count else math.nan
         values = {
             f"train/{self.objective.key}": self.objective.figure(self.flow, loss),
-            **layer_statistics(self.flow),
+            **counts(self.flow),
             "train/gradient_norm": norm,
             "train/lr": self.weights.optimizer.param_groups[0]["lr"],
             "train/skipped_steps": self.recovery.skipped,
@@ -234,8 +234,17 @@ class Trainer(Stateful):
             f"system/{self.examples}_per_second": self.config.trainer.log_every * self.loader.batch_size / elapsed,
             "system/peak_memory_mib": peak_memory(self.batch.x.device) / 2**20,
         }
+        if self.config.trainer.layer_statistics:
+            values |= self.layer_statistics()
         self.loggers.scalars(self.step, values)
         self.loss_sum, self.loss_count = 0.0, 0
+
+    def layer_statistics(self) -> dict[str, float]:
+        """What passes through each layer for the last batch, under the present weights. Called on every process."""
+        statistics = LayerStatistics(self.flow)
+        with self.pause_compilation(), statistics.watch():
+            self.training_pass.repeat(self.batch, self.step - 1, distributed.rank(), distributed.world())
+        return statistics.read()
 
     def save(self) -> None:
         self.flow.statistics()  # raises, where gradients since the last report were wrong, before weights are kept
