@@ -1,6 +1,7 @@
 """Sweeps: the same command again, searches, the picture, the ready search, and other launchers."""
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from inprocess import flowtrain
+from omegaconf import OmegaConf
 from PIL import Image
 
-from flowtrain.cli import launcher, sweep
+from flowtrain.cli import checks, jobs, launcher, sweep, worker
 from flowtrain.errors import UsageError
 from flowtrain.plots.sweep import plot_sweep
+from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("train", "--multirun", "smoke=true", "logger=none", "max_steps=1", "model=nice", "trainer.sample_every=null")
@@ -22,18 +25,18 @@ NOWHERE = ("dataset.root=nowhere", "dataset.download=false")
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch, request):
-    """Jobs in this process, to save the seconds that a worker process takes to start; not where a test says so."""
+def quick(monkeypatch, request):
+    """Jobs in this process and words that are not checked first, to save the seconds that both take; except where a
+    test is marked ``workers``, or about the checks."""
     if "workers" in request.keywords:
         return
-    from flowtrain.cli import worker
 
     def launch(job, count, timeout, jobs=1):
-        job = dict(job)
-        job.pop("logging_config", None)
-        return worker.execute(**job)
+        return worker.execute(**{key: value for key, value in job.items() if key != "logging_config"})
 
     monkeypatch.setattr(launcher, "launch", launch)
+    if "refused" not in request.node.name:
+        monkeypatch.setattr(checks, "check", lambda *_: None)
 
 
 def only_sweep(folder) -> Path:
@@ -54,69 +57,51 @@ def runs(folder) -> set[str]:
 
 
 def test_finished_jobs_are_skipped_and_failed_ones_repeated(tmp_path, capfd):
-    words = (*TINY, *NOWHERE, "dataset=digits,mnist", "seed=1,2")
-    assert flowtrain(tmp_path, *words) == 1
-    assert [row["status"] for row in rows(tmp_path)] == ["finished", "finished", "failed", "failed"]
-    before = {name: (only_sweep(tmp_path) / name / "metrics.jsonl").stat().st_mtime_ns for name in ("0_digits-nice",)}
+    assert flowtrain(tmp_path, *TINY, *NOWHERE, "dataset=mnist,digits", "seed=1") == 1
+    assert [row["status"] for row in rows(tmp_path)] == ["failed", "finished"]
+    kept = only_sweep(tmp_path) / "1_digits-nice/metrics.jsonl"
+    changed = kept.stat().st_mtime_ns
     capfd.readouterr()
-    again = (*TINY, "seed=1,2", *NOWHERE, "dataset=digits,mnist")  # in another order
-    assert flowtrain(tmp_path, *again) == 1
+    assert flowtrain(tmp_path, *TINY, "seed=1", *NOWHERE, "dataset=mnist,digits") == 1  # in another order
     err = capfd.readouterr().err
-    assert err.count("finished before, skipped") == 2 and "job 2: dataset=mnist" in err and "job 3: dataset" in err
-    assert [(row["job"], row["status"]) for row in rows(tmp_path)] == [
-        ("0", "finished"),
-        ("1", "finished"),
-        ("2", "failed"),
-        ("3", "failed"),
-    ]
-    assert runs(tmp_path) == {
-        "0_digits-nice",
-        "1_digits-nice",
-        *(f"{n}_mnist-nice{k}" for n in "23" for k in ("", "_2")),
-    }
-    for name, changed in before.items():
-        assert (only_sweep(tmp_path) / name / "metrics.jsonl").stat().st_mtime_ns == changed
+    assert err.count("job 1: finished before, skipped") == 1 and err.count("job 0: dataset=mnist") == 1
+    assert [(row["job"], row["status"]) for row in rows(tmp_path)] == [("0", "failed"), ("1", "finished")]
+    assert runs(tmp_path) == {"0_mnist-nice", "0_mnist-nice_2", "1_digits-nice"}
+    assert kept.stat().st_mtime_ns == changed
 
 
-def test_a_sweep_that_has_finished_trains_nothing(tmp_path, capfd):
+def test_a_sweep_that_has_finished_trains_nothing_and_mixes_with_no_other(tmp_path, capfd, monkeypatch):
     words = (*TINY, "seed=1,2")
     assert flowtrain(tmp_path, *words) == 0
     before, table = runs(tmp_path), rows(tmp_path)
-    capfd.readouterr()
+    assert "sweep.png" in capfd.readouterr().out and (only_sweep(tmp_path) / "sweep.png").is_file()
+    monkeypatch.setitem(sys.modules, "flowtrain.plots.sweep", None)  # as without matplotlib
     assert flowtrain(tmp_path, *words, "launcher=local") == 0
     told = capfd.readouterr()
     assert "every job had finished before; hydra.sweep.dir=DIR runs them anew" in told.out and "results.csv" in told.out
     assert "step 1" not in told.out and runs(tmp_path) == before and rows(tmp_path) == table
-    assert flowtrain(tmp_path, *words, "hydra.sweep.dir=anew") == 0
-    assert {path.name for path in (tmp_path / "anew").iterdir() if path.is_dir()} == before
-
-
-def test_another_command_gets_a_sweep_of_its_own(tmp_path):
-    assert flowtrain(tmp_path, *TINY, "seed=1,2") == 0
+    assert "pip install 'flowtrain[plots]'" in told.out
+    with status.lock_file(only_sweep(tmp_path)), pytest.raises(UsageError, match="is being run by process"):
+        flowtrain(tmp_path, *words)
+    given = f"hydra.sweep.dir={only_sweep(tmp_path)}"
+    assert flowtrain(tmp_path, *words, given) == 0 and runs(tmp_path) == before
+    with pytest.raises(UsageError, match="hydra.sweep.dir=.*: holds a sweep of another command"):
+        flowtrain(tmp_path, *TINY, "seed=5,6", given)
     assert flowtrain(tmp_path, *TINY, "seed=1,3") == 0
     assert len([*(tmp_path / "outputs/sweeps").iterdir()]) == 2
 
 
-def test_a_given_directory_continues_its_own_sweep_only(tmp_path, capfd):
-    words = (*TINY, "seed=1,2", "hydra.sweep.dir=mine")
-    assert flowtrain(tmp_path, *words) == 0
-    assert flowtrain(tmp_path, *words) == 0
-    assert capfd.readouterr().err.count("skipped") == 2 and not (tmp_path / "outputs/sweeps").exists()
-    with pytest.raises(UsageError, match="hydra.sweep.dir=mine: holds a sweep of another command"):
-        flowtrain(tmp_path, *TINY, "seed=5,6", "hydra.sweep.dir=mine")
-
-
 def test_jobs_that_left_no_row_run(tmp_path, capfd):
-    words = (*TINY, "seed=1,2,3,4")
+    words = (*TINY, "seed=1,2,3")
     assert flowtrain(tmp_path, *words) == 0
     file = only_sweep(tmp_path) / "results.csv"
-    kept = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith(("1,", "3,"))]
-    file.write_text("".join(kept) + "3,model=nice se")  # killed in the middle, and while it wrote
+    kept = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith(("0,", "2,"))]
+    file.write_text("".join(kept) + "2,model=nice se")  # killed in the middle, and while it wrote
     capfd.readouterr()
     assert flowtrain(tmp_path, *words) == 0
-    assert capfd.readouterr().err.count("skipped") == 2
-    assert [row["job"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
-    assert {"1_digits-nice_2", "3_digits-nice_2"} <= runs(tmp_path)
+    assert capfd.readouterr().err.count("skipped") == 1
+    assert [row["job"] for row in rows(tmp_path)] == ["0", "1", "2"]
+    assert {f"{n}_digits-nice_2" for n in (0, 2)} == runs(tmp_path) - {f"{n}_digits-nice" for n in (0, 1, 2)}
 
 
 def test_a_job_whose_configuration_has_changed_runs_again(tmp_path, capfd):
@@ -126,14 +111,6 @@ def test_a_job_whose_configuration_has_changed_runs_again(tmp_path, capfd):
     capfd.readouterr()
     assert flowtrain(tmp_path, *TINY, "seed=1,2") == 0
     assert capfd.readouterr().err.count("skipped") == 1 and "1_digits-nice_2" in runs(tmp_path)
-
-
-def test_a_sweep_that_runs_is_not_joined(tmp_path):
-    from flowtrain.runtime import status
-
-    assert flowtrain(tmp_path, *TINY, "seed=1,2") == 0
-    with status.lock_file(only_sweep(tmp_path)), pytest.raises(UsageError, match="is being run by process"):
-        flowtrain(tmp_path, *TINY, "seed=1,2")
 
 
 def test_an_evaluation_is_repeated_once_it_has_finished(tmp_path):
@@ -237,17 +214,15 @@ def test_a_mistake_in_a_sweep_is_refused_at_once(tmp_path, words, says):
     assert says in str(caught.value) and not (tmp_path / "outputs").exists()
 
 
-def test_a_ready_search_needs_no_multirun(tmp_path, monkeypatch):
-    from flowtrain.cli import jobs
-
+def test_a_ready_search_needs_no_multirun_and_is_not_refused(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        jobs, "_run", lambda command, cfg, *_: seen.append((cfg.model._target_, cfg.optimizer.lr)) or {}
-    )
-    assert flowtrain(tmp_path, "train", "sweep=digits_quick", "logger=none") == 0
-    assert len({*seen}) == 8 and {rate for _, rate in seen} == {1e-3, 3e-3}
-    assert flowtrain(tmp_path, "train", "sweep=digits_quick", "optimizer.lr=0.01", "model=nice") == 0
-    assert seen[8:] == [("flowtrain.flows.nice", 0.01)]
+    note = lambda command, cfg, *_: seen.append((cfg.model._target_, cfg.optimizer.lr, cfg.max_minutes)) or {}
+    monkeypatch.setattr(jobs, "_run", note)
+    assert flowtrain(tmp_path, "train", "sweep=digits_quick", "model=nice") == 0
+    assert seen == [("flowtrain.flows.nice", rate, 0.6) for rate in (1e-3, 3e-3)]
+    params = OmegaConf.load(ROOT / "conf/sweep/digits_quick.yaml").hydra.sweeper.params
+    jobs_of_all = math.prod(len(values.split(",")) for values in params.values())
+    assert jobs_of_all == 8 and jobs_of_all * seen[0][2] < 6  # minutes of training; below ten with all else
 
 
 # ---- the picture ---------------------------------------------------------------------------------------------------
@@ -276,11 +251,3 @@ def test_the_picture_has_a_panel_for_each_key_and_marks_the_best(tmp_path, monke
     assert "★ the best: 2.0000" in drawn[0].get_suptitle() and Image.open(tmp_path / "a.png").width > 1000
     plot_sweep(tmp_path / "b.png", {"n": ["2", "3"]}, [3.0, 2.0], [None, None], "log_likelihood", False, {"n"})
     assert drawn[1].axes[0].get_xscale() == "log" and "best: 3.0000" in drawn[1].get_suptitle()
-
-
-def test_a_sweep_draws_its_picture_or_says_what_is_missing(tmp_path, monkeypatch, capfd):
-    assert flowtrain(tmp_path, *TINY, "seed=1,2") == 0
-    assert "sweep.png" in capfd.readouterr().out and (only_sweep(tmp_path) / "sweep.png").is_file()
-    monkeypatch.setitem(sys.modules, "flowtrain.plots.sweep", None)
-    assert flowtrain(tmp_path, *TINY, "seed=1,2") == 0
-    assert "pip install 'flowtrain[plots]'" in capfd.readouterr().out
