@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import configuration
 from inprocess import flowtrain
 from PIL import Image
 
+from flowtrain.cli.completion import prepare
 from flowtrain.cli.exit_codes import WorkerError
+from flowtrain.cli.help import help_text
+from flowtrain.commands.previews import Preview
 from flowtrain.config import earlier
+from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.loggers import CsvTable, Mlflow, RunRecord, Wandb
+from flowtrain.errors import UsageError
 from flowtrain.runtime import checkpoint
 from flowtrain.runtime.files import WriteError
 
@@ -248,3 +254,56 @@ def test_a_checkpoint_of_an_earlier_version_opens(tmp_path):
     checkpoint.save(state, file)
     assert flowtrain(tmp_path, "train", "resume=run", "max_steps=3") == 0
     assert [row["step"] for row in metrics(tmp_path / "run") if "train/lr" in row] == [1, 2, 3]
+
+
+def test_several_loggers_in_help_and_completion(monkeypatch, capsys):
+    text = help_text("train", ["logger=[csv,wandb]"])
+    assert "logger.wandb.project" in text and "* csv" in text and "* wandb" in text and "* tensorboard" not in text
+    monkeypatch.setenv("COMP_LINE", "flowtrain train logger=[csv,w")
+    assert prepare(["-sc", "query=bash"]) is None
+    assert capsys.readouterr().out.split() == ["logger=[csv,wandb"]
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("logger=default", "logger=default: is now logger=tensorboard"),
+        ("logger=files", "logger=files: is now logger=none"),
+        ("logger=[csv,nope]", "there are csv, mlflow, none, tensorboard, wandb"),
+        ("trainer.tensorboard=false", "trainer.tensorboard: logger=none leaves out"),
+        ("~logger.images", "logger.images: is part of every run"),
+        ("logger.wandb.mode=on", "no key 'logger.wandb"),
+    ],
+)
+def test_a_wrong_logger_is_refused(tmp_path, word, says):
+    with pytest.raises(UsageError) as caught:
+        flowtrain(tmp_path, *TINY, word)
+    assert says in str(caught.value)
+
+
+def test_a_grid_shows_the_same_latents_at_every_preview():
+    config = configuration("model=glow", "dataset=digits", "smoke=true", "trainer.sample_n=9")
+    data = build_dataset(config)
+    flow, preview = build_flow(config, data.spec, "cpu"), Preview(data.split("val"), data.spec, config)
+    decoded = []
+    flow.decode = lambda z, context=None: decoded.append(z.clone()) or type(flow).decode(flow, z, context)
+    first = preview(flow)
+    torch.randn(7)  # whatever training draws
+    assert torch.equal(preview(flow), first)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1)
+    assert not torch.equal(preview(flow), first)
+    assert torch.equal(torch.cat(decoded[: len(decoded) // 3]), torch.cat(decoded[-(len(decoded) // 3) :]))
+
+
+def test_the_final_figure_lies_beside_the_settings(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert flowtrain(tmp_path, *TINY, "seed=4") == 0
+    events = EventAccumulator(str(tmp_path / "run/tb")).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"seed" in content and b"optimizer.lr" in content and b"nice" in content
+    final = json.loads((tmp_path / "run/summary.json").read_text())["bits_per_dim"]
+    assert events.Scalars("bits_per_dim")[-1].value == pytest.approx(final)
+    assert {"train/bits_per_dim", "val/bits_per_dim", "system/images_per_second"} <= {*events.Tags()["scalars"]}
