@@ -153,6 +153,11 @@ def test_other_launchers_repeat_only_what_is_missing(tmp_path, words, capfd):
     assert capfd.readouterr().err.count("job 1: finished before, skipped") == 1
 
 
+def test_each_value_of_a_limit_is_a_job(tmp_path):
+    assert flowtrain(tmp_path, *TINY, "max_steps=1,2") == 0
+    assert [row["steps"] for row in rows(tmp_path)] == ["1", "2"]
+
+
 # ---- searches ------------------------------------------------------------------------------------------------------
 
 SEARCH = ("hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "optimizer.lr=tag(log,interval(1e-4,1e-2))")

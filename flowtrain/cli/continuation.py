@@ -16,12 +16,12 @@ from pathlib import Path
 import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from flowtrain.cli import hydra_internals, sweep
 from flowtrain.commands import COMMANDS
 from flowtrain.config import runs
-from flowtrain.config.runs import FREE
 from flowtrain.errors import UsageError
 from flowtrain.runtime import files, status
 
@@ -120,30 +120,33 @@ def _seed_sampler(config: DictConfig) -> None:
             sampler.seed = config.get("seed", 1)
 
 
-def wrap(launcher, hydra_context, config: DictConfig) -> None:
-    """Make ``launcher`` launch only the jobs that have not finished before."""
-    launch = launcher.launch
+class LauncherOfMissing(Launcher):
+    """Launches only the jobs that have not finished before, by another launcher."""
 
-    def launch_missing(job_overrides, initial_job_idx: int) -> list[JobReturn]:
+    def __init__(self, launcher: Launcher, hydra_context, config: DictConfig):
+        self.launcher, self.loader, self.config = launcher, hydra_context.config_loader, config
+
+    def setup(self, **_) -> None:
+        """Nothing: the other launcher is set up."""
+
+    def launch(self, job_overrides, initial_job_idx: int) -> list[JobReturn]:
         words = dict(enumerate(map(list, job_overrides), initial_job_idx))
         returns = {}
-        for number, row in _finished(words, config, hydra_context.config_loader):
+        for number, row in _finished(words, self.config, self.loader):
             print(f"flowtrain: job {number}: finished before, skipped", file=sys.stderr)
             value = sweep.figure(row)
             returns[number] = JobReturn(overrides=words[number], status=JobStatus.COMPLETED, _return_value=value)
         missing = [number for number in words if number not in returns]
         if missing and _current:
             _current.ran = True
-        for group in _groups(missing, together=hydra_internals.is_sequential(launcher)):
+        for group in _groups(missing, apart=hydra_internals.is_sequential(self.launcher)):
             if group == [*range(group[0], group[-1] + 1)]:
-                done = launch([words[number] for number in group], initial_job_idx=group[0])
+                done = self.launcher.launch([words[number] for number in group], initial_job_idx=group[0])
             else:
                 numbered = [[*words[number], f"+hydra.job.env_set.{NUMBER}={number}"] for number in group]
-                done = launch(numbered, initial_job_idx=0)
+                done = self.launcher.launch(numbered, initial_job_idx=0)
             returns |= dict(zip(group, done))
         return [returns[number] for number in words]
-
-    launcher.launch = launch_missing
 
 
 def number_of(hydra: DictConfig) -> int:
@@ -151,11 +154,11 @@ def number_of(hydra: DictConfig) -> int:
     return int(hydra.job.env_set.get(NUMBER, hydra.job.get("num", 0)))
 
 
-def _groups(numbers: list[int], together: bool) -> Iterator[list[int]]:
+def _groups(numbers: list[int], apart: bool) -> Iterator[list[int]]:
     """``numbers`` as one group; or, where jobs run one after another anyway, as runs of successive numbers."""
     group: list[int] = []
     for number in numbers:
-        if group and together and number != group[-1] + 1:
+        if group and apart and number != group[-1] + 1:
             yield group
             group = []
         group.append(number)
@@ -181,7 +184,7 @@ def _stored(run_dir: Path) -> dict:
 
 
 def _comparable(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key not in (*FREE, "hydra")}
+    return {key: value for key, value in config.items() if key not in (*sweep.FREE, "hydra")}
 
 
 @contextmanager
@@ -209,4 +212,4 @@ def concluded() -> Iterator[list[int]]:
 
 
 OmegaConf.register_new_resolver("sweep_dir", directory, replace=True)
-hydra_internals.before_sweeps(begin, wrap)
+hydra_internals.before_sweeps(begin, LauncherOfMissing)

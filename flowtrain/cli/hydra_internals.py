@@ -92,17 +92,15 @@ def run_hydra(config_name: str, argv: list[str], task) -> None:
 
 
 def before_sweeps(begin, wrap) -> None:
-    """From now on, call ``begin(config)`` before the sweeper of a sweep is made, and ``wrap(launcher, hydra_context,
-    config)`` on the launcher of its jobs."""
+    """From now on, call ``begin(config)`` before the sweeper of a sweep is made, and launch its jobs by
+    ``wrap(launcher, hydra_context, config)``."""
 
     def instantiate_sweeper(self, *, hydra_context, task_function, config):
         begin(config)
         return _make_sweeper(self, hydra_context=hydra_context, task_function=task_function, config=config)
 
     def instantiate_launcher(self, hydra_context, task_function, config):
-        launcher = _make_launcher(self, hydra_context, task_function, config)
-        wrap(launcher, hydra_context, config)
-        return launcher
+        return wrap(_make_launcher(self, hydra_context, task_function, config), hydra_context, config)
 
     Plugins.instantiate_sweeper, Plugins.instantiate_launcher = instantiate_sweeper, instantiate_launcher
 

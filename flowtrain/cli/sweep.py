@@ -11,12 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from flowtrain.config.runs import FREE
 from flowtrain.runtime import files
 
 RESULTS, RECORD = "results.csv", "sweep.json"  # in a sweep's directory
 COLUMNS = ("job", "overrides", "status", "bits_per_dim", "log_likelihood", "steps", "seconds", "run_dir", "error")
-# words that do not make another sweep: how its jobs run, where, and how many
+FREE = ("resume", "job_timeout", "dist")  # keys that do not change what a job finds
+# words that do not make another sweep: how its jobs run, and how many
 OPEN_KEYS = (*FREE, "launcher", "hydra/launcher", "hydra.mode", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")
 
 
