@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from flowtrain.config import places
-from flowtrain.config.conversion import to_dict
 from flowtrain.config.schema import TrainConfig
 from flowtrain.runtime import distributed, environment, files, status
 from flowtrain.training import dry_run
@@ -44,15 +43,16 @@ def _train(run: SetUp) -> dict:
     if distributed.is_main():
         log_introduction(run, trainer)
         _record(run)
+    record = record_of(run, trainer)
     try:
         with one_line_errors(config, trainer, run.device):
-            loggers.open(record_of(run, trainer))
+            loggers.open(record)
             trainer.fit()
             with trainer.pause_compilation():
                 summary, score = conclude(run, trainer)
             if distributed.is_main():
                 _record(run)  # once more: threads are chosen by now
-            loggers.hyperparameters(_flatten(to_dict(config)), {run.objective.key: score.figure})
+            loggers.hyperparameters(record.settings, {run.objective.key: score.figure})
     finally:
         loggers.close()
     if config.report:
@@ -65,14 +65,3 @@ def _record(run: SetUp) -> None:
     """Write what the run computes with and where its data lie."""
     environment.record(run.run_dir, run.device, batch_size=run.config.batch_size)
     places.record(run.run_dir, run.data)
-
-
-def _flatten(config: dict, prefix: str = "") -> dict:
-    """The settings by dotted names, those that TensorBoard's HParams page can show."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float | str) and not key.startswith("_"):
-            flat[prefix + key] = value
-    return flat

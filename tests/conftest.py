@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out of a plain run; runs with --all, or when its file is named")
+    config.addinivalue_line("markers", "workers: jobs run in processes of their own, as they do for a user")
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
     if config.args_source is config.ArgsSource.ARGS or config.getoption("--reliability"):
         config.option.all = True

@@ -13,7 +13,7 @@ from flowtrain.runtime import checkpoint
 from flowtrain.training import batch_size
 
 SIZES = [16, 32, 64, 128, 256]
-TINY = ["model=glow", "model.levels=1", "model.steps=1", "model.hidden=8", "dataset=digits", "logger=files"]
+TINY = ["model=glow", "model.levels=1", "model.steps=1", "model.hidden=8", "dataset=digits", "logger=none"]
 TINY += ["trainer.sample_every=null", "trainer.sample_n=1", "trainer.val_examples=16", "compile=false"]
 
 

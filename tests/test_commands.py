@@ -24,7 +24,7 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["smoke=true", "trainer.tensorboard=false", "report=false"]
+TINY = ["smoke=true", "logger=none", "report=false"]
 EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
 SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "output": None, "plot": True, "weights": "auto"}
 
@@ -248,7 +248,7 @@ def test_published_figures_are_compared_in_their_own_unit(published, ours):
 
 def process(*words, cwd):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "flowtrain", "train", *words, "trainer.tensorboard=false"]
+    command = [sys.executable, "-m", "flowtrain", "train", *words, "logger=none"]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     (metrics,) = cwd.glob("outputs/*/*/metrics.jsonl")

@@ -27,7 +27,7 @@ from flowtrain.report.compare_text import plus_minus, terminal_text
 from flowtrain.report.comparison import ComparedRun, Evaluation, compare
 from flowtrain.runtime import checkpoint
 
-TINY = ("smoke=true", "trainer.tensorboard=false", "report=false")
+TINY = ("smoke=true", "logger=none", "report=false")
 
 
 def train(folder, name, *words):

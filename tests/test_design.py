@@ -39,7 +39,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "train": {"runtime", "engine", "config", "training"},
     "rerun": {"runtime", "config", "commands", "training", "train"},
     "benchmarks": {"errors", "runtime", "bijections", "flow", "flows", "data", "engine"},
-    "cli": {"errors", "runtime", "config", "commands"},
+    "cli": {"errors", "runtime", "config", "commands", "plots"},
     "__init__": {"flow", "flows", "bijections", "nets", "distributions", "config"},
     "__main__": {"cli"},
 }

@@ -25,7 +25,7 @@ AGAIN = {
 
 
 def run(tmp_path, *overrides):
-    config = configuration(*overrides, "smoke=true", "trainer.tensorboard=false")
+    config = configuration(*overrides, "smoke=true", "logger=none")
     (tmp_path / "run").mkdir()
     return config, train.main(config, str(tmp_path / "run"))["checkpoint"]
 

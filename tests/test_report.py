@@ -25,7 +25,7 @@ from flowtrain.report.render import render
 from flowtrain.report.run import Configuration, RunRecord, read_run
 from flowtrain.report.sections.images import _memorizing
 
-SMALL = ["smoke=true", "trainer.tensorboard=false"]
+SMALL = ["smoke=true", "logger=none"]
 TABLE = "age,income,sort,joined,wind,member\n" + "".join(
     f"{20 + i % 50},{'' if i % 9 == 0 else 1000 + 37.5 * (i % 80)},{'red green blue'.split()[i % 3]},"
     f"20{10 + i % 9}-0{1 + i % 9}-1{i % 9},{(i * 37) % 360},{'true' if i % 4 else 'false'}\n"

@@ -12,7 +12,7 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import checkpoint, environment
 
 WORDS = ["train", "model=realnvp_vector", "model.hidden=8", "model.pairs=1", "dataset=moons", "dataset.rows=500"]
-WORDS += ["batch_size=16", "max_steps=4", "logger=files", "trainer.sample_every=null", "trainer.ema=0.5"]
+WORDS += ["batch_size=16", "max_steps=4", "logger=none", "trainer.sample_every=null", "trainer.ema=0.5"]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_what_differs_is_said_line_by_line(run, tmp_path, capfd, monkeypatch):
 def test_data_that_changed_and_a_missing_record_are_said(tmp_path, clean, capfd):
     (tmp_path / "t.csv").write_text("a,b\n" + "".join(f"{i % 7 + i / 100},{i * i % 11 + 0.5}\n" for i in range(60)))
     words = ["train", "model=maf", "model.hidden=8", "model.steps=1", "dataset=table", "dataset.path=t.csv"]
-    assert flowtrain(tmp_path, *words, "max_steps=2", "logger=files", "hydra.run.dir=first") == 0
+    assert flowtrain(tmp_path, *words, "max_steps=2", "logger=none", "hydra.run.dir=first") == 0
     (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("5.05", "5.06"))
     (tmp_path / "first/environment.json").unlink()
     assert flowtrain(tmp_path, "rerun", "first") == 0

@@ -109,7 +109,7 @@ TINY = [
     "dataset=moons",
     "dataset.rows=2000",
     "model.hidden=8",
-    "logger=files",
+    "logger=none",
     "model.steps=1",
     "trainer.sample_every=null",
 ]

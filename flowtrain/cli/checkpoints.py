@@ -68,7 +68,7 @@ def _names_checkpoint(command: Command, word: str) -> bool:
 def _chooses_flow(item) -> bool:
     """Whether an override chooses an option of a group that describes a flow or its training."""
     group = item.key_or_group
-    return group not in ("hydra", "launcher") and (conf_dir() / group).is_dir()
+    return group not in ("hydra", "launcher", "sweep") and (conf_dir() / group).is_dir()
 
 
 def _values(word: str) -> list:

@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli import directories, keys
-from flowtrain.cli.hydra_internals import Composition, Loader
+from flowtrain.cli.hydra_internals import Composition, Loader, is_search
 from flowtrain.cli.messages import no_option, suggest, usage_error
 from flowtrain.cli.overrides import parse, split_jobs
 from flowtrain.commands import CHECKPOINT_KEYS, Command
@@ -36,9 +37,16 @@ def check(command: Command, config_name: str, args: Namespace, multirun: bool) -
     mistake."""
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise UsageError(f"--config-dir {args.config_dir}: no such directory")
-    loader, dry = Loader(args.config_dir), set()
-    for words in split_jobs(args.overrides, multirun):
-        config = _Job(loader, command, args.config_name or config_name, words).check()
+    loader, name, dry = Loader(args.config_dir), args.config_name or config_name, set()
+    words, search = args.overrides, False
+    if multirun or any(item.key_or_group == "sweep" for item in parse(words)):
+        hydra = _Job(loader, command, name, words).hydra_node()
+        search = hydra is None or is_search(hydra.sweeper)
+        if hydra is not None:
+            multirun = multirun or hydra.mode == RunMode.MULTIRUN
+            words = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()), *words]
+    for job in split_jobs(words, multirun, search):
+        config = _Job(loader, command, name, job).check()
         dry.add(command.trains and config.dry_run)
     if len(dry) > 1:
         raise UsageError("dry_run=true,false: the jobs of a sweep are all dry runs, or none is")
@@ -69,6 +77,14 @@ class _Job:
         self.loader, self.command, self.config_name, self.words = loader, command, config_name, words
         self.parsed = parse(words)
         self.restored = command.opens_checkpoint(config_name)
+
+    def hydra_node(self) -> DictConfig | None:
+        """Hydra's own settings, without what a sweep varies; None where :meth:`check` will find a mistake."""
+        fixed = [item.input_line for item in self.parsed if not item.is_sweep_override()]
+        try:
+            return Composition(self.loader, self.config_name, fixed).whole().hydra
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
+            return None
 
     def check(self) -> JobConfig:
         """The configuration that the job receives."""
@@ -104,6 +120,8 @@ class _Job:
 
     def _missing(self, error: MissingConfigException) -> Exception:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if group == "hydra/sweeper" and name == "optuna":
+            return UsageError("hydra/sweeper=optuna: needs the extra packages of pip install 'flowtrain[optuna]'")
         if group == "hydra/launcher":
             return UsageError(f"launcher={name}: needs the extra packages of pip install 'flowtrain[launchers]'")
         return no_option(group, name, error.options or []) if group else usage_error(error)

@@ -36,6 +36,11 @@ def prepare(argv: list[str]) -> str | None:
         return _answer(query, words, [key + path + "/" * os.path.isdir(path) for path in sorted(found)])
     if command.words and (found := glob(words[-1] + "*")) and "=" not in words[-1] and words[-1]:
         return _answer(query, words, [path + "/" * os.path.isdir(path) for path in sorted(found)])
+    if several := re.fullmatch(r"(\w+=\[(?:[\w-]+,)*)[\w-]*", words[-1]):  # logger=[csv,wa
+        from flowtrain.config.compose import conf_dir
+
+        group = conf_dir() / several[1].partition("=")[0]
+        return _answer(query, words, [several[1] + file.stem for file in sorted(group.glob("[!_]*.yaml"))])
     from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.names import name_paths
     from flowtrain.cli.names import prepare as prepare_names

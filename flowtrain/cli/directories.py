@@ -1,4 +1,4 @@
-"""The directories of a command line: what a run or a sweep has left in one is not replaced."""
+"""The directory of a run: what another run has left in it is not replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from flowtrain.cli import sweep
 from flowtrain.commands import Command
 from flowtrain.config import runs
 from flowtrain.errors import FlowtrainError, UsageError
@@ -23,19 +22,15 @@ place: Path | None = None  # an existing folder on the disk of the run directory
 
 
 def check(command: Command, cfg: DictConfig) -> None:
-    """Raise UsageError where ``hydra.run.dir`` holds a run or ``hydra.sweep.dir`` a sweep that ``cfg`` does not
-    continue. A directory that flowtrain chooses is new and is not looked at: to read its name is to make it."""
+    """Raise UsageError where ``hydra.run.dir`` holds a run that ``cfg`` does not continue. A directory that flowtrain
+    chooses is new and is not looked at: to read its name is to make it. Of sweeps, :mod:`flowtrain.cli.continuation`
+    takes care."""
     if runs.dry_run:
         return
     resume = cfg.get("resume") if command.trains else None
-    run_dir, sweep_dir = _given(cfg, "run"), _given(cfg, "sweep")
+    run_dir = _given(cfg, "run")
     if run_dir and is_taken(run_dir, resume):
         raise taken_error(run_dir, "hydra.run.dir=")
-    if sweep_dir and not resume and any((Path(sweep_dir) / name).exists() for name in sweep.FILES):
-        raise UsageError(
-            f"hydra.sweep.dir={sweep_dir}: holds a sweep, whose results these would join; choose another directory"
-            + (", or continue that one with resume=true" if command.trains else "")
-        )
 
 
 def check_place(cfg: DictConfig) -> None:
@@ -90,9 +85,9 @@ def _is_of(checkpoint: str, folder: Path) -> bool:
 
 
 def _given(cfg: DictConfig, kind: str) -> str | None:
-    """The directory of a "run" or a "sweep" that the user has set; None where flowtrain makes a new one."""
+    """The directory of a "run" or a "sweep" that the user has set; None where flowtrain chooses one."""
     raw = OmegaConf.to_container(cfg.hydra[kind], resolve=False)["dir"]
-    if "${run_dir:" in raw or "${claim:" in raw:
+    if any(f"${{{name}:" in raw for name in ("run_dir", "claim", "sweep_dir")):
         return None
     setup_globals()  # ${now:…}, ${hydra:…}
     hydra = HydraConfig.instance()

@@ -37,9 +37,10 @@ def help_text(name: str, words: list[str], config_dir: str | None = None) -> str
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
     text = [description(own[0]), "", f"usage: flowtrain {name} {_usage(command)}", "", "Keys:", ""]
     text += _table(files.keys(own[0]), width)
-    for group, option in files.chosen(own).items():
-        found = files.keys(files.find(group, option), f"{group}.")
-        text += ["", f"Keys of {group}={option}:", "", *_table(found, width)] if found else []
+    for group, options in files.chosen(own).items():
+        for option in listed(options):
+            found = files.keys(files.find(group, option), f"{group}.")
+            text += ["", f"Keys of {group}={option}:", "", *_table(found, width)] if found else []
     text += ["", "Groups, and their options (* is the default): group=option chooses another.", ""]
     defaults = files.chosen(root)
     for group in groups:
@@ -47,8 +48,8 @@ def help_text(name: str, words: list[str], config_dir: str | None = None) -> str
     if "model" in files.chosen(own):
         tip = f"flowtrain {name} model=NAME --help lists that model's keys."
     elif command.on_checkpoint:
-        listed = {key.name for key in files.keys(own[0])}
-        others = ", ".join(key for key in (*READ_BY_ALL, *PLACES) if key not in listed)
+        shown = {key.name for key in files.keys(own[0])}
+        others = ", ".join(key for key in (*READ_BY_ALL, *PLACES) if key not in shown)
         tip = f"Of the run's own keys, {others} can be given."
     else:
         tip = ""
@@ -70,6 +71,11 @@ def description(file: Path) -> str:
 def summary(file: Path) -> str:
     """The first sentence of :func:`description`."""
     return re.split(r"(?<=[^.])\.(?= [A-Z]|$)", " ".join(description(file).split()))[0]
+
+
+def listed(options: str) -> list[str]:
+    """The options of ``group=option`` or ``group=[option,…]``."""
+    return [option.strip() for option in options.strip("[]").split(",") if option.strip()]
 
 
 def keys(file: Path, prefix: str = "") -> list[Key]:
@@ -145,7 +151,8 @@ class _Files:
                     option = self.choices.get(group, option)
                     if not name.startswith("override ") and option not in (None, "???") and group not in found:
                         found[group] = option
-                        todo += self.with_includes(self.find(group, option))
+                        for one in listed(option):
+                            todo += self.with_includes(self.find(group, one))
         return found
 
 
@@ -179,7 +186,7 @@ def _options(files: _Files, group: str, defaults: dict[str, str], width: int) ->
     names = files.options(group)
     left = max(map(len, names), default=0) + 2
     return [
-        f"  {'*' if defaults.get(group) == name else ' '} {name:{left}}"
+        f"  {'*' if name in listed(defaults.get(group, '')) else ' '} {name:{left}}"
         + textwrap.shorten(summary(files.find(group, name)), width - left - 4, placeholder=" …")
         for name in names
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 import flowtrain.cli.hydra_internals  # noqa: F401  quoted keys, in the processes of other launchers too
-from flowtrain.cli import directories, exit_codes, launcher, sweep, worker
+from flowtrain.cli import continuation, directories, exit_codes, launcher, sweep, worker
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.commands import COMMANDS
 from flowtrain.config import compose, runs
@@ -36,7 +36,7 @@ def job(cfg: DictConfig):
     hydra = HydraConfig.get()
     is_sweep = hydra.mode == RunMode.MULTIRUN
     command, run_dir = hydra.job.name, hydra.runtime.output_dir
-    row = {"job": hydra.job.get("num", 0), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
+    row = {"job": continuation.number_of(hydra), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
     start, is_dry = time.monotonic(), COMMANDS[command].trains and cfg.dry_run
     taken = COMMANDS[command].trains and directories.is_taken(run_dir, cfg.resume)
     record_end = status.record_end if COMMANDS[command].trains and not taken else lambda *_: None
@@ -53,7 +53,7 @@ def job(cfg: DictConfig):
             **(summary or {}),
             **row,
         }
-        return summary
+        return sweep.figure(summary or {})  # what a sweeper that searches minimizes
     except SystemExit as error:  # a signal before the training loop
         record_end(run_dir, error)
         raise

@@ -110,6 +110,7 @@ def compose(name: str, words: list[str]) -> int:
     from flowtrain.cli import jobs
     from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.checks import check
+    from flowtrain.cli.continuation import concluded
     from flowtrain.cli.directories import temporary_outputs
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
@@ -135,8 +136,9 @@ def compose(name: str, words: list[str]) -> int:
         is_dry = False
         if not args.hydra_help:
             is_dry = check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
-        with temporary_outputs() if is_dry and not runs.dry_run else nullcontext(()) as words:
+        with temporary_outputs() if is_dry and not runs.dry_run else nullcontext(()) as words, concluded() as codes:
             run_hydra(root, [*flags, *args.overrides, *words], jobs.job)
+        code = max(codes, default=0)
     except SystemExit as end:
         code = end.code or 0
     except HydraException as error:

@@ -26,7 +26,9 @@ def conf_dir() -> Path:
 
 def is_part(key: str) -> bool:
     """Whether a root key is a part that models or data sets choose, such as ``univariate``: it has a config group."""
-    return key not in ("experiment", "launcher", "hydra", *key_names(TrainConfig)) and (conf_dir() / key).is_dir()
+    return (
+        key not in ("experiment", "sweep", "launcher", "hydra", *key_names(TrainConfig)) and (conf_dir() / key).is_dir()
+    )
 
 
 def make_config(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):

@@ -13,7 +13,7 @@ from flowtrain.runtime import checkpoint
 
 # keys of places, processes and records, which do not change what a run learns
 ASIDE = ("resume", "devices", "threads", "allow", "dist", "job_timeout", "logger", "hydra", "published")
-ASIDE_NESTED = ("dataset.root", "dataset.download", "dataset.found", "trainer.tensorboard")
+ASIDE_NESTED = ("dataset.root", "dataset.download", "dataset.found")
 
 
 def recorded_keys(run: Path | None, file: Path | None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from flowtrain.config import places, runs
+from flowtrain.config import earlier, places, runs
 from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import is_part, make_config
@@ -68,10 +68,10 @@ def checkpoint_config(file: Path, allow=()) -> TrainConfig:
     """
     state = checkpoint.read(file, mmap=True)
     try:
-        values = state.get("config")
+        values = earlier.update(state.get("config"))
         _check_plain(values)
         check_targets(values, allow)
-        config = validate(TrainConfig, {"dry_run": False} | values)  # older files do not know it
+        config = validate(TrainConfig, values)
         _check_flow(replace(config, allow=list(allow)), state)
     except Exception as error:  # whatever a constructor raises for a stranger's values
         text = " ".join(str(error).split()) or type(error).__name__
@@ -267,6 +267,8 @@ def _local_values(file: Path, allow=(), remember: bool = True, repeats: bool = F
     run = runs.run_of(file)
     if run:
         _check_links(run)
+    if "tracking_uri" in config["logger"].get("mlflow", {}):  # a server of a stranger's: it gets no records
+        config["logger"]["mlflow"]["tracking_uri"] = None
     remembered = places.remembered(run) if remember else {}
     if is_record and remember and values["dataset"].get("path"):  # the run ended before it could say where they lie
         remembered = {"path": os.path.join(started_in(file), values["dataset"]["path"])} | remembered

@@ -13,6 +13,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from flowtrain.config import earlier
 from flowtrain.config.schema import TrainConfig
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import status
@@ -24,7 +25,8 @@ BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
 RECORD = Path(".hydra", "config.yaml")  # what Hydra writes when a run starts
 # keys that may differ between a run and its continuation
-FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes", "dry_run", "report")
+FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes")
+FREE += ("dry_run", "report", "logger")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 
@@ -203,7 +205,7 @@ def find_run(config: dict) -> Path | None:
         if file is None and any((run / "checkpoints").glob("*.pt")):
             log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
         try:
-            if file and without_free(checkpoint.read_config(file)) == without_free(config):
+            if file and without_free(earlier.update(checkpoint.read_config(file))) == without_free(config):
                 return run.resolve()
         except FlowtrainError as error:  # of another version of flowtrain
             log.warning("no checkpoint of %s can be used: %s", run, error)

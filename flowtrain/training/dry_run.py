@@ -19,7 +19,7 @@ from flowtrain.commands.previews import CELLS
 from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.engine.auto import choose_batch_size
 from flowtrain.engine.batch_search import START, sizes_between
-from flowtrain.engine.loggers import ProgressLines
+from flowtrain.engine.loggers import Loggers, ProgressLines
 from flowtrain.engine.rehearsal import Cost, Rehearsal, free_bytes, kept_bytes
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError, UsageError
@@ -110,9 +110,12 @@ def _check_schedule(trainer: Trainer) -> None:
 
 
 def _check_loggers(run: SetUp, trainer: Trainer) -> None:
-    """Open every logger but the terminal's, in the temporary run directory, and close it."""
-    opened = [logger for logger in run.loggers.loggers if not isinstance(logger, ProgressLines)]
-    loggers = type(run.loggers)(opened)
+    """Open every logger that writes into the run directory, here a temporary one, and close it."""
+    loggers = Loggers(
+        logger
+        for logger in run.loggers.loggers
+        if not isinstance(logger, ProgressLines) and not getattr(logger, "writes_elsewhere", False)
+    )
     try:
         loggers.open(record_of(run, trainer))
     finally:

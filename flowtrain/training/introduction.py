@@ -24,7 +24,7 @@ def log_introduction(run: SetUp, trainer: Trainer) -> None:
     log_description(run, trainer)
     if trainer.step:
         log.info("resumed at step %d", trainer.step)
-    if run.config.trainer.tensorboard and "tensorboard" in run.config.logger:
+    if run.config.logger.get("tensorboard"):
         log.info("watch: tensorboard --logdir '%s'", Path(run.run_dir).parent)
 
 

@@ -27,7 +27,7 @@ from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_flow, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
-from flowtrain.engine.loggers import Logger, Loggers, RunRecord
+from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
 from flowtrain.engine.objectives import Objective
 from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.previews import Previews
@@ -162,9 +162,29 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> Se
 
 def record_of(run: SetUp, trainer: Trainer) -> RunRecord:
     """The run as its loggers know it."""
-    objective = run.objective
-    begun = trainer.step, run.loggers.records
-    return RunRecord(Path(run.run_dir), *begun, trainer.budget, objective.key, objective.unit)
+    return RunRecord(
+        Path(run.run_dir),
+        trainer.step,
+        run.loggers.records,
+        trainer.budget,
+        run.objective.key,
+        run.objective.unit,
+        settings=_flatten({key: value for key, value in to_dict(run.config).items() if key != "logger"}),
+        examples=trainer.examples,
+    )
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    """The settings by dotted names: numbers, texts, true and false; and the names of the classes that are chosen."""
+    flat = {}
+    for key, value in config.items():
+        if key == "_target_":
+            flat[prefix.removesuffix(".")] = value.rpartition(".")[2]
+        elif isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str) and not key.startswith("_"):
+            flat[prefix + key] = value
+    return flat
 
 
 def stored_config(config: TrainConfig, state: dict | None) -> dict:
@@ -185,15 +205,14 @@ def objective_of(config: TrainConfig, spec: DataSpec) -> Objective:
 
 
 def build_loggers(config: TrainConfig) -> Loggers:
-    """The configured loggers, without those that are null, on the first process; none on the others."""
-    loggers = build(config.logger, "logger", allow=config.allow)
-    loggers = {name: logger for name, logger in loggers.items() if logger is not None}
-    if not config.trainer.tensorboard:
-        loggers.pop("tensorboard", None)
-    for name, logger in loggers.items():
+    """What every run records and the chosen loggers, without those that are null, on the first process; none on the
+    others."""
+    chosen = build(config.logger, "logger", allow=config.allow)
+    chosen = {name: logger for name, logger in chosen.items() if logger is not None}
+    for name, logger in chosen.items():
         if not isinstance(logger, Logger):
             raise UsageError(f"logger.{name}: {type(logger).__name__} is no logger")
-    return Loggers(loggers.values() if distributed.is_main() else ())
+    return Loggers([JsonLines(), ImageFiles(), progress(), *chosen.values()] if distributed.is_main() else ())
 
 
 def log_cost_of_determinism(

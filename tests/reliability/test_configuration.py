@@ -34,7 +34,7 @@ CHECKPOINT_COMMANDS = ("eval", "sample", "check", "score")
 def run(tmp_path_factory):
     """A small finished run."""
     cwd = tmp_path_factory.mktemp("trained")
-    assert flowtrain(cwd, "train", "smoke=true", "max_steps=1", "trainer.tensorboard=false") == 0
+    assert flowtrain(cwd, "train", "smoke=true", "max_steps=1", "logger=none") == 0
     (found,) = cwd.glob("outputs/*/*")
     return found
 
