@@ -44,6 +44,7 @@ def lines(run):
     """Command -> its first words, and the configuration that it composes."""
     words = {command: [command, f"ckpt={run}"] for command in CHECKPOINT_COMMANDS}
     words |= {command: [command] for command in COMMANDS if command not in words}
+    words["rerun"] = ["rerun", str(run)]
     words["train resume"] = ["train", f"resume={run}"]
     words["check model"] = ["check", "model=nice"]
     found = {}
