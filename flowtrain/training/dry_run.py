@@ -36,7 +36,7 @@ log = logging.getLogger("flowtrain")
 
 STEPS = 1.0  # seconds of steps of the run itself
 SLOW = 4.0  # seconds: a step that would take longer is not taken, but extrapolated from smaller batches
-OTHERS = 8.0  # seconds of steps with other settings, of all together
+OTHERS, EACH = 8.0, 0.25  # seconds in which other settings are measured, all together; of the steps that count, of one
 VALIDATION = 2.0  # seconds; of a validation that would take longer, some examples are evaluated
 LARGE = 2**28  # bytes; a checkpoint that would be larger is not written
 POINTS = 200  # of the schedule, that are computed
@@ -346,7 +346,7 @@ class _Others:
 
     def _measure(self, trainer: Trainer) -> tuple[float, Cost]:
         rehearsal, began = Rehearsal(trainer), time.perf_counter()
-        cost = rehearsal.cost(seconds=min(0.25, self.left / 6), least=1)
+        cost = rehearsal.cost(seconds=min(EACH, self.left / 6), least=1)
         return distributed.broadcast_object(time.perf_counter() - began), cost
 
     def _needed(self, config: TrainConfig) -> float:
