@@ -125,8 +125,8 @@ def test_what_is_no_run_is_refused(tmp_path, words, says):
 
 def test_the_data_and_groups_of_a_rerun_are_fixed(run, tmp_path):
     for word, says in (
-        ("dataset.rows=7", "dataset.rows: a rerun keeps"),
-        ("model=maf", "model: a rerun keeps"),
+        ("dataset.rows=7", "dataset.rows is fixed by the checkpoint: a rerun keeps"),
+        ("model=maf", "model is fixed by the checkpoint: a rerun keeps"),
         ("resume=true", "flowtrain rerun starts anew"),
         ("sed=1", "did you mean 'seed'"),
     ):

@@ -213,5 +213,6 @@ def _changes_nothing(command: Command, key: str) -> bool:
 
 def _refusal(command: Command, key: str) -> UsageError:
     if command.repeats:
-        return UsageError(f"{key}: a rerun keeps the run's data and its choices; flowtrain train starts another run")
+        why = "a rerun keeps the run's data and choices, and flowtrain train starts another run"
+        return UsageError(f"{key} is fixed by the checkpoint: {why}")
     return UsageError(f"{key} is fixed by the checkpoint; of the model and its data, only {', '.join(PLACES)} are not")

@@ -47,11 +47,11 @@ class Rehearsal:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.batches = trainer, trainer.loader.batches(trainer.step)
-        self.device = next(trainer.flow.parameters()).device
+        self.taken, self.device = 0, next(trainer.flow.parameters()).device
 
     def step(self) -> float:
         """Take a step, its batch included; the seconds that it took."""
-        began = time.perf_counter()
+        began, self.taken = time.perf_counter(), self.taken + 1
         self.trainer.take_step(next(self.batches), time.monotonic(), SignalNote())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -70,8 +70,9 @@ class Rehearsal:
         return torch.get_num_threads()
 
     def peak(self) -> int:
-        """Take two steps; the bytes that the second needs, when the optimizer has its state."""
-        self.step()
+        """The bytes that a step needs, when the optimizer has its state: after the first."""
+        if not self.taken:
+            self.step()
         flow = self.trainer.flow
         flow.zero_grad()  # the gradients belong to the step
         with self.trainer.pause_compilation() if self.device.type == "cpu" else nullcontext():

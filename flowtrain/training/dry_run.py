@@ -36,7 +36,7 @@ log = logging.getLogger("flowtrain")
 
 STEPS = 1.0  # seconds of steps of the run itself
 SLOW = 4.0  # seconds: a step that would take longer is not taken, but extrapolated from smaller batches
-OTHERS = 6.0  # seconds of steps with other settings, of all together
+OTHERS, EACH = 8.0, 0.25  # seconds in which other settings are measured, all together; of the steps that count, of one
 VALIDATION = 2.0  # seconds; of a validation that would take longer, some examples are evaluated
 LARGE = 2**28  # bytes; a checkpoint that would be larger is not written
 POINTS = 200  # of the schedule, that are computed
@@ -47,7 +47,7 @@ class Measured:
     """Attributes:
     cost: of a step of the run.
     threads: with which it was measured.
-    sizes: of the batches that were computed, where the cost is extrapolated from smaller ones; else ().
+    sizes: of the smaller batches that were computed, where the cost is extrapolated; else ().
     """
 
     cost: Cost
@@ -128,26 +128,34 @@ def _check_loggers(run: SetUp, trainer: Trainer) -> None:
 def _measure(run: SetUp, trainer: Trainer) -> Measured:
     """A step of the run; where it takes long, extrapolated from two smaller batches by a straight line."""
     config = trainer.config
-    share = distributed.world() * config.trainer.accumulate
-    sizes = sizes_between(START, config.batch_size // 2, share)[:2]
-    if len(sizes) == 2 and not trainer.compilation:
-        one, two = (_small(run, trainer, batch) for batch in sizes)
-        slope = max(0.0, (two.seconds - one.seconds) / (sizes[1] - sizes[0]))
-        beyond = config.batch_size - sizes[1]
-        if (seconds := two.seconds + slope * beyond) > SLOW:
-            growth = max(0.0, (two.bytes - one.bytes) / (sizes[1] - sizes[0]))
-            cost = Cost((seconds,), round(two.bytes + growth * beyond))
-            return Measured(cost, torch.get_num_threads(), tuple(sizes))
+    sizes = sizes_between(1, config.batch_size // 2, distributed.world() * config.trainer.accumulate)
+    upper = next((i for i, batch in enumerate(sizes) if batch >= START), 0)
+    if upper and not trainer.compilation:
+        few, more = sizes[max(0, upper - 2)], sizes[upper]
+        small = _rehearsal(run, trainer, few)
+        if small.step() < 1.0:
+            small.choose_threads()
+        rehearsal = _rehearsal(run, trainer, more)
+        rehearsal.step()
+        seconds = rehearsal.step()
+        if seconds * config.batch_size / more > SLOW:
+            costs = small.cost(seconds=0.5, least=1, most=3), Cost((seconds,), rehearsal.peak())
+            return _extrapolated(*costs, (few, more), config.batch_size)
     rehearsal = Rehearsal(trainer)
     threads = rehearsal.choose_threads()
     return Measured(rehearsal.cost(STEPS, least=2, most=50), threads)
 
 
-def _small(run: SetUp, trainer: Trainer, batch: int) -> Cost:
-    other = _other_trainer(run, trainer.flow, replace(trainer.config, batch_size=batch))
-    rehearsal = Rehearsal(other)
-    rehearsal.choose_threads()
-    return rehearsal.cost(seconds=0.0, least=1)
+def _extrapolated(one: Cost, two: Cost, sizes: tuple[int, int], batch: int) -> Measured:
+    """A step with ``batch`` examples, by a straight line through two smaller sizes."""
+    beyond = (batch - sizes[1]) / (sizes[1] - sizes[0])
+    seconds = two.seconds + max(0.0, two.seconds - one.seconds) * beyond
+    cost = Cost((seconds,), round(two.bytes + max(0, two.bytes - one.bytes) * beyond))
+    return Measured(cost, torch.get_num_threads(), sizes)
+
+
+def _rehearsal(run: SetUp, trainer: Trainer, batch: int) -> Rehearsal:
+    return Rehearsal(_other_trainer(run, trainer.flow, replace(trainer.config, batch_size=batch)))
 
 
 def _other_trainer(run: SetUp, flow: Flow, config: TrainConfig) -> Trainer:
@@ -205,10 +213,13 @@ def _preview(run: SetUp, trainer: Trainer, example: float) -> float:
     try:
         if not run.spec.is_image and flow.dimensions <= 2 and CELLS**2 * example > VALIDATION:
             return CELLS**2 * example
-        count, run.preview.count = run.preview.count, 1
-        seconds = _alone(lambda: run.preview(flow))
-        run.preview.count = count
-        return _alone(lambda: run.preview(flow)) if seconds < VALIDATION / 2 else seconds
+        if run.spec.is_image:  # one first: sampling may take a pass for each dimension, whatever the number
+            count, run.preview.count = run.preview.count, 1
+            seconds = _alone(lambda: run.preview(flow))
+            run.preview.count = count
+            if seconds > VALIDATION / 2:
+                return seconds
+        return _alone(lambda: run.preview(flow))
     except FloatingPointError as error:
         log.warning("no image of samples yet: %s", error)
         return 0.0
@@ -241,7 +252,7 @@ def _costs(
         how = f"extrapolated from batches of {' and '.join(map(str, measured.sizes))}"
     keys = trainer.config.trainer
     lines = [
-        f"a step: {clock(prices.step)}, {batch / prices.step:,.0f} examples/s "
+        f"a step: {clock(prices.step)}, {_rate(batch / prices.step)} examples/s "
         f"({how}, {_count(measured.threads, 'thread')})",
         f"peak memory: {size(cost.bytes)} of tensors{' on each device' if world > 1 else ''} (weights, their average, "
         "optimizer, gradients, activations)"
@@ -267,6 +278,10 @@ def _costs(
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _resident() -> int:
@@ -319,7 +334,7 @@ class _Others:
             return f"refused: {error}"
         wait = 3 * slower * self.measured.cost.seconds
         if wait > self.left or self.measured.sizes:
-            return f"not measured: it would take about {clock(wait)} (dry_run=true with it set measures it)"
+            return f"not measured: there is no time for {clock(wait)} more (dry_run=true with it set measures it)"
         needed, free = self._needed(config), free_bytes(self.run.device)
         if needed > free and config.batch_size > self.config.batch_size:
             return f"would not fit: it needs about {size(needed)}, {size(free)} are free"
@@ -334,7 +349,7 @@ class _Others:
 
     def _measure(self, trainer: Trainer) -> tuple[float, Cost]:
         rehearsal, began = Rehearsal(trainer), time.perf_counter()
-        cost = rehearsal.cost(seconds=min(0.25, self.left / 6), least=1)
+        cost = rehearsal.cost(seconds=min(EACH, self.left / 6), least=1)
         return distributed.broadcast_object(time.perf_counter() - began), cost
 
     def _needed(self, config: TrainConfig) -> float:
@@ -342,4 +357,4 @@ class _Others:
 
     def _figures(self, cost: Cost, batch: int) -> str:
         seconds = cost.seconds
-        return f"{clock(seconds):9}  {batch / seconds:10,.0f}  {size(cost.bytes)}"
+        return f"{clock(seconds):9}  {_rate(batch / seconds):>10}  {size(cost.bytes)}"
