@@ -172,7 +172,8 @@
       const ratio = svg.clientWidth / svg.viewBox.baseVal.width, edge = plot.clientWidth - tip.offsetWidth;
       const right = x * ratio + 12, left = x * ratio - tip.offsetWidth - 12;
       tip.style.left = `${Math.max(0, right <= edge ? right : left >= 0 ? left : edge)}px`;
-      tip.style.top = `${svg.offsetTop + Math.max(0, (y ?? view.box.top) * ratio)}px`;
+      const top = svg.getBoundingClientRect().top - plot.getBoundingClientRect().top;
+      tip.style.top = `${top + Math.max(0, (y ?? view.box.top) * ratio)}px`;
     };
     const point = event => {
       const box = svg.getBoundingClientRect(), ratio = svg.viewBox.baseVal.width / box.width;
