@@ -103,7 +103,7 @@
     const box = {left: widest(trial.ticks.map(trial.text)) + 26, right: width - 14, top: 8, bottom: height - 38};
     const svg = surface(plot, data, width, height);
     const y = scale(data.y.scale, y0, y1, box.bottom, box.top, rows);
-    const x = scale(data.x.scale, x0, x1, box.left, box.right, Math.max(2, Math.floor((box.right - box.left) / 80)));
+    const x = scale(data.x.scale, x0, x1, box.left, box.right, Math.max(3, Math.floor((box.right - box.left) / 80)));
     for (const tick of y.ticks) {
       node(svg, "line", {x1: box.left, x2: box.right, y1: y.of(tick), y2: y.of(tick), class: "grid"});
       node(svg, "text", {x: box.left - 6, y: y.of(tick) + 4, "text-anchor": "end"}, y.text(tick));

@@ -111,7 +111,7 @@ def attempt(material: Material, part: str) -> Iterator[None]:
     """Leave a part of the report out, with a sentence that says why, where the work inside fails."""
     try:
         yield
-    except (FlowtrainError, ValueError, FloatingPointError) as error:
+    except (FlowtrainError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         material.leave_out(part, f"Left out: {str(error).strip().rstrip('.')}.")
 
 
