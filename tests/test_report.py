@@ -253,6 +253,22 @@ def test_without_time_the_page_says_what_is_missing(digits, tmp_path):
     assert "Only 1 of 32 at temperature 1: time." in html
 
 
+def test_evaluations_of_other_weights_or_data_are_not_taken(tmp_path):
+    assert flowtrain(tmp_path, "train", "model=maf", "dataset=moons", "report=false", *SMALL) == 0
+    run = run_in(tmp_path)
+    assert flowtrain(tmp_path, "eval", "weights=raw") == 0
+    (raw,) = run.glob("eval/*/eval.json")
+    assert flowtrain(tmp_path, "report", "seconds=1") == 0
+    html = (run / "report.html").read_text()
+    assert raw.parent.name not in html and "the validation figure is that of summary.json" in html
+    assert flowtrain(tmp_path, "report", "seconds=1", "weights=raw") == 0
+    html = (run / "report.html").read_text()
+    assert raw.parent.name in html and "figure is that of summary.json" not in html
+    raw.write_text(json.dumps({**json.loads(raw.read_text()), "data": "other"}))
+    assert flowtrain(tmp_path, "report", "seconds=1", "weights=raw") == 0
+    assert raw.parent.name not in (run / "report.html").read_text()
+
+
 def test_a_lone_checkpoint_is_reported_beside_the_output(digits, tmp_path):
     (tmp_path / "lone.pt").write_bytes((digits[0] / "checkpoints/best.pt").read_bytes())
     assert flowtrain(tmp_path, "report", "ckpt=lone.pt", "seconds=1") == 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
 from flowtrain.commands import ReportConfig
 from flowtrain.commands.collecting.collect import collect
 from flowtrain.commands.collecting.source import Amounts, Source
-from flowtrain.commands.restored import restore
+from flowtrain.commands.restored import Restored, restore
+from flowtrain.config import places
 from flowtrain.config.preset import preset_of
 from flowtrain.config.schema import TrainConfig
 from flowtrain.errors import FlowtrainError, UsageError
@@ -37,7 +39,8 @@ def main(config: ReportConfig, run_dir: str) -> dict:
     if distributed.is_main():
         amounts = Amounts(config.examples, config.n, tuple(config.temperatures), config.seconds)
         spec, columns = restored.dataset.spec, restored.columns
-        source = Source(restored.flow, config, spec, columns, amounts, restored.dataset.split)
+        choices = restored.weights, _is_of_training(config, restored)
+        source = Source(restored.flow, config, spec, columns, amounts, restored.dataset.split, *choices)
         record = read_run(restored.run, Path(config.ckpt))
         write(source, record, checkpoint.read_config(Path(config.ckpt)), folder / NAME)
         print(folder / NAME)
@@ -47,6 +50,13 @@ def main(config: ReportConfig, run_dir: str) -> dict:
                     empty.rmdir()
     distributed.barrier()
     return {"report": str(folder / NAME)}
+
+
+def _is_of_training(config: ReportConfig, restored: Restored) -> bool:
+    """Whether the weights and the data are those that training ended with."""
+    remembered, path = places.read(restored.run), config.dataset.get("path")
+    same = remembered is None or remembered.path is None or os.path.abspath(path or "") == remembered.path
+    return same and config.weights != "raw"
 
 
 def of_training(
@@ -65,7 +75,8 @@ def of_training(
     path = Path(run_dir) / NAME
     try:
         source = Source(flow, config, spec, columns, amounts, split)
-        record = read_run(Path(run_dir), Path(run_dir) / "checkpoints" / "best.pt")
+        run = Path(run_dir).absolute()
+        record = read_run(run, run / "checkpoints" / "best.pt")
         write(source, record, stored, path)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

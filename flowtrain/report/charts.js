@@ -103,7 +103,7 @@
     const box = {left: widest(trial.ticks.map(trial.text)) + 26, right: width - 14, top: 8, bottom: height - 38};
     const svg = surface(plot, data, width, height);
     const y = scale(data.y.scale, y0, y1, box.bottom, box.top, rows);
-    const x = scale(data.x.scale, x0, x1, box.left, box.right, Math.max(2, Math.floor((box.right - box.left) / 80)));
+    const x = scale(data.x.scale, x0, x1, box.left, box.right, Math.max(3, Math.floor((box.right - box.left) / 80)));
     for (const tick of y.ticks) {
       node(svg, "line", {x1: box.left, x2: box.right, y1: y.of(tick), y2: y.of(tick), class: "grid"});
       node(svg, "text", {x: box.left - 6, y: y.of(tick) + 4, "text-anchor": "end"}, y.text(tick));
@@ -172,7 +172,8 @@
       const ratio = svg.clientWidth / svg.viewBox.baseVal.width, edge = plot.clientWidth - tip.offsetWidth;
       const right = x * ratio + 12, left = x * ratio - tip.offsetWidth - 12;
       tip.style.left = `${Math.max(0, right <= edge ? right : left >= 0 ? left : edge)}px`;
-      tip.style.top = `${svg.offsetTop + Math.max(0, (y ?? view.box.top) * ratio)}px`;
+      const top = svg.getBoundingClientRect().top - plot.getBoundingClientRect().top;
+      tip.style.top = `${top + Math.max(0, (y ?? view.box.top) * ratio)}px`;
     };
     const point = event => {
       const box = svg.getBoundingClientRect(), ratio = svg.viewBox.baseVal.width / box.width;

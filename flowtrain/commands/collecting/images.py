@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from flowtrain.commands.collecting.source import Source, attempt, spread
 from flowtrain.commands.interpolate import spherical
+from flowtrain.data.batch import Batch
 from flowtrain.data.labels import label_context
 from flowtrain.data.spec import LabelContext
 from flowtrain.engine.evaluate import evaluation_mode
+from flowtrain.engine.memory_budget import few_rows
 from flowtrain.errors import FlowtrainError
 from flowtrain.plots.grid import field_ends, to_pixels
 from flowtrain.report.material import Images, Material, Neighbours
@@ -94,12 +98,18 @@ def _interpolations(source: Source, to_thumbnails: Thumbnails, rows: int):
     first, second = _pairs(context, len(x), rows)
     given = None if context is None else context[first]
     with evaluation_mode(source.device):
-        ends = [flow.encode(x[index], given) for index in (first, second)]
+        ends = [_in_parts(flow.encode, x[index], given, flow.dimensions) for index in (first, second)]
         latents = spherical(*ends, torch.linspace(0, 1, STEPS, device=source.device, dtype=torch.float64))
         repeated = None if given is None else given.repeat_interleave(STEPS, 0)
-        decoded = flow.decode(latents.flatten(0, 1), repeated).cpu()
+        decoded = _in_parts(flow.decode, latents.flatten(0, 1), repeated, flow.dimensions).cpu()
     pixels = to_thumbnails(decoded)
     return pixels.reshape(len(first), STEPS, *pixels.shape[1:])
+
+
+def _in_parts(function: Callable, x: Tensor, context: Tensor | None, dimensions: int) -> Tensor:
+    """``function(x, context)``, a few rows at a time."""
+    parts = Batch(x, context).chunk(-(-len(x) // few_rows(dimensions)))
+    return torch.cat([function(part.x, part.context) for part in parts])
 
 
 def _pairs(context: Tensor | None, count: int, rows: int) -> tuple[Tensor, Tensor]:

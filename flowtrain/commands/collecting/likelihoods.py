@@ -36,7 +36,7 @@ def gather(material: Material, source: Source, record: RunRecord) -> None:
                 known = _evaluate(source, name, source.share(share))
             elif not source.example_seconds:
                 _evaluate(source, name, source.share(share / 4))  # for the time that an example takes
-            if name == "val" and not known.source:
+            if name == "val" and not known.source and source.as_trained:
                 known = _of_training(known, record)
             material.likelihoods[name] = known
     if source.config.published and not source.config.smoke:
@@ -79,7 +79,9 @@ def _of_evaluation(source: Source, record: RunRecord, name: str) -> SplitLikelih
         return None
     each = np.load(array)
     index = np.flatnonzero(np.isfinite(each))
-    if len(each) != len(source.split(name)) or not len(index):
+    split = source.split(name)
+    same = report["data"] == split.description and len(each) == len(split) and len(index)
+    if not same or source.weights not in (None, report["weights"]):
         return None
     mean, stderr = report["log_likelihood"], report["log_likelihood_stderr"]
     return SplitLikelihoods(name, mean, stderr, report["examples"], len(each), each[index], index, path)
@@ -127,12 +129,11 @@ def _published(material: Material, source: Source, record: RunRecord) -> dict | 
     """The published figure beside ours, as ``flowtrain eval`` has it."""
     published = source.config.published
     name = published.split
-    known = record.evaluation(name)
-    if known and known[1].get("published"):
-        return known[1]["published"]
     if name not in material.likelihoods:
         return None
     found, split = material.likelihoods[name], source.split(name)
+    if (known := record.evaluations.get(found.source, {}).get("published")) is not None:
+        return known
     result = Evaluation(
         bits_per_dim=-found.mean / (material.dimensions * np.log(2)),
         bits_per_dim_stderr=None,

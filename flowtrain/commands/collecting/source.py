@@ -45,6 +45,8 @@ class Source:
 
     Args:
         open_split: returns "train", "val" or "test".
+        weights: which the flow has, "ema" or "raw"; None: those that training chose.
+        as_trained: whether the flow and the data are those that the run's summary is about.
 
     Attributes:
         example_seconds: that the likelihood of one example takes; 0 until it is known.
@@ -56,6 +58,8 @@ class Source:
     columns: Columns | None
     amounts: Amounts
     open_split: Callable[[str], Split]
+    weights: str | None = None
+    as_trained: bool = True
     example_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
@@ -107,7 +111,7 @@ def attempt(material: Material, part: str) -> Iterator[None]:
     """Leave a part of the report out, with a sentence that says why, where the work inside fails."""
     try:
         yield
-    except (FlowtrainError, ValueError, FloatingPointError) as error:
+    except (FlowtrainError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         material.leave_out(part, f"Left out: {str(error).strip().rstrip('.')}.")
 
 

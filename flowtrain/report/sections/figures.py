@@ -15,7 +15,7 @@ NAMES = {"test": "test", "val": "validation", "train": "train"}
 
 def add(page: Page, record: RunRecord, material: Material) -> None:
     section = page.section("Figures")
-    found = [Figure(NAMES[name], *_value(material, one)) for name, one in _likelihoods(record, material).items()]
+    found = [Figure(NAMES[name], *_value(material, one)) for name, one in _likelihoods(material).items()]
     if (published := material.published) is not None:
         unit = "bits/dim" if published["unit"] == "bits_per_dim" else published["unit"]
         ours, why = published["ours"], published["not_comparable"]
@@ -27,14 +27,14 @@ def add(page: Page, record: RunRecord, material: Material) -> None:
         uniform = math.log2(material.grey_levels)
         found.append(Figure("uniform code", f"{uniform:.3g}", "bits/dim", "what it takes without a model"))
     section.figures(found)
-    section.text(" ".join(_reading(record, material)))
-    section.note(_details(record, material))
+    section.text(" ".join(_reading(material)))
+    section.note(_details(material))
     for part in ("likelihoods", "figures"):
         for note in material.notes.get(part, ()):
             section.note(note)
 
 
-def _likelihoods(record: RunRecord, material: Material) -> dict[str, SplitLikelihoods]:
+def _likelihoods(material: Material) -> dict[str, SplitLikelihoods]:
     """Of each split, the test split first."""
     return {name: material.likelihoods[name] for name in NAMES if name in material.likelihoods}
 
@@ -56,9 +56,9 @@ def _plain(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
-def _reading(record: RunRecord, material: Material) -> list[str]:
+def _reading(material: Material) -> list[str]:
     """The figures in plain language."""
-    found = _likelihoods(record, material)
+    found = _likelihoods(material)
     if not found:
         return ["No likelihood was computed for this report."]
     name, one = next(iter(found.items()))
@@ -102,7 +102,7 @@ def _overfitting(material: Material, train: SplitLikelihoods, val: SplitLikeliho
     return f"The validation split does better than the train split, by {how}: its examples are easier."
 
 
-def _details(record: RunRecord, material: Material) -> str:
+def _details(material: Material) -> str:
     parts = ["± is one standard error over the examples"]
     sources = {NAMES[name]: one.source for name, one in material.likelihoods.items() if one.source}
     parts += [f"the {name} figure is that of {source}" for name, source in sources.items()]
