@@ -283,7 +283,7 @@ def test_fields_are_drawn_in_colours(channels):
 # ------------------------------------------------------------------ commands
 
 
-SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run"]
+SMALL = ["smoke=true", "trainer.tensorboard=false", "report=false", "hydra.run.dir=run"]
 
 
 def run(folder, *words):

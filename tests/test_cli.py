@@ -23,7 +23,7 @@ from flowtrain.config.conversion import key_names
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["max_steps=2", "smoke=true", "trainer.tensorboard=false"]
+TINY = ["max_steps=2", "smoke=true", "trainer.tensorboard=false", "report=false"]
 
 
 def environment(**more):

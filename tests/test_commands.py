@@ -24,7 +24,7 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["smoke=true", "trainer.tensorboard=false"]
+TINY = ["smoke=true", "trainer.tensorboard=false", "report=false"]
 EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
 SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "output": None, "plot": True, "weights": "auto"}
 

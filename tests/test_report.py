@@ -145,7 +145,7 @@ def test_curves_of_a_resumed_run_with_a_bad_step(tmp_path):
     html = page_of(material(), record)
     chart = next(one for one in charts(html) if one["title"] == "Likelihood")
     assert chart["series"][0]["x"] == [1, 2, 3, 4] and chart["series"][0]["y"] == [3, 5, 5, None]
-    assert "1 values are not finite" in html
+    assert "Not finite, which leaves gaps: 1 of 4 values." in html
 
 
 def test_copies_of_training_images_are_noticed():
@@ -200,6 +200,23 @@ def test_a_run_ends_with_its_report_and_says_so(digits, table):
     assert "Missing: 11 % of the data" in html and "Each sample has the member of a real row" in html
     pairs = next(chart for chart in found.values() if chart["kind"] == "pairs")
     assert [table["name"] for table in pairs["tables"]] == ["data", "samples"]
+
+
+def test_arrays_have_pages_of_their_own(tmp_path):
+    """Fields beside fields, spectra as curves, one column as a curve of its density."""
+    draw = np.random.default_rng(0)
+    shapes = {"fields": (60, 1, 4, 4), "spectra": (60, 12), "line": (60, 1)}
+    for name, shape in shapes.items():
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=shape).astype("f4"))
+    wanted = {"fields": "Nearest training images", "spectra": "8 of the samples", "line": "the density of the model as"}
+    for name, text in wanted.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        data = "table" if name == "line" else "arrays"
+        words = [f"dataset={data}", f"dataset.path={tmp_path / name}.npy", "max_steps=1", *SMALL]
+        assert flowtrain(folder, "train", "model=nice", *words) == 0
+        html = (run_in(folder) / "report.html").read_text()
+        assert text in html and "dataset.found" not in html.partition("All keys")[0]
 
 
 def _differences(html: str) -> list[str]:

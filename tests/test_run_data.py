@@ -17,7 +17,7 @@ from flowtrain.engine.auto import choose_batch_size, choose_learning_rate
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
 
-TRAIN = ("train", "model=maf", "smoke=true", "trainer.tensorboard=false", "trainer.sample_every=null")
+TRAIN = ("train", "model=maf", "smoke=true", "trainer.tensorboard=false", "trainer.sample_every=null", "report=false")
 TABLE = (*TRAIN, "dataset=table")
 
 

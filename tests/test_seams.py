@@ -7,7 +7,8 @@ from inprocess import flowtrain
 
 from flowtrain.errors import FlowtrainError
 
-TINY = ("train", "smoke=true", "model=realnvp_vector", "dataset=moons", "max_steps=4", "trainer.val_every=2")
+MOONS = ("model=realnvp_vector", "dataset=moons")
+TINY = ("train", "smoke=true", "report=false", *MOONS, "max_steps=4", "trainer.val_every=2")
 MINE = """
 from pathlib import Path
 

@@ -24,6 +24,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain eval                                     the run that started last; or ckpt=outputs/…
   flowtrain sample n=64 temperature=0.7
   flowtrain compare outputs/a outputs/b              which is better, and by how much
+  flowtrain report                                   one page that shows it; training ends with it too
   flowtrain check                                    is its flow exact? or check model=glow: a new flow
   flowtrain score input=table.csv                    or a folder of images
   flowtrain bench suite=sample                       what it costs here, compared with nflows and others

@@ -52,7 +52,7 @@ class Extremes:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Nearest training examples by the Euclidean distance of all pixels, each from 0 to 1.
+    """Nearest training examples by the Euclidean distance of all pixels, integers as numbers from 0 to 1.
 
     Attributes:
         pictures: pairs (sample, its nearest training image), each (H, W, C) uint8, with their distance.

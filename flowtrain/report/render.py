@@ -23,7 +23,7 @@ def render(record: RunRecord, material: Material, configuration: Configuration) 
     likelihoods.add_extremes(page, material)
     if material.is_image:
         images.add_neighbours(page, material)
-    provenance.add(page, record, configuration)
+    provenance.add(page, record, configuration, material.seconds)
     return page
 
 

@@ -12,7 +12,7 @@ from flowtrain.engine import determinism
 from flowtrain.errors import UsageError
 from flowtrain.runtime import checkpoint
 
-TRAIN = ("train", "smoke=true", "max_steps=6", "trainer.tensorboard=false", "compile=false")
+TRAIN = ("train", "smoke=true", "max_steps=6", "report=false", "trainer.tensorboard=false", "compile=false")
 FAMILIES = (
     "nice",
     "realnvp",

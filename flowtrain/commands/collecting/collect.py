@@ -14,6 +14,7 @@ def collect(source: Source, record: RunRecord) -> Material:
 
     One process does this alone. What fails, or does not fit into the time, is left out with a sentence that says so.
     """
+    source.flow.eval()
     spec = source.spec
     material = Material(
         name=spec.name,

@@ -48,6 +48,7 @@ def gather(material: Material, source: Source) -> None:
     most = max(4, int(PIXELS / (height * width / shrink**2)))
     n = min(source.amounts.n, most)
     real, context = val.take(spread(len(val), n))
+    n = n if context is None else len(real)  # each sample has the context of a real image
     to_thumbnails = Thumbnails(real, source.spec.grey_levels)
     found: dict = {"real": to_thumbnails(real), "samples": {}, "shrunk": to_thumbnails.times > 1}
     if isinstance(source.spec.context, LabelContext) and context is not None:
@@ -62,7 +63,7 @@ def gather(material: Material, source: Source) -> None:
                 plain = drawn
             if temperature in source.amounts.temperatures:
                 found["samples"][temperature] = to_thumbnails(drawn)
-                if len(drawn) < min(n, len(real) if context is not None else n):
+                if len(drawn) < n:
                     material.leave_out("samples", f"Only {len(drawn)} of {n} at temperature {temperature:g}: time.")
     with attempt(material, "interpolations"):
         rows = max(1, min(ROWS, most // STEPS))
@@ -92,7 +93,6 @@ def _interpolations(source: Source, to_thumbnails: Thumbnails, rows: int):
     x, context = val.take(spread(len(val), min(len(val), max(64, 2 * rows))))
     first, second = _pairs(context, len(x), rows)
     given = None if context is None else context[first]
-    flow.eval()
     with evaluation_mode(source.device):
         ends = [flow.encode(x[index], given) for index in (first, second)]
         latents = spherical(*ends, torch.linspace(0, 1, STEPS, device=source.device, dtype=torch.float64))
@@ -143,7 +143,7 @@ def _neighbours(source: Source, to_thumbnails: Thumbnails, samples: Tensor) -> N
     sets = [samples[:QUERIES], queries.cpu()]
     best = [torch.full((len(one),), float("inf")) for one in sets]
     place = [torch.zeros(len(one), dtype=torch.int64) for one in sets]
-    for part in searched.split(1000):
+    for part in searched.split(50 if train.streams else 1000):
         if source.left < 0:
             raise FlowtrainError("the time of this report is spent")
         rows = train.take(part)[0].cpu().flatten(1).float() * scale

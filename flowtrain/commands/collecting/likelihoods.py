@@ -102,8 +102,6 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
     order = order[: source.amounts.examples]
     sums = torch.zeros(3, total, dtype=torch.float64)
     began, start, rows = time.monotonic(), 0, min(FIRST, few_rows(flow.dimensions))
-    was_training = flow.training
-    flow.eval()
     with torch.no_grad(), evaluation_mode(source.device):
         while start < len(order):
             index = order[start : start + rows].sort().values
@@ -118,7 +116,6 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
             if time.monotonic() - began + took * larger / rows > seconds:
                 break
             rows = larger
-    flow.train(was_training)
     result = summarize(*sums, split.weights, flow.dimensions)
     index = result.each.isfinite().nonzero().flatten()
     mean, stderr = result.log_likelihood, result.log_likelihood_stderr

@@ -9,6 +9,7 @@ from flowtrain.report.material import Material, SplitLikelihoods
 from flowtrain.report.page import Figure, Page
 from flowtrain.report.run import RunRecord
 
+UNCHANGING = ("experiment", "devices", "threads", "resume", "dataset.root", "dataset.path")  # words of a command line
 NAMES = {"test": "test", "val": "validation", "train": "train"}
 
 
@@ -19,6 +20,8 @@ def add(page: Page, record: RunRecord, material: Material) -> None:
         unit = "bits/dim" if published["unit"] == "bits_per_dim" else published["unit"]
         ours, why = published["ours"], published["not_comparable"]
         note = f"not comparable: {why}" if ours is None else f"ours in this unit: {_plain(ours, 4)}"
+        if any(word.partition("=")[0] not in UNCHANGING for word in record.overrides or ()):
+            note += "; this run changes the experiment's settings, see Configuration"
         found.append(Figure("published", _plain(published["value"], 4), unit, f"{published['source']}; {note}"))
     if material.has_bits and material.grey_levels:
         uniform = math.log2(material.grey_levels)
@@ -40,7 +43,7 @@ def _value(material: Material, one: SplitLikelihoods) -> tuple[str, str, str]:
     """The figure with its error, its unit, and a note."""
     of = f"{one.examples:,} examples" if one.examples == one.total else f"{one.examples:,} of {one.total:,} examples"
     if not material.has_bits:
-        return plus_minus(one.mean, one.stderr), "nats", of
+        return plus_minus(one.mean, one.stderr, 4 if abs(one.mean) < 100 else 2), "nats", of
     error = None if one.stderr is None else abs(material.to_unit(one.stderr))
     return (
         plus_minus(material.to_unit(one.mean), error),

@@ -90,8 +90,8 @@ def add_neighbours(page: Page, material: Material) -> None:
         of = f"{found.searched:,} of the {found.total:,} training images were searched."
         section.pictures(
             pictures,
-            "Samples at temperature 1, each above the training image nearest to it, with their Euclidean distance, each"
-            f" pixel from 0 to 1. {of}",
+            "Samples at temperature 1, each above the training image nearest to it, with their Euclidean distance"
+            f"{', each pixel from 0 to 1' if material.grey_levels else ''}. {of}",
         )
         both = np.concatenate([found.samples, found.validation])
         edges = np.linspace(both.min(), both.max() or 1.0, BINS + 1)

@@ -51,7 +51,7 @@ def _likelihood(section: Section, found: dict[str, Curve], unit: str, record: Ru
         )
     missing = int((~np.isfinite(every)).sum())
     if missing:
-        note += f" {missing} values are not finite, which leaves gaps."
+        note += f" Not finite, which leaves gaps: {missing} of {len(every)} values."
     series = [Series(name, *_thin(curve)) for name, curve in found.items()]
     section.lines("Likelihood", series, x="step", y=unit, note=note.strip())
 

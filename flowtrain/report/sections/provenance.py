@@ -27,12 +27,12 @@ FILES = {  # what lies in a run directory
     "eval": "what flowtrain eval wrote",
     "sample": "what flowtrain sample wrote",
 }
-UNSHOWN = ("resume", "allow", "dist", "job_timeout")
+UNSHOWN = ("resume", "allow", "dist", "job_timeout", "dataset.found")  # what no one chooses
 
 
-def add(page: Page, record: RunRecord, configuration: Configuration) -> None:
+def add(page: Page, record: RunRecord, configuration: Configuration, seconds: float) -> None:
     _configuration(page, configuration)
-    _environment(page, record)
+    _environment(page, record, seconds)
     _files(page, record)
 
 
@@ -42,7 +42,8 @@ def _configuration(page: Page, configuration: Configuration) -> None:
     if configuration.preset is not None:
         preset = dict(_flatten(configuration.preset))
         keys = [key for key in {**preset, **run} if run.get(key, "absent") != preset.get(key, "absent")]
-        keys = [key for key in keys if key.split(".")[0] not in UNSHOWN and not _is_filled(key, preset, run)]
+        keys = [key for key in keys if not f"{key}.".startswith(tuple(f"{name}." for name in UNSHOWN))]
+        keys = [key for key in keys if not _is_filled(key, preset, run)]
         if keys:
             rows = [[key, _show(preset, key), _show(run, key)] for key in keys]
             section.table(["key", "preset", "this run"], rows, f"Differences from {configuration.command}:")
@@ -76,7 +77,7 @@ def _show(values: dict, key: str) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
-def _environment(page: Page, record: RunRecord) -> None:
+def _environment(page: Page, record: RunRecord, seconds: float) -> None:
     section = page.section("Environment")
     found = record.environment
     if record.command:
@@ -87,6 +88,7 @@ def _environment(page: Page, record: RunRecord) -> None:
         section.table(["what", "value"], [*rows, ["packages", packages]])
     elif record.directory is None:
         section.note("A lone checkpoint does not say where it was trained.")
+    section.note(f"Computing what this page shows took {seconds:.1f} s.")
 
 
 _NAMES = {
