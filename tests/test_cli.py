@@ -174,6 +174,7 @@ def test_completion(tmp_path):
     assert {"model=glow", "model=nice"} <= set(complete("flowtrain train model=", "fish"))
     assert "optimizer.momentum=" in complete("flowtrain train optimizer=sgd optimizer.m")
     assert complete("flowtrain eval ckpt=out") == ["ckpt=outputs/"]
+    assert complete("flowtrain compare outputs out") == ["outputs/"]
     assert complete("flowtrain eval ckpt=nowhere dr") == []
     for shell in ("bash", "zsh", "fish"):
         assert "flowtrain" in flowtrain("-sc", f"install={shell}", cwd=tmp_path).stdout

@@ -244,8 +244,8 @@ def test_many_runs_stay_readable():
         ComparedRun(
             f"{number}_run-with-a-rather-long-name-{number}",
             Path(f"/{number}"),
-            {"model": "maf", **{f"key{i}": str(number * i) for i in range(30)}},
-            {"lr": str(10.0 ** -(number % 5)), "model": random.choice(["maf", "nice"])},
+            keys={"model": "maf", **{f"key{i}": str(number * i) for i in range(30)}},
+            overrides={"lr": str(10.0 ** -(number % 5)), "model": random.choice(["maf", "nice"])},
             evaluation=Evaluation(report, -20 + random.normal(size=100) + number),
         )
         for number in range(25)

@@ -157,6 +157,7 @@ def test_real_numbers_return_within_the_tolerance(tmp_path):
 
     for command, keys, says in (
         (reconstruct, {"keep": 0.5}, "no coarse and fine parts"),
+        (reconstruct, {"keep": [1.0, 1.5]}, "at most 1"),
         (reconstruct, {"keep": []}, r"keep=\[\]: give at least one"),
         (reconstruct, {"examples": [10**6]}, "the test split has"),
         (reconstruct, {"n": 10**6}, "n=1000000: needs"),

@@ -55,7 +55,7 @@ class ReconstructConfig(TrainConfig):
     n: int = number(least=1)
     split: Literal["train", "val", "test"]
     examples: list[int] | None = number(least=0)
-    keep: float | list[float] | None = number(least=0, below=1.0000001)
+    keep: float | list[float] | None = number(least=0)
     temperature: float = number(least=0)
     tolerance: float = number(above=0)
     plot: bool

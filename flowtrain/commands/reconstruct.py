@@ -120,6 +120,8 @@ def _shares(keep: float | list[float] | None, flow: Flow) -> list[float]:
     shares = sorted({*(keep if isinstance(keep, list) else [keep])}, reverse=True)
     if not shares:
         raise UsageError("keep=[]: give at least one, such as [1.0,0.5]")
+    if shares[0] > 1:
+        raise UsageError(f"keep={keep}: shares of the latent are at most 1")
     if scales is None and shares != [1.0]:
         raise UsageError(
             f"keep={keep}: the latent of this flow has no coarse and fine parts: only a flow with scales, such as "
