@@ -24,7 +24,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "commands": {"errors", "runtime", "bijections", "flow", "data", "plots", "engine", "config", "benchmarks"},
     "train": {"errors", "runtime", "bijections", "flow", "data", "engine", "config", "commands"},
     "benchmarks": {"errors", "runtime", "bijections", "flow", "flows", "data", "engine"},
-    "cli": {"errors", "runtime", "config", "commands"},
+    "cli": {"errors", "runtime", "config", "commands", "plots"},
     "__init__": {"flow", "flows", "bijections", "nets", "distributions", "config"},
     "__main__": {"cli"},
 }
