@@ -80,6 +80,7 @@ def config(**changes):
         save_every=10,
         save_minutes=60,
         max_bad_steps=4,
+        layer_statistics=False,
         rollback=None,
         profile=False,
     )

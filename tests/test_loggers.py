@@ -4,7 +4,10 @@ import csv
 import json
 import os
 import struct
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import checkpoint
 from flowtrain.runtime.files import WriteError
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = ("train", "smoke=true", "model=nice", "dataset=digits", "hydra.run.dir=run")
 
 
@@ -226,8 +230,6 @@ def test_a_strangers_checkpoint_sends_its_records_nowhere_else(tmp_path):
 
 @pytest.mark.parametrize("name, package", [("wandb", "wandb"), ("mlflow", "mlflow")])
 def test_a_package_that_is_not_installed(tmp_path, monkeypatch, name, package):
-    import sys
-
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(WorkerError, match=rf"pip install 'flowtrain\[{name}\]'") as caught:
         flowtrain(tmp_path, *TINY, f"logger={name}")
@@ -307,3 +309,23 @@ def test_the_final_figure_lies_beside_the_settings(tmp_path):
     final = json.loads((tmp_path / "run/summary.json").read_text())["bits_per_dim"]
     assert events.Scalars("bits_per_dim")[-1].value == pytest.approx(final)
     assert {"train/bits_per_dim", "val/bits_per_dim", "system/images_per_second"} <= {*events.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_with_remote_loggers_and_leaves_no_process(tmp_path):
+    words = ("train", "model=nice", "logger=[csv,wandb,mlflow]", "max_steps=1000000", "hydra.run.dir=run")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flowtrain", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/scalars.csv").exists() or len(table(tmp_path / "run")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    time.sleep(1)
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [one for one in commands if b"wandb" in one and str(process.pid).encode() in one]
+    assert json.loads((tmp_path / "run/status.json").read_text())["resumable"]
+    status = [file.read_text() for file in (tmp_path / "outputs/mlruns").glob("*/*/meta.yaml")]
+    assert len(status) == 1 and "status: 5" in status[0]  # killed

@@ -148,7 +148,7 @@ def test_other_launchers_repeat_only_what_is_missing(tmp_path, words, capfd):
     assert flowtrain(tmp_path, *words) == 0
     file = only_sweep(tmp_path) / "results.csv"
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if line[0] not in "02"))
-    get_reusable_executor().shutdown()  # another command has processes of its own
+    get_reusable_executor().shutdown()  # joblib's processes, which end with a command
     assert flowtrain(tmp_path, *words) == 0
     assert [(row["job"], row["status"]) for row in rows(tmp_path)] == [(n, "finished") for n in "012"]
     assert {f"{n}_digits-nice_2" for n in (0, 2)} <= runs(tmp_path) and "1_digits-nice_2" not in runs(tmp_path)
