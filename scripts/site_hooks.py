@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from flowtrain.cli.help import ConfigFiles, Key, description, summary, usage
+from flowtrain.cli.help import ConfigFiles, Key, description, usage
 from flowtrain.commands import COMMANDS
 from flowtrain.config.compose import conf_dir
 
@@ -42,13 +42,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=text))
     for page in Path(config.docs_dir).rglob("*.md"):
         for path in outside(page.read_text()):
-            if (ROOT / path).is_file() and not files.get_file_from_path(f"repository/{path}"):
+            if path != "CONTRIBUTING.md" and (ROOT / path).is_file() and not files.get_file_from_path(f"repository/{path}"):
                 files.append(File.generated(config, f"repository/{path}", abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Links to files of the repository lead to their copies in the site; a folder has none."""
+    """Links to files of the repository lead to their copies in the site; a folder has none. Names of classes become
+    links to the API."""
+    markdown = markdown.replace("](../CONTRIBUTING.md", "](contributing.md")
+    if not page.file.src_uri.startswith("api/"):
+        names = r"`((?:bijections|flows|nets|distributions)\.[A-Z]\w+)`"
+        markdown = re.sub(names, r"[`\1`][flowtrain.\1]", markdown)
     for path in outside(markdown):
         name = re.escape(f"../{path}")
         if (ROOT / path).is_file():

@@ -1,8 +1,8 @@
-"""Every command in README.md and docs/ is executed as written, page by page in order, in one empty folder for each page.
+"""Every command in README.md and docs/ is executed as written, page by page, in one empty folder for each page.
 
-Of a fence ```bash each command runs, with what follows "tested with" in its comment appended: "# tested with smoke=true".
+Of a fence ```bash each command runs, with the words after "tested with" in its comment appended, such as smoke=true.
 A fence ```python runs in one namespace for each page. A fence after "New file `NAME`:" is written first. Other fences
-(text, yaml, json) are not executed. A page that runs something in scripts/ gets a copy of the repository.
+(text, yaml, json) are not executed. A page that runs something of the repository gets a copy of it.
 """
 
 import os
@@ -159,7 +159,7 @@ def check_container(words: list[str], place: Path) -> None:
 def test_the_page_runs(page, folder, monkeypatch):
     found = executed(page)
     assert found
-    if any(re.search(r"^(scripts/|sbatch |source \.venv)", fence["text"], re.M) for fence in found):
+    if any(re.search(r"^(scripts/|python docs/|sbatch |source \.venv)", fence["text"], re.M) for fence in found):
         check_out(folder)
     monkeypatch.chdir(folder)
     namespace = {"__name__": page.stem}
