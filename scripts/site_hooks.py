@@ -42,7 +42,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=text))
     for page in Path(config.docs_dir).rglob("*.md"):
         for path in outside(page.read_text()):
-            if path != "CONTRIBUTING.md" and (ROOT / path).is_file() and not files.get_file_from_path(f"repository/{path}"):
+            if (
+                path != "CONTRIBUTING.md"
+                and (ROOT / path).is_file()
+                and not files.get_file_from_path(f"repository/{path}")
+            ):
                 files.append(File.generated(config, f"repository/{path}", abs_src_path=str(ROOT / path)))
     return files
 
@@ -60,6 +64,9 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
             markdown = re.sub(rf"\]\({name}\)", f"](repository/{path})", markdown)
         else:
             markdown = re.sub(rf"\[([^]]*)\]\({name}\)", r"\1", markdown)
+    for name in COMING:
+        if not (ROOT / "docs" / name).is_file():
+            markdown = re.sub(rf"\[([^]]*)\]\({name}[^)]*\)", r"\1", markdown)
     return markdown
 
 

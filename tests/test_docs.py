@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOTHING_TO_RUN = {"presets.md", "reliability.md", "results.md"}  # text about figures
+NOTHING_TO_RUN = {"reliability.md", "results.md"}  # text about figures
 KINDS = {"bash", "python", "yaml", "text", "json", "csv"}
 FENCE = re.compile(
     r"^(?:New file `(?P<file>[^`\n]+)`:\n\n)?(?P<indent> *)```(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```",
