@@ -79,6 +79,7 @@ def commands_page() -> str:
     """A section for each command: what it does, examples, its keys and its groups."""
     found = ["# Commands", "`flowtrain COMMAND --help` prints the same.", ""]
     found += [f"- [`flowtrain {name}`](#flowtrain-{name}): {command.summary}" for name, command in COMMANDS.items()]
+    found += ["- `flowtrain completion`: [tab completion](install.md#completion)"]
     for name, command in COMMANDS.items():
         files = ConfigFiles([conf_dir()], {})
         file = conf_dir() / f"{name}.yaml"
@@ -103,8 +104,9 @@ def configuration_page() -> str:
     for group in files.groups():
         if group == "experiment":
             continue
+        links = ", ".join(f"[`{option}`](#{group}{option})" for option in files.options(group))
         default = f" The default is `{defaults[group]}`." if defaults.get(group) else ""
-        found += [f"## {group}", "", f"`{group}=…`{default}", ""]
+        found += [f"## {group}", "", f"`{group}=` {links}.{default}", ""]
         for option in files.options(group):
             file = files.find(group, option)
             found += [f"### {group}={option}", "", *prose(file), *table(files.keys(file, f"{group}.")), ""]
@@ -164,7 +166,7 @@ def table(keys: list[Key]) -> list[str]:
     if not keys:
         return []
     rows = [f"| `{key.name}` | {f'`{cell(key.value)}`' if key.value else ''} | {escape(key.comment)} |" for key in keys]
-    return ["| key | default | |", "| --- | --- | --- |", *rows]
+    return ["| key | default | meaning |", "| --- | --- | --- |", *rows]
 
 
 def cell(text: str) -> str:
