@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ is executed as written, page by page, in one empty folder for each page.
+"""Every command in README.md and docs/ is executed as written, page by page, in an empty folder for each.
 
 Of a fence ```bash each command runs, with the words after "tested with" in its comment appended, such as smoke=true.
 A fence ```python runs in one namespace for each page. A fence after "New file `NAME`:" is written first. Other fences
@@ -20,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HELPERS = [*(ROOT / "docs").glob("*.py")]
 NOTHING_TO_RUN = {"reliability.md", "results.md"}  # text about figures
 KINDS = {"bash", "python", "yaml", "text", "json", "csv"}
 FENCE = re.compile(
@@ -75,14 +76,16 @@ def executed(page: Path) -> list[re.Match]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder, beside the programs that a page may call."""
+    """A folder with nothing but the scripts of docs/, beside the programs that a page may call."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in PROGRAMS.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (programs / name).chmod(0o755)
     place = tmp_path / "page"
-    place.mkdir()
+    (place / "docs").mkdir(parents=True)
+    for file in HELPERS:
+        shutil.copy(file, place / "docs")
     return place
 
 
@@ -90,7 +93,7 @@ def check_out(place: Path) -> None:
     """Copy the repository, with an environment that scripts/environment takes for finished."""
     skipped = shutil.ignore_patterns("__pycache__")
     for name in ("conf", "docs", "flowtrain", "results", "scripts"):
-        shutil.copytree(ROOT / name, place / name, ignore=skipped)
+        shutil.copytree(ROOT / name, place / name, ignore=skipped, dirs_exist_ok=True)
     for name in ("pyproject.toml", "README.md", "Dockerfile"):
         shutil.copy(ROOT / name, place)
     (place / ".venv" / "bin").mkdir(parents=True)
@@ -105,7 +108,9 @@ def shell(text: str, place: Path) -> None:
     """Run a text in bash; the first error ends it."""
     path = os.pathsep.join([str(place.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(["bash", "-euxo", "pipefail", "-c", text], cwd=place, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", text], cwd=place, env=env, capture_output=True, text=True, timeout=600
+    )
     assert not done.returncode, f"{text}\n{done.stdout}{done.stderr}"
 
 
@@ -159,7 +164,7 @@ def check_container(words: list[str], place: Path) -> None:
 def test_the_page_runs(page, folder, monkeypatch):
     found = executed(page)
     assert found
-    if any(re.search(r"^(scripts/|python docs/|sbatch |source \.venv)", fence["text"], re.M) for fence in found):
+    if any(re.search(r"^(scripts/|sbatch |source \.venv)", fence["text"], re.M) for fence in found):
         check_out(folder)
     monkeypatch.chdir(folder)
     namespace = {"__name__": page.stem}

@@ -87,6 +87,8 @@ def prepare(argv: list[str]) -> str | None:
     key = next((key for key in PATHS if words[-1].startswith(key)), None)
     if key:
         return _answer(query, words, [key + path for path in _paths(words[-1][len(key) :], key[:-1])])
+    if re.match(r"outputs|[./]", words[-1]):  # runs that are no value of a key
+        return _answer(query, words, _paths(words[-1], ""))
     from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.names import prepare as prepare_names
 
