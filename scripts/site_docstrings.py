@@ -5,6 +5,8 @@ import re
 import griffe
 
 ROLE = re.compile(r":(?:mod|class|func|meth|data):`(?P<name>[^`]+)`")
+# "hidden, depth: text", which may go on in lines further to the right
+ARGUMENTS = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+):(?P<text>.*(?:\n(?P=indent) +\S.*)*)", re.M)
 EXAMPLE = re.compile(r"(?:^|(?<=\n))(?P<indent> *)>>> .*(?:\n(?P=indent)\S.*|\n(?P=indent) +\S.*)*")
 
 
@@ -17,14 +19,20 @@ class Markdown(griffe.Extension):
 
 
 def to_markdown(text: str) -> str:
-    """A docstring's roles and examples as Markdown."""
-    return EXAMPLE.sub(fence, ROLE.sub(link, text.replace("``", "`")))
+    """A docstring's roles, arguments and examples as Markdown."""
+    return ARGUMENTS.sub(each, EXAMPLE.sub(fence, ROLE.sub(link, text.replace("``", "`"))))
 
 
 def link(role: re.Match) -> str:
     """flowtrain.flows.maf → code, which is a link where the site has a section of that name."""
     name = role["name"]
     return f'<autoref identifier="{name}" optional><code>{name.removeprefix("flowtrain.")}</code></autoref>'
+
+
+def each(arguments: re.Match) -> str:
+    """Arguments that share a text, each with it: then each has its type and default."""
+    names = arguments["names"].split(", ")
+    return "\n".join(f"{arguments['indent']}{name}:{arguments['text']}" for name in names)
 
 
 def fence(example: re.Match) -> str:
