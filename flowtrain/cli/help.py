@@ -30,12 +30,12 @@ class Key(NamedTuple):
 def help_text(name: str, words: list[str], config_dir: str | None = None) -> str:
     """The help of a command. ``words`` may choose options, such as ``model=realnvp``, whose keys are then listed."""
     command, folders = COMMANDS[name], [Path(config_dir or conf_dir()), conf_dir()]
-    files = _Files(folders, dict(word.split("=", 1) for word in words if "=" in word))
+    files = ConfigFiles(folders, dict(word.split("=", 1) for word in words if "=" in word))
     own = files.with_includes(conf_dir() / f"{name}.yaml")
     root = files.with_includes(conf_dir() / f"{command.root}.yaml") if command.root else own
     groups = files.groups() if "model" in files.chosen(root) else [*files.chosen(root)]
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
-    text = [description(own[0]), "", f"usage: flowtrain {name} {_usage(command)}", "", "Keys:", ""]
+    text = [description(own[0]), "", f"usage: flowtrain {name} {usage(command)}", "", "Keys:", ""]
     text += _table(files.keys(own[0]), width)
     for group, options in files.chosen(own).items():
         for option in listed(options):
@@ -104,7 +104,7 @@ def keys(file: Path, prefix: str = "") -> list[Key]:
     return found
 
 
-class _Files:
+class ConfigFiles:
     """The YAML files of ``folders``, the first that has one; and the options that are chosen of their groups."""
 
     def __init__(self, folders: list[Path], choices: dict[str, str]):
@@ -160,7 +160,7 @@ def _defaults(file: Path) -> list:
     return yaml.safe_load(file.read_text()).get("defaults", [])
 
 
-def _usage(command: Command) -> str:
+def usage(command: Command) -> str:
     paths = [f"[{key}=PATH]" for key in command.on_checkpoint if key != "resume"]
     paths += ["PATH PATH …"] if command.words and command.words not in command.on_checkpoint else []
     return " ".join([*paths, "[group=option]", "[key=value]", "[--multirun]", "[--cfg job]"])
@@ -182,7 +182,7 @@ def _table(found: list[Key], width: int) -> list[str]:
     return lines
 
 
-def _options(files: _Files, group: str, defaults: dict[str, str], width: int) -> list[str]:
+def _options(files: ConfigFiles, group: str, defaults: dict[str, str], width: int) -> list[str]:
     names = files.options(group)
     left = max(map(len, names), default=0) + 2
     return [

@@ -33,7 +33,7 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain train resume=true                        continue the run that stopped
   flowtrain rerun outputs/…                          repeat a run, and say what differs
   torchrun --nproc-per-node=8 -m flowtrain train     or, on one machine, devices=8
-  eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
+  eval "$(flowtrain completion bash)"                tab completion; also for zsh, and fish: flowtrain completion
 
 HYDRA_FULL_ERROR=1 shows an error's traceback. Exit codes: 0; 1 failed; 2 wrong usage; 130, 143 interrupted.
 """.format("\n".join(f"  {name:12} {command.summary}" for name, command in COMMANDS.items()))
@@ -72,9 +72,15 @@ def run(argv: list[str]) -> int:
         print(__version__)
         return 0
     name, words = argv[0], argv[1:]
+    if name == "completion":
+        from flowtrain.cli.completion import script
+
+        print(script(words), end="")
+        return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
+        names = [*COMMANDS, "completion"]
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
         raise UsageError(f"no command '{name}'; {hint}")
 
     from flowtrain.runtime import distributed

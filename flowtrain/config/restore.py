@@ -48,8 +48,16 @@ def load(path: str, weights: str = "auto", allow=()):
     """The flow of a run directory or a checkpoint, on the CPU and in evaluation mode.
 
     Args:
+        path: of the run directory, or of the file.
         weights: ``ema`` (averaged), ``raw``, or ``auto``: the averaged weights where the checkpoint has them.
         allow: names of modules whose own classes the checkpoint may name.
+
+    Raises:
+        UsageError: there is no run or checkpoint at ``path``.
+        FlowtrainError: the checkpoint is damaged, or names a class that is not allowed.
+
+    For example ``flow = flowtrain.load("outputs/digits-glow/…")``, then ``flow.sample(16)``. The checkpoint is read as
+    data: no code from it runs.
     """
     file = runs.checkpoint_in(path, "load")
     config, state = checkpoint_config(file, allow), checkpoint.read(file)
