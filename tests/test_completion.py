@@ -118,6 +118,6 @@ def test_it_offers_commands_shells_and_runs(tmp_path, capsys, monkeypatch):
     runs = ["ckpt=outputs/moons-maf/2026-01-03_00-00-00", "ckpt=outputs/moons-maf/2026-01-02_00-00-00"]
     assert complete("flowtrain eval ckpt=") == runs  # the newest first
     assert complete(f"flowtrain eval {runs[1]}/") == [f"{runs[1]}/checkpoints/"]
-    assert complete("flowtrain sample outputs/mo") == ["outputs/moons-maf/"]
+    assert complete("flowtrain rerun outputs/mo") == ["outputs/moons-maf/"]
     assert {"dataset=moons", "dataset=mnist"} <= set(complete("flowtrain train dataset=m"))
     assert complete("flowtrain train trainer.cl") == ["trainer.clip="]

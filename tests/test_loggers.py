@@ -272,7 +272,7 @@ def test_several_loggers_in_help_and_completion(monkeypatch, capsys):
         ("logger=default", "logger=default: is now logger=tensorboard"),
         ("logger=files", "logger=files: is now logger=none"),
         ("logger=[csv,nope]", "there are csv, mlflow, none, tensorboard, wandb"),
-        ("logger=none", "trainer.tensorboard: logger=none leaves out"),
+        ("trainer.tensorboard=false", "trainer.tensorboard: logger=none leaves out"),
         ("~logger.images", "logger.images: is part of every run"),
         ("logger.wandb.mode=on", "no key 'logger.wandb"),
     ],

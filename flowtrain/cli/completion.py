@@ -87,8 +87,8 @@ def prepare(argv: list[str]) -> str | None:
     key = next((key for key in PATHS if words[-1].startswith(key)), None)
     if key:
         return _answer(query, words, [key + path for path in _paths(words[-1][len(key) :], key[:-1])])
-    if command.words and re.match(r"outputs|[./]", words[-1]):  # runs that are no value of a key
-        return _answer(query, words, _paths(words[-1], ""))
+    if command.words and words[-1] and "=" not in words[-1] and (found := _paths(words[-1], "")):
+        return _answer(query, words, found)
     if several := re.fullmatch(r"(\w+=\[(?:[\w-]+,)*)[\w-]*", words[-1]):  # logger=[csv,wa
         from flowtrain.config.compose import conf_dir
 
