@@ -56,6 +56,19 @@ class ScoreConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig(TrainConfig):
+    ckpt: str
+    to: Literal["onnx", "torch_export", "safetensors"]
+    what: (
+        list[Literal["log_prob", "sample", "encode", "score"]] | Literal["log_prob", "sample", "encode", "score"] | None
+    )
+    solver: Literal["rk4", "heun3", "midpoint", "euler"] | None
+    solver_steps: int = number(least=1)
+    output: str | None
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
     suite: Literal["train", "sample", "spline", "memory", "data", "start", "commands", "all"]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
@@ -110,6 +123,12 @@ COMMANDS = {
     ),
     "score": Command(
         "flowtrain.commands.score", "a likelihood for each row or image", ScoreConfig, on_checkpoint={"ckpt": "score"}
+    ),
+    "export": Command(
+        "flowtrain.commands.export",
+        "a run's flow as ONNX, torch.export or safetensors",
+        ExportConfig,
+        on_checkpoint={"ckpt": "export"},
     ),
     "bench": Command("flowtrain.commands.bench", "time and memory beside other libraries", BenchConfig, root="bench"),
 }
