@@ -69,6 +69,13 @@ class ExportConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig(TrainConfig):
+    from_: Literal["nflows", "zuko", "normflows"] | None
+    path: str | None
+    output: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
     suite: Literal["train", "sample", "spline", "memory", "data", "start", "commands", "all"]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
@@ -129,6 +136,9 @@ COMMANDS = {
         "a run's flow as ONNX, torch.export or safetensors",
         ExportConfig,
         on_checkpoint={"ckpt": "export"},
+    ),
+    "import": Command(
+        "flowtrain.commands.importing", "a flow of nflows, zuko or normflows as a run", ImportConfig, root="import"
     ),
     "bench": Command("flowtrain.commands.bench", "time and memory beside other libraries", BenchConfig, root="bench"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from flowtrain import __version__
 from flowtrain.bijections.ode import ADAPTIVE, continuous_layers
 from flowtrain.commands import ExportConfig
+from flowtrain.commands.outputs import own_folder
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data.spec import class_names
 from flowtrain.engine.evaluate import evaluation_mode
@@ -22,8 +23,6 @@ from flowtrain.export.loops import LONGEST, as_loops, count_steps
 from flowtrain.export.programs import WHAT, Program
 from flowtrain.export.tracing import trace
 from flowtrain.runtime import checkpoint, distributed, files, safetensors_file
-
-log = logging.getLogger("flowtrain")
 
 
 def main(config: ExportConfig, run_dir: str) -> dict:
@@ -39,24 +38,17 @@ def main(config: ExportConfig, run_dir: str) -> dict:
     """
     if not distributed.is_main():
         return {}
-    folder = Path(run_dir)
-    try:
-        if config.output:
-            folder.rmdir()
-            folder = Path(config.output).expanduser()
+    with own_folder(run_dir, config.output) as folder:
         if config.to == "onnx":
             formats.check_installed()
         restored = restore(config, config.ckpt, config.weights)
         contents = _weights(config, restored) if config.to == "safetensors" else _programs(config, restored)
-        report = json.loads(contents["export.json"])
-    except BaseException:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    for name, data in contents.items():
-        files.write(folder / name, data)
+        for name, data in contents.items():
+            files.write(folder / name, data)
+    report = json.loads(contents["export.json"])
     print(_table(report, folder), flush=True)
-    print(f"\n{contents['README.md'].decode().partition('```python')[2].partition('```')[0].strip()}", flush=True)
+    code = contents["README.md"].decode().partition("```python")[2].partition("```")[0].strip()
+    print(f"\nin {os.path.relpath(folder)}:\n\n{code}", flush=True)
     return report
 
 
@@ -82,8 +74,8 @@ def _programs(config: ExportConfig, restored: Restored) -> dict[str, bytes]:
                 difference = max(difference, reference.difference(run))
         if not difference <= reference.tolerance:
             raise FlowtrainError(
-                f"what={what}: the program differs from the flow by {difference:.2g}, more than {reference.tolerance:g},"
-                " on some of 1,000 rows; nothing is written"
+                f"what={what}: the program differs from the flow by {difference:.2g} on some of 1,000 rows, more than"
+                f" {reference.tolerance:g}; nothing is written"
             )
         file = f"{what}{suffix}"
         contents[file] = data
@@ -115,11 +107,12 @@ def _fix_steps(flow, config: ExportConfig) -> list[str]:
             raise UsageError(f"solver={config.solver}: this flow has no ODE")
         return []
     adaptive = [layer for layer in layers if layer.solver in ADAPTIVE]
+    own = layers[0].solver
     if not config.solver:
         if adaptive:
             raise UsageError(
-                f"solver=null: the number of steps of this flow's solver, {adaptive[0].solver}, depends on the data, which"
-                " no exported program can do; give one of fixed steps: solver=rk4 solver_steps=32"
+                f"solver=null: the steps of this flow's ODE solver, {adaptive[0].solver}, depend on the data, which no"
+                " exported program can do; give one of fixed steps: solver=rk4 solver_steps=32"
             )
         return []
     generator = torch.Generator().manual_seed(0)
@@ -130,9 +123,8 @@ def _fix_steps(flow, config: ExportConfig) -> list[str]:
     if z is None or not adaptive:
         return [f"{config.solver} with {config.solver_steps} steps in place of the flow's solver"]
     change = (flow.decode(z).double() - before.double()).abs().max().item()
-    note = f"samples by {config.solver} with {config.solver_steps} steps differ from the flow's own by at most {change:.2g}"
-    log.warning(note)
-    return [note]
+    steps = f"{config.solver} with {config.solver_steps} steps"
+    return [f"samples by {steps} differ from those by {own} by at most {change:.2g}"]
 
 
 def _record(config: ExportConfig, restored: Restored, program: Program) -> dict:
@@ -253,7 +245,7 @@ def _table(report: dict, folder: Path) -> str:
     rows = [
         (
             row["what"],
-            str(folder / row["file"]),
+            os.path.relpath(folder / row["file"]),
             f"{row['bytes'] / 1024:,.0f} KiB",
             f"{row['greatest_difference']:.1e} of {row['tolerance']:.0e}"
             if "tolerance" in row
@@ -268,7 +260,7 @@ def _table(report: dict, folder: Path) -> str:
     left_out = [f"{row['left_out']:,} for {row['what']}" for row in report["programs"] if row.get("left_out")]
     if left_out:
         lines.append(
-            f"compared on 1,000 rows each, tails included; others were drawn where float32 itself does not determine the"
-            f" result to 1/{1 / SHARE:.0f} of the tolerance: {', '.join(left_out)}"
+            f"compared on 1,000 rows each, tails included; rows were drawn anew where float32 itself does not determine"
+            f" the result to 1/{1 / SHARE:.0f} of the tolerance: {', '.join(left_out)}"
         )
     return "\n".join([*lines, *report["notes"]])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowtrain.export.decompositions import TABLE
 
@@ -22,7 +23,8 @@ def trace(program: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
     Gradients that the program takes become operators of it. What depends on weights alone is computed here, once.
     """
     batch = {0: Dim("batch")}
-    graph = make_fx(program, TABLE, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs.values())
+    with sdpa_kernel(SDPBackend.MATH):  # of operators that every program has, the gradient's too
+        graph = make_fx(program, TABLE, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs.values())
     fold(graph)
     named = _with_names(graph, list(inputs))
     shapes = {name: batch for name in inputs}
