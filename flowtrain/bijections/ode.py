@@ -246,8 +246,8 @@ class Continuous(Bijection):
         return times[0] + (times[-1] - times[0]) * share
 
 
-# of each solver of fixed steps: the share of the step at which a slope is taken, and the weights of the slopes before it
-# in the state there; at last, without a share, those of the step. rk4 is Kutta's 3/8 rule, as in torchdiffeq.
+# of each solver of fixed steps: the share of the step at which a slope is taken, and the weights of the slopes before
+# it in the state there; at last, without a share, those of the step. rk4 is Kutta's 3/8 rule, as in torchdiffeq.
 _STAGES: dict[str, list[tuple[float | None, tuple[float, ...]]]] = {
     "euler": [(0, ()), (None, (1,))],
     "midpoint": [(0, ()), (1 / 2, (1 / 2,)), (None, (0, 1))],

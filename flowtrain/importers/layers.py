@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowtrain.errors import UsageError
+
+# what arrays and numbers of numpy are pickled with
+NUMPY = [
+    *(np._core.multiarray.scalar, np._core.multiarray._reconstruct, np.ndarray, np.dtype),
+    *(type(np.dtype(kind)) for kind in (np.bool_, np.uint8, np.int32, np.int64, np.float32, np.float64)),
+]
 
 
 class Layer(NamedTuple):

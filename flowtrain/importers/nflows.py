@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.importers.layers import (
+    NUMPY,
     Imported,
     Layer,
     affine,
@@ -28,7 +29,7 @@ MODULES = (
     "nflows.distributions",
     "nflows.nn.nets",
 )  # whose classes a pickled flow may name
-PICKLED = [torch.relu, torch.tanh]  # and what else it may name
+PICKLED = [*NUMPY, torch.relu, torch.tanh]  # and what else it may name
 START = math.log(math.expm1(1 - 1e-3))  # where our softplus scale is 1; theirs is 1 there without the shift
 
 

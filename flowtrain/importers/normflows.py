@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowtrain.importers.layers import (
+    NUMPY,
     Imported,
     Layer,
     affine,
@@ -24,7 +24,7 @@ from flowtrain.importers.layers import (
 from flowtrain.importers.splines import masked_network, spline_autoregressive, spline_coupling
 
 MODULES = ("normflows",)  # whose classes a pickled flow may name
-PICKLED = [
+PICKLED = NUMPY  # and what else it may name
     np._core.multiarray.scalar,
     np.dtype,
     np.dtypes.Int64DType,
