@@ -25,11 +25,6 @@ from flowtrain.importers.splines import masked_network, spline_autoregressive, s
 
 MODULES = ("normflows",)  # whose classes a pickled flow may name
 PICKLED = NUMPY  # and what else it may name
-    np._core.multiarray.scalar,
-    np.dtype,
-    np.dtypes.Int64DType,
-    np.dtypes.Float64DType,
-]  # and what else it may name
 
 
 def log_prob(flow: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
