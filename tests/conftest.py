@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out of a plain run; runs with --all, or when its file is named")
+    config.addinivalue_line("markers", "workers: jobs run in processes of their own, as they do for a user")
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
     if config.args_source is config.ArgsSource.ARGS or config.getoption("--reliability"):
         config.option.all = True
@@ -49,9 +50,11 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        # A file stays in one process, for its fixtures. So does reliability: its tests watch the clock.
+        # A file stays in one process, for its fixtures, unless a test has a group of its own. So does reliability: its
+        # tests watch the clock.
         group = "reliability" if RELIABILITY in item.path.parents else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group))
         if "long" in item.keywords and not config.option.long:
             item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --long"))
     if config.getoption("--reliability"):

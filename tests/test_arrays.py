@@ -283,7 +283,7 @@ def test_fields_are_drawn_in_colours(channels):
 # ------------------------------------------------------------------ commands
 
 
-SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run"]
+SMALL = ["smoke=true", "logger=none", "report=false", "hydra.run.dir=run"]
 
 
 def run(folder, *words):
@@ -352,7 +352,7 @@ def test_spectra_are_vectors_with_a_plot_of_curves(tmp_path):
 
 def test_a_split_that_is_read_batch_by_batch_trains_the_same(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", FIELD)
-    words = ["dataset=arrays", f"dataset.path={tmp_path}/x.npy", "model=maf", "smoke=true", "trainer.tensorboard=false"]
+    words = ["dataset=arrays", f"dataset.path={tmp_path}/x.npy", "model=maf", "smoke=true", "logger=none"]
     results = []
     for held in (2**30, 0):
         monkeypatch.setattr(arrays, "HELD_BYTES", held)
@@ -363,7 +363,7 @@ def test_a_split_that_is_read_batch_by_batch_trains_the_same(tmp_path, monkeypat
 
 def test_resume_finds_the_run(tmp_path):
     np.save(tmp_path / "x.npy", FIELD)
-    words = ["train", "dataset=arrays", "dataset.path=x.npy", "model=maf", "smoke=true", "trainer.tensorboard=false"]
+    words = ["train", "dataset=arrays", "dataset.path=x.npy", "model=maf", "smoke=true", "logger=none"]
     run(tmp_path, *words)
     run(tmp_path, *words, "resume=true", "max_steps=4")
     assert len([*tmp_path.glob("outputs/*/*")]) == 1

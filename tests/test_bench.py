@@ -182,7 +182,7 @@ def test_a_profile_records_operations_of_training_steps(tmp_path, capsys):
         "model.steps=1",
         "model.hidden=8",
         "trainer.val_examples=16",
-        "trainer.tensorboard=false",
+        "logger=none",
         "trainer.profile=true",
     )
     assert flowtrain(tmp_path, *words, "max_steps=12") == 0

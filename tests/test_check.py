@@ -73,7 +73,7 @@ def command(folder):
 
 @pytest.fixture(scope="module")
 def run(folder) -> Path:
-    assert flowtrain(folder, "train", "smoke=true", "dataset=digits", "trainer.tensorboard=false") == 0
+    assert flowtrain(folder, "train", "smoke=true", "dataset=digits", "logger=none") == 0
     return next(folder.glob("outputs/digits-glow/*"))
 
 

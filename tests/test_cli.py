@@ -23,7 +23,7 @@ from flowtrain.config.conversion import key_names
 from flowtrain.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["max_steps=2", "smoke=true", "trainer.tensorboard=false"]
+TINY = ["max_steps=2", "smoke=true", "logger=none", "report=false"]
 
 
 def environment(**more):
@@ -68,7 +68,7 @@ def refusal(tmp_path, monkeypatch):
         ("model.steps=two", "model.steps=two: must be a number"),
         ("~model.foo", "no key 'model.foo'"),
         ("~seed", "~seed: cannot be left out"),
-        ("~logger", "choose one of default, files"),
+        ("~logger", "choose one of csv, mlflow"),
         ("max_steps=abc", "max_steps=abc: must be a whole number of at least 1"),
         ("batch_size=-1", "batch_size=-1"),
         ("seed=", "seed="),
@@ -174,6 +174,7 @@ def test_completion(tmp_path):
     assert {"model=glow", "model=nice"} <= set(complete("flowtrain train model=", "fish"))
     assert "optimizer.momentum=" in complete("flowtrain train optimizer=sgd optimizer.m")
     assert complete("flowtrain eval ckpt=out") == ["ckpt=outputs/"]
+    assert complete("flowtrain compare outputs out") == ["outputs/"]
     assert complete("flowtrain eval ckpt=nowhere dr") == []
     for shell in ("bash", "zsh", "fish"):
         assert "flowtrain" in flowtrain("-sc", f"install={shell}", cwd=tmp_path).stdout
@@ -293,7 +294,7 @@ def test_two_processes_leave_one_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code, devices", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_saves_and_leaves(tmp_path, number, code, devices):
-    words = ["train", "max_steps=1000000", f"devices={devices}", "trainer.tensorboard=false", "smoke=false"]
+    words = ["train", "max_steps=1000000", f"devices={devices}", "logger=none", "smoke=false"]
     process = subprocess.Popen(
         [sys.executable, "-m", "flowtrain", *words],
         cwd=tmp_path,

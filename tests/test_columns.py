@@ -27,7 +27,7 @@ from flowtrain.flow import Flow
 from flowtrain.flows import parts
 from flowtrain.flows.angles import with_angles
 from flowtrain.runtime import global_batch
-from flowtrain.train import _fit_to_data
+from flowtrain.training.start import fit_to_data
 
 
 def fit(layer, columns, rows=None):
@@ -471,7 +471,7 @@ def test_fitting_before_training_is_a_function_of_the_seed():
     made = []
     for seed in (1, 1, 2):
         flow = Flow((15,), partial(parts.quantile, columns=Columns(GAPS).encoded))
-        _fit_to_data(flow, ArraySplit(rows, columns=Columns(GAPS)), seed)
+        fit_to_data(flow, ArraySplit(rows, columns=Columns(GAPS)), seed)
         made.append(flow.bijection.quantile.x)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
 
@@ -479,4 +479,4 @@ def test_fitting_before_training_is_a_function_of_the_seed():
 def test_fitting_names_the_layer_and_its_key():
     flow = Flow((3,), b.Standardize)
     with pytest.raises(UsageError, match="preprocess: Standardize: needs what is known of 3 columns, not 2"):
-        _fit_to_data(flow, ArraySplit(torch.zeros(4, 3), columns=Columns(GAPS[3:4] * 2)), 0)
+        fit_to_data(flow, ArraySplit(torch.zeros(4, 3), columns=Columns(GAPS[3:4] * 2)), 0)

@@ -226,7 +226,7 @@ def people(tmp_path_factory):
         f"dataset.path={folder}/people.csv",
         "dataset.context=[age,sex]",
         "smoke=true",
-        "trainer.tensorboard=false",
+        "logger=none",
     ]
     config = configuration("dataset=table", "model=maf", *words)
     (folder / "run").mkdir()

@@ -24,7 +24,7 @@ from flowtrain.errors import UsageError
 from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["smoke=true", "trainer.tensorboard=false"]
+TINY = ["smoke=true", "logger=none", "report=false"]
 EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
 SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "output": None, "plot": True, "weights": "auto"}
 
@@ -143,8 +143,20 @@ def test_a_list_of_classes_draws_a_row_for_each(tmp_path):
     ]
     assert np.array_equal(rows[0], means) and not np.array_equal(rows[0, 0], rows[0, 1])
     assert (rows[1] != rows[0]).any((1, 2)).all()
-    width, height = Image.open(paths["png"]).size
-    assert width / 6 == pytest.approx(height / 4, rel=0.05)
+    image = np.array(Image.open(paths["png"]).convert("L"))
+    side = (len(image) - 5) // 4  # of a cell: 8 pixels, each enlarged to 11, and a frame of 5
+    margin = image.shape[1] - 6 * side - 5
+    assert side == 93 and side < margin < 4 * side and (image[:, :margin] < 100).any()  # labels
+    shown = image[:, margin:][43::side, 43::side]  # a class's temperatures below each other
+    pixels = rows.reshape(2, 2, 6, 8, 8)[..., 3, 3].swapaxes(0, 1).reshape(4, 6)
+    assert np.array_equal(shown, np.round(pixels * (255 / 16)))
+
+
+def test_classes_of_a_list_share_their_noise(tmp_path):
+    config, summary = train_run(tmp_path, *TINY, "dataset.context=label")  # without classes in its density so far
+    both = sample.main(*of_checkpoint(config, summary, tmp_path / "both", **{**SAMPLE, "label": [3, 3]}))
+    first, again = np.load(both["npy"]).reshape(2, 6, 64)
+    assert np.array_equal(first, again) and not np.array_equal(first[0], first[1])
 
 
 def test_a_list_of_temperatures_draws_rows(tmp_path):
@@ -155,7 +167,7 @@ def test_a_list_of_temperatures_draws_rows(tmp_path):
     assert len(integers) == 18
     assert (integers[:6] == integers[0]).all() and not (integers[12:] == integers[12]).all()
     width, height = Image.open(paths["png"]).size
-    assert abs(width / height - 2) < 0.2
+    assert height == 3 * 93 + 5 and 6 * 93 + 5 < width < 8 * 93  # three rows, and labels beside them
 
 
 def test_initial_weights_come_from_a_checkpoint(tmp_path):
@@ -236,7 +248,7 @@ def test_published_figures_are_compared_in_their_own_unit(published, ours):
 
 def process(*words, cwd):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "flowtrain", "train", *words, "trainer.tensorboard=false"]
+    command = [sys.executable, "-m", "flowtrain", "train", *words, "logger=none"]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     (metrics,) = cwd.glob("outputs/*/*/metrics.jsonl")

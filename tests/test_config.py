@@ -26,7 +26,7 @@ TRAINER = to_dict(configuration().trainer)
         ({"ema": 1}, "ema=1: must be a number of at least 0 and below 1"),
         ({"accumulate": 1.5}, "accumulate=1.5: must be a whole number of at least 1"),
         ({"accumulate": True}, "accumulate=true: must be a whole number"),
-        ({"tensorboard": 1}, "tensorboard=1: must be true or false"),
+        ({"profile": 1}, "profile=1: must be true or false"),
     ],
 )
 def test_settings_name_the_key_and_what_is_right(values, message):

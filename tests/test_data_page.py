@@ -208,7 +208,7 @@ REFUSED = [  # in the order of the page
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_a_refusal_says_what_the_page_says(tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
-    block = PAGE[PAGE.index("## What is refused") :].split("```\n")[1]
+    block = PAGE[PAGE.index("## What is refused") :].split("```")[1].removeprefix("text\n")
     lines = block.replace("\n  ", " ").strip().splitlines()
     assert len(lines) == len(REFUSED)
     kind, keys = REFUSED[number]

@@ -80,6 +80,7 @@ def config(**changes):
         save_every=10,
         save_minutes=60,
         max_bad_steps=4,
+        layer_statistics=False,
         rollback=None,
         profile=False,
     )
@@ -120,7 +121,7 @@ def same(a, b):
 
 def lines(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith("system/")} for row in rows]
 
 
 def run(one, run_dir):
@@ -510,10 +511,10 @@ def test_progress_is_told_with_rate_and_time_left(tmp_path, caplog):
     lines = ProgressLines()
     lines.open(RunRecord(tmp_path, 0, 0, Budget(100, None), "bits_per_dim", "bits/dim"))
     with caplog.at_level("INFO", logger="flowtrain"):
-        values = {"train/bits_per_dim": 2.5, "time/seconds": 10.0, "time/examples_per_second": 320.0}
+        values = {"train/bits_per_dim": 2.5, "system/seconds": 10.0, "system/rows_per_second": 320.0}
         lines.scalars(10, values)
         lines.scalars(10, {"val/bits_per_dim": 2.5})
-    assert caplog.messages == ["step 10: 2.5000 bits/dim, 320 examples/s, 1:30 left"]
+    assert caplog.messages == ["step 10: 2.5000 bits/dim, 320 rows/s, 1:30 left"]
 
 
 # ---- what a step costs ---------------------------------------------------------------------------------------------

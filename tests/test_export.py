@@ -126,7 +126,7 @@ def runs(tmp_path_factory):
     lines = ["size,kind,count,age"]
     lines += [f"{v:.4f},{'ab'[i % 2]},{i % 5},{30 + i % 7}" for i, v in enumerate(random.normal(size=300))]
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
-    small = "smoke=true", "trainer.tensorboard=false"
+    small = "smoke=true", "logger=none", "report=false"
     assert (
         flowtrain(
             folder, "train", "dataset=table", "dataset.path=table.csv", "dataset.context=[age]", "model=maf", *small
@@ -216,7 +216,9 @@ def test_a_program_that_differs_is_refused(runs, tmp_path, monkeypatch):
 
 
 def test_an_adaptive_solver_is_refused_and_a_fixed_one_offered(tmp_path):
-    assert flowtrain(tmp_path, "train", "model=ffjord", "dataset=moons", "smoke=true", "trainer.tensorboard=false") == 0
+    assert (
+        flowtrain(tmp_path, "train", "model=ffjord", "dataset=moons", "smoke=true", "logger=none", "report=false") == 0
+    )
     with pytest.raises(FlowtrainError, match="solver=rk4 solver_steps=32"):
         flowtrain(tmp_path, "export")
     words = "solver=rk4", "solver_steps=4", "to=torch_export", "what=[log_prob,sample]"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from hydra._internal import utils
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 import flowtrain
@@ -100,3 +102,27 @@ def test_what_is_missing_is_named(loader):
     with pytest.raises(MissingConfigException) as caught:
         Composition(loader, "train", ["model=glwo"])
     assert caught.value.missing_cfg_file == "model/glwo" and "glow" in caught.value.options
+
+
+def test_a_sweep_begins_and_launches_where_it_says(tmp_path, monkeypatch):
+    calls = []
+
+    class Wrapped(Launcher):
+        def __init__(self, launcher, hydra_context, config):
+            self.launcher = launcher
+            calls.append((hydra_internals.is_sequential(launcher), hydra_internals.is_search(config.hydra.sweeper)))
+
+        def setup(self, **_):
+            pass
+
+        def launch(self, job_overrides, initial_job_idx):
+            calls.append([word for job in job_overrides for word in job if word.startswith("seed")])
+            return []
+
+    monkeypatch.setattr(Plugins, "instantiate_sweeper", None)  # which the next line sets, and monkeypatch undoes
+    monkeypatch.setattr(Plugins, "instantiate_launcher", None)
+    hydra_internals.before_sweeps(lambda config: calls.append(list(config.hydra.overrides.task)), Wrapped)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["flowtrain"])
+    run_hydra("train", ["--multirun", "seed=1,2", "hydra.sweep.dir=sweep"], task=lambda cfg: None)
+    assert calls == [["seed=1,2"], (True, False), ["seed=1", "seed=2"]]

@@ -216,7 +216,7 @@ def test_sides_that_are_none(size):
 # ------------------------------------------------------------------ commands
 
 
-SMALL = ["smoke=true", "trainer.tensorboard=false", "hydra.run.dir=run", "model=nice"]
+SMALL = ["smoke=true", "logger=none", "report=false", "hydra.run.dir=run", "model=nice"]
 
 
 def test_every_command_on_labelled_images(tmp_path):

@@ -504,7 +504,7 @@ def losses(folder, *words):
         "max_steps=20",
         "hydra.run.dir=run",
     ]
-    quiet = ["trainer.tensorboard=false", "trainer.log_every=5", "trainer.accumulate=2"]
+    quiet = ["logger=none", "trainer.log_every=5", "trainer.accumulate=2"]
     assert flowtrain(folder, "train", *small, *quiet, *words) == 0
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return [
@@ -536,7 +536,7 @@ def test_what_is_refused(words, said, tmp_path):
 
 
 def test_a_flow_in_which_nothing_is_saved_says_so(tmp_path):
-    words = ("model=made", "dataset=moons", "devices=1", "max_steps=1", "trainer.tensorboard=false")
+    words = ("model=made", "dataset=moons", "devices=1", "max_steps=1", "logger=none")
     for mode, said in (("checkpoint", True), ("none", False)):
         assert flowtrain(tmp_path, "train", f"memory={mode}", *words, f"hydra.run.dir={mode}") == 0
         assert ("so that all is kept" in (tmp_path / mode / "train.log").read_text()) == said

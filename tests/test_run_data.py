@@ -17,7 +17,7 @@ from flowtrain.engine.auto import choose_batch_size, choose_learning_rate
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import checkpoint
 
-TRAIN = ("train", "model=maf", "smoke=true", "trainer.tensorboard=false", "trainer.sample_every=null")
+TRAIN = ("train", "model=maf", "smoke=true", "logger=none", "trainer.sample_every=null", "report=false")
 TABLE = (*TRAIN, "dataset=table")
 
 
@@ -157,7 +157,7 @@ def test_a_root_is_remembered_unless_it_is_gone(tmp_path, capfd, monkeypatch):
     draw = np.random.default_rng(0)
     for i in range(10):
         Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    words = ("dataset=celebahq", "dataset.image_size=8", "model=nice", "smoke=true", "trainer.tensorboard=false")
+    words = ("dataset=celebahq", "dataset.image_size=8", "model=nice", "smoke=true", "logger=none")
     assert flowtrain(tmp_path / "here", "train", *words, "hydra.run.dir=run") == 0  # the default root
     capfd.readouterr()
     assert flowtrain(tmp_path, "eval", "ckpt=here/run") == 0
@@ -202,7 +202,7 @@ def test_a_folder_has_changed_with_the_names_in_it(tmp_path, capfd):
     for i in range(10):
         Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
     words = ("dataset=image_folder", "dataset.path=images", "dataset.image_size=8", "model=nice", "smoke=true")
-    assert flowtrain(tmp_path, "train", *words, "trainer.tensorboard=false", "hydra.run.dir=run") == 0
+    assert flowtrain(tmp_path, "train", *words, "logger=none", "hydra.run.dir=run") == 0
     (folder / "9.png").rename(folder / "a.png")
     capfd.readouterr()
     assert flowtrain(tmp_path, "eval", "ckpt=run") == 0
@@ -246,8 +246,8 @@ def test_a_sweep_is_not_mixed_with_another_nor_its_jobs(tmp_path, capfd):
     state = json.loads((run / "status.json").read_text())
     assert state["state"] == "finished" and state["error"] is None
     assert checkpoint.read_config(run / "checkpoints/best.pt")["seed"] == 1
-    says = refusal(tmp_path, *words)
-    assert "hydra.sweep.dir=sweep: holds a sweep" in says and "resume=true" in says
+    says = refusal(tmp_path, *words, "max_steps=4", "model.depth=1")
+    assert "hydra.sweep.dir=sweep: holds a sweep of another command" in says
     assert contents(tmp_path / "sweep") == before
 
 
@@ -291,7 +291,7 @@ def test_a_batch_size_that_was_typed_is_not_changed():
 
 def test_ten_rows_are_enough(tmp_path, capfd):
     write_table(tmp_path / "ten.csv", 10)
-    words = ("train", "model=maf", "dataset=table", "dataset.path=ten.csv", "max_steps=2", "trainer.tensorboard=false")
+    words = ("train", "model=maf", "dataset=table", "dataset.path=ten.csv", "max_steps=2", "logger=none")
     assert flowtrain(tmp_path, *words, "hydra.run.dir=run") == 0
     out = capfd.readouterr().out
     assert "batch_size=auto: 8 instead of 64: the train split has 8 examples\n" in out and "nan" not in out
@@ -309,7 +309,7 @@ def test_ten_rows_are_enough(tmp_path, capfd):
 
 def test_a_resumed_run_keeps_its_batch_size(tmp_path, capfd):
     write_table(tmp_path / "rows.csv", 50)
-    words = ("train", "model=maf", "dataset=table", "dataset.path=rows.csv", "trainer.tensorboard=false")
+    words = ("train", "model=maf", "dataset=table", "dataset.path=rows.csv", "logger=none")
     assert flowtrain(tmp_path, *words, "max_steps=2", "trainer.accumulate=3") == 0  # 40 rows: batches of 39
     assert flowtrain(tmp_path, *words, "max_steps=4", "trainer.accumulate=3", "resume=true") == 0
     assert "resumed at step 2" in capfd.readouterr().out
@@ -334,7 +334,7 @@ def test_one_image_is_too_few_and_three_are_enough(tmp_path):
         if i == 0:
             says = "1 example is too few for a train, validation and test split: at least 3 are needed"
             assert says in refusal(tmp_path, *words)
-    small = ("model.levels=2", "model.hidden=8", "model.blocks=1", "max_steps=2", "trainer.tensorboard=false")
+    small = ("model.levels=2", "model.hidden=8", "model.blocks=1", "max_steps=2", "logger=none")
     assert flowtrain(tmp_path, *words, *small) == 0
 
 

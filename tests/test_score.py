@@ -40,7 +40,7 @@ DEFAULTS = {  # of conf/score.yaml
 def train_run(folder, *words) -> Path:
     """A run in ``folder``."""
     (run_dir := folder / "run").mkdir()
-    train.main(configuration(*words, "smoke=true", "trainer.tensorboard=false"), str(run_dir))
+    train.main(configuration(*words, "smoke=true", "logger=none"), str(run_dir))
     return run_dir
 
 

@@ -7,7 +7,8 @@ from inprocess import flowtrain
 
 from flowtrain.errors import FlowtrainError
 
-TINY = ("train", "smoke=true", "model=realnvp_vector", "dataset=moons", "max_steps=4", "trainer.val_every=2")
+MOONS = ("model=realnvp_vector", "dataset=moons")
+TINY = ("train", "smoke=true", "report=false", *MOONS, "max_steps=4", "trainer.val_every=2")
 MINE = """
 from pathlib import Path
 
@@ -73,19 +74,21 @@ def test_a_logger_of_ones_own(folder):
     ("words", "left"),
     [
         ((), {"metrics.jsonl", "tb", "samples"}),
-        (("trainer.tensorboard=false",), {"metrics.jsonl", "samples"}),
-        (("logger=files",), {"metrics.jsonl", "samples"}),
-        (("logger.images=null", "logger.tensorboard=null"), {"metrics.jsonl"}),
+        (("logger=none",), {"metrics.jsonl", "samples"}),
+        (("logger=[]",), {"metrics.jsonl", "samples"}),
+        (("logger.tensorboard=null",), {"metrics.jsonl", "samples"}),
+        (("logger=csv",), {"metrics.jsonl", "samples", "scalars.csv"}),
+        (("logger=[csv,tensorboard]",), {"metrics.jsonl", "samples", "tb", "scalars.csv"}),
     ],
 )
 def test_loggers_are_chosen(folder, words, left):
     run = train_run(folder, *words)
-    assert {name for name in ("metrics.jsonl", "tb", "samples") if (run / name).exists()} == left
+    assert {name for name in ("metrics.jsonl", "tb", "samples", "scalars.csv") if (run / name).exists()} == left
 
 
 def test_without_loggers_a_run_still_resumes(folder):
     run = train_run(folder, "--config-dir", "conf", "logger=mine")
-    assert not {"metrics.jsonl", "tb", "samples"} & {path.name for path in run.iterdir()}
+    assert not {"scalars.csv", "tb"} & {path.name for path in run.iterdir()}
     assert flowtrain(folder, "train", f"resume={run}", "max_steps=6") == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 

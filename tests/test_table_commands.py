@@ -13,7 +13,7 @@ from flowtrain.cli.exit_codes import WorkerError
 N = 90
 random = np.random.default_rng(0)
 ROWS = np.stack([random.normal(size=N), random.exponential(size=N)], 1)
-SMALL = ("max_steps=3", "smoke=true", "hydra.run.dir=run")
+SMALL = ("max_steps=3", "smoke=true", "report=false", "hydra.run.dir=run")
 
 
 def blanks(folder):

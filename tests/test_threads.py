@@ -9,10 +9,10 @@ from composed import configuration
 from inprocess import flowtrain
 from omegaconf import OmegaConf
 
-from flowtrain import train
 from flowtrain.cli import jobs, launcher
 from flowtrain.engine.threads import KEPT, ROUNDS, Threads, halvings
 from flowtrain.runtime import distributed
+from flowtrain.training.setup import threads_of
 
 TURN = 1 + KEPT
 
@@ -109,7 +109,7 @@ TINY = [
     "dataset=moons",
     "dataset.rows=2000",
     "model.hidden=8",
-    "logger=files",
+    "logger=none",
     "model.steps=1",
     "trainer.sample_every=null",
 ]
@@ -154,10 +154,10 @@ def test_threads_are_set_and_recorded(tmp_path, threads):
 def test_only_a_process_that_trains_alone_on_the_cpu_measures(threads, monkeypatch):
     torch.set_num_threads(2)
     cpu = torch.device("cpu")
-    assert train._threads(configuration(), cpu, None).numbers == [2, 1]
+    assert threads_of(configuration(), cpu, None).numbers == [2, 1]
     for word in ("deterministic=true", "threads=2"):
-        assert train._threads(configuration(word), cpu, None).numbers == [2]
-    assert train._threads(configuration(), cpu, object()).numbers == [2]  # it is compiled
-    assert train._threads(configuration(), torch.device("cuda"), None).numbers == [2]
+        assert threads_of(configuration(word), cpu, None).numbers == [2]
+    assert threads_of(configuration(), cpu, object()).numbers == [2]  # it is compiled
+    assert threads_of(configuration(), torch.device("cuda"), None).numbers == [2]
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    assert train._threads(configuration(), cpu, None).numbers == [2]
+    assert threads_of(configuration(), cpu, None).numbers == [2]

@@ -259,7 +259,7 @@ def test_weights_that_cannot_be_are_refused(tmp_path, frame):
 def test_train_eval_and_score(tmp_path, frame):
     path = write(frame.assign(one=1.0), tmp_path / "t.csv")
     run = ["train", "model=maf", "dataset=table", f"dataset.path={path}", "dataset.columns=[a,b]", "smoke=true"]
-    run += ["trainer.tensorboard=false"]
+    run += ["logger=none"]
     figures, reports = {}, {}
     for name in ("w", "one", "null"):
         assert flowtrain(tmp_path, *run, f"dataset.weights={name}", f"hydra.run.dir=run-{name}") == 0

@@ -106,7 +106,7 @@ class Runner:
             "dataset.val_size=100",
             "dataset.test_size=100",
         ]
-        steps = ["max_steps=3", "trainer.tensorboard=false", f"hydra.run.dir={self.folder}/run"]
+        steps = ["max_steps=3", "logger=none", f"hydra.run.dir={self.folder}/run"]
         self._finish("-m", "flowtrain", "train", "model=nsf_autoregressive", *data, *steps)
 
     def run(self, command: str, *words: str) -> Finished:

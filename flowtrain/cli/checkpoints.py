@@ -20,6 +20,7 @@ FIND = {  # key -> the checkpoint that its value names
     "ckpt": lambda path: runs.checkpoint_in(path, "ckpt"),
     "resume": runs.checkpoint_to_resume,
     "replay": runs.divergence_record,
+    "run": runs.run_to_repeat,
 }
 
 
@@ -36,7 +37,7 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
     if command.root and not named:
         if "ckpt" not in command.on_checkpoint or placeholder or any(_chooses_flow(item) for item in parse(words)):
             return command.root, words
-    key = named[0].partition("=")[0] if named else "ckpt"
+    key = named[0].partition("=")[0] if named else next(iter(command.on_checkpoint))
     if placeholder and not named:
         ConfigStore.instance().store(group=key, name="PATH", node={key: "PATH"}, package="_global_")
         return command.on_checkpoint[key], [f"{key}=PATH", *others]
@@ -48,9 +49,9 @@ def open_checkpoints(command: Command, words: list[str], placeholder: bool = Fal
     if named:
         files = [FIND[key](format_value(path)) for path in _values(named[0])]
     else:
-        files = [runs.newest_checkpoint()]
+        files = [runs.newest_checkpoint() if key == "ckpt" else runs.newest_to_repeat()]
         out = sys.stderr if runs.dry_run or values.get("json") else sys.stdout
-        print(f"ckpt={os.path.relpath(files[0])}", file=out, flush=True)
+        print(f"{key}={os.path.relpath(files[0])}", file=out, flush=True)
     from flowtrain.config import restore  # imports torch, which a mistake in a word should not wait for
 
     options = ",".join(restore.store_option(key, file, allow, remember) for file in files)
@@ -67,7 +68,7 @@ def _names_checkpoint(command: Command, word: str) -> bool:
 def _chooses_flow(item) -> bool:
     """Whether an override chooses an option of a group that describes a flow or its training."""
     group = item.key_or_group
-    return group not in ("hydra", "launcher") and (conf_dir() / group).is_dir()
+    return group not in ("hydra", "launcher", "sweep") and (conf_dir() / group).is_dir()
 
 
 def _values(word: str) -> list:

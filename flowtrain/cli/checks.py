@@ -9,18 +9,19 @@ from pathlib import Path
 import yaml
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowtrain.cli import directories, keys
-from flowtrain.cli.hydra_internals import Composition, Loader
+from flowtrain.cli.hydra_internals import Composition, Loader, is_search
 from flowtrain.cli.messages import no_option, suggest, usage_error
 from flowtrain.cli.overrides import parse, split_jobs
 from flowtrain.commands import CHECKPOINT_KEYS, Command
 from flowtrain.config import runs
 from flowtrain.config.compose import conf_dir, is_part, make_config
 from flowtrain.config.conversion import dotted_keys, format_value, key_names
-from flowtrain.config.schema import TrainConfig, check_batch_size
+from flowtrain.config.schema import JobConfig, TrainConfig, check_batch_size
 from flowtrain.errors import UsageError
 from flowtrain.runtime import distributed
 
@@ -31,13 +32,25 @@ OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "datas
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
 
 
-def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> None:
-    """Compose every job of a command line. Raises UsageError, in one line, at the first mistake."""
+def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> bool:
+    """Compose every job of a command line; whether they are dry runs. Raises UsageError, in one line, at the first
+    mistake."""
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise UsageError(f"--config-dir {args.config_dir}: no such directory")
-    loader = Loader(args.config_dir)
-    for words in split_jobs(args.overrides, multirun):
-        _Job(loader, command, args.config_name or config_name, words).check()
+    loader, name, dry = Loader(args.config_dir), args.config_name or config_name, set()
+    words, search = args.overrides, False
+    if multirun or any(item.key_or_group == "sweep" for item in parse(words)):
+        hydra = _Job(loader, command, name, words).hydra_node()
+        search = hydra is None or is_search(hydra.sweeper)
+        if hydra is not None:
+            multirun = multirun or hydra.mode == RunMode.MULTIRUN
+            words = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()), *words]
+    for job in split_jobs(words, multirun, search):
+        config = _Job(loader, command, name, job).check()
+        dry.add(command.trains and config.dry_run)
+    if len(dry) > 1:
+        raise UsageError("dry_run=true,false: the jobs of a sweep are all dry runs, or none is")
+    return True in dry
 
 
 def check_names(command: Command, words: list[str]) -> None:
@@ -51,7 +64,7 @@ def check_names(command: Command, words: list[str]) -> None:
         if item.is_hydra_override() or root == "hydra":
             continue
         if _is_fixed(command, key):
-            raise _refusal(key)
+            raise _refusal(command, key)
         has_schema = any(name.startswith(f"{root}.") for name in declared)
         if root not in known or has_schema and key not in declared:
             raise UsageError(f"no key '{key}'; {suggest(key, known)}".rstrip("; "))
@@ -65,7 +78,16 @@ class _Job:
         self.parsed = parse(words)
         self.restored = command.opens_checkpoint(config_name)
 
-    def check(self) -> None:
+    def hydra_node(self) -> DictConfig | None:
+        """Hydra's own settings, without what a sweep varies; None where :meth:`check` will find a mistake."""
+        fixed = [item.input_line for item in self.parsed if not item.is_sweep_override()]
+        try:
+            return Composition(self.loader, self.config_name, fixed).whole().hydra
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
+            return None
+
+    def check(self) -> JobConfig:
+        """The configuration that the job receives."""
         self._check_options()
         try:
             composition = Composition(self.loader, self.config_name, self.words)
@@ -76,7 +98,7 @@ class _Job:
             raise self._missing(error) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise usage_error(error) from error  # ValueError: of ~model=0
-        self._check_whole(cfg)
+        return self._check_whole(cfg)
 
     def _check_options(self) -> None:
         for item in self.parsed:
@@ -86,7 +108,7 @@ class _Job:
             if item.is_delete() or not self.loader.group_exists(group):
                 continue
             if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
-                raise _refusal(group)
+                raise _refusal(self.command, group)
             options = self.loader.options(group)
             if value is None:
                 raise UsageError(f"{group}=null: choose one of {', '.join(options)}")
@@ -98,6 +120,8 @@ class _Job:
 
     def _missing(self, error: MissingConfigException) -> Exception:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if group == "hydra/sweeper" and name == "optuna":
+            return UsageError("hydra/sweeper=optuna: needs the extra packages of pip install 'flowtrain[optuna]'")
         if group == "hydra/launcher":
             return UsageError(f"launcher={name}: needs the extra packages of pip install 'flowtrain[launchers]'")
         return no_option(group, name, error.options or []) if group else usage_error(error)
@@ -123,7 +147,7 @@ class _Job:
             if item.package is not None or item.is_hydra_override():
                 continue
             if self.restored and _is_fixed(self.command, key):
-                raise _refusal(key)
+                raise _refusal(self.command, key)
             if not (item.is_add() or item.is_force_add()) or key.startswith(keys.OPEN):
                 keys.check_exists(key, content, known)
             if self.restored and _changes_nothing(self.command, key):
@@ -133,7 +157,7 @@ class _Job:
             if not item.is_delete():
                 keys.check_kind(key, item.value(), OmegaConf.select(tree, key, throw_on_missing=False))
 
-    def _check_whole(self, cfg: DictConfig) -> None:
+    def _check_whole(self, cfg: DictConfig) -> JobConfig:
         known = key_names(self.command.config)
         for key in cfg:
             if key not in known and not is_part(key) and key != "hydra":
@@ -153,6 +177,11 @@ class _Job:
                 check_batch_size(config.batch_size, processes, config.trainer.accumulate)
             if config.init:
                 runs.checkpoint_in(config.init, "init")
+            if self.command.repeats and config.resume:
+                raise UsageError("resume: flowtrain rerun starts anew; flowtrain train resume=PATH continues a run")
+            if config.dry_run:
+                directories.check_place(cfg)
+        return config
 
 
 def _check_part(part: str, cfg: DictConfig) -> None:
@@ -172,6 +201,8 @@ def _check_part(part: str, cfg: DictConfig) -> None:
 def _is_fixed(command: Command, key: str) -> bool:
     """Whether the checkpoint decides a key: the flow, its data and, unless the command trains, its optimizer."""
     root = key.split(".")[0]
+    if command.repeats:  # a new run, of the same data
+        return root == "dataset" and key not in PLACES
     of_training = not command.trains and root in ("optimizer", "scheduler", "logger")
     return (root in ("model", "dataset", "objective") or is_part(root) or of_training) and key not in PLACES
 
@@ -180,5 +211,8 @@ def _changes_nothing(command: Command, key: str) -> bool:
     return not command.trains and key.split(".")[0] in OF_TRAINING and key not in READ_BY_ALL
 
 
-def _refusal(key: str) -> UsageError:
+def _refusal(command: Command, key: str) -> UsageError:
+    if command.repeats:
+        why = "a rerun keeps the run's data and choices, and flowtrain train starts another run"
+        return UsageError(f"{key} is fixed by the checkpoint: {why}")
     return UsageError(f"{key} is fixed by the checkpoint; of the model and its data, only {', '.join(PLACES)} are not")

@@ -30,16 +30,17 @@ class Key(NamedTuple):
 def help_text(name: str, words: list[str], config_dir: str | None = None) -> str:
     """The help of a command. ``words`` may choose options, such as ``model=realnvp``, whose keys are then listed."""
     command, folders = COMMANDS[name], [Path(config_dir or conf_dir()), conf_dir()]
-    files = _Files(folders, dict(word.split("=", 1) for word in words if "=" in word))
+    files = ConfigFiles(folders, dict(word.split("=", 1) for word in words if "=" in word))
     own = files.with_includes(conf_dir() / f"{name}.yaml")
     root = files.with_includes(conf_dir() / f"{command.root}.yaml") if command.root else own
     groups = files.groups() if "model" in files.chosen(root) else [*files.chosen(root)]
     width = min(shutil.get_terminal_size((120, 0)).columns, 120)
-    text = [description(own[0]), "", f"usage: flowtrain {name} {_usage(command)}", "", "Keys:", ""]
+    text = [description(own[0]), "", f"usage: flowtrain {name} {usage(command)}", "", "Keys:", ""]
     text += _table(files.keys(own[0]), width)
-    for group, option in files.chosen(own).items():
-        found = files.keys(files.find(group, option), f"{group}.")
-        text += ["", f"Keys of {group}={option}:", "", *_table(found, width)] if found else []
+    for group, options in files.chosen(own).items():
+        for option in listed(options):
+            found = files.keys(files.find(group, option), f"{group}.")
+            text += ["", f"Keys of {group}={option}:", "", *_table(found, width)] if found else []
     text += ["", "Groups, and their options (* is the default): group=option chooses another.", ""]
     defaults = files.chosen(root)
     for group in groups:
@@ -47,8 +48,8 @@ def help_text(name: str, words: list[str], config_dir: str | None = None) -> str
     if "model" in files.chosen(own):
         tip = f"flowtrain {name} model=NAME --help lists that model's keys."
     elif command.on_checkpoint:
-        listed = {key.name for key in files.keys(own[0])}
-        others = ", ".join(key for key in (*READ_BY_ALL, *PLACES) if key not in listed)
+        shown = {key.name for key in files.keys(own[0])}
+        others = ", ".join(key for key in (*READ_BY_ALL, *PLACES) if key not in shown)
         tip = f"Of the run's own keys, {others} can be given."
     else:
         tip = ""
@@ -70,6 +71,11 @@ def description(file: Path) -> str:
 def summary(file: Path) -> str:
     """The first sentence of :func:`description`."""
     return re.split(r"(?<=[^.])\.(?= [A-Z]|$)", " ".join(description(file).split()))[0]
+
+
+def listed(options: str) -> list[str]:
+    """The options of ``group=option`` or ``group=[option,…]``."""
+    return [option.strip() for option in options.strip("[]").split(",") if option.strip()]
 
 
 def keys(file: Path, prefix: str = "") -> list[Key]:
@@ -98,7 +104,7 @@ def keys(file: Path, prefix: str = "") -> list[Key]:
     return found
 
 
-class _Files:
+class ConfigFiles:
     """The YAML files of ``folders``, the first that has one; and the options that are chosen of their groups."""
 
     def __init__(self, folders: list[Path], choices: dict[str, str]):
@@ -145,7 +151,8 @@ class _Files:
                     option = self.choices.get(group, option)
                     if not name.startswith("override ") and option not in (None, "???") and group not in found:
                         found[group] = option
-                        todo += self.with_includes(self.find(group, option))
+                        for one in listed(option):
+                            todo += self.with_includes(self.find(group, one))
         return found
 
 
@@ -153,8 +160,9 @@ def _defaults(file: Path) -> list:
     return yaml.safe_load(file.read_text()).get("defaults", [])
 
 
-def _usage(command: Command) -> str:
+def usage(command: Command) -> str:
     paths = [f"[{key}=PATH]" for key in command.on_checkpoint if key != "resume"]
+    paths += ["PATH PATH …"] if command.words and command.words not in command.on_checkpoint else []
     return " ".join([*paths, "[group=option]", "[key=value]", "[--multirun]", "[--cfg job]"])
 
 
@@ -174,11 +182,11 @@ def _table(found: list[Key], width: int) -> list[str]:
     return lines
 
 
-def _options(files: _Files, group: str, defaults: dict[str, str], width: int) -> list[str]:
+def _options(files: ConfigFiles, group: str, defaults: dict[str, str], width: int) -> list[str]:
     names = files.options(group)
     left = max(map(len, names), default=0) + 2
     return [
-        f"  {'*' if defaults.get(group) == name else ' '} {name:{left}}"
+        f"  {'*' if name in listed(defaults.get(group, '')) else ' '} {name:{left}}"
         + textwrap.shorten(summary(files.find(group, name)), width - left - 4, placeholder=" …")
         for name in names
     ]

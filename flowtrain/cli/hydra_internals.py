@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -88,6 +89,33 @@ def run_hydra(config_name: str, argv: list[str], task) -> None:
     sys.argv = ["flowtrain", *argv]
     utils.run_and_report = lambda function: function()
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+
+
+def before_sweeps(begin, wrap) -> None:
+    """From now on, call ``begin(config)`` before the sweeper of a sweep is made, and launch its jobs by
+    ``wrap(launcher, hydra_context, config)``."""
+
+    def instantiate_sweeper(self, *, hydra_context, task_function, config):
+        begin(config)
+        return _make_sweeper(self, hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def instantiate_launcher(self, hydra_context, task_function, config):
+        return wrap(_make_launcher(self, hydra_context, task_function, config), hydra_context, config)
+
+    Plugins.instantiate_sweeper, Plugins.instantiate_launcher = instantiate_sweeper, instantiate_launcher
+
+
+_make_sweeper, _make_launcher = Plugins.instantiate_sweeper, Plugins.instantiate_launcher
+
+
+def is_sequential(launcher) -> bool:
+    """Whether a launcher runs one job after another."""
+    return type(launcher).__name__ == "BasicLauncher"  # Hydra loads its plugins once more: the class is another
+
+
+def is_search(sweeper: DictConfig) -> bool:
+    """Whether a sweeper chooses values itself, as opposed to running every combination."""
+    return "basic_sweeper" not in sweeper["_target_"]
 
 
 def split_sweep(parsed: list) -> list[list[str]]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 import flowtrain.cli.hydra_internals  # noqa: F401  quoted keys, in the processes of other launchers too
-from flowtrain.cli import directories, exit_codes, launcher, sweep, worker
+from flowtrain.cli import continuation, directories, exit_codes, launcher, sweep, worker
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.commands import COMMANDS
 from flowtrain.config import compose, runs
+from flowtrain.config.conversion import to_dict
 from flowtrain.config.schema import TrainConfig
 from flowtrain.errors import Interrupted, UsageError
 from flowtrain.runtime import distributed, status
@@ -35,8 +36,8 @@ def job(cfg: DictConfig):
     hydra = HydraConfig.get()
     is_sweep = hydra.mode == RunMode.MULTIRUN
     command, run_dir = hydra.job.name, hydra.runtime.output_dir
-    row = {"job": hydra.job.get("num", 0), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
-    start = time.monotonic()
+    row = {"job": continuation.number_of(hydra), "overrides": " ".join(hydra.overrides.task), "run_dir": run_dir}
+    start, is_dry = time.monotonic(), COMMANDS[command].trains and cfg.dry_run
     taken = COMMANDS[command].trains and directories.is_taken(run_dir, cfg.resume)
     record_end = status.record_end if COMMANDS[command].trains and not taken else lambda *_: None
     try:
@@ -44,14 +45,21 @@ def job(cfg: DictConfig):
             raise directories.taken_error(run_dir)
         summary = _run(command, cfg, run_dir, hydra, is_sweep)
         record_end(run_dir)
-        row = {"status": "finished", "seconds": round(time.monotonic() - start, 3), **(summary or {}), **row}
-        return summary
+        if is_dry and summary:
+            directories.check_room(summary.get("disk_bytes", 0))
+        row = {
+            "status": "dry run" if is_dry else "finished",
+            "seconds": round(time.monotonic() - start, 3),
+            **(summary or {}),
+            **row,
+        }
+        return sweep.figure(summary or {})  # what a sweeper that searches minimizes
     except SystemExit as error:  # a signal before the training loop
         record_end(run_dir, error)
         raise
     except Exception as error:
         interrupted = isinstance(error, Interrupted)
-        text, code = exit_codes.describe_error(error, run_dir)
+        text, code = exit_codes.describe_error(error, None if is_dry else run_dir)  # the log is not kept
         record_end(run_dir, error, text)
         row |= {"status": "interrupted" if interrupted else "failed", "error": text}
         if not is_sweep:
@@ -99,7 +107,8 @@ def _find_checkpoints(config: TrainConfig, run_dir: Path) -> TrainConfig:
     """``config`` with the files to resume and to take weights from, or None."""
     resume = config.resume or None
     if resume is True:
-        file = runs.newest_intact(run_dir / "checkpoints")
+        run = runs.find_run(to_dict(config)) if config.dry_run else run_dir
+        file = runs.newest_intact(run / "checkpoints") if run else None
         resume = str(file) if file else None
         if file is None:
             log.info("resume=true: no run of this configuration under %s/, so this is a new one", runs.OUTPUTS)
@@ -109,12 +118,13 @@ def _find_checkpoints(config: TrainConfig, run_dir: Path) -> TrainConfig:
 
 def _final_summary(config: TrainConfig, run_dir: Path) -> dict | None:
     """The summary of the run to resume, where it has finished already."""
-    if not config.resume or not runs.run_of(Path(config.resume)):
+    if not config.resume or not (resumed := runs.run_of(Path(config.resume))):
         return None
+    run_dir = resumed if config.dry_run else run_dir
     summary = runs.final_summary(run_dir, config, Path(config.resume))
-    if summary is None:
+    if summary is None and not config.dry_run:
         (run_dir / "summary.json").unlink(missing_ok=True)  # of a run that now gets more steps
-    else:
+    elif summary is not None:
         log.info("%s has finished already", run_dir)
     return summary
 

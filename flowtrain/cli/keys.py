@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from flowtrain.cli.messages import suggest
+from flowtrain.cli.messages import REPLACED, suggest
 from flowtrain.config.conversion import format_value
 from flowtrain.errors import UsageError
 
@@ -32,6 +32,8 @@ def check_exists(key: str, content: dict, known, where: str = "") -> None:
             return
         if ".".join(parts[:number]) in OPEN:
             return
+        if part not in node and key in REPLACED:
+            raise UsageError(f"{where}{key}: {REPLACED[key]}")
         if part not in node:
             raise UsageError(f"{where}no key '{key}'; {suggest(key, known)}".rstrip("; "))
         node = node[part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from contextlib import nullcontext
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes
@@ -23,15 +24,19 @@ USAGE = """usage: flowtrain COMMAND [key=value …] [--multirun]
   flowtrain train --multirun model=nice,realnvp,glow seed=1,2
   flowtrain eval                                     the run that started last; or ckpt=outputs/…
   flowtrain sample n=64 temperature=0.7
+  flowtrain report                                   one page that shows it; training ends with it too
+  flowtrain compare outputs/a outputs/b              which is better, and by how much
   flowtrain check                                    is its flow exact? or check model=glow: a new flow
   flowtrain score input=table.csv                    or a folder of images
   flowtrain bench suite=sample                       what it costs here, compared with nflows and others
+  flowtrain train dry_run=true                       the model, the data and what the run would cost
   flowtrain train resume=true                        continue the run that stopped
+  flowtrain rerun outputs/…                          repeat a run, and say what differs
   torchrun --nproc-per-node=8 -m flowtrain train     or, on one machine, devices=8
-  eval "$(flowtrain -sc install=bash)"               tab completion (bash, zsh; fish: | source)
+  eval "$(flowtrain completion bash)"                tab completion; also for zsh, and fish: flowtrain completion
 
 HYDRA_FULL_ERROR=1 shows an error's traceback. Exit codes: 0; 1 failed; 2 wrong usage; 130, 143 interrupted.
-""".format("\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items()))
+""".format("\n".join(f"  {name:12} {command.summary}" for name, command in COMMANDS.items()))
 
 
 def main() -> None:
@@ -67,9 +72,15 @@ def run(argv: list[str]) -> int:
         print(__version__)
         return 0
     name, words = argv[0], argv[1:]
+    if name == "completion":
+        from flowtrain.cli.completion import script
+
+        print(script(words), end="")
+        return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
+        names = [*COMMANDS, "completion"]
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
         raise UsageError(f"no command '{name}'; {hint}")
 
     from flowtrain.runtime import distributed
@@ -105,10 +116,12 @@ def compose(name: str, words: list[str]) -> int:
     from flowtrain.cli import jobs
     from flowtrain.cli.checkpoints import open_checkpoints
     from flowtrain.cli.checks import check
+    from flowtrain.cli.continuation import concluded
+    from flowtrain.cli.directories import temporary_outputs
     from flowtrain.cli.help import help_text
     from flowtrain.cli.hydra_internals import flag_parser, run_hydra
     from flowtrain.cli.messages import usage_error
-    from flowtrain.cli.names import prepare
+    from flowtrain.cli.names import name_paths, prepare
     from flowtrain.config import runs
     from flowtrain.runtime import distributed
 
@@ -122,12 +135,16 @@ def compose(name: str, words: list[str]) -> int:
     if args.multirun and args.cfg:
         raise UsageError("--cfg shows one job: leave --multirun and its lists of values out")
     runs.dry_run = bool(args.hydra_help or args.cfg or args.info)
-    root, args.overrides = open_checkpoints(command, prepare(args.overrides), placeholder=args.hydra_help)
+    given = prepare(name_paths(command, args.overrides))
+    root, args.overrides = open_checkpoints(command, given, placeholder=args.hydra_help)
     code = 0
     try:
+        is_dry = False
         if not args.hydra_help:
-            check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
-        run_hydra(root, [*flags, *args.overrides], jobs.job)
+            is_dry = check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+        with temporary_outputs() if is_dry and not runs.dry_run else nullcontext(()) as words, concluded() as codes:
+            run_hydra(root, [*flags, *args.overrides, *words], jobs.job)
+        code = max(codes, default=0)
     except SystemExit as end:
         code = end.code or 0
     except HydraException as error:

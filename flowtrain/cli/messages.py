@@ -18,7 +18,17 @@ def suggest(name: str, options) -> str:
     return f"did you mean '{near[0]}'? " if near else ""
 
 
+RENAMED = {("logger", "default"): "tensorboard", ("logger", "files"): "none"}  # options of earlier versions
+REPLACED = {  # keys of earlier versions -> what to say now
+    "trainer.tensorboard": "logger=none leaves out TensorBoard's files",
+    **dict.fromkeys(("logger.metrics", "logger.images", "logger.progress"), "is part of every run; logger= adds more"),
+}
+
+
 def no_option(group: str, name: str, options) -> UsageError:
+    if (group, name) in RENAMED:
+        new = RENAMED[group, name]
+        return UsageError(f"{group}={name}: is now {group}={new}, beside metrics.jsonl and samples/ of every run")
     return UsageError(f"{group}={name}: no such option; {suggest(name, options)}there are {', '.join(options)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra.errors import HydraException
 
 from flowtrain.cli.hydra_internals import QUOTED
 from flowtrain.cli.keys import OPEN
+from flowtrain.commands import Command
 from flowtrain.errors import UsageError
 
 LISTS = ("dataset.columns", "dataset.context")  # keys that list names of columns
@@ -26,6 +28,29 @@ def prepare(words: list[str]) -> list[str]:
     be added marked as such. Raises UsageError for a file that cannot be read."""
     words = [_read_files(word) for word in words]
     return [f"++{word}" if re.match(rf"({'|'.join(map(re.escape, OPEN))})[.=]", word) else word for word in words]
+
+
+def name_paths(command: Command, words: list[str]) -> list[str]:
+    """The words with those that are paths by themselves at the command's key for them, last.
+
+    >>> from flowtrain.commands import COMMANDS
+    >>> name_paths(COMMANDS["compare"], ["outputs/a", "split=val", "outputs/b"])
+    ['split=val', 'runs=["outputs/a","outputs/b"]']
+    """
+    key = command.words
+    paths = [word for word in words if key and _is_path(word)]
+    if not paths:
+        return words
+    others = [word for word in words if word not in paths]
+    if key in command.on_checkpoint:
+        return [*others, *(f"{key}={path}" for path in paths)]
+    if given := next((word for word in others if word.partition("=")[0] == key), None):
+        raise UsageError(f"{given}: name the {key} with {key}= or as words, not both")
+    return [*others, f"{key}={_write(paths)}"]
+
+
+def _is_path(word: str) -> bool:
+    return "=" not in word and not re.match(r"[~+](?!/)", word) or os.path.exists(os.path.expanduser(word))
 
 
 def _read_files(word: str) -> str:

@@ -32,8 +32,9 @@ def parse(words: list[str]) -> list:
     return OverridesParser.create().parse_overrides(words)
 
 
-def split_jobs(words: list[str], multirun: bool) -> list[list[str]]:
-    """The words of each job. Raises UsageError for several values without ``--multirun``."""
+def split_jobs(words: list[str], multirun: bool, search: bool = False) -> list[list[str]]:
+    """The words of each job; of a ``search``, which runs but some of them, each value once. Raises UsageError for
+    several values without ``--multirun``."""
     parsed = parse(words)
     if not multirun:
         for item in parsed:
@@ -43,7 +44,22 @@ def split_jobs(words: list[str], multirun: bool) -> list[list[str]]:
                     f"'{item.input_line}' holds several values: add --multirun, or write {key}=[a,b] for a list"
                 )
         return [words]
-    try:
-        return split_sweep(parsed)
-    except HydraException:  # another sweeper's kind of sweep: check the rest
-        return [[item.input_line for item in parsed if not item.is_sweep_override()]]
+    if not search:
+        try:
+            return split_sweep(parsed)
+        except HydraException as error:
+            raise UsageError(f"{error}; it needs a search, such as hydra/sweeper=optuna") from error
+    parsed = [*{item.key_or_group: item for item in parsed}.values()]  # the last of each key wins
+    fixed = [item.input_line for item in parsed if not item.is_sweep_override()]
+    swept = [_some_values(item) for item in parsed if item.is_sweep_override()]
+    first = [values[0] for values in swept]
+    others = [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(swept) for value in values[1:]]
+    return [[*fixed, *job] for job in (first, *others)]
+
+
+def _some_values(item) -> list[str]:
+    """The words of the values of a sweep; of an interval, its ends."""
+    key = item.get_key_element()
+    if item.is_interval_sweep():
+        return [f"{key}={end}" for end in (item.value().start, item.value().end)]
+    return [f"{key}={value}" for value in item.sweep_string_iterator()]

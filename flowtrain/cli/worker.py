@@ -56,7 +56,9 @@ def main() -> None:
         result = execute(**job) or {}
         distributed.close()
     except Exception as error:
-        text, code = exit_codes.describe_error(error, job["run_dir"])
+        text, code = exit_codes.describe_error(
+            error, None if getattr(job["config"], "dry_run", False) else job["run_dir"]
+        )
         kind = "peer" if isinstance(error, PeerFailure) else "own" if isinstance(error, FlowtrainError) else "other"
         signum = error.signum if isinstance(error, Interrupted) else None
         result = {"error": text, "exit_code": code, "kind": kind, "signum": signum}

@@ -11,6 +11,11 @@ from flowtrain.config.schema import JobConfig, TrainConfig, number
 
 
 @dataclass(frozen=True, kw_only=True)
+class RerunConfig(TrainConfig):
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(TrainConfig):
     ckpt: str
     split: Literal["train", "val", "test"]
@@ -29,6 +34,42 @@ class SampleConfig(TrainConfig):
     context: Any
     output: str | None
     plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    steps: int = number(least=0)
+    split: Literal["train", "val", "test"]
+    examples: list[int] | None = number(least=0)
+    path: Literal["auto", "spherical", "linear"]
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(TrainConfig):
+    ckpt: str
+    n: int = number(least=1)
+    split: Literal["train", "val", "test"]
+    examples: list[int] | None = number(least=0)
+    keep: float | list[float] | None = number(least=0)
+    temperature: float = number(least=0)
+    tolerance: float = number(above=0)
+    plot: bool
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(JobConfig):
+    runs: list[str]
+    split: Literal["train", "val", "test"]
+    baseline: Literal["best", "first"]
+    examples: int | None = number(least=2)
+    draws: int | None = number(least=1)
+    seed: int | None = number(least=0)
     weights: Literal["auto", "ema", "raw"]
 
 
@@ -69,6 +110,16 @@ class ExportConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig(TrainConfig):
+    ckpt: str
+    examples: int = number(least=2)
+    n: int = number(least=1)
+    temperatures: list[float] = number(least=0)
+    seconds: float | None = number(above=0)
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportConfig(TrainConfig):
     from_: Literal["nflows", "zuko", "normflows"] | None
     path: str | None
@@ -98,6 +149,8 @@ class Command:
     root: the file in ``conf/`` that it composes on where no checkpoint is opened; None: it always opens one.
     on_checkpoint: each key whose value is the path of a checkpoint, and the file in ``conf/`` that is composed on top
         of the configuration in that checkpoint.
+    words: the key of words without "=", which are paths: of a checkpoint each where it is a key of ``on_checkpoint``,
+        else of a list; None: the command takes no such words.
     """
 
     module: str
@@ -105,10 +158,15 @@ class Command:
     config: type[JobConfig]
     root: str | None = None
     on_checkpoint: dict[str, str] = field(default_factory=dict)
+    words: str | None = None
 
     @property
     def trains(self) -> bool:
-        return self.config is TrainConfig
+        return self.config is TrainConfig or self.repeats
+
+    @property
+    def repeats(self) -> bool:
+        return self.config is RerunConfig
 
     def opens_checkpoint(self, root: str) -> bool:
         """Whether the root configuration of that name is composed on top of a checkpoint's."""
@@ -119,8 +177,34 @@ COMMANDS = {
     "train": Command(
         "flowtrain.train", "fit a flow to data", TrainConfig, root="train", on_checkpoint={"resume": "train_resume"}
     ),
+    "rerun": Command(
+        "flowtrain.rerun",
+        "repeat a run from its directory",
+        RerunConfig,
+        on_checkpoint={"run": "rerun"},
+        words="run",
+    ),
     "eval": Command("flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}),
     "sample": Command("flowtrain.commands.sample", "samples of a run", SampleConfig, on_checkpoint={"ckpt": "sample"}),
+    "interpolate": Command(
+        "flowtrain.commands.interpolate",
+        "paths between real examples in latent space",
+        InterpolateConfig,
+        on_checkpoint={"ckpt": "interpolate"},
+    ),
+    "reconstruct": Command(
+        "flowtrain.commands.reconstruct",
+        "real examples, encoded and decoded again",
+        ReconstructConfig,
+        on_checkpoint={"ckpt": "reconstruct"},
+    ),
+    "compare": Command(
+        "flowtrain.commands.compare",
+        "runs side by side, on the same examples",
+        CompareConfig,
+        root="compare",
+        words="runs",
+    ),
     "check": Command(
         "flowtrain.commands.check",
         "audit of a run's flow, or of a new one",
@@ -139,6 +223,9 @@ COMMANDS = {
     ),
     "import": Command(
         "flowtrain.commands.importing", "a flow of nflows, zuko or normflows as a run", ImportConfig, root="import"
+    ),
+    "report": Command(
+        "flowtrain.commands.report", "a page that shows a run", ReportConfig, on_checkpoint={"ckpt": "report"}
     ),
     "bench": Command("flowtrain.commands.bench", "time and memory beside other libraries", BenchConfig, root="bench"),
 }

@@ -26,11 +26,13 @@ class Contexts:
     Attributes:
         rows: (m, *context_shape).
         columns: the context columns of a file, m values each as the file has them, by their names.
+        classes: of a list of classes, the name of each as a margin shows it.
     """
 
     rows: Tensor
     each: int
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows) * self.each
@@ -38,6 +40,10 @@ class Contexts:
     def places(self, samples: slice) -> np.ndarray:
         """The row of each of some samples."""
         return np.arange(samples.start, samples.stop) // self.each
+
+    def turns(self) -> list[Contexts]:
+        """The contexts of each class of a list, whose samples share their noise; else these alone."""
+        return [Contexts(row[None], self.each) for row in self.rows] if self.classes else [self]
 
     def __getitem__(self, samples: slice) -> Tensor:
         """The contexts of some samples, (b, *context_shape)."""
@@ -68,7 +74,14 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     if not given:
         raise UsageError(f"label=[]: the classes are {list_classes(names) or f'0 to {classes - 1}'}")
     labels = torch.tensor([class_number(one, classes, names) for one in given])
-    return Contexts(label_context(labels, classes), config.n)
+    shown = [_shorten(names[label]) if names else f"class {label}" for label in labels]
+    return Contexts(
+        label_context(labels, classes), config.n, classes=tuple(shown) if isinstance(config.label, list) else ()
+    )
+
+
+def _shorten(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _of_columns(config: SampleConfig, columns: Columns, data: Dataset) -> Contexts:

@@ -12,24 +12,32 @@ import torch
 from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
 from flowtrain.commands import EvalConfig
-from flowtrain.commands.evaluation import evaluate_split, split_batches
+from flowtrain.commands.evaluation import data_digest, evaluate_split, split_batches
 from flowtrain.commands.outputs import open_array
 from flowtrain.commands.restored import restore
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation, plus_minus
 from flowtrain.flow import Flow
-from flowtrain.runtime import distributed, environment, files, global_batch
+from flowtrain.runtime import checkpoint, distributed, environment, files, global_batch
 
 EXAMPLES = 1000  # with an exact trace, which costs D times a stochastic one
 
 
 def main(config: EvalConfig, run_dir: str) -> dict:
-    """Evaluate ``config.ckpt``, print a table (or JSON), and write eval.json, log_likelihoods.npy and environment.json
-    into ``run_dir``.
+    """Evaluate ``config.ckpt`` and print a table, or JSON; see :func:`evaluate`."""
+    report = evaluate(config, run_dir)
+    if distributed.is_main():
+        print(json.dumps(report, indent=2) if config.json else table(report))
+    return report
+
+
+def evaluate(config: EvalConfig, run_dir: str) -> dict:
+    """Evaluate ``config.ckpt`` and write eval.json, log_likelihoods.npy and environment.json into ``run_dir``.
 
     log_likelihoods.npy holds one number in nats for each example of the split, NaN for those that were not evaluated:
-    what decides between two models is the mean of the differences on the same examples.
+    what decides between two models is the mean of the differences on the same examples. If these are weighted,
+    example_weights.npy holds their weights.
 
     Returns the content of eval.json.
     """
@@ -57,8 +65,12 @@ def main(config: EvalConfig, run_dir: str) -> dict:
         **({"weights_column": config.dataset.get("weights")} if split.weights is not None else {}),
         "split": config.split,
         "data": split.description,
+        "data_sha256": data_digest(split, restored),
+        "dimensions": flow.dimensions,
+        "seed": config.seed,
         "weights": restored.weights,
         "checkpoint": config.ckpt,
+        "checkpoint_sha256": checkpoint.digest(config.ckpt),
     }
     if config.published:
         logit = None
@@ -77,8 +89,10 @@ def main(config: EvalConfig, run_dir: str) -> dict:
         files.write_json(Path(run_dir) / "eval.json", report)
         with open_array(Path(run_dir) / "log_likelihoods.npy", len(result.each)) as write:
             write(result.each.numpy())
+        if split.weights is not None:
+            with open_array(Path(run_dir) / "example_weights.npy", len(split)) as write:
+                write(split.weights.cpu().numpy())
         environment.record(run_dir, distributed.device())
-        print(json.dumps(report, indent=2) if config.json else table(report))
     return report
 
 

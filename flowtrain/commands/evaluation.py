@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 
 import torch
 
 from flowtrain.bijections.ode import exact_trace
+from flowtrain.commands.restored import Restored
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import evaluation_batches
 from flowtrain.data.split import Split
@@ -35,6 +37,15 @@ def evaluate_split(
             return evaluate(flow, batches, len(split), draws, config.seed, split.weights)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
+
+
+def data_digest(split: Split, restored: Restored) -> str:
+    """A SHA-256 of a split and of what a likelihood of its examples means: equal where two models' are comparable. It
+    changes with the examples and their order, their context and weights, grey levels, and the types of columns."""
+    spec = restored.dataset.spec
+    columns = [(one.name, one.kind, one.categories, one.width, one.missing) for one in spec.columns or ()]
+    what = len(split), split.digest(), spec.shape, spec.grey_levels, spec.context, columns
+    return hashlib.sha256(repr(what).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def split_batches(split: Split, config: TrainConfig, device, examples: int | None = None, rows: int = 256):

@@ -96,6 +96,17 @@ def _discard(folder: Path) -> None:
             folder.parent.rmdir()
 
 
+def free_name(name: str, taken) -> str:
+    """``name``, with underscores behind it where a column has it already.
+
+    >>> free_name("row", ["row", "height"])
+    'row_'
+    """
+    while name in taken:
+        name += "_"
+    return name
+
+
 def progress(total: int | None, unit: str):
     """A progress bar on the first process's terminal; elsewhere one that shows nothing."""
     return tqdm(total=total, unit=unit, unit_scale=True, disable=None if distributed.is_main() else True)

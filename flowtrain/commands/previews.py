@@ -44,8 +44,8 @@ class Preview:
         return density_of(flow, self.points, self.context)
 
 
-def density_of(flow: Flow, points: Tensor, context: Tensor | None = None) -> Tensor:
-    """An image of data points beside the flow's density, (3, H, W) uint8.
+def density_of(flow: Flow, points: Tensor, context: Tensor | None = None, cells: int = CELLS) -> Tensor:
+    """An image of data points beside the flow's density on a grid of cells × cells, (3, H, W) uint8.
 
     The density of a conditional flow is averaged over the contexts of some points.
     """
@@ -61,6 +61,6 @@ def density_of(flow: Flow, points: Tensor, context: Tensor | None = None) -> Ten
     was_training = flow.training
     flow.eval()
     with exact_arithmetic():
-        image = density_image(log_prob, points, cells=CELLS)
+        image = density_image(log_prob, points, cells=cells)
     flow.train(was_training)
     return image

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +16,27 @@ from torch import Tensor
 from flowtrain.commands import SampleConfig
 from flowtrain.commands.contexts import Contexts, contexts
 from flowtrain.commands.draws import sample_batches
-from flowtrain.commands.outputs import open_array, open_table, progress, table_path
+from flowtrain.commands.outputs import free_name, open_array, open_table, progress, table_path
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
 from flowtrain.errors import UsageError
 from flowtrain.plots.curves import plot_curves
-from flowtrain.plots.grid import image_grid, save_png
+from flowtrain.plots.grid import image_grid, labelled_rows, save_png
 from flowtrain.plots.pairs import ROWS, plot_pairs
 from flowtrain.runtime import distributed
 
 log = logging.getLogger("flowtrain")
 
-IMAGES = 1024  # most images of a temperature in the grid
+IMAGES, ROW = 1024, 64  # most images in the grid, and in a row of a class or temperature
 
 
 def main(config: SampleConfig, run_dir: str) -> dict:
     """Draw ``config.n`` samples, at each temperature, of each class of a list, for each row of a file of contexts;
     returns the files' paths.
 
-    The samples are written into ``run_dir`` as they are drawn. Images and fields become samples.png. Vectors of an
+    The samples are written into ``run_dir`` as they are drawn, at one temperature after the other. Images and fields
+    become samples.png; lists of classes or temperatures have a row for each class at each temperature. Vectors of an
     array, such as spectra, become curves.png with ``config.plot``. Rows of a table become samples.csv (or
     ``config.output``), in the columns and units of the data's file, and with ``config.plot`` pairs.png, and for two
     columns density.png too. All become samples.npy.
@@ -49,15 +51,18 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
     context = contexts(config, restored)
-    n = config.n if context is None else len(context)
-    batches = _batches(restored, n, config.seed, context, temperatures)
+    turns = _turns(config, context, temperatures)
+    batches = _batches(restored, turns, config.seed)
     if not distributed.is_main():
         for _ in batches:  # its share of the work
             pass
         return {}
     columns = restored.columns
-    total, done, shown = n * len(temperatures), 0, []
-    step = 1 if spec.is_image else math.ceil(total / ROWS)  # between the rows of a plot
+    total, done = sum(turn.n for turn in turns), 0
+    shown: list[list[Tensor]] = [[] for _ in turns]
+    in_rows = isinstance(config.temperature, list) or isinstance(config.label, list)
+    most = ROW if in_rows else IMAGES  # images of a turn in the grid
+    step = math.ceil(total / ROWS)  # between the rows of a plot
     paths = {"npy": folder / "samples.npy"}
     with ExitStack() as stack:
         write = stack.enter_context(open_array(paths["npy"], total))
@@ -65,21 +70,24 @@ def main(config: SampleConfig, run_dir: str) -> dict:
             paths["csv"] = output
             write_rows = stack.enter_context(open_table(output))
         bar = stack.enter_context(progress(total, "sample"))
-        for first, samples in batches:
+        for number, first, samples in batches:
             write(samples.numpy())
-            shown.append(samples[: max(0, IMAGES - first)] if spec.is_image else samples[-done % step :: step])
+            shown[number].append(samples[: max(0, most - first)] if spec.is_image else samples[-done % step :: step])
             if columns:
                 write_rows(_table(columns, context, first, samples))
             done += len(samples)
             bar.update(len(samples))
     if spec.is_image:
         paths["png"] = folder / "samples.png"
-        in_rows = isinstance(config.temperature, list) or isinstance(config.label, list)
-        grid = image_grid(torch.cat(shown), spec.grey_levels, min(config.n, IMAGES) if in_rows else None)
+        images = [torch.cat(parts) for parts in shown]
+        if in_rows:
+            grid = _grid_of_rows(turns, images, len(temperatures), spec.grey_levels)
+        else:
+            grid = image_grid(images[0], spec.grey_levels)
         save_png(grid, paths["png"])
     elif config.plot:
         plot = _plots if columns else _plot_curves
-        paths |= plot(restored, torch.cat(shown), folder)
+        paths |= plot(restored, torch.cat([part for parts in shown for part in parts]), folder)
     for path in paths.values():
         print(path)
     return {name: str(path) for name, path in paths.items()}
@@ -97,17 +105,46 @@ def _plot_curves(restored: Restored, samples: Tensor, folder: Path) -> dict[str,
     return {"curves": path}
 
 
-def _batches(
-    restored: Restored, n: int, seed: int, context: Contexts | None, temperatures: list[float]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield the batches of all processes in order, at one temperature after the other: (the number of the first,
-    samples)."""
-    of = None if context is None else context.__getitem__
-    for temperature in temperatures:
+@dataclass(frozen=True)
+class Turn:
+    """n samples at one temperature, and of a list of classes of one class; ``labels`` name them in the grid."""
+
+    n: int
+    temperature: float
+    context: Contexts | None
+    labels: tuple[str, str]
+
+
+def _turns(config: SampleConfig, context: Contexts | None, temperatures: list[float]) -> list[Turn]:
+    """The turns in the order of samples.npy: all classes at a temperature, then at the next."""
+    contexts = [None] if context is None else context.turns()
+    classes = (context and context.classes) or [""] * len(contexts)
+    listed = isinstance(config.temperature, list)
+    return [
+        Turn(config.n if of is None else len(of), temperature, of, (name, f"T = {temperature}" if listed else ""))
+        for temperature in temperatures
+        for of, name in zip(contexts, classes, strict=True)
+    ]
+
+
+def _batches(restored: Restored, turns: list[Turn], seed: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the batches of all processes in order: (number of the turn, number of the first sample in it, samples)."""
+    for number, turn in enumerate(turns):
+        of = None if turn.context is None else turn.context.__getitem__
         place = distributed.rank(), distributed.world()
-        mine = sample_batches(restored.flow, n, seed, of, temperature, *place)
-        while turns := [turn for turn in distributed.all_gather_object(next(mine, None)) if turn is not None]:
-            yield from turns
+        mine = sample_batches(restored.flow, turn.n, seed, of, turn.temperature, *place)
+        while drawn := [part for part in distributed.all_gather_object(next(mine, None)) if part is not None]:
+            yield from ((number, first, samples) for first, samples in drawn)
+
+
+def _grid_of_rows(turns: list[Turn], images: list[Tensor], temperatures: int, grey_levels: int | None) -> Tensor:
+    """A row for each turn, the temperatures of a class below each other."""
+    classes, most = len(turns) // temperatures, max(1, IMAGES // len(images[0]))
+    rows = [place * classes + number for number in range(classes) for place in range(temperatures)]
+    if len(rows) > most:
+        log.info("the grid shows the first %d of %d rows; samples.npy has all", most, len(rows))
+    labels = [", ".join(filter(None, turns[number].labels)) for number in rows[:most]]
+    return labelled_rows(torch.cat([images[number] for number in rows[:most]]), grey_levels, labels)
 
 
 def _table(columns: Columns, context: Contexts | None, first: int, samples: Tensor) -> dict[str, np.ndarray]:
@@ -116,9 +153,7 @@ def _table(columns: Columns, context: Contexts | None, first: int, samples: Tens
     if context is None or not context.columns:
         return table
     places = context.places(slice(first, first + len(samples)))
-    name = "row"
-    while name in table or name in context.columns:
-        name += "_"
+    name = free_name("row", {*table, *context.columns})
     return {**{name: values[places] for name, values in context.columns.items()}, **table, name: places + 1}
 
 

@@ -26,7 +26,9 @@ def conf_dir() -> Path:
 
 def is_part(key: str) -> bool:
     """Whether a root key is a part that models or data sets choose, such as ``univariate``: it has a config group."""
-    return key not in ("experiment", "launcher", "hydra", *key_names(TrainConfig)) and (conf_dir() / key).is_dir()
+    return (
+        key not in ("experiment", "sweep", "launcher", "hydra", *key_names(TrainConfig)) and (conf_dir() / key).is_dir()
+    )
 
 
 def make_config(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):
@@ -76,6 +78,7 @@ def _shrink(cfg: DictConfig) -> None:
 
 
 OmegaConf.register_new_resolver("output_path", runs.output_path, replace=True)
+OmegaConf.register_new_resolver("repeated_path", runs.repeated_path, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 # cached: a composed configuration has one directory, however often that is read
 OmegaConf.register_new_resolver("claim", runs.claim, replace=True, use_cache=True)

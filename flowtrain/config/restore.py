@@ -15,21 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from flowtrain.config import places, runs
+from flowtrain.config import earlier, places, runs
 from flowtrain.config.allow import check_targets
 from flowtrain.config.build import build_dataset, build_flow
-from flowtrain.config.compose import is_part
+from flowtrain.config.compose import is_part, make_config
 from flowtrain.config.conversion import key_names, to_dict, validate
-from flowtrain.config.schema import TrainConfig
+from flowtrain.config.schema import JobConfig, TrainConfig
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.labels import printable
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
-from flowtrain.runtime import checkpoint
+from flowtrain.runtime import checkpoint, environment
 from flowtrain.runtime.checkpoint import load_weights
 
 MAX_DEPTH, MAX_SIZE = 40, 50_000  # of a configuration: nesting; keys, items and characters of its texts / 100
@@ -38,7 +39,7 @@ NODES = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "
 # keys of dataset that this machine and this command decide, never the file
 LOCAL = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
 DROPPED = ("devices", "threads", "allow", "dist", "job_timeout")
-UNSET = {"init": None, "resume": False}
+UNSET = {"init": None, "resume": False, "dry_run": False}
 NAMING = ("types", "read")  # mappings of dataset that have names of columns as keys
 SPECIAL = ("_recursive_", "_convert_", "_args_")  # keys that Hydra obeys, besides _target_ and _partial_
 
@@ -47,8 +48,16 @@ def load(path: str, weights: str = "auto", allow=()):
     """The flow of a run directory or a checkpoint, on the CPU and in evaluation mode.
 
     Args:
+        path: of the run directory, or of the file.
         weights: ``ema`` (averaged), ``raw``, or ``auto``: the averaged weights where the checkpoint has them.
         allow: names of modules whose own classes the checkpoint may name.
+
+    Raises:
+        UsageError: there is no run or checkpoint at ``path``.
+        FlowtrainError: the checkpoint is damaged, or names a class that is not allowed.
+
+    For example ``flow = flowtrain.load("outputs/digits-glow/…")``, then ``flow.sample(16)``. The checkpoint is read as
+    data: no code from it runs.
     """
     file = runs.checkpoint_in(path, "load")
     config, state = checkpoint_config(file, allow), checkpoint.read(file)
@@ -67,7 +76,7 @@ def checkpoint_config(file: Path, allow=()) -> TrainConfig:
     """
     state = checkpoint.read(file, mmap=True)
     try:
-        values = state.get("config")
+        values = earlier.update(state.get("config"))
         _check_plain(values)
         check_targets(values, allow)
         config = validate(TrainConfig, values)
@@ -77,6 +86,44 @@ def checkpoint_config(file: Path, allow=()) -> TrainConfig:
         text = "".join(letter if letter.isprintable() else "?" for letter in text)  # no control characters
         raise FlowtrainError(f"{file}: its configuration is refused: {text[:300]}") from error
     return config
+
+
+def record_config(file: Path, allow=()) -> TrainConfig:
+    """The configuration in Hydra's record of a run, checked like that of a checkpoint.
+
+    Raises:
+        FlowtrainError: the file cannot be read, names a class that is not allowed, or asks for values from elsewhere.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        values["dataset"]["root"] = "data"  # in place of an interpolation; the run or this machine decides
+        values = {"dry_run": False} | {key: value for key, value in values.items() if key != "run"}
+        if foreign := re.search(r"\$\{[^}]*:[^}]*\}", str(values)):  # of a resolver, such as oc.env
+            raise ValueError(f"it holds an interpolation: {foreign[0][:60]}")
+        config = make_config(OmegaConf.create(values))
+        _check_plain(to_dict(config))
+        check_targets(to_dict(config), allow)
+    except Exception as error:
+        raise FlowtrainError(f"{file}: its configuration is refused: {' '.join(str(error).split())[:300]}") from error
+    return config
+
+
+def started_in(record: Path) -> str:
+    """The folder in which the run of a record of Hydra's was started; "" where that is not known."""
+    try:
+        return str(OmegaConf.to_container(OmegaConf.load(record.with_name("hydra.yaml")))["hydra"]["runtime"]["cwd"])
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return ""
+
+
+def measured_batch_size(file: Path) -> int | None:
+    """The batch size of the run that ``file`` belongs to, where it records one."""
+    if file.suffix != ".yaml":
+        loader = checkpoint.read(file, mmap=True).get("loader")
+        size = loader.get("batch_size") if isinstance(loader, dict) else None
+    else:
+        size = (environment.read(file.parent.parent) or {}).get("batch_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def _check_plain(config) -> None:
@@ -189,14 +236,9 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
     Args:
         remember: whether the data lie where the checkpoint's run directory says; False: at the usual place.
     """
-    values = to_dict(checkpoint_config(file, allow))
-    config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
+    config = _local_values(file, allow, remember, repeats=group == "run")
     config[group] = str(file).replace("${", "\\${")  # OmegaConf would read an interpolation
     run = runs.run_of(file)
-    if run:
-        _check_links(run)
-    remembered = places.remembered(run) if remember else {}
-    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
     parts = (run or file.parent).parts[-2:]
     name = re.sub(r"[^\w.-]", "_", "_".join([*parts, file.stem]))
     known = ConfigStore.instance().repo.get(group, {})
@@ -204,6 +246,42 @@ def store_option(group: str, file: Path, allow=(), remember: bool = True) -> str
         name += "_"
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(config), package="_global_")
     return name
+
+
+def command_config(schema, file: Path, job: JobConfig, **keys):
+    """The ``schema`` instance of a command on a checkpoint, for callers outside the command line: its data lie where
+    the run remembers, ``job`` says how it runs, and ``keys`` are the command's own.
+
+    Raises:
+        FlowtrainError: as :func:`checkpoint_config`.
+    """
+    values = OmegaConf.to_container(OmegaConf.create(_local_values(file, job.allow)), resolve=True)
+    how = {key: value for key, value in to_dict(job).items() if key in DROPPED}
+    return validate(schema, values | how | keys)
+
+
+def _local_values(file: Path, allow=(), remember: bool = True, repeats: bool = False) -> dict:
+    """A checkpoint's configuration with what this machine decides, some of it interpolations: :func:`store_option`.
+
+    ``repeats``: with all that the run decided too, and the batch size that it measured.
+    """
+    is_record = file.suffix == ".yaml"
+    values = to_dict((record_config if is_record else checkpoint_config)(file, allow))
+    config = {key: value for key, value in values.items() if key not in DROPPED} | UNSET
+    if repeats:
+        config |= {key: values[key] for key in ("devices", "threads", "init")}
+        if config["batch_size"] == "auto" and (size := measured_batch_size(file)):
+            config["batch_size"] = size
+    run = runs.run_of(file)
+    if run:
+        _check_links(run)
+    if "tracking_uri" in config["logger"].get("mlflow", {}):  # a server of a stranger's: it gets no records
+        config["logger"]["mlflow"]["tracking_uri"] = None
+    remembered = places.remembered(run) if remember else {}
+    if is_record and remember and values["dataset"].get("path"):  # the run ended before it could say where they lie
+        remembered = {"path": os.path.join(started_in(file), values["dataset"]["path"])} | remembered
+    config["dataset"] |= {key: value for key, value in (LOCAL | remembered).items() if key in config["dataset"]}
+    return config
 
 
 def _check_links(run: Path) -> None:

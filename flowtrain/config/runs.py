@@ -13,16 +13,20 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from flowtrain.config import earlier
 from flowtrain.config.schema import TrainConfig
 from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.runtime import status
 
 log = logging.getLogger("flowtrain")
 
 OUTPUTS = Path("outputs")  # in the working directory
 BEST = ("best.pt", "last.pt", "previous.pt")
 LAST = ("last.pt", "previous.pt", "best.pt")
+RECORD = Path(".hydra", "config.yaml")  # what Hydra writes when a run starts
 # keys that may differ between a run and its continuation
 FREE = ("resume", "devices", "threads", "dist", "job_timeout", "max_steps", "max_minutes")
+FREE += ("dry_run", "report", "logger")
 
 dry_run = False  # True: make no directories, the configuration is only shown
 
@@ -43,7 +47,7 @@ def claim(path: str) -> str:
 
 def run_of(file: Path) -> Path | None:
     """The run directory of a checkpoint or of a divergence record; None for a lone file."""
-    return file.parent.parent if file.parent.name in ("checkpoints", "divergence") else None
+    return file.parent.parent if file.parent.name in ("checkpoints", "divergence", RECORD.parent.name) else None
 
 
 def holds_run(folder: Path) -> bool:
@@ -92,6 +96,48 @@ def checkpoint_in(path: str, key: str, names=BEST) -> Path:
     raise UsageError(f"{key}={path}: not a run directory: it has no checkpoints/{names[0]} or {names[1]}")
 
 
+def run_to_repeat(path: str) -> Path:
+    """What holds the configuration of the run at ``path``: its newest intact checkpoint, or where it has none Hydra's
+    record; or a lone checkpoint. Raises UsageError."""
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        return checkpoint_in(path, "run")
+    for folder in (given / "checkpoints", given):
+        file, problems = _first_intact(folder, [name for name in LAST if (folder / name).is_file()])
+        if problems:
+            log.warning("%s", "; ".join(problems))
+        if file:
+            return file.resolve()
+    if trained_in(given):
+        return (given / RECORD).resolve()
+    inside = sorted((one for one in given.iterdir() if one.is_dir() and trained_in(one)), key=start_time)
+    what = f"holds runs; name one of them, such as {inside[-1]}" if inside else "not a run directory"
+    raise UsageError(f"run={path}: {what}" + ("" if inside else ": it has neither checkpoints nor .hydra/config.yaml"))
+
+
+def trained_in(folder: Path) -> bool:
+    """Whether a folder has Hydra's record of a training run."""
+    return (folder / RECORD).is_file() and (folder / status.NAME).is_file()
+
+
+def newest_to_repeat() -> Path:
+    """What holds the configuration of the run under ``outputs/`` that started last. Raises UsageError."""
+    found = {*newest_first(), *(folder.parent.parent for folder in OUTPUTS.rglob(str(RECORD)))}
+    for run in sorted(found, key=start_time, reverse=True):
+        if has_checkpoint(run) or trained_in(run):
+            return run_to_repeat(str(run))
+    raise UsageError("there is no run under outputs/ here: give run=PATH, or train one first")
+
+
+def repeated_path(file: str) -> str:
+    """Where the repetition of a run goes: beside the runs of the same data and model, else under outputs/reruns."""
+    run = run_of(Path(file))
+    for folder in (run, run.parent) if run else ():
+        if name := re.fullmatch(r"(?:\d+_)?([a-z]\w*-\w+)", folder.name):
+            return str(OUTPUTS / name[1])
+    return str(OUTPUTS / "reruns")
+
+
 def divergence_record(path: str) -> Path:
     """The record of a step that diverged. Raises UsageError."""
     given = Path(path).expanduser()
@@ -103,13 +149,18 @@ def divergence_record(path: str) -> Path:
 def newest_checkpoint() -> Path:
     """The best checkpoint of the run under ``outputs/`` that started last and has an intact one."""
     for run in newest_first():
-        folder = run / "checkpoints"
-        file, problems = _first_intact(folder, [name for name in BEST if (folder / name).exists()])
+        file, problems = best_intact(run)
         if problems:
             log.warning("%s", "; ".join(problems))
         if file:
             return file.resolve()
     raise UsageError("there is no run with a checkpoint under outputs/ here: give ckpt=PATH, or train one first")
+
+
+def best_intact(run: Path) -> tuple[Path | None, list[str]]:
+    """The best intact checkpoint of a run, or None; and what is wrong with those before it."""
+    folder = run / "checkpoints"
+    return _first_intact(folder, [name for name in BEST if (folder / name).exists()])
 
 
 def newest_intact(folder: Path) -> Path | None:
@@ -154,7 +205,7 @@ def find_run(config: dict) -> Path | None:
         if file is None and any((run / "checkpoints").glob("*.pt")):
             log.warning("no checkpoint of %s can be used: %s", run, "; ".join(problems))
         try:
-            if file and without_free(checkpoint.read_config(file)) == without_free(config):
+            if file and without_free(earlier.update(checkpoint.read_config(file))) == without_free(config):
                 return run.resolve()
         except FlowtrainError as error:  # of another version of flowtrain
             log.warning("no checkpoint of %s can be used: %s", run, error)

@@ -33,7 +33,7 @@ class TrainerConfig:
     decay: str
     init_batch: int | None = number(least=1)
     workers: int = number(least=0, below=257)
-    tensorboard: bool
+    layer_statistics: bool
     profile: bool
 
 
@@ -84,7 +84,9 @@ class TrainConfig(JobConfig):
     resume: bool | str | None
     init: str | None
     deterministic: bool
+    dry_run: bool
     smoke: bool
+    report: bool
     on_bad: Literal["stop", "skip"]
     model: Any
     dataset: Any

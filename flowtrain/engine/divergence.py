@@ -13,8 +13,8 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import Bijection
 from flowtrain.bijections.backpropagation import ActivationCheckpointing
+from flowtrain.engine.statistics import computing_layers
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch, modes
 
@@ -125,7 +125,7 @@ def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
         look_back(_END + 1, "loss", "the gradient of the loss", log_prob)
 
     handles = [flow.register_forward_pre_hook(begin), flow.register_forward_hook(finish)]
-    for name, layer in _layers(flow):
+    for name, layer in computing_layers(flow):
         handles += [
             layer.register_forward_pre_hook(lambda *call, name=name: enter(name, *call)),
             layer.register_forward_hook(lambda *call, name=name: leave(name, *call)),
@@ -136,13 +136,6 @@ def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _layers(flow: Flow) -> Iterator[tuple[str, Bijection]]:
-    """The layers that compute; a container only if it runs the inverses of its layers, which have no hooks."""
-    for name, layer in flow.bijection.named_modules():
-        if isinstance(layer, Bijection) and (layer.inverts_layers or not layer.container):
-            yield name or "bijection", layer
 
 
 def _gradients(flow: Flow) -> list[tuple[str, Tensor]]:

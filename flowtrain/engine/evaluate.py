@@ -75,6 +75,15 @@ def evaluate(
     if dist.is_initialized():
         for one in (mean, weighted, evaluated):
             dist.all_reduce(one)
+    return summarize(mean, weighted, evaluated, weights, flow.dimensions, draws)
+
+
+def summarize(
+    mean: Tensor, weighted: Tensor, evaluated: Tensor, weights: Tensor | None, dimensions: int, draws: int = 1
+) -> Evaluation:
+    """The evaluation of examples from what :func:`log_likelihoods` returned for each, (N,), and whether it was
+    evaluated (1 or 0). Raises FloatingPointError as :func:`evaluate` does.
+    """
     weights = torch.ones_like(mean) if weights is None else weights.to(mean)
     found = (evaluated > 0) & (weights > 0)  # an unreadable image may be left out
     total, bad = int(found.sum()), (found & ~mean.isfinite()).nonzero().flatten().tolist()
@@ -88,9 +97,9 @@ def evaluate(
     squares = (weights * (mean - nats)).square().sum().item()
     stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if total > 1 else None
     return Evaluation(
-        bits_per_dim=to_bits_per_dim(nats, flow.dimensions),
-        bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, flow.dimensions),
-        bits_per_dim_iw=to_bits_per_dim(weighted_mean(weighted, weights), flow.dimensions) if draws > 1 else None,
+        bits_per_dim=to_bits_per_dim(nats, dimensions),
+        bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, dimensions),
+        bits_per_dim_iw=to_bits_per_dim(weighted_mean(weighted, weights), dimensions) if draws > 1 else None,
         log_likelihood=nats,
         log_likelihood_stderr=stderr,
         examples=total,

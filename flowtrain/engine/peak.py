@@ -1,7 +1,9 @@
-"""Peak memory of a function."""
+"""Peak memory of a function, and of this process."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -24,6 +26,14 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
     with _Storages() as storages:
         work()
     return storages.peak
+
+
+def peak_memory(device: torch.device) -> int:
+    """The greatest number of bytes that this process has used so far: of a GPU's tensors, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _Storages(TorchDispatchMode):

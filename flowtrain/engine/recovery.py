@@ -70,7 +70,8 @@ class Recovery(Stateful):
         """What to stop with, where training cannot be rolled back; ``file`` holds the last good weights."""
         return FlowtrainError(
             f"stopped at step {step}: {self._problem()}; {cause}; the weights before them are in {file}; "
-            "a lower optimizer.lr, a trainer.clip or trainer.rollback may help"
+            "a lower optimizer.lr, a trainer.clip or trainer.rollback may help; trainer.layer_statistics=true shows "
+            "how each layer's scale and log-determinant grow until then"
         )
 
     def _problem(self) -> str:

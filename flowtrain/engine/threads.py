@@ -37,15 +37,17 @@ class Threads(Stateful):
 
     Attributes:
         chosen: the number to keep; None until that is known.
+        turns: the numbers in the order of their turns, the present one included.
     """
 
-    STATE = ("chosen", "round", "waiting", "steps", "seconds")
+    STATE = ("chosen", "round", "waiting", "steps", "seconds", "turns")
 
     def __init__(self, numbers: list[int], use: Callable[[int], object] = torch.set_num_threads):
         self.numbers, self.use = numbers, use
         self.chosen = numbers[0] if len(numbers) == 1 else None
         self.round, self.waiting, self.steps = 0, list(numbers), 0  # steps of the turn of the first that waits
         self.seconds: dict[int, list[float]] = {number: [] for number in numbers}  # of the numbers in question
+        self.turns = [numbers[0]]
 
     def start(self) -> None:
         """To be called before the first step."""
@@ -60,7 +62,8 @@ class Threads(Stateful):
         self.steps += 1
         if self.steps > KEPT:
             self._end_turn()
-            self.use(self.chosen or self.waiting[0])
+            self.turns.append(self.chosen or self.waiting[0])
+            self.use(self.turns[-1])
 
     def _end_turn(self) -> None:
         number, self.steps = self.waiting.pop(0), 0
@@ -79,5 +82,20 @@ class Threads(Stateful):
     def load_state_dict(self, state: dict) -> None:
         """Continue where the run was; a single number is kept."""
         if len(self.numbers) > 1:
-            super().load_state_dict(state)
+            super().load_state_dict({"turns": []} | state)  # older files do not know them
             self.chosen = self.chosen and min(self.chosen, self.numbers[0])
+
+
+class RepeatedThreads(Threads):
+    """Gives numbers of threads the turns that they had in another run, so that every step has the same number."""
+
+    def __init__(self, turns: list[int], use: Callable[[int], object] = torch.set_num_threads):
+        super().__init__(turns[:1], use)
+        self.left, self.numbers = turns[1:], sorted({*turns}, reverse=True)
+
+    def after_step(self, seconds: float) -> None:
+        self.steps += 1
+        if self.steps % (1 + KEPT) == 0 and self.left:
+            self.chosen = self.left.pop(0)
+            self.turns.append(self.chosen)
+            self.use(self.chosen)

@@ -19,13 +19,14 @@ from flowtrain.engine.divergence import examine
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.loggers import Loggers
 from flowtrain.engine.objectives import Objective
+from flowtrain.engine.peak import peak_memory
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.profile import profile_steps
 from flowtrain.engine.recovery import Recovery
 from flowtrain.engine.replay import Record, replay_command
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.state import Stateful
-from flowtrain.engine.statistics import layer_statistics
+from flowtrain.engine.statistics import LayerStatistics, counts
 from flowtrain.engine.threads import Threads
 from flowtrain.engine.training_pass import TrainingPass, clip_gradient
 from flowtrain.engine.validation import Validation
@@ -33,7 +34,7 @@ from flowtrain.engine.weights import Weights
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
-from flowtrain.runtime.interrupts import check_signals, next_batch, note_signals
+from flowtrain.runtime.interrupts import SignalNote, check_signals, next_batch, note_signals
 
 log = logging.getLogger("flowtrain")
 
@@ -98,6 +99,7 @@ class Trainer(Stateful):
         if distributed.world() > 1:
             self.training_pass.synchronize()
         self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, config.trainer.save_every)
+        self.examples = "images" if len(flow.shape) == 3 else "rows"  # what the data consist of
         self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
@@ -121,13 +123,8 @@ class Trainer(Stateful):
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
                     batch, start = next_batch(batches), time.monotonic()
-                    loss, norm = self.gradient(batch)
-                    loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
-                    self.update(loss, norm)
+                    norm, signum = self.take_step(batch, began, noted)
                     self.threads.after_step(time.monotonic() - start)
-                    self.step += 1
-                    if self.compilation:
-                        self.compilation.after_step(self.step)
                     profile_step()
                     if self.every(config.log_every):
                         self.report(norm, elapsed=time.monotonic() - logged)
@@ -148,6 +145,17 @@ class Trainer(Stateful):
             check_signals()
 
     # ---- a step
+
+    def take_step(self, batch: Batch, began: float, noted: SignalNote) -> tuple[float, int]:
+        """Train on a batch, in a run that ``began`` then; the gradient's norm and a signal that any process has
+        noted, or 0."""
+        loss, norm = self.gradient(batch)
+        loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
+        self.update(loss, norm)
+        self.step += 1
+        if self.compilation:
+            self.compilation.after_step(self.step)
+        return norm, signum
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
@@ -223,16 +231,26 @@ class Trainer(Stateful):
         loss = self.loss_sum / self.loss_count if self.loss_count else math.nan
         values = {
             f"train/{self.objective.key}": self.objective.figure(self.flow, loss),
-            **layer_statistics(self.flow),
+            **counts(self.flow),
             "train/gradient_norm": norm,
             "train/lr": self.weights.optimizer.param_groups[0]["lr"],
             "train/skipped_steps": self.recovery.skipped,
             **({"train/recompiles": self.compilation.recompiles} if self.compilation else {}),
-            "time/seconds": self.seconds,
-            "time/examples_per_second": self.config.trainer.log_every * self.loader.batch_size / elapsed,
+            "system/seconds": self.seconds,
+            f"system/{self.examples}_per_second": self.config.trainer.log_every * self.loader.batch_size / elapsed,
+            "system/peak_memory_mib": peak_memory(self.batch.x.device) / 2**20,
         }
+        if self.config.trainer.layer_statistics:
+            values |= self.layer_statistics()
         self.loggers.scalars(self.step, values)
         self.loss_sum, self.loss_count = 0.0, 0
+
+    def layer_statistics(self) -> dict[str, float]:
+        """What passes through each layer for the last batch, under the present weights. Called on every process."""
+        statistics = LayerStatistics(self.flow)
+        with self.pause_compilation(), statistics.watch():
+            self.training_pass.repeat(self.batch, self.step - 1, distributed.rank(), distributed.world())
+        return statistics.read()
 
     def save(self) -> None:
         self.flow.statistics()  # raises, where gradients since the last report were wrong, before weights are kept

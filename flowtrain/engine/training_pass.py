@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -13,7 +14,7 @@ from flowtrain.bijections.ode import continuous_layers, replace_unsolved_by_nan
 from flowtrain.data.batch import Batch
 from flowtrain.engine.objectives import Objective
 from flowtrain.flow import Flow
-from flowtrain.runtime import global_batch
+from flowtrain.runtime import global_batch, modes
 from flowtrain.runtime.seeds import seed_from
 
 
@@ -45,18 +46,35 @@ class TrainingPass:
 
         Returns the loss, on its device, and why ODEs in it had no solution, which makes it NaN.
         """
-        parts, size = batch.chunk(self.parts), len(batch.x)
-        row, total = rank * size, 0.0
+        size, total = len(batch.x), 0.0
         with replace_unsolved_by_nan() as reasons:
-            for i, (x, context, weights) in enumerate(parts):
-                torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
-                with nullcontext() if i == len(parts) - 1 else self._without_synchronization():
+            for row, (x, context, weights) in self._parts(batch, step, rank):
+                is_last = row + len(x) == (rank + 1) * size
+                with nullcontext() if is_last else self._without_synchronization():
                     with global_batch.rows(row, world * size), self._lower_precision(x.device.type):
                         losses = self.loss(x, context)
                         loss = (losses if weights is None else losses * weights).sum() / size
                     loss.backward()
-                total, row = total + loss.detach(), row + len(x)
+                total = total + loss.detach()
         return total, reasons
+
+    @torch.no_grad()
+    def repeat(self, batch: Batch, step: int, rank: int, world: int) -> None:
+        """Run the flow on a batch as :meth:`backpropagate` does, with the same noise, but layer by layer and without
+        gradients."""
+        self.flow.train()
+        with replace_unsolved_by_nan(), modes.using(layer_by_layer=True, repeating=True):
+            for row, (x, context, _) in self._parts(batch, step, rank):
+                with global_batch.rows(row, world * len(batch.x)), self._lower_precision(x.device.type):
+                    self.flow(x, context)
+
+    def _parts(self, batch: Batch, step: int, rank: int) -> Iterator[tuple[int, Batch]]:
+        """The parts of a process's slice of a global batch, each with its first row there; seeds the noise of each."""
+        row = rank * len(batch.x)
+        for part in batch.chunk(self.parts):
+            torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
+            yield row, part
+            row += len(part.x)
 
     def _without_synchronization(self):
         return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()

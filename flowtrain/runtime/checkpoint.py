@@ -216,6 +216,16 @@ def check(path: Path) -> None:
         raise FlowtrainError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def digest(path) -> str:
+    """The SHA-256 that a checkpoint's comment states. Raises FlowtrainError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-_COMMENT, os.SEEK_END)
+            return file.read()[len(_MARK) :].decode("ascii", "replace")
+    except OSError as error:
+        raise FlowtrainError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _check(path: Path, file) -> None:
     size = os.fstat(file.fileno()).st_size
     head = file.read(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from flowtrain import __version__
 from flowtrain.runtime import distributed, files
 
+NAME = "environment.json"
 PACKAGES = ("hydra-core", "numpy", "omegaconf", "pillow", "scikit-learn", "torch", "torchdiffeq", "torchvision")
 
 
@@ -21,9 +23,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def record(directory: str, device: torch.device) -> None:
-    """Write environment.json into ``directory``."""
-    environment = {
+def record(directory: str, device: torch.device, **measured) -> None:
+    """Write environment.json into ``directory``; ``measured``: what else was chosen on this machine."""
+    files.write_json(Path(directory) / NAME, {**describe(device), **measured})
+
+
+def read(run: Path) -> dict | None:
+    """What :func:`record` wrote into a run directory; None where there is nothing that can be read."""
+    try:
+        found = json.loads((run / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def describe(device: torch.device) -> dict:
+    """Versions, device, commit and command of this process."""
+    return {
         "flowtrain": __version__,
         "git": _commit(),
         "python": platform.python_version(),
@@ -37,7 +53,6 @@ def record(directory: str, device: torch.device) -> None:
         "platform": platform.platform(),
         "command": sys.argv,
     }
-    files.write_json(Path(directory) / "environment.json", environment)
 
 
 def _commit() -> str | None:

@@ -45,9 +45,9 @@ def record_end(run_dir, error: BaseException | None = None, text: str | None = N
     else:
         how = {"state": "failed", "resumable": any(Path(run_dir).glob("checkpoints/*.pt")), "error": text}
     try:
-        with _lock_file(run_dir):
+        with lock_file(run_dir):
             _write(run_dir, **how)
-    except _RunLocked:
+    except RunLocked:
         pass
     except (OSError, files.WriteError):  # a disk that is full or read-only
         if error is None:  # else the run's own error matters more
@@ -58,27 +58,27 @@ def record_end(run_dir, error: BaseException | None = None, text: str | None = N
 def lock(run_dir):
     """Lock the run directory: two writers would spoil each other's records. Raises UsageError if another has it."""
     try:
-        with _lock_file(run_dir):
+        with lock_file(run_dir):
             record_start(run_dir)
             yield
-    except _RunLocked as holder:
+    except RunLocked as holder:
         raise UsageError(f"{run_dir}: is being trained by {holder}") from None
 
 
-class _RunLocked(Exception):
-    pass
+class RunLocked(Exception):
+    """Another process has the directory: its text says which."""
 
 
 @contextmanager
-def _lock_file(run_dir):
-    """Raises _RunLocked, with the holder's process and machine."""
+def lock_file(run_dir):
+    """Lock a directory. Raises RunLocked, with the holder's process and machine."""
     with open(Path(run_dir) / LOCK, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             time.sleep(0.2)  # the holder may just be writing its name
             lock.seek(0)
-            raise _RunLocked(lock.read().strip() or "another process") from None
+            raise RunLocked(lock.read().strip() or "another process") from None
         os.register_at_fork(after_in_child=lock.close)  # data workers may outlive this process by seconds
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")

@@ -112,7 +112,7 @@ class Process:
 def read_metrics(run: Path) -> list[dict]:
     """Read metrics.jsonl without its times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith("system/")} for line in lines]
 
 
 def read_state(run: Path) -> dict:

@@ -19,6 +19,7 @@ from flowtrain.data import Loader
 from flowtrain.data.vectors import Vectors
 from flowtrain.engine.trainer import Trainer
 from flowtrain.runtime import checkpoint
+from flowtrain.training import setup
 
 STEP = 13  # places in training are slow from this step on
 LONG = 30  # seconds
@@ -95,7 +96,7 @@ def patch() -> None:
         "job": lambda: delay(jobs, "_run"),
         "import": lambda: delay(worker, "execute"),
         "open": lambda: delay(Vectors, "split"),
-        "start": lambda: delay(train, "_start"),
+        "start": lambda: delay(setup, "start"),
         "data": lambda: setattr(Loader, "batches", slow_batches),
         "moments": lambda: setattr(Loader, "batches", slow_moments),
         "step": lambda: delay(Trainer, "update", SAVING, is_late),
@@ -104,7 +105,7 @@ def patch() -> None:
         "validation": lambda: setattr(evaluation, "split_batches", slow_split_batches),
         "image": lambda: delay(previews.Preview, "__call__", when=is_late),
         "saving": lambda: delay(checkpoint, "save_last", SAVING),
-        "end": lambda: delay(train, "_conclude"),
+        "end": lambda: delay(train, "conclude"),
         "one second": lambda: setattr(hydra.core.utils, "datetime", OneSecond),
     }
     places[os.environ["SLOW"]]()

@@ -10,7 +10,7 @@ from forks import SMALL_RUN, read_metrics, runs_in
 
 WORDS = [
     *SMALL_RUN,
-    "trainer.tensorboard=false",
+    "logger=none",
     "trainer.log_every=1",
     "trainer.val_every=1000",
 ]

@@ -25,7 +25,7 @@ TRAIN = (
     "max_steps=35",
     "trainer.save_every=10",
     "trainer.val_every=10",
-    "trainer.tensorboard=false",
+    "logger=none",
 )
 
 

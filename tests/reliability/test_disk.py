@@ -22,7 +22,7 @@ WORDS = (
     "trainer.val_every=20",
     "trainer.sample_every=60",
     "trainer.save_every=25",
-    "trainer.tensorboard=false",
+    "logger=none",
     "resume=true",
 )
 CASES = [(fault, place) for place in ("checkpoint", "metrics", "image") for fault in disks.FAULTS]
@@ -90,7 +90,7 @@ def test_a_run_survives_every_fault_of_its_disk(server, whole, tmp_path, count, 
 
 
 def test_tensorboards_thread_prints_no_traceback(server, tmp_path):
-    words = [word.replace("tensorboard=false", "tensorboard=true") for word in WORDS]
+    words = [word.replace("logger=none", "logger=tensorboard") for word in WORDS]
     process = server.start(tmp_path, *words, DISK=json.dumps({"fault": "quota", "place": "board"}))
     assert process.wait() == 0, process.err
     report = json.loads(process.out.splitlines()[-1])

@@ -63,7 +63,7 @@ def test_enormous_files_are_read_or_refused_in_one_line(server, tmp_path, pytest
     assert not wrong, "\n".join(wrong)
 
 
-TRAIN = ("train", "max_steps=1", "smoke=true", "threads=1", "hydra.run.dir=run")
+TRAIN = ("train", "max_steps=1", "smoke=true", "report=false", "threads=1", "hydra.run.dir=run")
 FLOW = ("model=nsf_coupling", "model.hidden=8", "model.pairs=1", "dataset=table")
 
 

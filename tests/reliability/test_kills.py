@@ -30,7 +30,7 @@ WORDS = (
     "trainer.val_every=7",
     "trainer.sample_every=20",
     "trainer.save_every=9",
-    "trainer.tensorboard=false",
+    "logger=none",
     "resume=true",
 )
 SAVES = 5  # saves of last.pt while WORDS trains; one more at its end

@@ -12,7 +12,7 @@ from forks import SMALL_RUN, are_equal, read_metrics, read_state, runs_in
 WORDS = [
     *SMALL_RUN,
     "max_steps=24",
-    "trainer.tensorboard=false",
+    "logger=none",
     "trainer.log_every=1",
     "trainer.val_every=7",
     "trainer.sample_every=7",
@@ -27,7 +27,7 @@ NOISY = [  # data order, dequantization, dropout and batch moments belong to the
     "dataset=digits",
     "batch_size=32",
     "scheduler=constant",
-    "trainer.tensorboard=false",
+    "logger=none",
     "trainer.log_every=1",
     "trainer.val_every=1000",
     "trainer.sample_every=null",

@@ -12,7 +12,7 @@ from flowtrain.engine import determinism
 from flowtrain.errors import UsageError
 from flowtrain.runtime import checkpoint
 
-TRAIN = ("train", "smoke=true", "max_steps=6", "trainer.tensorboard=false", "compile=false")
+TRAIN = ("train", "smoke=true", "max_steps=6", "report=false", "logger=none", "compile=false")
 FAMILIES = (
     "nice",
     "realnvp",
@@ -39,7 +39,7 @@ def train_run(cwd, *words):
     assert flowtrain(cwd, *TRAIN, *words) == 0
     (run,) = cwd.glob("outputs/*/*")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines = [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    lines = [{key: value for key, value in line.items() if not key.startswith("system/")} for line in lines]
     state = checkpoint.read(run / "checkpoints" / "last.pt")
     summary = json.loads((run / "summary.json").read_text())
     return (

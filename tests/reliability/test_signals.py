@@ -18,7 +18,7 @@ from flowtrain.errors import Interrupted
 WORDS = [
     *SMALL_RUN,
     "max_steps=24",
-    "trainer.tensorboard=false",
+    "logger=none",
     "trainer.log_every=2",
     "trainer.val_every=7",
     "trainer.sample_every=7",

@@ -76,7 +76,7 @@ sys.addaudithook(_record)
 def trained(tmp_path_factory):
     """The state of a small run, and its checkpoint."""
     cwd = tmp_path_factory.mktemp("trained")
-    assert flowtrain(cwd, "train", "smoke=true", "max_steps=1", "trainer.tensorboard=false") == 0
+    assert flowtrain(cwd, "train", "smoke=true", "max_steps=1", "logger=none") == 0
     (file,) = cwd.glob("outputs/*/*/checkpoints/best.pt")
     return checkpoint.read(file), file
 
@@ -184,7 +184,7 @@ def test_init_refuses_hostile_checkpoints(trained, tmp_path):
     state, _ = trained
     (tmp_path / "sentinel").mkdir()
     files = hostile.all_files(state, tmp_path / "sentinel" / "touched")
-    tiny = ("smoke=true", "trainer.tensorboard=false")
+    tiny = ("smoke=true", "logger=none")
     for name in ("pickle in the weights", "weights: an enormous shape"):
         files[name](tmp_path / "stranger.pt")
         with pytest.raises(FlowtrainError, match="not a flowtrain checkpoint"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,8 @@ class RunRecord:
         records: the number of calls of :meth:`Logger.scalars` up to there; what later calls recorded is void.
         budget: how long it trains.
         key, unit: of the objective's figure.
+        settings: the configuration by dotted names.
+        examples: what the data consist of, "images" or "rows".
     """
 
     directory: Path
@@ -29,13 +31,15 @@ class RunRecord:
     budget: Budget
     key: str
     unit: str
+    settings: dict = field(default_factory=dict)
+    examples: str = "rows"
 
 
 @runtime_checkable
 class Logger(Protocol):
     """Records a run. Only the first process has loggers.
 
-    The methods raise WriteError where a disk does not take what they write.
+    The methods raise WriteError where a disk or a server does not take what they write.
     """
 
     def open(self, run: RunRecord) -> None:
@@ -43,7 +47,7 @@ class Logger(Protocol):
         ...
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Record named numbers. The names of clocks and rates, which no two runs share, start with ``time/``."""
+        """Record named numbers. The names of clocks and rates, which no two runs share, start with ``system/``."""
         ...
 
     def image(self, step: int, name: str, image: Tensor) -> None:
@@ -60,7 +64,13 @@ class Logger(Protocol):
 
 
 class NullLogger:
-    """Records nothing: the base class of loggers that record only some things."""
+    """Records nothing: the base class of loggers that record only some things.
+
+    Attributes:
+        writes_elsewhere: whether records leave the run directory; a dry run does not open such a logger.
+    """
+
+    writes_elsewhere = False
 
     def open(self, run):
         pass

@@ -1,0 +1,1 @@
+"""What ``flowtrain train`` and its dry run consist of."""

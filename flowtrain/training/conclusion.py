@@ -1,0 +1,63 @@
+"""The end of a run: its best weights evaluated on all validation examples, and summary.json."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from flowtrain.commands.evaluation import evaluate_split
+from flowtrain.data.spec import has_bits
+from flowtrain.engine.objectives import Score
+from flowtrain.engine.trainer import Trainer
+from flowtrain.errors import FlowtrainError
+from flowtrain.runtime import checkpoint, distributed, files
+from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.training.setup import SetUp
+
+log = logging.getLogger("flowtrain")
+
+
+def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
+    """Evaluate the best weights on all validation examples and write summary.json, the mark of a finished run."""
+    config, spec, val, run_dir = run.config, run.spec, run.val, run.run_dir
+    flow, best = trainer.flow, trainer.checkpoints.best
+    distributed.barrier()  # the first process has written it
+    if not best.is_file():
+        raise FlowtrainError(f"{best}: is missing, since no validation had a finite likelihood; a lower rate may help")
+    load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
+    result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
+    score = trainer.objective.score(result)
+    bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
+    bad = {part: _unreadable(split) for part, split in (("train", trainer.loader.split), ("validation", val))}
+    summary = {
+        **(bits if has_bits(spec, trainer.loader.split.columns) else {}),
+        "log_likelihood": result.log_likelihood,
+        "log_likelihood_stderr": result.log_likelihood_stderr,
+        "steps": trainer.step,
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "seconds": round(trainer.seconds, 3),
+        "batch_size": trainer.loader.batch_size,
+        "threads": torch.get_num_threads(),
+        "skipped_steps": trainer.recovery.skipped,
+        "rollbacks": trainer.recovery.rollbacks,
+        "unreadable": sum(bad.values()),
+        "checkpoint": str(best),
+        "run_dir": str(run_dir),
+    }
+    if distributed.is_main():
+        files.write_json(Path(run_dir) / "summary.json", summary)
+        log.info("finished after %d steps, %.0f s: best validation %s", trainer.step, trainer.seconds, score.text)
+        for part, number in bad.items():
+            if number:
+                log.warning("on_bad=skip: %d unreadable images of the %s split were left out", number, part)
+        if images := sorted((Path(run_dir) / "samples").glob("*.png")):
+            log.info("samples: %s", images[-1])
+        log.info("next: flowtrain eval ckpt='%s'", run_dir)
+    return summary, score
+
+
+def _unreadable(split) -> int:
+    """The number of examples of a split that some process could not read."""
+    return len({number for numbers in distributed.all_gather_object([*split.bad]) for number in numbers})

@@ -1,0 +1,57 @@
+"""The optimizer of a run, its budget and the warm-up of its rate."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+
+import torch
+
+from flowtrain.config.build import build
+from flowtrain.config.schema import TrainConfig
+from flowtrain.data.spec import DataSpec
+from flowtrain.engine.auto import choose_learning_rate
+from flowtrain.engine.budget import Budget
+from flowtrain.errors import UsageError
+from flowtrain.flow import Flow
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
+
+
+def build_optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) -> torch.optim.Optimizer:
+    """The configured optimizer for a train split of ``rows`` examples; weight decay reaches the parameters whose names
+    match ``trainer.decay``."""
+    try:
+        decays = re.compile(config.trainer.decay)
+    except re.error as error:
+        raise UsageError(f"trainer.decay={config.trainer.decay}: no regular expression ({error})") from error
+    named = list(flow.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if decays.search(name)]},
+        {"params": [p for name, p in named if not decays.search(name)], "weight_decay": 0.0},
+    ]
+    node = config.optimizer
+    if "lr" in node:
+        node = node | {"lr": choose_learning_rate(node["lr"], rows, spec)}
+    make = build(node, "optimizer", allow=config.allow)
+    if make.func in FUSED and not any(parameter.is_meta for _, parameter in named):
+        make = partial(make.func, **{"fused": True, **make.keywords})
+    try:
+        return make([group for group in groups if group["params"]])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer: {error}") from error
+
+
+def budget_of(config: TrainConfig, steps_per_epoch: int) -> Budget:
+    epochs = config.trainer.max_epochs
+    limits = [limit for limit in (config.max_steps, epochs and math.ceil(epochs * steps_per_epoch)) if limit]
+    if not limits and config.max_minutes is None:
+        raise UsageError("no end: give max_steps, max_minutes or trainer.max_epochs")
+    return Budget(min(limits, default=None), config.max_minutes)
+
+
+def warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    if not config.trainer.warmup_epochs:
+        return config.trainer.warmup_steps
+    return math.ceil(config.trainer.warmup_epochs * steps_per_epoch)

@@ -1,0 +1,278 @@
+"""From a configuration to a Trainer that is ready to fit: what training and its dry run share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from flowtrain.bijections.backpropagation import MEMORY_MODES
+from flowtrain.commands.evaluation import evaluate_split
+from flowtrain.commands.previews import Preview
+from flowtrain.config import places, runs
+from flowtrain.config.build import build, build_dataset, build_flow, build_objective
+from flowtrain.config.conversion import to_dict
+from flowtrain.config.schema import TrainConfig
+from flowtrain.data import Loader, Split
+from flowtrain.data.dataset import Dataset
+from flowtrain.data.spec import DataSpec
+from flowtrain.engine import determinism
+from flowtrain.engine.budget import Budget
+from flowtrain.engine.compiling import Compilation, compile_flow, pays
+from flowtrain.engine.ema import EMA
+from flowtrain.engine.evaluate import Evaluation
+from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
+from flowtrain.engine.objectives import Objective
+from flowtrain.engine.precision import autocast_dtype
+from flowtrain.engine.previews import Previews
+from flowtrain.engine.saving import Checkpoints
+from flowtrain.engine.schedules import WarmUp
+from flowtrain.engine.threads import RepeatedThreads, Threads, halvings
+from flowtrain.engine.trainer import Trainer
+from flowtrain.engine.training_pass import TrainingPass
+from flowtrain.engine.validation import Validation
+from flowtrain.errors import UsageError
+from flowtrain.flow import Flow
+from flowtrain.runtime import checkpoint, distributed, global_batch
+from flowtrain.runtime.interrupts import interruptible_batches
+from flowtrain.training.batch_size import batch_size_of
+from flowtrain.training.optimizer import budget_of, build_optimizer, warmup_steps
+from flowtrain.training.start import average_of, start
+
+log = logging.getLogger("flowtrain")
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """A run before its flow is built: the data are open, and all that can be refused before has been.
+
+    Attributes:
+        config: its ``batch_size`` is a number.
+        stored: what checkpoints keep of the configuration.
+        state: of the checkpoint that the run resumes, or None.
+        turns: numbers of threads, as the run that this one repeats used them; () where it chooses them itself.
+    """
+
+    config: TrainConfig
+    run_dir: str
+    data: Dataset
+    train: Split
+    val: Split
+    device: torch.device
+    objective: Objective
+    schedule: Callable[[float, int], float]
+    loggers: Loggers
+    stored: dict
+    state: dict | None
+    turns: tuple[int, ...] = ()
+
+    @property
+    def spec(self) -> DataSpec:
+        return self.data.spec
+
+    @cached_property
+    def preview(self) -> Preview | None:
+        return Preview(self.val.to(self.device), self.spec, self.config) if distributed.is_main() else None
+
+    def new_flow(self, config: TrainConfig) -> Flow:
+        """A flow at the start of a run with ``config``."""
+        flow = build_flow(config, self.spec, self.device)
+        if self.state is None:
+            start(flow, config, self.train, self.device)
+        return flow
+
+    def loader(self, config: TrainConfig) -> Loader:
+        place = self.device, distributed.rank(), distributed.world()
+        return Loader(self.train, config.batch_size, config.seed, self.data.augment, *place, config.trainer.workers)
+
+    def trainer(
+        self, flow: Flow, config: TrainConfig, compilation: Compilation | None = None, ema: EMA | None = None
+    ) -> Trainer:
+        """A Trainer of ``flow``. Raises UsageError where ``config`` asks for what cannot be."""
+        loader = self.loader(config)
+        set_memory(config, flow)  # after compilation
+
+        def evaluate(flow: Flow, examples: int | None = config.trainer.val_examples) -> Evaluation:
+            if global_batch.has_moments(flow):
+                reestimate_moments(flow, loader, config.trainer.val_examples)
+            return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws)
+
+        columns = self.train.columns.to_record() if self.train.columns else None
+        return Trainer(
+            flow,
+            self.objective,
+            loader,
+            build_optimizer(config, flow, len(self.train), self.spec),
+            config,
+            budget=budget_of(config, loader.steps_per_epoch),
+            schedule=WarmUp(self.schedule, warmup_steps(config, loader.steps_per_epoch)),
+            validation=Validation(evaluate, self.objective, config.trainer.patience),
+            previews=Previews(self.preview),
+            checkpoints=Checkpoints(self.run_dir, self.stored, columns),
+            loggers=self.loggers,
+            ema=ema,
+            autocast=autocast_dtype(config.precision, self.device),
+            compilation=compilation,
+            threads=threads_of(config, self.device, compilation, self.turns),
+        )
+
+    def ready_trainer(self) -> Trainer:
+        """The Trainer of this run, at its first step or where it resumes."""
+        config = self.config
+        flow = self.new_flow(config)
+        if config.deterministic:
+            log_cost_of_determinism(flow, self.objective, self.loader(config), config, self.device)
+        ema = average_of(flow, config)  # a copy from before compilation
+        budget = budget_of(config, len(self.train) // config.batch_size)
+        trainer = self.trainer(flow, config, compile_where_it_pays(flow, config, budget, self.device), ema)
+        if self.state is not None:
+            trainer.load_state_dict(self.state)
+        return trainer
+
+
+def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> SetUp:
+    """Refuse what can be refused before data are opened, then open them and choose the batch size."""
+    data = build_dataset(config)
+    spec = data.spec
+    if (found := data.find()) is not None:  # a checkpoint then describes its data without them
+        config = replace(config, dataset=config.dataset | {"found": found})
+    flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
+    build_optimizer(config, flow, 0, spec)
+    set_memory(config, flow)
+    objective, loggers = objective_of(config, spec), build_loggers(config)
+    schedule = build(config.scheduler, "scheduler", allow=config.allow)
+    device = distributed.device()
+    if config.deterministic:
+        determinism.enable()
+    autocast_dtype(config.precision, device)
+    if config.resume and distributed.is_main():
+        places.announce(runs.run_of(Path(config.resume)), data)
+    train, val = data.split("train"), data.split("val")
+    state = checkpoint.read(config.resume) if config.resume else None
+    stored = stored_config(config, state)
+    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, turns)
+    return replace(run, config=replace(config, batch_size=batch_size_of(run)))
+
+
+def record_of(run: SetUp, trainer: Trainer) -> RunRecord:
+    """The run as its loggers know it."""
+    return RunRecord(
+        Path(run.run_dir),
+        trainer.step,
+        run.loggers.records,
+        trainer.budget,
+        run.objective.key,
+        run.objective.unit,
+        settings=_flatten({key: value for key, value in to_dict(run.config).items() if key != "logger"}),
+        examples=trainer.examples,
+    )
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    """The settings by dotted names: numbers, texts, true and false; and the names of the classes that are chosen."""
+    flat = {}
+    for key, value in config.items():
+        if key == "_target_":
+            flat[prefix.removesuffix(".")] = value.rpartition(".")[2]
+        elif isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str) and not key.startswith("_"):
+            flat[prefix + key] = value
+    return flat
+
+
+def stored_config(config: TrainConfig, state: dict | None) -> dict:
+    """What checkpoints keep of ``config``. The places of the data stay as they were typed when the run began:
+    ``resume=true`` finds it by them."""
+    values = to_dict(config)
+    if state is not None:
+        typed = state["config"]["dataset"]
+        values["dataset"] |= {key: typed[key] for key in places.KEYS if key in typed}
+    return values
+
+
+def objective_of(config: TrainConfig, spec: DataSpec) -> Objective:
+    objective = build_objective(config, spec)
+    if not isinstance(objective, Objective):
+        raise UsageError(f"objective: {type(objective).__name__} is no objective")
+    return objective
+
+
+def build_loggers(config: TrainConfig) -> Loggers:
+    """What every run records and the chosen loggers, without those that are null, on the first process; none on the
+    others."""
+    chosen = build(config.logger, "logger", allow=config.allow)
+    chosen = {name: logger for name, logger in chosen.items() if logger is not None}
+    for name, logger in chosen.items():
+        if not isinstance(logger, Logger):
+            raise UsageError(f"logger.{name}: {type(logger).__name__} is no logger")
+    return Loggers([JsonLines(), ImageFiles(), progress(), *chosen.values()] if distributed.is_main() else ())
+
+
+def log_cost_of_determinism(
+    flow: Flow, objective: Objective, loader: Loader, config: TrainConfig, device: torch.device
+) -> None:
+    autocast = autocast_dtype(config.precision, device)
+    batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
+
+    def step(copy: Flow) -> None:
+        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(batch, *place)
+
+    with determinism.determinism_errors():
+        ratio = determinism.cost(flow, step)
+    log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
+
+
+def compile_where_it_pays(flow: Flow, config: TrainConfig, budget: Budget, device: torch.device) -> Compilation | None:
+    """Compile the flow's training direction where ``compile`` asks for it, or where it pays and is possible."""
+    worthwhile = config.memory != "reversible" and pays(device, budget)
+    if config.compile is False or config.compile == "auto" and not worthwhile:
+        return None
+    try:
+        return compile_flow(flow)
+    except UsageError as error:
+        if config.compile == "auto":
+            log.info("compile=auto: trains without: %s", error)
+            return None
+        raise
+
+
+def threads_of(
+    config: TrainConfig, device: torch.device, compilation: Compilation | None, turns: tuple[int, ...] = ()
+) -> Threads:
+    """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
+    ``deterministic`` says otherwise; code that is compiled has its number. Where there are ``turns``, they repeat them.
+    """
+    most = torch.get_num_threads()
+    alone = device.type == "cpu" and distributed.world() == 1 and not compilation
+    if not alone or config.threads != "auto" or config.deterministic:
+        return Threads([most])
+    return RepeatedThreads([*turns]) if turns and max(turns) <= most else Threads(halvings(most))
+
+
+def set_memory(config: TrainConfig, flow: Flow) -> None:
+    """Set which activations the flow keeps in training, as ``memory`` says; to be called after compilation."""
+    if config.memory == "reversible" and config.compile is True:
+        raise UsageError("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
+    try:
+        flow.set_backpropagation(MEMORY_MODES[config.memory]())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
+    """Set the moments that batch normalization evaluates with to those of about ``rows`` training rows (None: all)
+    under the present weights."""
+    batches = loader.batches()
+    steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
+    torch.manual_seed(loader.seed)
+    with torch.no_grad(), global_batch.reestimate(flow):
+        for x, context, _ in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
+            with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
+                flow(x, context)
