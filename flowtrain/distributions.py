@@ -5,16 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Noise(NamedTuple):
+    """Independent random numbers for one event: "normal" (0, 1), "logistic" (0, 1) or "uniform" in [0, 1).
+
+    >>> Noise("uniform", (3,)).draw(5).shape
+    torch.Size([5, 3])
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Numbers for n events, (n, *shape), on the CPU."""
+        shape = (n, *self.shape)
+        if self.kind == "normal":
+            return torch.randn(shape, generator=generator, device="cpu")
+        u = torch.rand(shape, generator=generator, device="cpu")
+        if self.kind == "uniform":
+            return u
+        u = u.clamp(min=torch.finfo(torch.float32).tiny)  # rand can return 0, whose logit is infinite
+        return u.log() - torch.log1p(-u)
+
+
 class Distribution(nn.Module):
     """A distribution of events of ``shape``, which may depend on a context of ``context_shape``.
 
-    Its parameters, if any, are learned with the flow's.
+    Its parameters, if any, are learned with the flow's. A subclass says of what ``noise`` its samples are made, and
+    makes them in ``from_noise``; or it has a ``sample`` of its own, and then no sampler of its flows can be exported.
 
     Args:
         shape: of one event, without the batch.
@@ -30,6 +54,15 @@ class Distribution(nn.Module):
         """Log-density in nats, (B,), of ``z`` (B, *shape) given ``context`` (B, *context_shape)."""
         raise NotImplementedError
 
+    @property
+    def noise(self) -> tuple[Noise, ...]:
+        """The noise of one sample. The parts that ``temperature`` scales have mean 0; uniform ones it leaves alone."""
+        raise NotImplementedError
+
+    def from_noise(self, noise: Sequence[Tensor], temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
+        """Samples, (n, *shape), from a tensor (n, …) for each of ``noise``."""
+        raise NotImplementedError
+
     def sample(
         self,
         n: int,
@@ -42,24 +75,27 @@ class Distribution(nn.Module):
         ``temperature`` multiplies each sample's distance from its mean. The noise does not depend on it, and is drawn
         on the CPU from ``generator``: a seed gives the same noise at every temperature and on every device.
         """
-        raise NotImplementedError
+        return self.from_noise([noise.draw(n, generator) for noise in self.noise], temperature, context)
 
 
 class Standard(Distribution):
     """Independent, identically distributed coordinates around 0, without parameters."""
 
+    kind: str  # of noise
+
     def log_prob(self, z, context=None):
         return self.log_density(z).flatten(1).sum(1)
 
-    def sample(self, n, temperature=1.0, context=None, generator=None):
-        return temperature * self.noise((n, *self.shape), generator)
+    @property
+    def noise(self):
+        return (Noise(self.kind, self.shape),)
+
+    def from_noise(self, noise, temperature=1.0, context=None):
+        (z,) = noise
+        return temperature * z
 
     def log_density(self, z: Tensor) -> Tensor:
         """Log-density of each coordinate: (B, *shape)."""
-        raise NotImplementedError
-
-    def noise(self, shape, generator: torch.Generator | None) -> Tensor:
-        """Samples of coordinates at temperature 1."""
         raise NotImplementedError
 
 
@@ -70,15 +106,14 @@ class StandardNormal(Standard):
     tensor([-1.8379])
     """
 
+    kind = "normal"
+
     def log_prob(self, z, context=None):
         # one reduction over the squares; the constant is added once
         return -0.5 * (z.square().flatten(1).sum(1) + prod(self.shape) * math.log(2 * math.pi))
 
     def log_density(self, z):
         return -0.5 * (z.square() + math.log(2 * math.pi))
-
-    def noise(self, shape, generator):
-        return _normal(shape, generator)
 
 
 class Logistic(Standard):
@@ -88,13 +123,10 @@ class Logistic(Standard):
     tensor([-2.7726])
     """
 
+    kind = "logistic"
+
     def log_density(self, z):
         return -F.softplus(z) - F.softplus(-z)
-
-    def noise(self, shape, generator):
-        # rand can return 0, whose logit is infinite
-        u = torch.rand(shape, generator=generator, device="cpu").clamp(min=torch.finfo(torch.float32).tiny)
-        return u.log() - torch.log1p(-u)
 
 
 class ConditionalNormal(Distribution):
@@ -129,11 +161,15 @@ class ConditionalNormal(Distribution):
     def log_prob(self, z, context=None):
         return _normal_log_density(z, *self.moments(context)).flatten(1).sum(1)
 
-    def sample(self, n, temperature=1.0, context=None, generator=None):
-        mean, log_scale = self.moments(context)
-        if len(mean) != n:
-            raise ValueError(f"{n} draws need a context of {n} rows, not {len(mean)}")
-        return mean + temperature * log_scale.exp() * _normal((n, *self.shape), generator).to(mean)
+    @property
+    def noise(self):
+        return (Noise("normal", self.shape),)
+
+    def from_noise(self, noise, temperature=1.0, context=None):
+        (z,), (mean, log_scale) = noise, self.moments(context)
+        if mean.shape[0] != z.shape[0]:
+            raise ValueError(f"{len(z)} draws need a context of {len(z)} rows, not {len(mean)}")
+        return mean + temperature * log_scale.exp() * z.to(mean)
 
 
 class Mixture(Distribution):
@@ -169,11 +205,15 @@ class Mixture(Distribution):
         each = _normal_log_density(z[:, None], self.mean, self.log_scale).flatten(2).sum(2)
         return torch.logsumexp(each + self.logits.log_softmax(0), 1)
 
-    def sample(self, n, temperature=1.0, context=None, generator=None):
-        weights = self.logits.detach().float().softmax(0).cpu()
-        index = torch.multinomial(weights, n, replacement=True, generator=generator).to(self.mean.device)
-        noise = _normal((n, *self.shape), generator).to(self.mean)
-        return self.mean[index] + temperature * self.log_scale[index].exp() * noise
+    @property
+    def noise(self):
+        return Noise("uniform", ()), Noise("normal", self.shape)
+
+    def from_noise(self, noise, temperature=1.0, context=None):
+        u, z = (one.to(self.mean) for one in noise)
+        ends = self.logits.double().softmax(0).cumsum(0)[:-1]  # of each component's share of [0, 1]
+        index = torch.searchsorted(ends, u.double(), right=True)
+        return self.mean[index] + temperature * self.log_scale[index].exp() * z
 
 
 class Joint(Distribution):
@@ -201,13 +241,14 @@ class Joint(Distribution):
     def log_prob(self, z, context=None):
         return sum(part.log_prob(piece, context) for part, piece in zip(self.parts, z.split(self.sizes, 1)))
 
-    def sample(self, n, temperature=1.0, context=None, generator=None):
-        drawn = [part.sample(n, temperature, context, generator) for part in self.parts]
+    @property
+    def noise(self):
+        return tuple(noise for part in self.parts for noise in part.noise)
+
+    def from_noise(self, noise, temperature=1.0, context=None):
+        left = iter(noise)
+        drawn = [part.from_noise([next(left) for _ in part.noise], temperature, context) for part in self.parts]
         return torch.cat([part.to(drawn[0]) for part in drawn], 1)
-
-
-def _normal(shape, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _normal_log_density(z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

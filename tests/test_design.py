@@ -22,6 +22,8 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "engine": {"errors", "runtime", "bijections", "flow", "data", "plots"},
     "report": {"errors", "runtime"},
     "config": {"errors", "runtime", "flow", "flows", "data"},
+    "export": {"errors", "runtime", "bijections", "flow", "data"},
+    "importers": {"errors"},
     "commands": {
         "errors",
         "runtime",
@@ -34,6 +36,8 @@ PARTS = {  # a package or a module -> what it may import beside itself
         "config",
         "benchmarks",
         "report",
+        "export",
+        "importers",
     },
     "training": {"errors", "runtime", "bijections", "flow", "data", "engine", "config", "commands"},
     "train": {"runtime", "engine", "config", "training"},

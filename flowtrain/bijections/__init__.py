@@ -21,9 +21,14 @@ from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
-from flowtrain.bijections.spline import CircularRationalQuadratic, PiecewiseLinear, RationalQuadratic
+from flowtrain.bijections.spline import (
+    CircularRationalQuadratic,
+    PiecewiseLinear,
+    RationalQuadratic,
+    SoftClippedRationalQuadratic,
+)
 from flowtrain.bijections.standardize import StandardizeChannels
-from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, SigmoidAffine, TanhAffine
+from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShift, SigmoidAffine, TanhAffine
 
 __all__ = [
     "ActNorm",
@@ -63,8 +68,10 @@ __all__ = [
     "RationalQuadratic",
     "Reverse",
     "Scale",
+    "ScaleShift",
     "Shuffle",
     "SigmoidAffine",
+    "SoftClippedRationalQuadratic",
     "Squeeze",
     "Standardize",
     "StandardizeChannels",

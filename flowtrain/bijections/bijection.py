@@ -119,12 +119,12 @@ def walk(bijection: Bijection, inverted: bool = False) -> Iterator[tuple[Bijecti
 
 def zero_log_det(x: Tensor) -> Tensor:
     """The log-determinant of a map that keeps volume: zeros (B,)."""
-    return torch.zeros(len(x), device=x.device, dtype=at_least_float32(x.dtype))
+    return torch.zeros(x.shape[0], device=x.device, dtype=at_least_float32(x.dtype))
 
 
 def constant_log_det(value: Tensor, x: Tensor) -> Tensor:
     """One number, the same for every example: (B,)."""
-    return value.to(at_least_float32(x.dtype)).expand(len(x))
+    return value.to(at_least_float32(x.dtype)).expand(x.shape[0])
 
 
 def sum_event(x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Alternate(Partition):
 
     def merge(self, conditioning, transformed):
         out = transformed.new_empty(
-            len(transformed), conditioning.shape[1] + transformed.shape[1], *transformed.shape[2:]
+            transformed.shape[0], conditioning.shape[1] + transformed.shape[1], *transformed.shape[2:]
         )
         out[:, 1 - self.first :: 2], out[:, self.first :: 2] = conditioning, transformed
         return out
@@ -239,7 +239,7 @@ class _Learned(nn.Module):
         self.theta = nn.Parameter(torch.zeros(out))
 
     def forward(self, conditioning, context):
-        return self.theta.expand(len(conditioning), -1)
+        return self.theta.expand(conditioning.shape[0], -1)
 
 
 class _OfContext(nn.Module):

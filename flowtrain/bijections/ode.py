@@ -173,6 +173,8 @@ class Continuous(Bijection):
             return torch.compiler.disable(Continuous._solve)(self, x, context, start, end)
         self.evaluations = 0
         x = x.to(at_least_float32(x.dtype))
+        if modes.current().tracing:
+            return self._integrate_in_steps(x, context, start, end)
         if not len(x):  # no mean error to control
             return x, zero_log_det(x)
         reasons = modes.current().unsolved
@@ -220,9 +222,51 @@ class Continuous(Bijection):
                 log_det = log_det - (one - one.detach())
             return z[-1], log_det[-1]
 
+    def _integrate_in_steps(self, x, context, start, end):
+        """What torchdiffeq's solvers of fixed steps compute, without their reads of the times."""
+        if self.solver in ADAPTIVE:
+            raise ValueError(f"{self.solver} takes as many steps as the data need, which no program can record")
+        states_only = modes.current().states_only
+        field = _Velocity(self, context) if states_only else _Rates(self, x, context, penalized=False)
+        state = (x,) if states_only else (x, zero_log_det(x))
+        step = (end - start) / self.steps
+        for i in range(self.steps):
+            time = start + i * step
+            slopes: list[tuple[Tensor, ...]] = []
+            for share, weights in _STAGES[self.solver]:
+                at = _move(state, slopes, weights, step)
+                if share is None:
+                    state = at
+                else:
+                    slopes.append(field(torch.tensor(time + share * step, device=x.device, dtype=x.dtype), at))
+        return (state[0], zero_log_det(x) + math.nan) if states_only else state
+
     def _grid(self, field, state, times):
         share = torch.linspace(0, 1, self.steps + 1, device=times.device, dtype=times.dtype)
         return times[0] + (times[-1] - times[0]) * share
+
+
+# of each solver of fixed steps: the share of the step at which a slope is taken, and the weights of the slopes before
+# it in the state there; at last, without a share, those of the step. rk4 is Kutta's 3/8 rule, as in torchdiffeq.
+_STAGES: dict[str, list[tuple[float | None, tuple[float, ...]]]] = {
+    "euler": [(0, ()), (None, (1,))],
+    "midpoint": [(0, ()), (1 / 2, (1 / 2,)), (None, (0, 1))],
+    "heun3": [(0, ()), (1 / 3, (1 / 3,)), (2 / 3, (0, 2 / 3)), (None, (1 / 4, 0, 3 / 4))],
+    "rk4": [
+        (0, ()),
+        (1 / 3, (1 / 3,)),
+        (2 / 3, (-1 / 3, 1)),
+        (1, (1, -1, 1)),
+        (None, (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+    ],
+}
+
+
+def _move(state: tuple[Tensor, ...], slopes, weights, step: float) -> tuple[Tensor, ...]:
+    """The state moved by the step along the weighted slopes."""
+    for weight, slope in zip(weights, slopes):
+        state = tuple(part + (step * weight) * rate for part, rate in zip(state, slope))
+    return state
 
 
 class _Velocity:
@@ -258,6 +302,9 @@ class _Rates(_Velocity):
         self.penalized = penalized
         if modes.current().exact_trace or layer.trace == "exact":
             directions = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype)
+            if modes.current().tracing:  # one after the other, in a program for a batch of any size
+                self.probes = [direction.view(x.shape[1:]).expand_as(x) for direction in directions]
+                return
             parts = directions.split(max(1, _ROWS_AT_ONCE // len(x)))
             self.probes = [part.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape) for part in parts]
         else:

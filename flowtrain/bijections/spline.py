@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowtrain.bijections.univariate import Univariate
+from flowtrain.bijections.univariate import Univariate, soft_clip
 
 
 class PiecewiseLinear(Univariate):
@@ -139,7 +139,7 @@ class RationalQuadratic(Univariate):
         if theta.dim() == value.dim():  # all examples share it
             theta = theta[:, None]
         sizes, slopes = theta.contiguous().split([2 * self.bins, len(theta) - 2 * self.bins])
-        shares = sizes.unflatten(0, (2, self.bins)).softmax(1)
+        shares = self._logits(sizes).unflatten(0, (2, self.bins)).softmax(1)
         with torch.no_grad():
             end, reached = -self.bound, [torch.ones_like(value)]
             for share in shares[axis, :-1]:
@@ -153,14 +153,50 @@ class RationalQuadratic(Univariate):
         for share, least, passed, inside in zip(self.share, self.least, before, own):
             start.append(share * passed + (least * index - self.bound))
             size.append(share * inside + least)
-        slope = torch.stack(self._at_both_ends(slopes, here))
-        slope = (F.softplus(slope + self.shift) + self.min_derivative).clamp(max=self.max_derivative)
-        return Bin(*start, *size, *slope)
+        return Bin(*start, *size, *self._slope(torch.stack(self._at_both_ends(slopes, here))))
+
+    def _logits(self, numbers: Tensor) -> Tensor:
+        """The logits of widths and heights."""
+        return numbers
+
+    def _slope(self, numbers: Tensor) -> Tensor:
+        """The slopes at knots, 1 for 0."""
+        return (F.softplus(numbers + self.shift) + self.min_derivative).clamp(max=self.max_derivative)
 
     def _at_both_ends(self, slopes: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of ``slopes`` at the two knots of the bin that the mask ``here`` picks."""
         # before the first and after the last inner knot the sum is 0, whose slope is 1
         return (slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)
+
+
+class SoftClippedRationalQuadratic(RationalQuadratic):
+    """A :class:`RationalQuadratic` spline as zuko has it: the logits of widths and heights, and the logarithms of
+    slopes, are clipped softly, so that widths and heights have no least size.
+
+    Args:
+        shape: of the elements.
+        bins: number of bins; 3·bins − 1 parameters per element.
+        bound: half the length of the interval.
+        least: the smallest slope, and its inverse the largest.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    >>> SoftClippedRationalQuadratic((3,))(torch.full((1, 3), 0.5), torch.zeros(1, 3, 23))[0]
+    tensor([[0.5000, 0.5000, 0.5000]])
+    """
+
+    def __init__(self, shape, bins: int = 8, bound: float = 5.0, least: float = 1e-3):
+        super().__init__(shape, bins, bound)
+        if not 0 < least < 1:
+            raise ValueError(f"least={least} must lie between 0 and 1")
+        self.clip, self.least, self.share = least, [0.0, 0.0], [2 * bound, 2 * bound]
+
+    def _logits(self, numbers):
+        return soft_clip(2 * numbers, self.clip) / 2
+
+    def _slope(self, numbers):
+        return soft_clip(numbers, self.clip).exp()
 
 
 class CircularRationalQuadratic(RationalQuadratic):

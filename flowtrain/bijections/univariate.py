@@ -5,8 +5,11 @@ The review of Papamakarios et al. (2021, section 3.1) calls these maps transform
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # torch's log1p for AVX-512 (softplus, logsigmoid, expm1) loads a constant under a mask that is empty unless x = −0.
 # Until the constant's page of memory has been read, each such load is slow, and the function twenty times slower.
@@ -172,6 +175,56 @@ class TanhAffine(_Affine):
     def scale(self, raw):
         s = self.rescale * torch.tanh(raw)
         return s.exp(), s
+
+
+class ScaleShift(Univariate):
+    """y = scale(θ₂)·x + θ₁, as nflows, normflows and zuko have it: t is added after the scaling.
+
+    Args:
+        shape: of the elements.
+        scale: "softplus": softplus(θ₂ + log(exp(1 − 10⁻³) − 1)) + 10⁻³, 1 at 0; "sigmoid": sigmoid(θ₂ + 2) + 10⁻³;
+            "softclip": exp(s) with s = θ₂/(1 + |θ₂|/log 10³), so that |s| < log 10³.
+
+    Raises:
+        ValueError: an unknown ``scale``.
+
+    >>> ScaleShift((2,))(torch.ones(1, 2), torch.zeros(1, 2, 2))[0]
+    tensor([[1., 1.]])
+    """
+
+    params = 2
+    smooth = True
+    floor = 1e-3
+
+    def __init__(self, shape, scale: str = "softclip"):
+        super().__init__(shape)
+        if scale not in ("softplus", "sigmoid", "softclip"):
+            raise ValueError(f"scale='{scale}' must be softplus, sigmoid or softclip")
+        self.scale = scale
+
+    def forward(self, x, theta):
+        t, raw = split_parameters(theta)
+        scale, s = self._scale(raw)
+        return x * scale + t, s.expand_as(x)
+
+    def inverse(self, y, theta):
+        t, raw = split_parameters(theta)
+        scale, s = self._scale(raw)
+        return (y - t) / scale, (-s).expand_as(y)
+
+    def _scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and its logarithm."""
+        if self.scale == "softclip":
+            s = soft_clip(raw, self.floor)
+            return s.exp(), s
+        start = math.log(math.expm1(1 - self.floor))
+        scale = (F.softplus(raw + start) if self.scale == "softplus" else torch.sigmoid(raw + 2)) + self.floor
+        return scale, scale.log()
+
+
+def soft_clip(x: Tensor, least: float) -> Tensor:
+    """x/(1 + |x|/|log least|), between log least and −log least (zuko)."""
+    return x / (1 + (x / math.log(least)).abs())
 
 
 def per_element(h: Tensor, params: int) -> Tensor:

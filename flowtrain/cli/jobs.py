@@ -147,7 +147,12 @@ def dismiss() -> None:
 
 def _discard(run_dir: Path) -> None:
     """Remove a new run directory that holds only Hydra's record, the lock and the log of a usage error."""
-    if {item.name for item in run_dir.iterdir()} <= {".hydra", status.LOCK, status.NAME, "train.log"}:
+    if run_dir.is_dir() and {item.name for item in run_dir.iterdir()} <= {
+        ".hydra",
+        status.LOCK,
+        status.NAME,
+        "train.log",
+    }:
         shutil.rmtree(run_dir)
         with suppress(OSError):  # it is not empty
             run_dir.parent.rmdir()

@@ -97,6 +97,19 @@ class ScoreConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig(TrainConfig):
+    ckpt: str
+    to: Literal["onnx", "torch_export", "safetensors"]
+    what: (
+        list[Literal["log_prob", "sample", "encode", "score"]] | Literal["log_prob", "sample", "encode", "score"] | None
+    )
+    solver: Literal["rk4", "heun3", "midpoint", "euler"] | None
+    solver_steps: int = number(least=1)
+    output: str | None
+    weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(TrainConfig):
     ckpt: str
     examples: int = number(least=2)
@@ -104,6 +117,13 @@ class ReportConfig(TrainConfig):
     temperatures: list[float] = number(least=0)
     seconds: float | None = number(above=0)
     weights: Literal["auto", "ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(TrainConfig):
+    from_: Literal["nflows", "zuko", "normflows"] | None
+    path: str | None
+    output: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +214,15 @@ COMMANDS = {
     ),
     "score": Command(
         "flowtrain.commands.score", "a likelihood for each row or image", ScoreConfig, on_checkpoint={"ckpt": "score"}
+    ),
+    "export": Command(
+        "flowtrain.commands.export",
+        "a run's flow as ONNX, torch.export or safetensors",
+        ExportConfig,
+        on_checkpoint={"ckpt": "export"},
+    ),
+    "import": Command(
+        "flowtrain.commands.importing", "a flow of nflows, zuko or normflows as a run", ImportConfig, root="import"
     ),
     "report": Command(
         "flowtrain.commands.report", "a page that shows a run", ReportConfig, on_checkpoint={"ckpt": "report"}

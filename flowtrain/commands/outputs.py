@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flowtrain.errors import UsageError
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import distributed, files
 
 Rows = Mapping[str, np.ndarray]  # name -> values of a column; NaN or None: missing
@@ -73,6 +74,26 @@ def open_array(path: Path, length: int) -> Iterator[Callable[[np.ndarray], None]
                 file.flush()
 
         yield append
+
+
+@contextmanager
+def own_folder(run_dir: str, output: str | None) -> Iterator[Path]:
+    """The folder for a command's files: ``output``, with ~ expanded, or ``run_dir``. Where ``run_dir`` has no files in
+    the end, or a FlowtrainError came before them, it is removed with Hydra's record in it."""
+    folder, chosen = Path(run_dir), Path(os.path.expanduser(output)) if output else Path(run_dir)
+    try:
+        yield chosen
+    except FlowtrainError:
+        _discard(folder)
+        raise
+    _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    if {path.name for path in folder.iterdir()} <= {".hydra"}:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # others' results are there
+            folder.parent.rmdir()
 
 
 def free_name(name: str, taken) -> str:

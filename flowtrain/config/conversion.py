@@ -1,7 +1,7 @@
 """From plain values to an instance of a schema, each with its type and within its range; and back."""
 
 import difflib
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import Field, asdict, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -24,12 +24,13 @@ def validate(schema, values: dict, prefix: str = ""):
         raise UsageError(f"no key '{prefix}{name}'" + (f"; did you mean '{prefix}{near[0]}'?" if near else ""))
     found: dict[str, Any] = {"parts": others} if keeps_others else {}
     for item in fields(schema):
-        if item.name not in names:
+        if _key(item) not in names:
             continue
-        key = prefix + item.name
-        if item.name not in values:
+        name = _key(item)
+        key = prefix + name
+        if name not in values:
             raise UsageError(f"{key}: is missing")
-        value, nested = values[item.name], _nested_schema(item.type)
+        value, nested = values[name], _nested_schema(item.type)
         if nested and isinstance(value, dict):
             found[item.name] = validate(nested, value, f"{key}.")
             continue
@@ -43,12 +44,18 @@ def validate(schema, values: dict, prefix: str = ""):
 def to_dict(config) -> dict:
     """The plain values that :func:`validate` makes an equal instance of."""
     values = asdict(config)
-    return values | values.pop("parts", {})
+    parts = values.pop("parts", {})
+    return {name.removesuffix("_"): value for name, value in values.items()} | parts
 
 
 def key_names(schema) -> list[str]:
     """The keys that a schema declares at its root."""
-    return [item.name for item in fields(schema) if item.name != "parts"]
+    return [_key(item) for item in fields(schema) if item.name != "parts"]
+
+
+def _key(item: Field) -> str:
+    """The key of a field: a word of Python's own, such as from, has an underscore after it."""
+    return item.name.removesuffix("_")
 
 
 def dotted_keys(schema, prefix: str = "") -> list[str]:
@@ -56,7 +63,7 @@ def dotted_keys(schema, prefix: str = "") -> list[str]:
     out = []
     for item in fields(schema):
         if item.name != "parts":
-            out.append(prefix + item.name)
+            out.append(prefix + _key(item))
             nested = _nested_schema(item.type)
             out += dotted_keys(nested, f"{prefix}{item.name}.") if nested else []
     return out

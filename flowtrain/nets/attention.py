@@ -78,7 +78,7 @@ class CausalTransformer(nn.Module):
     def step(self, x: Tensor, cache: dict) -> Tensor:
         """The next element's row, (B, 1, out), from the newest element, (B, 1), or none, (B, 0); extends ``cache``."""
         cache["elements"] = elements = torch.cat((cache["elements"], x), 1)
-        i, none = elements.shape[1], elements.new_zeros(len(elements))
+        i, none = elements.shape[1], elements.new_zeros(elements.shape[0])
         token = torch.stack([elements[:, i - offset] if offset <= i else none for offset in self.offsets], -1)
         return self._rows(token[:, None], slice(i, i + 1), cache["blocks"], cache["context"])
 

@@ -56,7 +56,7 @@ class _Staircase(torch.autograd.Function):
             if needed:
                 grad_x.append(grad[:, top:] @ weight[top:, left:right])
             top, left = top + size, right
-        unseen = x.new_zeros(len(x), x.shape[1] - left)
+        unseen = x.new_zeros(x.shape[0], x.shape[1] - left)
         return torch.cat([*grad_x, unseen], 1) if needed else None, grad_weight, grad.sum(0), None, None
 
 
@@ -71,7 +71,7 @@ class _StaircaseWithForwardMode(_Staircase):
     @staticmethod
     def jvp(ctx, tangent_x, tangent_weight, tangent_bias, *_):
         x, weight = ctx.saved_tensors
-        tangent = x.new_zeros(len(x), len(weight))
+        tangent = x.new_zeros(x.shape[0], len(weight))
         if tangent_x is not None:
             tangent = tangent + F.linear(tangent_x, weight)
         if tangent_weight is not None:
@@ -195,7 +195,7 @@ class _Masked(nn.Module):
 
     def init_cache(self, x: Tensor, context: Tensor | None = None):
         """An empty activation cache for a pass over the elements of a batch like x (B, D)."""
-        linears = [_StepwiseLinear(linear, len(x)) for linear in self.linears]
+        linears = [_StepwiseLinear(linear, x.shape[0]) for linear in self.linears]
         if self.context is None:
             return linears, repeat(None)
         return linears, iter(self.context(context).split(self.linears[0].sizes, 1))

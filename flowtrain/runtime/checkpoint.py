@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from flowtrain.errors import FlowtrainError, UsageError
-from flowtrain.runtime import files
+from flowtrain.runtime import files, safetensors_file
 
 FORMAT = 2  # of the state; raised by a version that cannot read what the one before wrote
 _MARK = b"flowtrain sha256 "
@@ -119,12 +119,14 @@ def _duplicate(path: Path, spare: Path) -> None:
 def read(path, map_location="cpu", mmap: bool = False) -> dict:
     """The state in ``path``, after its digest agreed: plain containers, numbers, texts and tensors, whoever wrote it.
 
-    ``mmap`` leaves the tensors in the file.
+    ``mmap`` leaves the tensors in the file. A file that ends in .safetensors has weights and a configuration alone.
 
     Raises:
         FlowtrainError: the file is damaged, no flowtrain checkpoint, or one of another format.
     """
     path = Path(path)
+    if path.suffix == safetensors_file.SUFFIX:
+        return safetensors_file.read(path)
     try:
         with open(path, "rb") as file:  # one file, though another process may put a newer one in its place meanwhile
             _check(path, file)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flowtrain.runtime.noise import ExampleNoise
+from flowtrain.runtime.noise import ExampleNoise, GivenNoise
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,27 @@ class Modes:
     Attributes:
         first_row: the row of the global batch at which this process's batch begins.
         global_rows: rows in the global batch; None if the batch at hand is all of it.
-        noise: where the random numbers of given examples come from; None: from torch's generator.
+        noise: where the random numbers of the examples come from; None: from torch's generator.
         bin_centres: dequantization maps each integer to the centre of its bin: noise is ½ everywhere.
         kept: what has been computed from weights alone, for the batches to come; None: nothing is kept.
         repeating: this work has been done before, so that running statistics must not count it again.
         layer_by_layer: every layer is called by itself; none is fused with its neighbours.
         exact_trace: ODEs integrate the exact trace.
         states_only: ODEs integrate no trace; their log-determinant is NaN.
+        tracing: the work is recorded as a program for values to come: no check may read a value.
         unsolved: where to append why an ODE has no solution, which then is NaN; None: it raises FloatingPointError.
     """
 
     first_row: int = 0
     global_rows: int | None = None
-    noise: ExampleNoise | None = None
+    noise: ExampleNoise | GivenNoise | None = None
     bin_centres: bool = False
     kept: dict | None = None
     repeating: bool = False
     layer_by_layer: bool = False
     exact_trace: bool = False
     states_only: bool = False
+    tracing: bool = False
     unsolved: list[str] | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ class ExampleNoise:
         bits = 53 if dtype == torch.float64 else 24
         numbers = _shift(_hash(keys[:, None] + places), 64 - bits)
         return numbers.to(torch.float64 if bits == 53 else torch.float32).mul_(2.0**-bits).to(dtype).reshape(shape)
+
+
+class GivenNoise:
+    """The uniform numbers in ``numbers``: a tensor for each call, in order.
+
+    >>> GivenNoise([torch.tensor([0.25])]).uniform((1,))
+    tensor([0.2500])
+    """
+
+    def __init__(self, numbers: Iterable[Tensor]):
+        self.numbers = iter(numbers)
+
+    def uniform(self, shape, device=None, dtype=torch.float32) -> Tensor:
+        """The next tensor, of ``shape``, which is not looked at: a program may be traced for any batch."""
+        return next(self.numbers).to(dtype)
 
 
 def _hash(x: Tensor) -> Tensor:

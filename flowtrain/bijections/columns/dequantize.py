@@ -49,10 +49,17 @@ class DequantizeColumns(ColumnBijection):
         x = x.to(self.width.dtype)
         u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
         # the sum rounds up to the next value now and then
-        y = torch.minimum(x + self.width * u, torch.nextafter(x + self.width, x))
+        y = torch.minimum(x + self.width * u, _below(x + self.width, x))
         return torch.where(self.width > 0, y, x), zero_log_det(x)
 
     def inverse(self, z, context=None):
         width = torch.where(self.width > 0, self.width, 1).double()  # in float32 a quotient would round up now and then
         whole = ((z / width).floor() * width).to(z.dtype).maximum(self.least).minimum(self.greatest)
         return torch.where(self.width > 0, whole, z), zero_log_det(z)
+
+
+def _below(y: Tensor, x: Tensor) -> Tensor:
+    """The largest number below y > x (Rump, Zimmermann, Boldo and Melquiond 2009, eq. 2.5), or y where it is x: what
+    torch.nextafter returns, which has no gradient and no counterpart in ONNX."""
+    half = torch.finfo(y.dtype).eps / 2
+    return torch.where(y > x, y - (half * (1 + 2 * half) * y.abs() + torch.finfo(y.dtype).smallest_normal), y)
