@@ -39,7 +39,7 @@ def read(folder: Path) -> list[dict]:
         return []
     with open(path, newline="", errors="replace") as file:
         rows = [row for row in csv.DictReader(file) if None not in (*row, *row.values()) and row["job"].isdigit()]
-    return sorted({frozenset(words_of(row)): row for row in rows}.values(), key=lambda row: int(row["job"]))
+    return sorted({(row["job"], *words_of(row)): row for row in rows}.values(), key=lambda row: int(row["job"]))
 
 
 def words_of(row: dict) -> list[str]:
