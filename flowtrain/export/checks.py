@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtrain.bijections import Dequantize, DequantizeColumns
 from flowtrain.bijections.ode import states_only
@@ -17,117 +18,147 @@ from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.errors import FlowtrainError
 from flowtrain.export.programs import Program
 from flowtrain.flow import Flow
+from flowtrain.runtime import modes
 
 ROWS, SIZES = 1000, (1, 7)  # rows that are compared; the first batches
 FAR = (1.0, 3.0, 10.0)  # temperatures of a third of the rows each
-TOLERANCE = {"log_prob": 1e-5, "sample": 1e-5, "encode": 1e-5, "score": 1e-4}
+TOLERANCE = {"log_prob": 1e-5, "sample": 1e-4, "encode": 1e-4, "score": 1e-4}
 NUMBERS = 2**20  # most numbers of inputs in a batch
 ROUNDS = 5  # of drawing rows, at most
-
-SHARE = 1 / 8  # of the tolerance, by which the flow itself may be off in float32
+SHARE = 1 / 4  # of the tolerance, by which the flow itself may be off in float32
 
 Inputs = dict[str, Tensor]
 
 
-def _inputs(program: Program, spec: DataSpec, seed: int) -> Inputs:
-    """:data:`ROWS` inputs: noise, or what the flow makes of noise, at each temperature of :data:`FAR`.
+def _inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Inputs:
+    """Inputs: noise, or what the flow makes of noise, at each temperature of :data:`FAR`.
 
     So data lie within the bounds of their columns and are integers where they must be, and other numbers reach beyond
-    the knots of splines. A row that is not finite is one of temperature 1 instead.
+    the knots of splines. Of noise whose data are not finite, that of temperature 1 is taken.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = {}
-    context = _contexts(program, spec, generator)
+    flow, inputs = program.flow, {}
+    context = _contexts(program, spec, rows, generator)
+    noise, data = _noise_and_data(flow, context, rows, generator)
     for name, one in program.inputs.items():
         if name == "context":
             inputs[name] = context
-        elif one.noise == "uniform":
-            inputs[name] = torch.rand(ROWS, *one.shape, generator=generator)
+        elif program.what == "sample":
+            inputs[name] = noise[int(name.removeprefix("noise") or 1) - 1]
         elif one.noise:
-            inputs[name] = _noise(program.flow, generator)[int(name.removeprefix("noise") or 1) - 1]
+            inputs[name] = torch.rand(rows, *one.shape, generator=generator)
         else:
-            inputs[name] = _data(program.flow, context, generator)
+            inputs[name] = data
     return inputs
 
 
-def _temperatures(dimensions: int) -> Tensor:
-    each = torch.tensor(FAR).repeat_interleave(math.ceil(ROWS / len(FAR)))[:ROWS]
-    return each[torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))].view(-1, *[1] * dimensions)
-
-
-def _noise(flow: Flow, generator: torch.Generator) -> list[Tensor]:
-    drawn = [(noise, noise.draw(ROWS, generator)) for noise in flow.base.noise]
-    return [z if noise.kind == "uniform" else z * _temperatures(z.dim() - 1) for noise, z in drawn]
-
-
 @torch.no_grad()
-def _data(flow: Flow, context: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Samples of the flow, as float32."""
-    near = flow.base.sample(ROWS, 1.0, context, generator)
-    z = near * _temperatures(near.dim() - 1)
-    with states_only():
-        far_x, near_x = (_invert(flow, latents, context) for latents in (z, near))
-    wrong = far_x.isinf() | (far_x.isnan() & ~near_x.isnan())
-    return torch.where(wrong.flatten(1).any(1).view(-1, *[1] * (far_x.dim() - 1)), near_x, far_x)
+def _noise_and_data(
+    flow: Flow, context: Tensor | None, rows: int, generator: torch.Generator
+) -> tuple[list[Tensor], Tensor]:
+    """The base's noise at each temperature, and the data that the flow makes of it, as float32."""
+    near = [one.draw(rows, generator) for one in flow.base.noise]
+    temperatures = torch.tensor(FAR)[torch.arange(rows) % len(FAR)]
+    far = [z if one.kind == "uniform" else z * _per_row(temperatures, z.dim()) for one, z in zip(flow.base.noise, near)]
+    far_x, near_x = (_invert(flow, flow.base.from_noise(z, 1.0, context), context) for z in (far, near))
+    wrong = (far_x.isinf() | (far_x.isnan() & ~near_x.isnan())).flatten(1).any(1)
+    noise = [torch.where(_per_row(wrong, z.dim()), z, other) for z, other in zip(near, far)]
+    return noise, torch.where(_per_row(wrong, far_x.dim()), near_x, far_x)
+
+
+def _per_row(values: Tensor, dimensions: int) -> Tensor:
+    return values.view(-1, *[1] * (dimensions - 1))
 
 
 def _invert(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
+    """Data, as float32; NaN where a number was not finite before it was rounded."""
     size = _batch_size(flow.dimensions)
     parts = zip(z.split(size), [None] * len(z) if context is None else context.split(size))
-    return torch.cat([flow.bijection.inverse(*part)[0].float() for part in parts])
+    found, finite = [], []
+    with states_only(), modes.using(tracing=True), _before_rounding(flow, lambda _, z: finite.append(z.isfinite())):
+        for part in parts:
+            finite.clear()
+            x = flow.bijection.inverse(*part)[0].float()
+            for each in finite:
+                x = x.where(each, math.nan)
+            found.append(x)
+    return torch.cat(found)
 
 
 def _batch_size(dimensions: int) -> int:
     return max(1, NUMBERS // dimensions)
 
 
-def _contexts(program: Program, spec: DataSpec, generator: torch.Generator) -> Tensor | None:
+def _contexts(program: Program, spec: DataSpec, rows: int, generator: torch.Generator) -> Tensor | None:
     """Classes in turn, or standard normal numbers."""
     if not program.has_context:
         return None
     shape = program.inputs["context"].shape
     if isinstance(spec.context, LabelContext):
-        return label_context(torch.arange(ROWS) % shape[0], shape[0])
-    return torch.randn(ROWS, *shape, generator=generator)
+        return label_context(torch.arange(rows) % shape[0], shape[0])
+    return torch.randn(rows, *shape, generator=generator)
 
 
 class Reference:
     """What the flow returns for :data:`ROWS` rows, with which programs are compared.
 
     Rows are drawn anew where float32 does not determine what the flow returns, so that no two ways to compute it agree:
-    where it differs by a :data:`SHARE` of the tolerance in float64, or after one more rounding of the input. Such are
-    rows next to a kink of a rectifier, for the gradient, and some of those far out.
+    where it differs by a :data:`SHARE` of the tolerance in float64, or for a gradient after one more rounding of the
+    input. Such are rows next to a kink of a rectifier, for the gradient, and some of those far out.
 
     Attributes:
         inputs: the rows.
         left_out: how many others were drawn.
 
     Raises:
-        FlowtrainError: there are fewer than :data:`ROWS` others among :data:`ROUNDS` times as many.
+        FlowtrainError: after :data:`ROUNDS` drawings there are fewer than :data:`ROWS` others.
     """
 
     def __init__(self, program: Program, spec: DataSpec):
         self.program, self.tolerance, self.left_out = program, TOLERANCE[program.what], 0
-        exact = Program(copy.deepcopy(program.flow).double(), program.what)
+        self.exact = Program(copy.deepcopy(program.flow).double(), program.what)
         kept: list[Inputs] = []
+        missing = ROWS
         for seed in range(ROUNDS):
-            inputs = _inputs(program, spec, seed)
-            wide = {name: value.double() for name, value in inputs.items()}
-            apart = self._differences(inputs, lambda part: exact(*part.values()), wide)
-            for sign in (1, -1):
-                rounded = {name: _round_once(value, sign) for name, value in inputs.items()}
-                apart = apart.maximum(self._differences(inputs, lambda part: program(*part.values()), rounded))
-            rows = (apart < SHARE * self.tolerance).nonzero()
-            self.left_out += ROWS - len(rows)
-            kept.append({name: value[rows[:, 0]] for name, value in inputs.items()})
-            if sum(len(next(iter(one.values()))) for one in kept) >= ROWS:
+            drawn = missing if seed == 0 else min(ROWS, missing * ROWS // max(1, ROWS - self.left_out) + SIZES[-1])
+            inputs = _inputs(program, spec, drawn, seed)
+            rows = (self._uncertainty(inputs) < SHARE * self.tolerance).nonzero()[:missing, 0]
+            kept.append({name: value[rows] for name, value in inputs.items()})
+            missing -= len(rows)
+            if not missing:
                 break
+            self.left_out += drawn - len(rows)
         else:
             raise FlowtrainError(
-                f"what={program.what}: float32 determines what this flow returns to {self.tolerance:g} at fewer than"
-                f" {ROWS} of {ROUNDS * ROWS} rows, so that no program can be compared with it"
+                f"what={program.what}: float32 determines what this flow returns to {self.tolerance:g} at so few rows"
+                f" that {ROUNDS} drawings found {ROWS - missing} of {ROWS}; no program can be compared with it"
             )
-        self.inputs = {name: torch.cat([one[name] for one in kept])[:ROWS] for name in inputs}
+        self.inputs = {name: torch.cat([one[name] for one in kept]) for name in inputs}
+
+    def _uncertainty(self, inputs: Inputs) -> Tensor:
+        """Of each row, how much the flow itself is off in float32."""
+        wide = {name: value.double() for name, value in inputs.items()}
+        apart = self._differences(inputs, lambda part: self.exact(*part.values()), wide)
+        for sign in (1, -1) if self.program.what == "score" else ():
+            rounded = {name: _round_once(value, sign) for name, value in inputs.items()}
+            apart = apart.maximum(self._differences(inputs, lambda part: self.program(*part.values()), rounded))
+        return apart.maximum(self._apart_before_rounding(inputs, wide)) if self.program.what == "sample" else apart
+
+    def _apart_before_rounding(self, inputs: Inputs, wide: Inputs) -> Tensor:
+        """Of each row, how far from each other float32 and float64 are where the flow is about to round data."""
+        found = []
+        dimensions = self.program.flow.dimensions
+        for part, other in zip(_batches(inputs, dimensions), _batches(wide, dimensions)):
+            seen: list[list[Tensor]] = [[], []]
+            for program, given, own in zip((self.program, self.exact), (part, other), seen):
+                with _before_rounding(program.flow, lambda _, z, own=own: own.append(z.double())):
+                    program(*given.values())
+            worst = torch.zeros(len(next(iter(part.values()))), dtype=torch.float64)
+            for one, two in zip(*seen):
+                apart, size = (value.flatten(1).amax(1) for value in (_apart(one, two), two.abs().nan_to_num(0.0)))
+                worst = worst.maximum(apart / size.clamp(min=1))
+            found.append(worst)
+        return torch.cat(found)
 
     def difference(self, run: Callable[[Inputs], Tensor]) -> float:
         """The greatest difference of ``run`` from the flow in any row: absolute where the numbers of the row are all at
@@ -141,11 +172,13 @@ class Reference:
         for part, other in zip(_batches(inputs, dimensions), _batches(given or inputs, dimensions)):
             with _both_sides(self.program.flow, self.tolerance) as sides:
                 value = self.program(*part.values()).double()
-            ways = [value, *(side.double() for side in sides)] if self.program.what == "sample" else [value]
             result = run(other).double()
             if result.shape != value.shape:
                 return torch.tensor([math.inf])
-            apart = torch.stack([_apart(result, way) for way in ways]).amin(0).reshape(len(value), -1).amax(1)
+            if self.program.what == "sample" and sides:
+                low, *_, high = torch.stack([value, *(side.double() for side in sides)]).sort(0).values
+                value = torch.where(value == value.round(), result.clamp(low, high), value)
+            apart = _apart(result, value).reshape(len(value), -1).amax(1)
             size = value.abs().nan_to_num(0.0, posinf=0.0).reshape(len(value), -1).amax(1)
             found.append(apart / size.clamp(min=1))
         return torch.cat(found)
@@ -158,7 +191,7 @@ def _round_once(x: Tensor, sign: int) -> Tensor:
 
 def _batches(inputs: Inputs, dimensions: int) -> Iterator[Inputs]:
     """The rows in batches of 1, 7 and as many as are left, or fewer where an example is large."""
-    size, left = _batch_size(dimensions), ROWS - sum(SIZES)
+    size, left = _batch_size(dimensions), len(next(iter(inputs.values()))) - sum(SIZES)
     sizes = [*SIZES, *[size] * (left // size), *([left % size] if left % size else [])]
     for part in zip(*(value.split(sizes) for value in inputs.values())):
         yield dict(zip(inputs, part))
@@ -174,17 +207,28 @@ def _both_sides(flow: Flow, tolerance: float) -> Iterator[list[Tensor]]:
     """Within it, data that the flow rounds are appended as they are with ``tolerance`` more and less before rounding:
     next to the end of a bin, a rounding of float32 decides on which side a number is."""
     sides: list[Tensor] = []
+
+    def look(layer, z: Tensor) -> None:
+        step = tolerance * _per_row(z.abs().flatten(1).amax(1).clamp(min=1), z.dim())
+        sides.extend(type(layer).inverse(layer, side)[0] for side in (z - step, z + step))
+
+    with _before_rounding(flow, look):
+        yield sides
+
+
+@contextmanager
+def _before_rounding(flow: Flow, look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Within it, ``look`` is called with each layer that rounds data, and what it is to round."""
     layers = [layer for layer in flow.modules() if isinstance(layer, Dequantize | DequantizeColumns)]
 
     def inverse(layer, z, context=None):
-        step = tolerance * z.abs().clamp(min=1)
-        sides.extend(type(layer).inverse(layer, side)[0] for side in (z - step, z + step))
+        look(layer, z)
         return type(layer).inverse(layer, z, context)
 
     for layer in layers:
-        vars(layer)["inverse"] = lambda z, context=None, layer=layer: inverse(layer, z, context)
+        vars(layer)["inverse"] = partial(inverse, layer)
     try:
-        yield sides
+        yield
     finally:
         for layer in layers:
             vars(layer).pop("inverse")
