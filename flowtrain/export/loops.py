@@ -36,7 +36,7 @@ def as_loops(bijection: Bijection) -> Iterator[None]:
 
 
 class _Map(nn.Module):
-    """τ ("forward") or τ⁻¹ ("inverse") of elements with the parameters net(x), of all elements or of those at places."""
+    """τ ("forward") or τ⁻¹ ("inverse") of elements, all or those at places, with their parameters in net(x)."""
 
     def __init__(self, layer: Autoregressive):
         super().__init__()
