@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop_op
 from torch.nn import functional as F
 
 from flowtrain.bijections.univariate import Univariate
@@ -107,7 +106,9 @@ class _Mixture(Univariate):
         high = (components.mean + scale * high[..., None]).amax(-1)
         state, count = (low, high, (low + high) / 2), self.bisections + self.newton_steps
         if modes.current().tracing:  # a loop in the program too
-            start = torch.zeros((), dtype=torch.int64), *state
+            from torch._higher_order_ops.while_loop import while_loop_op  # takes a while
+
+            start: tuple = torch.zeros((), dtype=torch.int64), *state
             return while_loop_op(lambda i, *_: i < count, self._next, start, (y, *components))[-1]
         for i in range(count):
             _, *state = self._next(i, *state, y, *components)

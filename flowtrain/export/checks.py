@@ -168,13 +168,19 @@ class Reference:
 class _Off(TorchDispatchMode):
     """Within it, float32 results of functions, sums and products of matrices are off at random by :data:`OFF`."""
 
+    supports_higher_order_operators = True  # loops, within which nothing is off
+
     def __init__(self, seed: int):
         super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket not in _ROUNDED or not isinstance(result, Tensor) or result.dtype != torch.float32:
+        if (
+            getattr(func, "overloadpacket", None) not in _ROUNDED
+            or not isinstance(result, Tensor)
+            or result.dtype != torch.float32
+        ):
             return result
         return result * (1 + OFF * (2 * torch.rand(result.shape, generator=self.generator) - 1))
 
