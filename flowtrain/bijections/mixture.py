@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.bijections.univariate import Univariate
+from flowtrain.runtime import modes
 
 
 class _Components(NamedTuple):
@@ -30,6 +31,7 @@ class _Mixture(Univariate):
     """
 
     smooth = True
+    iterative = True
     variance: float  # of a component of scale 1
     bisections, newton_steps = 24, 8  # enough for float64, and for extreme weights, means and scales
     means: Tensor
@@ -102,18 +104,23 @@ class _Mixture(Univariate):
         low, high = self.quantile(y)
         low = (components.mean + scale * low[..., None]).amin(-1)
         high = (components.mean + scale * high[..., None]).amax(-1)
-        for _ in range(self.bisections):
-            x = (low + high) / 2
-            below, above = self._mix(self._tails(x, components)[1], components)
-            short = below - above < y
-            low, high = torch.where(short, x, low), torch.where(short, high, x)
-        x = (low + high) / 2
-        for _ in range(self.newton_steps):
-            value, log_derivative = self._map(x, components)
-            low, high = torch.where(value < y, x, low), torch.where(value < y, high, x)
-            newton = x + (y - value) * _inverse_slope(log_derivative)
-            x = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-        return x
+        state, count = (low, high, (low + high) / 2), self.bisections + self.newton_steps
+        if modes.current().tracing:  # a loop in the program too
+            from torch._higher_order_ops.while_loop import while_loop_op  # takes a while
+
+            start: tuple = torch.zeros((), dtype=torch.int64), *state
+            return while_loop_op(lambda i, *_: i < count, self._next, start, (y, *components))[-1]
+        for i in range(count):
+            _, *state = self._next(i, *state, y, *components)
+        return state[-1]
+
+    def _next(self, i, low, high, x, y, *components):
+        """i + 1 and the next bracket and x: the bracket's middle, or a Newton step after enough bisections."""
+        value, log_derivative = self._map(x, _Components(*components))
+        low, high = torch.where(value < y, x, low), torch.where(value < y, high, x)
+        newton, middle = x + (y - value) * _inverse_slope(log_derivative), (low + high) / 2
+        is_newton = (newton >= low) & (newton <= high) & (i + 1 > self.bisections)
+        return i + 1, low, high, torch.where(is_newton, newton, middle)
 
 
 def _inverse_slope(log_derivative: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Univariate(nn.Module):
     Attributes:
         params: number of parameters per element.
         smooth: True if the log-derivative has no kinks in x. By default reversible backpropagation keeps x exactly.
+        iterative: True if the inverse is found in many steps.
 
     Args:
         shape: of the elements of one event.
@@ -32,6 +33,7 @@ class Univariate(nn.Module):
 
     params: int
     smooth = False
+    iterative = False
 
     def __init__(self, shape):
         super().__init__()

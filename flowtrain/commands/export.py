@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from flowtrain.export.loops import LONGEST, as_loops, count_steps
 from flowtrain.export.programs import WHAT, Program
 from flowtrain.export.tracing import trace
 from flowtrain.runtime import checkpoint, distributed, files, safetensors_file
+
+log = logging.getLogger("flowtrain")
 
 
 def main(config: ExportConfig, run_dir: str) -> dict:
@@ -61,7 +65,9 @@ def _programs(config: ExportConfig, restored: Restored) -> dict[str, bytes]:
     notes = _fix_steps(flow, config)
     suffix = formats.SUFFIXES[config.to]
     contents, rows, described = {}, [], []
-    for what in wanted:
+    for i, what in enumerate(wanted, 1):
+        log.info("%s: program %d of %d, and its comparison with the flow", what, i, len(wanted))
+        start = time.monotonic()
         program = Program(flow, what).eval()
         record = _record(config, restored, program)
         with evaluation_mode(torch.device("cpu")):
@@ -83,6 +89,7 @@ def _programs(config: ExportConfig, restored: Restored) -> dict[str, bytes]:
         rows.append(
             {"what": what, "file": file, "bytes": len(data), "greatest_difference": difference, **opset}
             | {"tolerance": reference.tolerance, "rows": ROWS, "left_out": reference.left_out}
+            | {"seconds": round(time.monotonic() - start, 1)}
             | {name: record[name] for name in ("inputs", "output")}
         )
         described += _describe(file, record)

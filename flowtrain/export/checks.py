@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowtrain.bijections import Dequantize, DequantizeColumns
 from flowtrain.bijections.ode import states_only
@@ -24,11 +25,20 @@ ROWS, SIZES = 1000, (1, 7)  # rows that are compared; the first batches
 FAR = (1.0, 3.0, 10.0)  # temperatures of a third of the rows each
 TOLERANCE = {"log_prob": 1e-5, "sample": 1e-4, "encode": 1e-4, "score": 1e-4}
 NUMBERS = 2**20  # most numbers of inputs in a batch
-ROUNDS = 5  # of drawing rows, at most
+ROUNDS = 10  # of drawing rows, at most
 PROBES, NEAR = 16, 1e-4  # of a row whose gradient may jump, and how far away they are
+OFF = 2.0**-22  # what libraries' exponentials, sums and products of matrices may be off by, relative
 SHARE = 1 / 4  # of the tolerance, by which the flow itself may be off in float32
 
 Inputs = dict[str, Tensor]
+
+_aten = torch.ops.aten
+_ROUNDED = {
+    *(_aten.exp, _aten.log, _aten.log1p, _aten.expm1, _aten.tanh, _aten.sigmoid, _aten.softplus),
+    *(_aten.erf, _aten.erfc, _aten.erfinv, _aten.special_erfcx, _aten.special_ndtri, _aten.sin, _aten.cos, _aten.sqrt),
+    *(_aten._softmax, _aten._log_softmax, _aten.logsumexp, _aten.sum, _aten.cumsum),
+    *(_aten.mm, _aten.addmm, _aten.bmm, _aten.convolution, _aten.linear),
+}
 
 
 def _inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Inputs:
@@ -104,8 +114,9 @@ class Reference:
     """What the flow returns for :data:`ROWS` rows, with which programs are compared.
 
     Rows are drawn anew where float32 does not determine what the flow returns, so that no two ways to compute it agree:
-    where it differs by a :data:`SHARE` of the tolerance in float64, or for a gradient after one more rounding of the
-    input. Such are rows next to a kink of a rectifier, for the gradient, and some of those far out.
+    where it differs by a :data:`SHARE` of the tolerance in float64, or with functions and sums that are off at random by
+    :data:`OFF` (Monte Carlo arithmetic, Parker 1997). Such are rows next to a kink of a rectifier, for the gradient, and
+    some of those far out.
 
     Attributes:
         inputs: the rows.
@@ -140,9 +151,8 @@ class Reference:
         """Of each row, how much the flow itself is off in float32."""
         wide = {name: value.double() for name, value in inputs.items()}
         apart = self._differences(inputs, lambda part: self.exact(*part.values()), wide)
-        for sign in (1, -1) if self.program.what == "score" else ():
-            rounded = {name: _round_once(value, sign) for name, value in inputs.items()}
-            apart = apart.maximum(self._differences(inputs, lambda part: self.program(*part.values()), rounded))
+        for seed in range(2):
+            apart = apart.maximum(self._differences(inputs, lambda part: _compute_off(self.program, part, seed)))
         return apart.maximum(self._apart_before_rounding(inputs, wide)) if self.program.what == "sample" else apart
 
     def _apart_before_rounding(self, inputs: Inputs, wide: Inputs) -> Tensor:
@@ -211,9 +221,29 @@ def _nudge(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(x == x.round(), x, moved)
 
 
-def _round_once(x: Tensor, sign: int) -> Tensor:
-    """x with a rounding up or down of each number that is no integer."""
-    return torch.where(x == x.round(), x, x * (1 + sign * torch.finfo(x.dtype).eps / 2))
+class _Off(TorchDispatchMode):
+    """Within it, float32 results of functions, sums and products of matrices are off at random by :data:`OFF`."""
+
+    supports_higher_order_operators = True  # loops, within which nothing is off
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if (
+            getattr(func, "overloadpacket", None) not in _ROUNDED
+            or not isinstance(result, Tensor)
+            or result.dtype != torch.float32
+        ):
+            return result
+        return result * (1 + OFF * (2 * torch.rand(result.shape, generator=self.generator) - 1))
+
+
+def _compute_off(program: Program, inputs: Inputs, seed: int) -> Tensor:
+    with _Off(seed):
+        return program(*inputs.values())
 
 
 def _batches(inputs: Inputs, dimensions: int) -> Iterator[Inputs]:

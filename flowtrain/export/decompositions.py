@@ -13,19 +13,21 @@ aten = torch.ops.aten
 
 
 def _fit(function: Callable[[Tensor], Tensor], low: float, high: float, degree: int) -> list[float]:
-    """Chebyshev coefficients of a function on [low, high]."""
-    return chebyshev.chebinterpolate(
+    """The coefficients of a polynomial near a function on [low, high], in t from −1 at low to 1 at high."""
+    values = chebyshev.chebinterpolate(
         lambda t: function(torch.as_tensor(low + (high - low) * (t + 1) / 2)).numpy(), degree
-    ).tolist()
+    )
+    return chebyshev.cheb2poly(values).tolist()
 
 
-def _series(coefficients: list[float], x: Tensor, low: float, high: float) -> Tensor:
-    """The Chebyshev series of a function on [low, high] at x, by Clenshaw's recurrence."""
+def _polynomial(coefficients: list[float], x: Tensor, low: float, high: float) -> Tensor:
+    """The polynomial of :func:`_fit` at x, by Horner's rule."""
     t = ((x - low) * (2 / (high - low)) - 1).clamp(-1, 1)
-    first, second = torch.zeros_like(t), torch.zeros_like(t)
-    for coefficient in reversed(coefficients[1:]):
-        first, second = 2 * t * first - second + coefficient, first
-    return t * first - second + coefficients[0]
+    *rest, last = coefficients
+    value = last * t + rest.pop()
+    for coefficient in reversed(rest):
+        value = value * t + coefficient
+    return value
 
 
 def _log_scaled_erfcx(t: Tensor) -> Tensor:
@@ -40,15 +42,15 @@ def _erfinv_ratio(w: Tensor) -> Tensor:
 
 
 _LIMIT, _END = 5.0, 9.5  # of w, and of √w beyond
-_ERFCX = _fit(_log_scaled_erfcx, 0, 1, 20)
-_NEAR = _fit(_erfinv_ratio, 0, _LIMIT, 20)
+_ERFCX = _fit(_log_scaled_erfcx, 0, 1, 12)
+_NEAR = _fit(_erfinv_ratio, 0, _LIMIT, 10)
 _FAR = _fit(lambda root: _erfinv_ratio(root.square()), math.sqrt(_LIMIT), _END, 20)
 
 
 def erfcx(x: Tensor) -> Tensor:
     """exp(x²)·erfc(x)."""
     t = 1 / (1 + x.abs() / 2)
-    right = t * _series(_ERFCX, t, 0, 1).exp()
+    right = t * _polynomial(_ERFCX, t, 0, 1).exp()
     return torch.where(x < 0, 2 * (x * x).exp() - right, right)
 
 
@@ -59,8 +61,8 @@ def erfc(x: Tensor) -> Tensor:
 def _erfinv(x: Tensor, rest: Tensor) -> Tensor:
     """erfinv of x, with 1 − x² given (Giles 2010, with the two ranges of w = −log(1 − x²))."""
     w = -rest.log()
-    near = _series(_NEAR, w, 0, _LIMIT)
-    far = _series(_FAR, w.clamp(min=_LIMIT).sqrt(), math.sqrt(_LIMIT), _END)
+    near = _polynomial(_NEAR, w, 0, _LIMIT)
+    far = _polynomial(_FAR, w.clamp(min=_LIMIT).sqrt(), math.sqrt(_LIMIT), _END)
     return x * torch.where(w < _LIMIT, near, far)
 
 

@@ -35,9 +35,10 @@ def check_installed() -> None:
 def to_torch_export(program: ExportedProgram, record: dict) -> tuple[bytes, Run]:
     """The file's contents, and the program in it, to run."""
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={RECORD: json.dumps(record)})
-    file.seek(0)
-    loaded = torch.export.load(file).module()
+    with _quiet():
+        torch.export.save(program, file, extra_files={RECORD: json.dumps(record)})
+        file.seek(0)
+        loaded = torch.export.load(file).module()
     return file.getvalue(), lambda inputs: loaded(**inputs)
 
 

@@ -217,9 +217,15 @@ def check(path: Path) -> None:
 
 
 def digest(path) -> str:
-    """The SHA-256 that a checkpoint's comment states. Raises FlowtrainError where it cannot be read."""
+    """The SHA-256 that a checkpoint's comment states; of a file of safetensors, its own.
+
+    Raises:
+        FlowtrainError: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
+            if Path(path).suffix == safetensors_file.SUFFIX:
+                return hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(-_COMMENT, os.SEEK_END)
             return file.read()[len(_MARK) :].decode("ascii", "replace")
     except OSError as error:

@@ -62,4 +62,4 @@ def _below(y: Tensor, x: Tensor) -> Tensor:
     """The largest number below y > x (Rump, Zimmermann, Boldo and Melquiond 2009, eq. 2.5), or y where it is x: what
     torch.nextafter returns, which has no gradient and no counterpart in ONNX."""
     half = torch.finfo(y.dtype).eps / 2
-    return torch.where(y > x, y - (half * (1 + 2 * half) * y.abs() + torch.finfo(y.dtype).smallest_normal), y)
+    return torch.where(y > x, y - (half * (1 + 2 * half) * y.detach().abs() + torch.finfo(y.dtype).smallest_normal), y)
