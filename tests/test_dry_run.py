@@ -73,6 +73,14 @@ def test_a_dry_run_says_all_and_leaves_nothing(tmp_path, capfd):
     assert re.fullmatch(figures, table["as it is"]) and re.fullmatch(figures, table["batch_size=16"])
 
 
+def test_a_run_that_draws_no_image_names_none(tmp_path, capfd):
+    (tmp_path / "rows.csv").write_text("a,b,c\n" + "".join(f"{i},{i * i % 17},{i % 5}\n" for i in range(200)))
+    words = ["train", "model=maf", "dataset=table", "dataset.path=rows.csv", "max_steps=100", DRY]
+    assert flowtrain(tmp_path, *words) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^until step 100: ", out, re.M) and not re.search(r"an image:|\d image", out)
+
+
 def test_memory_modes_and_batches_are_measured_not_guessed(tmp_path, capfd):
     words = [*GLOW, "model.hidden=64", "model.steps=6", "max_steps=100", DRY]
     assert flowtrain(tmp_path, *words) == 0

@@ -133,14 +133,16 @@ def _measure(run: SetUp, trainer: Trainer) -> Measured:
     if upper and not trainer.compilation:
         few, more = sizes[max(0, upper - 2)], sizes[upper]
         small = _rehearsal(run, trainer, few)
-        if small.step() < 1.0:
-            small.choose_threads()
-        rehearsal = _rehearsal(run, trainer, more)
-        rehearsal.step()
-        seconds = rehearsal.step()
-        if seconds * config.batch_size / more > SLOW:
-            costs = small.cost(seconds=0.5, least=1, most=3), Cost((seconds,), rehearsal.peak())
-            return _extrapolated(*costs, (few, more), config.batch_size)
+        first = small.step()
+        if first * config.batch_size / few > SLOW:  # perhaps too slow: a larger batch tells more
+            if first < 1.0:
+                small.choose_threads()
+            rehearsal = _rehearsal(run, trainer, more)
+            rehearsal.step()
+            seconds = rehearsal.step()
+            if seconds * config.batch_size / more > SLOW:
+                costs = small.cost(seconds=0.5, least=1, most=3), Cost((seconds,), rehearsal.peak())
+                return _extrapolated(*costs, (few, more), config.batch_size)
     rehearsal = Rehearsal(trainer)
     threads = rehearsal.choose_threads()
     return Measured(rehearsal.cost(STEPS, least=2, most=50), threads)
@@ -205,8 +207,8 @@ def _validation(run: SetUp, trainer: Trainer, step: float) -> tuple[float, float
 
 
 def _preview(run: SetUp, trainer: Trainer, example: float) -> float:
-    """Seconds of an image, on the first process; a density that takes long is estimated from ``example``, the seconds
-    of a likelihood."""
+    """Seconds of an image, on the first process, 0 where a run draws none; a density that takes long is estimated from
+    ``example``, the seconds of a likelihood."""
     if not distributed.is_main():
         return 0.0
     flow = trainer.weights.average
@@ -219,7 +221,8 @@ def _preview(run: SetUp, trainer: Trainer, example: float) -> float:
             run.preview.count = count
             if seconds > VALIDATION / 2:
                 return seconds
-        return _alone(lambda: run.preview(flow))
+        began = time.perf_counter()
+        return 0.0 if run.preview(flow) is None else time.perf_counter() - began
     except FloatingPointError as error:
         log.warning("no image of samples yet: %s", error)
         return 0.0
@@ -257,15 +260,17 @@ def _costs(
         f"peak memory: {size(cost.bytes)} of tensors{' on each device' if world > 1 else ''} (weights, their average, "
         "optimizer, gradients, activations)"
         + ("" if run.device.type == "cuda" else f"; the process so far {size(_resident())}"),
-        f"a validation: {clock(prices.validation)}; an image: {clock(prices.preview)}; "
-        f"a checkpoint: {clock(prices.checkpoint)}, {size(checkpoint)}, of which a run keeps three",
+        f"a validation: {clock(prices.validation)}; "
+        + (f"an image: {clock(prices.preview)}; " if prices.preview else "")
+        + f"a checkpoint: {clock(prices.checkpoint)}, {size(checkpoint)}, of which a run keeps three",
     ]
     if prices.step > cost.seconds:
         lines.append(f"reading the data is slower than a step, {clock(cost.seconds)}: trainer.workers=N may help")
+    images = f"{_count(expected.previews, 'image')} {clock(expected.previews * prices.preview)}"
     counts = [
         f"{_count(expected.steps, 'step')} {clock(expected.steps * prices.step)}",
         f"{_count(expected.validations, 'validation')} {clock(expected.validations * prices.validation)}",
-        f"{_count(expected.previews, 'image')} {clock(expected.previews * prices.preview)}",
+        *([images] if prices.preview else []),
         _count(expected.checkpoints, "checkpoint"),
         f"the last evaluation {clock(prices.conclusion)}",
     ]
