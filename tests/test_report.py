@@ -250,7 +250,7 @@ def test_without_time_the_page_says_what_is_missing(digits, tmp_path):
     assert flowtrain(tmp_path, "report", f"ckpt={run}", "seconds=0.0001") == 0
     html = (run / "report.html").read_text()
     (run / "report.html").write_text(before)
-    assert "Only 1 of 32 at temperature 1: time." in html
+    assert "Only 1 of 32 at temperature 1, for lack of time." in html
 
 
 def test_evaluations_of_other_weights_or_data_are_not_taken(tmp_path):
