@@ -36,6 +36,10 @@ log = logging.getLogger("flowtrain")
 
 STEPS = 1.0  # seconds of steps of the run itself
 SLOW = 4.0  # seconds: a step that would take longer is not taken, but extrapolated from smaller batches
+FLAT, LONG = (
+    1.5,
+    20.0,
+)  # unless a batch takes so many times as long as a smaller one, a larger one is tried, of so many s
 OTHERS, EACH = 8.0, 0.25  # seconds in which other settings are measured, all together; of the steps that count, of one
 VALIDATION = 2.0  # seconds; of a validation that would take longer, some examples are evaluated
 LARGE = 2**28  # bytes; a checkpoint that would be larger is not written
@@ -134,15 +138,18 @@ def _measure(run: SetUp, trainer: Trainer) -> Measured:
         few, more = sizes[max(0, upper - 2)], sizes[upper]
         small = _rehearsal(run, trainer, few)
         first = small.step()
-        if first * config.batch_size / few > SLOW:  # perhaps too slow: a larger batch tells more
+        if first * config.batch_size / few > SLOW:  # perhaps too slow: larger batches tell more
             if first < 1.0:
                 small.choose_threads()
-            rehearsal = _rehearsal(run, trainer, more)
-            rehearsal.step()
-            seconds = rehearsal.step()
-            if seconds * config.batch_size / more > SLOW:
-                costs = small.cost(seconds=0.5, least=1, most=3), Cost((seconds,), rehearsal.peak())
-                return _extrapolated(*costs, (few, more), config.batch_size)
+            fewest = min(first, *small.times(seconds=0.5, least=1, most=3))
+            for more in sizes[upper::2]:
+                rehearsal = _rehearsal(run, trainer, more)
+                seconds = min(rehearsal.step(), rehearsal.step())
+                if seconds * config.batch_size / more <= SLOW:
+                    break
+                if seconds > FLAT * fewest or 4 * seconds > LONG:
+                    costs = Cost((fewest,), small.peak()), Cost((seconds,), rehearsal.peak())
+                    return _extrapolated(*costs, (few, more), config.batch_size)
     rehearsal = Rehearsal(trainer)
     threads = rehearsal.choose_threads()
     return Measured(rehearsal.cost(STEPS, least=2, most=50), threads)
