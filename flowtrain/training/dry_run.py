@@ -36,10 +36,8 @@ log = logging.getLogger("flowtrain")
 
 STEPS = 1.0  # seconds of steps of the run itself
 SLOW = 4.0  # seconds: a step that would take longer is not taken, but extrapolated from smaller batches
-FLAT, LONG = (
-    1.5,
-    20.0,
-)  # unless a batch takes so many times as long as a smaller one, a larger one is tried, of so many s
+FLAT = 1.5  # a batch that takes less than so many times as long as the smallest says nothing of larger ones
+LONG = 20.0  # seconds that a step of the next larger batch may take
 OTHERS, EACH = 8.0, 0.25  # seconds in which other settings are measured, all together; of the steps that count, of one
 VALIDATION = 2.0  # seconds; of a validation that would take longer, some examples are evaluated
 LARGE = 2**28  # bytes; a checkpoint that would be larger is not written
@@ -135,7 +133,7 @@ def _measure(run: SetUp, trainer: Trainer) -> Measured:
     sizes = sizes_between(1, config.batch_size // 2, distributed.world() * config.trainer.accumulate)
     upper = next((i for i, batch in enumerate(sizes) if batch >= START), 0)
     if upper and not trainer.compilation:
-        few, more = sizes[max(0, upper - 2)], sizes[upper]
+        few = sizes[max(0, upper - 2)]
         small = _rehearsal(run, trainer, few)
         first = small.step()
         if first * config.batch_size / few > SLOW:  # perhaps too slow: larger batches tell more
@@ -281,7 +279,8 @@ def _costs(
         _count(expected.checkpoints, "checkpoint"),
         f"the last evaluation {clock(prices.conclusion)}",
     ]
-    hours = f" ({expected.seconds / 3600:.2g} hours)" if expected.seconds >= 60 else ""
+    number = expected.seconds / 3600
+    hours = f" ({number:,.0f} hours)" if number >= 10 else f" ({number:.2g} hours)" if number >= 1 / 60 else ""
     lines.append(f"until {trainer.budget}: about {clock(expected.seconds)}{hours}: {', '.join(counts)}")
     if keys.patience:
         lines.append(f"trainer.patience={keys.patience} may end it earlier")
