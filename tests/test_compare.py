@@ -218,6 +218,16 @@ def test_a_sweep_is_its_jobs(digits, capsys):
     assert head.split()[:2] == ["run", "figure"]
 
 
+def test_of_a_job_that_ran_once_more_the_last_run_counts(tmp_path):
+    for name in ("0_moons-maf", "0_moons-maf_2", "1_moons-maf", "10_moons-maf"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text("{}")
+    assert len(find_runs([str(tmp_path)])) == 4
+    rows = "".join(f"{path},finished\n" for path in ("moved/0_moons-maf_2", "moved/1_moons-maf"))
+    (tmp_path / "results.csv").write_text("run_dir,status\n" + rows)  # which does not name 10 yet: it is running
+    assert [path.name for path in find_runs([str(tmp_path)])] == ["0_moons-maf_2", "1_moons-maf", "10_moons-maf"]
+
+
 def test_the_page_in_chromium(digits):
     rows, made = run_compare(digits, "outputs/glow", "outputs/other", "outputs/realnvp")
     with open_browser() as browser:

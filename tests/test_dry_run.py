@@ -73,6 +73,14 @@ def test_a_dry_run_says_all_and_leaves_nothing(tmp_path, capfd):
     assert re.fullmatch(figures, table["as it is"]) and re.fullmatch(figures, table["batch_size=16"])
 
 
+def test_a_run_that_draws_no_image_names_none(tmp_path, capfd):
+    (tmp_path / "rows.csv").write_text("a,b,c\n" + "".join(f"{i % 50},{i * i % 17},{i % 5}\n" for i in range(200)))
+    words = ["train", "model=maf", "dataset=table", "dataset.path=rows.csv", "max_steps=100", DRY]
+    assert flowtrain(tmp_path, *words) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^until step 100: ", out, re.M) and not re.search(r"an image:|\d image", out)
+
+
 def test_memory_modes_and_batches_are_measured_not_guessed(tmp_path, capfd):
     words = [*GLOW, "model.hidden=64", "model.steps=6", "max_steps=100", DRY]
     assert flowtrain(tmp_path, *words) == 0
@@ -94,14 +102,16 @@ def test_what_cannot_be_says_why(tmp_path, capfd, monkeypatch):
 
 def test_a_slow_step_is_extrapolated_from_small_batches(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(dry_run, "SLOW", 0.0)
+    monkeypatch.setattr(dry_run, "FLAT", 0.0)
     config = configuration(*GLOW[1:], DRY, "batch_size=128", "logger=none", "max_steps=10")
     monkeypatch.setattr(dry_run, "_log_lines", lambda lines: print(*lines, sep="\n"))
     figures = train.main(config, str(tmp_path))
     out = capfd.readouterr().out
     assert re.search(r"\(extrapolated from batches of \d+ and \d+, ", out)
     assert "memory=checkpoint   not measured: there is no time for" in out
-    monkeypatch.undo()
+    monkeypatch.setattr(dry_run, "FLAT", 1e9)  # no batch takes longer than a smaller one: no line tells anything
     measured = train.main(config, str(tmp_path))
+    assert "(the median of" in capfd.readouterr().out
     assert figures["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.1)
 
 

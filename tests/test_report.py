@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from browser import SIZES, open_browser
 from inprocess import flowtrain
 from PIL import Image
 
-from flowtrain.commands.collecting import collect
+from flowtrain import bijections
+from flowtrain.commands.collecting import collect, source
 from flowtrain.commands.collecting.rows import decode_context
 from flowtrain.config.compose import train_config
 from flowtrain.config.preset import preset_of
@@ -250,7 +252,7 @@ def test_without_time_the_page_says_what_is_missing(digits, tmp_path):
     assert flowtrain(tmp_path, "report", f"ckpt={run}", "seconds=0.0001") == 0
     html = (run / "report.html").read_text()
     (run / "report.html").write_text(before)
-    assert "Only 1 of 32 at temperature 1: time." in html
+    assert "Only 1 of 32 at temperature 1, for lack of time." in html
 
 
 def test_evaluations_of_other_weights_or_data_are_not_taken(tmp_path):
@@ -320,3 +322,11 @@ def test_the_arrow_keys_show_values(digits, browser):
     press = "const svg = document.querySelector('.chart.lines svg'); svg.focus(); for (const key of arguments[0])"
     browser.run(press + " svg.dispatchEvent(new KeyboardEvent('keydown', {key}))", ["ArrowRight", "ArrowRight"])
     assert browser.texts(".chart.lines .tip")[0].startswith("step 2")
+
+
+def test_as_many_samples_are_drawn_as_there_is_time_for(monkeypatch):
+    monkeypatch.setattr(source, "draw_samples", lambda flow, n, *_: torch.zeros(n, 2))
+    flow = SimpleNamespace(bijection=bijections.Flatten((2,)), dimensions=2)
+    config = SimpleNamespace(seed=1)
+    of_unknown_speed = source.Source(flow, config, None, None, source.Amounts(), None, example_seconds=1.0)
+    assert len(of_unknown_speed.draw(1000, seconds=60.0)) == 1000

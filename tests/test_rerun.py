@@ -127,11 +127,21 @@ def test_the_data_and_groups_of_a_rerun_are_fixed(run, tmp_path):
     for word, says in (
         ("dataset.rows=7", "dataset.rows is fixed by the checkpoint: a rerun keeps"),
         ("model=maf", "model is fixed by the checkpoint: a rerun keeps"),
+        ("logger=csv", "logger is fixed by the checkpoint: a rerun keeps"),
         ("resume=true", "flowtrain rerun starts anew"),
         ("sed=1", "did you mean 'seed'"),
     ):
         with pytest.raises(UsageError, match=says):
             flowtrain(tmp_path, "rerun", str(run), word)
+
+
+def test_a_run_that_goes_on_by_its_path_keeps_its_choices(run, tmp_path):
+    for word, says in (
+        ("logger=csv", "logger: resume=PATH keeps those of the run; its own command with resume=true"),
+        ("scheduler=constant", "scheduler: resume=PATH keeps that of the run; single keys"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            flowtrain(tmp_path, "train", f"resume={run}", word)
 
 
 def test_a_record_that_asks_for_values_from_elsewhere_is_refused(run, tmp_path):

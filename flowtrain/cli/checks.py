@@ -30,6 +30,8 @@ READ_BY_ALL = ("seed", "devices", "threads", "on_bad", "trainer.workers", "allow
 OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset", "objective"}
 # keys of the data set that a checkpoint does not decide: where the data lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
+# groups of which a checkpoint has chosen an option
+CHOSEN = ("model", "dataset", "objective", "experiment", "optimizer", "scheduler", "logger")
 
 
 def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> bool:
@@ -107,7 +109,7 @@ class _Job:
                 raise UsageError(f"~{group}: cannot be left out; choose one of {', '.join(self.loader.options(group))}")
             if item.is_delete() or not self.loader.group_exists(group):
                 continue
-            if self.restored and (group in ("model", "dataset", "objective", "experiment") or is_part(group)):
+            if self.restored and (group in CHOSEN or is_part(group)):
                 raise _refusal(self.command, group)
             options = self.loader.options(group)
             if value is None:
@@ -215,4 +217,8 @@ def _refusal(command: Command, key: str) -> UsageError:
     if command.repeats:
         why = "a rerun keeps the run's data and choices, and flowtrain train starts another run"
         return UsageError(f"{key} is fixed by the checkpoint: {why}")
+    if command.trains and key == "logger":
+        return UsageError("logger: resume=PATH keeps those of the run; its own command with resume=true takes others")
+    if command.trains and key in ("optimizer", "scheduler"):
+        return UsageError(f"{key}: resume=PATH keeps that of the run; single keys may be given: {key}.KEY=VALUE")
     return UsageError(f"{key} is fixed by the checkpoint; of the model and its data, only {', '.join(PLACES)} are not")

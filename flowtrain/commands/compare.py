@@ -73,7 +73,8 @@ def find_runs(given: list[str]) -> list[Path]:
     for text in given:
         path = Path(os.path.expanduser(text))
         if path.is_dir() and not _is_run(path):
-            inside = sorted(filter(_is_run, [*path.glob("*"), *path.glob("*/*")]), key=_natural)
+            runs = filter(_is_run, [*path.glob("*"), *path.glob("*/*")])
+            inside = sorted(set(runs) - _repeated(path), key=_natural)
             if not inside:
                 raise UsageError(f"{text}: neither a run nor a folder with runs, such as outputs/sweeps/…")
             found |= dict.fromkeys(one.absolute() for one in inside)
@@ -91,6 +92,17 @@ def find_runs(given: list[str]) -> list[Path]:
 
 def _is_run(path: Path) -> bool:
     return path.is_dir() and (run_directories.holds_run(path) or (path / "status.json").is_file())
+
+
+def _repeated(folder: Path) -> set[Path]:
+    """The runs of jobs of a sweep that ran once more: results.csv names the last run of each job."""
+    try:
+        with open(folder / "results.csv", newline="", errors="replace") as file:
+            last = {Path(row["run_dir"] or "").name for row in csv.DictReader(file)}
+    except (OSError, KeyError):
+        return set()
+    jobs = tuple(f"{name.partition('_')[0]}_" for name in last if name)
+    return {path for path in folder.glob("*") if path.name.startswith(jobs) and path.name not in last}
 
 
 def _natural(path: Path) -> tuple:

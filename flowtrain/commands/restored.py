@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowtrain.config import places, runs
@@ -23,6 +23,7 @@ class Restored:
     dataset: of the checkpoint's configuration; none of its files is open.
     columns: of a table, as the checkpoint records them; else None.
     run: the checkpoint's run directory; None of a lone file.
+    opened: the splits that have been opened.
     """
 
     flow: Flow
@@ -30,11 +31,13 @@ class Restored:
     dataset: Dataset
     columns: Columns | None
     run: Path | None
+    opened: set[str] = field(default_factory=set)
 
     def split(self, name: str) -> Split:
-        """Open "train", "val" or "test", after a line that says where a run remembers its data."""
-        if distributed.is_main():
+        """Open "train", "val" or "test"; the first time after a line that says where a run remembers its data."""
+        if distributed.is_main() and not self.opened:
             places.announce(self.run, self.dataset)
+        self.opened.add(name)
         return self.dataset.split(name)
 
     @property

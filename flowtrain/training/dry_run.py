@@ -36,6 +36,8 @@ log = logging.getLogger("flowtrain")
 
 STEPS = 1.0  # seconds of steps of the run itself
 SLOW = 4.0  # seconds: a step that would take longer is not taken, but extrapolated from smaller batches
+FLAT = 1.5  # a batch that takes less than so many times as long as the smallest says nothing of larger ones
+LONG = 20.0  # seconds that a step of the next larger batch may take
 OTHERS, EACH = 8.0, 0.25  # seconds in which other settings are measured, all together; of the steps that count, of one
 VALIDATION = 2.0  # seconds; of a validation that would take longer, some examples are evaluated
 LARGE = 2**28  # bytes; a checkpoint that would be larger is not written
@@ -131,16 +133,21 @@ def _measure(run: SetUp, trainer: Trainer) -> Measured:
     sizes = sizes_between(1, config.batch_size // 2, distributed.world() * config.trainer.accumulate)
     upper = next((i for i, batch in enumerate(sizes) if batch >= START), 0)
     if upper and not trainer.compilation:
-        few, more = sizes[max(0, upper - 2)], sizes[upper]
+        few = sizes[max(0, upper - 2)]
         small = _rehearsal(run, trainer, few)
-        if small.step() < 1.0:
-            small.choose_threads()
-        rehearsal = _rehearsal(run, trainer, more)
-        rehearsal.step()
-        seconds = rehearsal.step()
-        if seconds * config.batch_size / more > SLOW:
-            costs = small.cost(seconds=0.5, least=1, most=3), Cost((seconds,), rehearsal.peak())
-            return _extrapolated(*costs, (few, more), config.batch_size)
+        first = small.step()
+        if first * config.batch_size / few > SLOW:  # perhaps too slow: larger batches tell more
+            if first < 1.0:
+                small.choose_threads()
+            fewest = min(first, *small.times(seconds=0.5, least=1, most=3))
+            for more in sizes[upper::2]:
+                rehearsal = _rehearsal(run, trainer, more)
+                seconds = min(rehearsal.step(), rehearsal.step())
+                if seconds * config.batch_size / more <= SLOW:
+                    break
+                if seconds > FLAT * fewest or 4 * seconds > LONG:
+                    costs = Cost((fewest,), small.peak()), Cost((seconds,), rehearsal.peak())
+                    return _extrapolated(*costs, (few, more), config.batch_size)
     rehearsal = Rehearsal(trainer)
     threads = rehearsal.choose_threads()
     return Measured(rehearsal.cost(STEPS, least=2, most=50), threads)
@@ -205,8 +212,8 @@ def _validation(run: SetUp, trainer: Trainer, step: float) -> tuple[float, float
 
 
 def _preview(run: SetUp, trainer: Trainer, example: float) -> float:
-    """Seconds of an image, on the first process; a density that takes long is estimated from ``example``, the seconds
-    of a likelihood."""
+    """Seconds of an image, on the first process, 0 where a run draws none; a density that takes long is estimated from
+    ``example``, the seconds of a likelihood."""
     if not distributed.is_main():
         return 0.0
     flow = trainer.weights.average
@@ -219,7 +226,8 @@ def _preview(run: SetUp, trainer: Trainer, example: float) -> float:
             run.preview.count = count
             if seconds > VALIDATION / 2:
                 return seconds
-        return _alone(lambda: run.preview(flow))
+        began = time.perf_counter()
+        return 0.0 if run.preview(flow) is None else time.perf_counter() - began
     except FloatingPointError as error:
         log.warning("no image of samples yet: %s", error)
         return 0.0
@@ -257,19 +265,22 @@ def _costs(
         f"peak memory: {size(cost.bytes)} of tensors{' on each device' if world > 1 else ''} (weights, their average, "
         "optimizer, gradients, activations)"
         + ("" if run.device.type == "cuda" else f"; the process so far {size(_resident())}"),
-        f"a validation: {clock(prices.validation)}; an image: {clock(prices.preview)}; "
-        f"a checkpoint: {clock(prices.checkpoint)}, {size(checkpoint)}, of which a run keeps three",
+        f"a validation: {clock(prices.validation)}; "
+        + (f"an image: {clock(prices.preview)}; " if prices.preview else "")
+        + f"a checkpoint: {clock(prices.checkpoint)}, {size(checkpoint)}, of which a run keeps three",
     ]
     if prices.step > cost.seconds:
         lines.append(f"reading the data is slower than a step, {clock(cost.seconds)}: trainer.workers=N may help")
+    images = f"{_count(expected.previews, 'image')} {clock(expected.previews * prices.preview)}"
     counts = [
         f"{_count(expected.steps, 'step')} {clock(expected.steps * prices.step)}",
         f"{_count(expected.validations, 'validation')} {clock(expected.validations * prices.validation)}",
-        f"{_count(expected.previews, 'image')} {clock(expected.previews * prices.preview)}",
+        *([images] if prices.preview else []),
         _count(expected.checkpoints, "checkpoint"),
         f"the last evaluation {clock(prices.conclusion)}",
     ]
-    hours = f" ({expected.seconds / 3600:.2g} hours)" if expected.seconds >= 60 else ""
+    number = expected.seconds / 3600
+    hours = f" ({number:,.0f} hours)" if number >= 10 else f" ({number:.2g} hours)" if number >= 1 / 60 else ""
     lines.append(f"until {trainer.budget}: about {clock(expected.seconds)}{hours}: {', '.join(counts)}")
     if keys.patience:
         lines.append(f"trainer.patience={keys.patience} may end it earlier")

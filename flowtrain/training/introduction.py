@@ -71,9 +71,9 @@ def log_description(run: SetUp, trainer: Trainer) -> None:
         )
     if config.memory != "none" and not flow.backpropagation.chains(flow.bijection):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", config.memory)
-    share, parts = config.batch_size // world, config.trainer.accumulate
+    share = f", {config.batch_size // world} a device" if world > 1 else ""
+    parts = f", in {config.trainer.accumulate} parts" if config.trainer.accumulate > 1 else ""
     rate = trainer.weights.highest_rates[0]
-    line = "batch: %d, %d a device in %d part(s); learning rate %g; until %s"
-    log.info(line, config.batch_size, share, parts, rate, trainer.budget)
+    log.info("batch: %d%s%s; learning rate %g; until %s", config.batch_size, share, parts, rate, trainer.budget)
     if epochs := config.trainer.warmup_epochs:
         log.info("trainer.warmup_epochs=%g is %d steps", epochs, warmup_steps(config, trainer.loader.steps_per_epoch))

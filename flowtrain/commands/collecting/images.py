@@ -68,7 +68,8 @@ def gather(material: Material, source: Source) -> None:
             if temperature in source.amounts.temperatures:
                 found["samples"][temperature] = to_thumbnails(drawn)
                 if len(drawn) < n:
-                    material.leave_out("samples", f"Only {len(drawn)} of {n} at temperature {temperature:g}: time.")
+                    few = f"Only {len(drawn)} of {n} at temperature {temperature:g}, for lack of time."
+                    material.leave_out("samples", few)
     with attempt(material, "interpolations"):
         rows = max(1, min(ROWS, most // STEPS))
         found["interpolations"] = _interpolations(source, to_thumbnails, rows)

@@ -30,7 +30,7 @@ def gather(material: Material, source: Source) -> None:
     with attempt(material, "samples"):
         samples = source.draw(len(x), source.share(0.3), 1.0, context)
         if len(samples) < len(x):
-            material.leave_out("samples", f"Only {len(samples):,} samples were drawn: time.")
+            material.leave_out("samples", f"Only {len(samples):,} samples were drawn, for lack of time.")
         if source.columns:
             material.rows = _rows(material, source, split, x, samples, context)
         else:

@@ -101,7 +101,7 @@ class Source:
             took = time.monotonic() - began
             each, done = took / size, done + took
             larger = min(n, max(size, int((seconds - done) / each)), 8 * size)
-            if larger < 2 * size:
+            if larger == size or size < larger < min(n, 2 * size):
                 return samples
             size = larger
 

@@ -23,7 +23,9 @@ def add(page: Page, material: Material) -> None:
         counts = {name: np.histogram(one, edges)[0] / len(one) for name, one in values.items()}
         marks = {NAMES[name]: material.to_unit(one.mean) for name, one in found.items()}
         outside = int(((every < edges[0]) | (every > edges[-1])).sum())
-        note = "Broken lines are means." + (f" Beyond the axis: {outside:,} examples." if outside else "")
+        note = "Broken lines are means."
+        if outside:
+            note += f" Beyond the axis: {outside:,} example{'s' * (outside > 1)}."
         x = "bits/dim" if material.has_bits else "nats"
         section.histogram("Train, validation and test", edges, counts, x=x, marks=marks, note=note)
 

@@ -121,7 +121,7 @@ def _files(page: Page, record: RunRecord) -> None:
 def _size(path: Path) -> str:
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file()]
-        return f"{len(files):,} files"
+        return f"{len(files):,} file{'s' * (len(files) != 1)}"
     if not path.is_file():
         return ""
     size = float(path.stat().st_size)
