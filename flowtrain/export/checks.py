@@ -114,9 +114,9 @@ class Reference:
     """What the flow returns for :data:`ROWS` rows, with which programs are compared.
 
     Rows are drawn anew where float32 does not determine what the flow returns, so that no two ways to compute it agree:
-    where it differs by a :data:`SHARE` of the tolerance in float64, or with functions and sums that are off at random by
-    :data:`OFF` (Monte Carlo arithmetic, Parker 1997). Such are rows next to a kink of a rectifier, for the gradient, and
-    some of those far out.
+    where it differs by a :data:`SHARE` of the tolerance in float64, or with functions and sums that are off at random
+    by :data:`OFF` (Monte Carlo arithmetic, Parker 1997). Such are rows next to a kink of a rectifier, for the gradient,
+    and some of those far out.
 
     Attributes:
         inputs: the rows.
