@@ -68,7 +68,8 @@ def keep(run: str, path: str) -> None:
     n, context_shape = ROWS, flow.bijection.context_shape
     context = None if context_shape is None else torch.rand(n, *context_shape)
     with torch.no_grad():
-        x = flow.sample(n) if context is None else flow.sample(1, context=context)[:, 0]
+        few = {"temperature": 0.7}
+        x = flow.sample(n, **few) if context is None else flow.sample(1, context=context, **few)[:, 0]
         noise = torch.rand(n, *flow.shape)
         with modes.using(noise=GivenNoise([noise])):
             log_prob = flow.log_prob(x, context)
