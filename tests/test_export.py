@@ -14,6 +14,7 @@ from composed import configuration, options
 from inprocess import flowtrain
 
 import flowtrain as library
+from flowtrain import flows
 from flowtrain.bijections.ode import continuous_layers
 from flowtrain.commands.export import _trace
 from flowtrain.config.build import build_dataset, build_flow
@@ -21,6 +22,7 @@ from flowtrain.errors import FlowtrainError
 from flowtrain.export import decompositions, formats
 from flowtrain.export.checks import Reference
 from flowtrain.export.programs import Program
+from flowtrain.export.tracing import trace
 from flowtrain.runtime import checkpoint
 
 pytest.importorskip("onnxruntime")
@@ -65,6 +67,16 @@ VECTORS = {
 def test_a_program_of_images_returns_what_the_flow_returns(what, to):
     greatest, tolerance = difference(*example("model=glow", "dataset=digits"), what, to)
     assert greatest <= tolerance
+
+
+@pytest.mark.parametrize("side", [14, 16])
+def test_a_batch_may_be_as_large_as_a_side(side):
+    flow = flows.glow((1, side, side), levels=1, steps=1, hidden=4)
+    program = Program(randomize(flow).float(), "encode")
+    x = torch.rand(20, 1, side, side)
+    run = trace(program, {"x": x}).module()
+    for size in (1, side, 20):
+        torch.testing.assert_close(run(x=x[:size]), program(x[:size]))
 
 
 @pytest.mark.slow

@@ -100,10 +100,9 @@ def _programs(config: ExportConfig, restored: Restored) -> dict[str, bytes]:
 
 def _trace(program: Program, reference: Reference) -> torch.export.ExportedProgram:
     """With autoregressive inverses as loops where they would be long."""
-    example = {name: value[:16] for name, value in reference.inputs.items()}
     long = count_steps(program.flow.bijection, program.what == "sample") > LONGEST
     with as_loops(program.flow.bijection) if long else nullcontext():
-        return trace(program, example)
+        return trace(program, reference.inputs)
 
 
 def _fix_steps(flow, config: ExportConfig) -> list[str]:
