@@ -118,13 +118,17 @@ def test_a_slow_step_is_extrapolated_from_small_batches(tmp_path, capfd, monkeyp
 def test_the_forecast_is_what_a_run_then_takes(tmp_path):
     words = [*GLOW[1:], "logger=none", "max_steps=150", "trainer.val_every=50", "trainer.save_every=50"]
     config = replace(configuration(*words), threads=torch.get_num_threads())
-    for folder in ("dry", "real"):
-        (tmp_path / folder).mkdir()
-    expected = train.main(replace(config, dry_run=True), str(tmp_path / "dry"))
-    real = train.main(config, str(tmp_path / "real"))
-    print(f"predicted {expected['seconds']:.1f} s, took {real['seconds']:.1f} s")
-    assert expected["steps"] == real["steps"] == 150
-    assert 1 / 4 < expected["seconds"] / real["seconds"] < 4  # other tests run beside these
+    ratios = []
+    for turn in range(3):  # other tests run beside these, and may slow one of the two down
+        for folder in (f"dry{turn}", f"real{turn}"):
+            (tmp_path / folder).mkdir()
+        expected = train.main(replace(config, dry_run=True), str(tmp_path / f"dry{turn}"))
+        real = train.main(config, str(tmp_path / f"real{turn}"))
+        assert expected["steps"] == real["steps"] == 150
+        ratios.append(expected["seconds"] / real["seconds"])
+        if 1 / 3 < ratios[-1] < 3:
+            return
+    raise AssertionError(f"predicted seconds to real ones: {ratios}")
 
 
 def fake_trainer(steps, minutes=None, val_every=100, sample_every=None, save_every=1000, save_minutes=1e6):
