@@ -53,7 +53,7 @@ def page(tests: str, path: str, run: str | None = None) -> None:
     if run:
         figure = json.loads(next(Path(run).glob("eval/*/eval.json")).read_text())
         key = "bits_per_dim" if "bits_per_dim" in figure else "log_likelihood"
-        assert f"{abs(figure[key]):.3f}" in text, f"the page lacks {key} {figure[key]}"
+        assert f"{abs(figure[key]):.4f}" in text, f"the page lacks {key} {figure[key]}"
         print(f"the page shows {key} {figure[key]:.4f}")
 
 
