@@ -27,7 +27,7 @@ from flowtrain.data.dataset import Dataset
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent)))}
-CHECKPOINT_COMMANDS = ("eval", "sample", "check", "score")
+CHECKPOINT_COMMANDS = [name for name, command in COMMANDS.items() if "ckpt" in command.on_checkpoint]
 
 
 @pytest.fixture(scope="module")
