@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROWS = 1000
-
 
 def images(source: str, folder: str) -> None:
     """Copy the images of a folder or a zip file into a folder."""
@@ -58,24 +56,17 @@ def page(tests: str, path: str, run: str | None = None) -> None:
 
 
 def keep(run: str, path: str) -> None:
-    """Keep some test examples, the noise of their dequantization, and their log-likelihoods by flowtrain."""
+    """Keep the rows on which exports are compared, their noise, and flowtrain's log-likelihoods."""
     import flowtrain
-    from flowtrain.runtime import modes
-    from flowtrain.runtime.noise import GivenNoise
+    from flowtrain.data.spec import DataSpec
+    from flowtrain.export.checks import Reference
+    from flowtrain.export.programs import Program
 
-    flow = flowtrain.load(run).eval()
-    torch.manual_seed(0)
-    n, context_shape = ROWS, flow.bijection.context_shape
-    context = None if context_shape is None else torch.rand(n, *context_shape)
-    with torch.no_grad():
-        few = {"temperature": 0.7}
-        x = flow.sample(n, **few) if context is None else flow.sample(1, context=context, **few)[:, 0]
-        noise = torch.rand(n, *flow.shape)
-        with modes.using(noise=GivenNoise([noise])):
-            log_prob = flow.log_prob(x, context)
-    kept = {"x": x.float(), "noise": noise, "context": context, "log_prob": log_prob}
-    np.savez(path, **{name: value.numpy() for name, value in kept.items() if value is not None})
-    print(f"{n} examples, mean log-likelihood {log_prob.mean():.4f}")
+    flow = flowtrain.load(run).eval().requires_grad_(False)
+    reference = Reference(Program(flow, "log_prob").eval(), DataSpec("rows", flow.shape))
+    log_prob = reference.program(*reference.inputs.values())
+    np.savez(path, log_prob=log_prob, **reference.inputs)
+    print(f"{len(log_prob)} examples, mean log-likelihood {log_prob.mean():.4f}")
 
 
 def alone(folder: str) -> None:
