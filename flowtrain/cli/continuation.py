@@ -192,9 +192,12 @@ def _comparable(config: dict) -> dict:
 
 def _conclude(current: Sweep) -> int:
     """Print the table of a sweep; its exit code."""
+    rows = sweep.read(current.folder)
     if current.is_dry:
-        return int(sweep.conclude_dry(current.folder, current.out))
-    return int(sweep.conclude(current.folder, current.raw, current.out))
+        sweep.conclude_dry(rows, current.out)
+    else:
+        sweep.conclude(current.folder, rows, current.raw, current.out)
+    return int(any(row["status"] == "failed" for row in rows))
 
 
 @contextmanager

@@ -67,23 +67,19 @@ def figure(row: dict) -> float | None:
     return None
 
 
-def conclude(folder: Path, raw: list[str], out) -> bool:
-    """Sort, print and draw the results of a sweep, of which ``raw`` are the words; whether a job has failed."""
-    rows = read(folder)
+def conclude(folder: Path, rows: list[dict], raw: list[str], out) -> None:
+    """Sort, print and draw the results of a sweep, of which ``raw`` are the words."""
     files.write(folder / RESULTS, _csv(rows).encode())
     lines = [_format(rows), str(folder / RESULTS)]
     if (best := best_of(rows)) is not None:
         lines.append(f"best: job {best['job']}, {best['overrides']}")
         lines += [line for line in [_draw(folder, rows, raw)] if line]
     print("\n".join(lines), file=out)
-    return any(row["status"] == "failed" for row in rows)
 
 
-def conclude_dry(folder: Path, out) -> bool:
-    """Print what a sweep of dry runs found; whether a job has failed."""
-    rows = read(folder)
+def conclude_dry(rows: list[dict], out) -> None:
+    """Print what a sweep of dry runs found, of which no file is kept."""
     print("\n" + _format([row | {"run_dir": ""} for row in rows]), file=out)
-    return any(row["status"] == "failed" for row in rows)
 
 
 def best_of(rows: list[dict]) -> dict | None:

@@ -30,9 +30,8 @@ def recorded_keys(run: Path | None, file: Path | None) -> dict[str, str]:
     if record is None or not record.is_file():
         return {}
     try:
-        tree = OmegaConf.to_container(
-            OmegaConf.load(record), resolve=False
-        )  # a stranger's interpolations may do anything
+        # unresolved: a stranger's interpolations may do anything
+        tree = OmegaConf.to_container(OmegaConf.load(record), resolve=False)
     except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise FlowtrainError(f"{record}: cannot be read ({' '.join(str(error).split())[:200]})") from error
     return {key: value for key, value in _flatten(_mapping(tree, record)).items() if "${" not in value}

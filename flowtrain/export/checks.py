@@ -28,7 +28,7 @@ NUMBERS = 2**20  # most numbers of inputs in a batch
 ROUNDS = 10  # of drawing rows, at most
 PROBES, NEAR = 16, 1e-4  # of a row whose gradient may jump, and how far away they are
 OFF = 2.0**-22  # what libraries' exponentials, sums and products of matrices may be off by, relative
-# of the tolerance, by which the flow itself may be off in float32
+# the flow itself may be off in float32 by this share of the tolerance
 SHARE = {"log_prob": 1 / 8, "sample": 1 / 4, "encode": 1 / 4, "score": 1 / 4}
 
 Inputs = dict[str, Tensor]
