@@ -220,14 +220,14 @@ def test_a_checkpoint_fixes_its_model(command, run):
             command("check", f"ckpt={run}", word)
 
 
-def test_completion_and_help(folder):
+def test_completion_and_help(tmp_path):
     def say(*words, **env):
         env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
         command = [sys.executable, "-m", "flowtrain", *words]
-        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
 
     assert "model=glow" in say("-sc", "query=bash", COMP_LINE="flowtrain check model=gl")
-    (folder / "outputs").mkdir(exist_ok=True)
+    (tmp_path / "outputs").mkdir()
     assert say("-sc", "query=bash", COMP_LINE="flowtrain check ckpt=out").split() == ["ckpt=outputs/"]
     for name in ("check", "score"):
         out = say(name, "--help")
