@@ -1,37 +1,29 @@
-"""Whether a program computes what the flow computes, on rows from the centre of the data to far in the tails."""
+"""Whether a program computes what the flow computes."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowtrain.bijections import Dequantize, DequantizeColumns
-from flowtrain.bijections.ode import states_only
-from flowtrain.data.labels import label_context
-from flowtrain.data.spec import DataSpec, LabelContext
+from flowtrain.data.spec import DataSpec
 from flowtrain.errors import FlowtrainError
 from flowtrain.export.programs import Program
-from flowtrain.flow import Flow
-from flowtrain.runtime import modes
+from flowtrain.export.rows import Inputs, batch_size, before_rounding, draw_inputs, per_row
 
 ROWS, SIZES = 1000, (1, 7)  # rows that are compared; the first batches
-FAR = (1.0, 3.0, 10.0)  # temperatures of a third of the rows each
 TOLERANCE = {"log_prob": 1e-5, "sample": 1e-4, "encode": 1e-4, "score": 1e-4}
-NUMBERS = 2**20  # most numbers of inputs in a batch
 ROUNDS = 10  # of drawing rows, at most
 PROBES, NEAR = 16, 1e-4  # of a row whose gradient may jump, and how far away they are
 OFF = 2.0**-22  # what libraries' exponentials, sums and products of matrices may be off by, relative
 # the flow itself may be off in float32 by this share of the tolerance
 SHARE = {"log_prob": 1 / 8, "sample": 1 / 4, "encode": 1 / 4, "score": 1 / 4}
-
-Inputs = dict[str, Tensor]
 
 _aten = torch.ops.aten
 _ROUNDED = {
@@ -40,75 +32,6 @@ _ROUNDED = {
     *(_aten._softmax, _aten._log_softmax, _aten.logsumexp, _aten.sum, _aten.cumsum),
     *(_aten.mm, _aten.addmm, _aten.bmm, _aten.convolution, _aten.linear),
 }
-
-
-def _inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Inputs:
-    """Inputs: noise, or what the flow makes of noise, at each temperature of :data:`FAR`.
-
-    So data lie within the bounds of their columns and are integers where they must be, and other numbers reach beyond
-    the knots of splines. Of noise whose data are not finite, that of temperature 1 is taken.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    flow, inputs = program.flow, {}
-    context = _contexts(program, spec, rows, generator)
-    noise, data = _noise_and_data(flow, context, rows, generator)
-    for name, one in program.inputs.items():
-        if name == "context":
-            inputs[name] = context
-        elif program.what == "sample":
-            inputs[name] = noise[int(name.removeprefix("noise") or 1) - 1]
-        elif one.noise:
-            inputs[name] = torch.rand(rows, *one.shape, generator=generator)
-        else:
-            inputs[name] = data
-    return inputs
-
-
-@torch.no_grad()
-def _noise_and_data(
-    flow: Flow, context: Tensor | None, rows: int, generator: torch.Generator
-) -> tuple[list[Tensor], Tensor]:
-    """The base's noise at each temperature, and the data that the flow makes of it, as float32."""
-    near = [one.draw(rows, generator) for one in flow.base.noise]
-    temperatures = torch.tensor(FAR)[torch.arange(rows) % len(FAR)]
-    far = [z if one.kind == "uniform" else z * _per_row(temperatures, z.dim()) for one, z in zip(flow.base.noise, near)]
-    far_x, near_x = (_invert(flow, flow.base.from_noise(z, 1.0, context), context) for z in (far, near))
-    wrong = (far_x.isinf() | (far_x.isnan() & ~near_x.isnan())).flatten(1).any(1)
-    noise = [torch.where(_per_row(wrong, z.dim()), z, other) for z, other in zip(near, far)]
-    return noise, torch.where(_per_row(wrong, far_x.dim()), near_x, far_x)
-
-
-def _per_row(values: Tensor, dimensions: int) -> Tensor:
-    return values.view(-1, *[1] * (dimensions - 1))
-
-
-def _invert(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
-    """Data, as float32; NaN where a number was not finite before it was rounded."""
-    size = _batch_size(flow.dimensions)
-    parts = zip(z.split(size), [None] * len(z) if context is None else context.split(size))
-    found, finite = [], []
-    with states_only(), modes.using(tracing=True), _before_rounding(flow, lambda _, z: finite.append(z.isfinite())):
-        for part in parts:
-            finite.clear()
-            x = flow.bijection.inverse(*part)[0].float()
-            for each in finite:
-                x = x.where(each, math.nan)
-            found.append(x)
-    return torch.cat(found)
-
-
-def _batch_size(dimensions: int) -> int:
-    return max(1, NUMBERS // dimensions)
-
-
-def _contexts(program: Program, spec: DataSpec, rows: int, generator: torch.Generator) -> Tensor | None:
-    """Classes in turn, or standard normal numbers."""
-    if not program.has_context:
-        return None
-    shape = program.inputs["context"].shape
-    if isinstance(spec.context, LabelContext):
-        return label_context(torch.arange(rows) % shape[0], shape[0])
-    return torch.randn(rows, *shape, generator=generator)
 
 
 class Reference:
@@ -121,6 +44,7 @@ class Reference:
 
     Attributes:
         inputs: the rows.
+        results: what the flow returns for each batch of them.
         left_out: how many others were drawn.
 
     Raises:
@@ -129,13 +53,14 @@ class Reference:
 
     def __init__(self, program: Program, spec: DataSpec):
         self.program, self.tolerance, self.left_out = program, TOLERANCE[program.what], 0
-        self.exact = Program(copy.deepcopy(program.flow).double(), program.what)
+        exact = Program(copy.deepcopy(program.flow).double(), program.what)
         kept: list[Inputs] = []
         missing = ROWS
         for seed in range(ROUNDS):
             drawn = missing if seed == 0 else min(ROWS, missing * ROWS // max(1, ROWS - self.left_out) + SIZES[-1])
-            inputs = _inputs(program, spec, drawn, seed)
-            rows = (self._uncertainty(inputs) < SHARE[program.what] * self.tolerance).nonzero()[:missing, 0]
+            inputs = draw_inputs(program, spec, drawn, seed)
+            uncertainty = torch.cat([_uncertainty(program, exact, part) for part in self._batches(inputs)])
+            rows = (uncertainty < SHARE[program.what] * self.tolerance).nonzero()[:missing, 0]
             kept.append({name: value[rows] for name, value in inputs.items()})
             missing -= len(rows)
             if not missing:
@@ -147,36 +72,14 @@ class Reference:
                 f" that {ROUNDS} drawings found {ROWS - missing} of {ROWS}; no program can be compared with it"
             )
         self.inputs = {name: torch.cat([one[name] for one in kept]) for name in inputs}
-
-    def _uncertainty(self, inputs: Inputs) -> Tensor:
-        """Of each row, how much the flow itself is off in float32."""
-        wide = {name: value.double() for name, value in inputs.items()}
-        apart = self._differences(inputs, lambda part: self.exact(*part.values()), wide)
-        for seed in range(2):
-            apart = apart.maximum(self._differences(inputs, lambda part: _compute_off(self.program, part, seed)))
-        return apart.maximum(self._apart_before_rounding(inputs, wide)) if self.program.what == "sample" else apart
-
-    def _apart_before_rounding(self, inputs: Inputs, wide: Inputs) -> Tensor:
-        """Of each row, how far from each other float32 and float64 are where the flow is about to round data."""
-        found = []
-        dimensions = self.program.flow.dimensions
-        for part, other in zip(_batches(inputs, dimensions), _batches(wide, dimensions)):
-            seen: list[list[Tensor]] = [[], []]
-            for program, given, own in zip((self.program, self.exact), (part, other), seen):
-                with _before_rounding(program.flow, lambda _, z, own=own: own.append(z.double())):
-                    program(*given.values())
-            worst = torch.zeros(len(next(iter(part.values()))), dtype=torch.float64)
-            for one, two in zip(*seen):
-                apart, size = (value.flatten(1).amax(1) for value in (_apart(one, two), two.abs().nan_to_num(0.0)))
-                worst = worst.maximum(apart / size.clamp(min=1))
-            found.append(worst)
-        return torch.cat(found)
+        self.results = [Result.of(program, part) for part in self._batches(self.inputs)]
 
     def difference(self, run: Callable[[Inputs], Tensor]) -> float:
         """The greatest difference of ``run`` from the flow in any row: absolute where the numbers of the row are all at
         most 1, else relative to the largest of them. Infinite where one of both is not a number."""
-        apart = self._differences(self.inputs, run)
-        if self.program.what == "score":
+        parts = zip(self.results, self._batches(self.inputs), strict=True)
+        apart = torch.cat([result.apart_from(run(part)) for result, part in parts])
+        if self.program.what == "score" and apart.isfinite().all():
             apart = self._without_jumps(apart)
         return apart.max().item()
 
@@ -187,33 +90,78 @@ class Reference:
         if not 0 < len(rows) <= ROWS // 50:
             return apart
         generator = torch.Generator().manual_seed(0)
-        inputs = {name: value[rows] for name, value in self.inputs.items()}
         jumps = torch.zeros(len(rows), dtype=torch.float64)
         for _ in range(PROBES):
-            near = {name: _nudge(value, generator) for name, value in inputs.items()}
-            jumps = jumps.maximum(self._differences(inputs, lambda part: self.program(*part.values()), near))
+            found = []
+            for part in self._batches({name: value[rows] for name, value in self.inputs.items()}):
+                near = {name: _nudge(value, generator) for name, value in part.items()}
+                found.append(Result.of(self.program, part).apart_from(self.program(*near.values())))
+            jumps = jumps.maximum(torch.cat(found))
         apart = apart.clone()
         apart[rows] = apart[rows].where(jumps < apart[rows] / 2, 0.0)
         self.left_out += int((apart[rows] == 0).sum())
         return apart
 
-    def _differences(self, inputs: Inputs, run: Callable[[Inputs], Tensor], given: Inputs | None = None) -> Tensor:
-        """Of each row; ``run`` is called with the rows of ``given``."""
-        found = []
-        dimensions = self.program.flow.dimensions
-        for part, other in zip(_batches(inputs, dimensions), _batches(given or inputs, dimensions)):
-            with _both_sides(self.program.flow, self.tolerance) as sides:
-                value = self.program(*part.values()).double()
-            result = run(other).double()
-            if result.shape != value.shape:
-                return torch.tensor([math.inf])
-            if self.program.what == "sample" and sides:
-                low, *_, high = torch.stack([value, *(side.double() for side in sides)]).sort(0).values
-                value = torch.where(value == value.round(), result.clamp(low, high), value)
-            apart = _apart(result, value).reshape(len(value), -1).amax(1)
-            size = value.abs().nan_to_num(0.0, posinf=0.0).reshape(len(value), -1).amax(1)
-            found.append(apart / size.clamp(min=1))
-        return torch.cat(found)
+    def _batches(self, inputs: Inputs) -> Iterator[Inputs]:
+        """The rows in batches of 1, 7 and as many as are left, or fewer where an example is large."""
+        rows, size = len(next(iter(inputs.values()))), batch_size(self.program.flow.dimensions)
+        first = SIZES if rows > sum(SIZES) else ()
+        left = rows - sum(first)
+        sizes = [*first, *[size] * (left // size), *([left % size] if left % size else [])]
+        for part in zip(*(value.split(sizes) for value in inputs.values())):
+            yield dict(zip(inputs, part))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a flow returns for a batch.
+
+    Attributes:
+        value: as float64.
+        before: data as they are before the flow rounds them; [] where it rounds none.
+        low, high: ``value``, where ``before`` is less or more by the tolerance: next to the end of a bin, a rounding of
+            float32 decides on which side a number is.
+    """
+
+    value: Tensor
+    before: list[Tensor]
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, program: Program, inputs: Inputs) -> Result:
+        seen: list[tuple[Dequantize | DequantizeColumns, Tensor]] = []
+        with before_rounding(program.flow, lambda layer, z: seen.append((layer, z))):
+            value = program(*inputs.values()).double()
+        sides = [value]
+        for layer, z in seen:
+            step = TOLERANCE[program.what] * per_row(z.abs().flatten(1).amax(1).clamp(min=1), z.dim())
+            sides += [type(layer).inverse(layer, side)[0].double() for side in (z - step, z + step)]
+        low, high = torch.stack(sides).sort(0).values[[0, -1]] if seen else (value, value)
+        return cls(value, [z.double() for _, z in seen], low, high)
+
+    def apart_from(self, other: Tensor) -> Tensor:
+        """Of each row, how far it is from another result."""
+        if other.shape != self.value.shape:
+            return torch.tensor([math.inf])
+        other = other.double()
+        return _apart(
+            other, torch.where(self.value == self.value.round(), other.clamp(self.low, self.high), self.value)
+        )
+
+
+def _uncertainty(program: Program, exact: Program, inputs: Inputs) -> Tensor:
+    """Of each row, how much the flow itself is off in float32, also where it is about to round data."""
+    own = Result.of(program, inputs)
+    wide = Result.of(exact, {name: value.double() for name, value in inputs.items()})
+    apart = own.apart_from(wide.value)
+    for one, other in zip(own.before, wide.before, strict=True):
+        apart = apart.maximum(_apart(one, other))
+    for seed in range(2):
+        with _Off(seed):
+            value = program(*inputs.values())
+        apart = apart.maximum(own.apart_from(value))
+    return apart
 
 
 def _nudge(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -242,53 +190,9 @@ class _Off(TorchDispatchMode):
         return result * (1 + OFF * (2 * torch.rand(result.shape, generator=self.generator) - 1))
 
 
-def _compute_off(program: Program, inputs: Inputs, seed: int) -> Tensor:
-    with _Off(seed):
-        return program(*inputs.values())
-
-
-def _batches(inputs: Inputs, dimensions: int) -> Iterator[Inputs]:
-    """The rows in batches of 1, 7 and as many as are left, or fewer where an example is large."""
-    rows, size = len(next(iter(inputs.values()))), _batch_size(dimensions)
-    first = SIZES if rows > sum(SIZES) else ()
-    left = rows - sum(first)
-    sizes = [*first, *[size] * (left // size), *([left % size] if left % size else [])]
-    for part in zip(*(value.split(sizes) for value in inputs.values())):
-        yield dict(zip(inputs, part))
-
-
 def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Of each row, the greatest difference: relative to the largest number of ``other``, where that is more than 1."""
     same = (one == other) | (one.isnan() & other.isnan())
-    return torch.where(same, 0.0, (one - other).abs().nan_to_num(nan=math.inf))
-
-
-@contextmanager
-def _both_sides(flow: Flow, tolerance: float) -> Iterator[list[Tensor]]:
-    """Within it, data that the flow rounds are appended as they are with ``tolerance`` more and less before rounding:
-    next to the end of a bin, a rounding of float32 decides on which side a number is."""
-    sides: list[Tensor] = []
-
-    def look(layer, z: Tensor) -> None:
-        step = tolerance * _per_row(z.abs().flatten(1).amax(1).clamp(min=1), z.dim())
-        sides.extend(type(layer).inverse(layer, side)[0] for side in (z - step, z + step))
-
-    with _before_rounding(flow, look):
-        yield sides
-
-
-@contextmanager
-def _before_rounding(flow: Flow, look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Within it, ``look`` is called with each layer that rounds data, and what it is to round."""
-    layers = [layer for layer in flow.modules() if isinstance(layer, Dequantize | DequantizeColumns)]
-
-    def inverse(layer, z, context=None):
-        look(layer, z)
-        return type(layer).inverse(layer, z, context)
-
-    for layer in layers:
-        vars(layer)["inverse"] = partial(inverse, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("inverse")
+    apart = torch.where(same, 0.0, (one - other).abs().nan_to_num(nan=math.inf))
+    size = other.abs().nan_to_num(0.0, posinf=0.0)
+    return apart.reshape(len(apart), -1).amax(1) / size.reshape(len(size), -1).amax(1).clamp(min=1)

@@ -1,0 +1,111 @@
+"""Rows on which a program is compared with its flow, from the centre of the data to far in the tails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections import Dequantize, DequantizeColumns
+from flowtrain.bijections.ode import states_only
+from flowtrain.data.labels import label_context
+from flowtrain.data.spec import DataSpec, LabelContext
+from flowtrain.export.programs import Program
+from flowtrain.flow import Flow
+from flowtrain.runtime import modes
+
+FAR = (1.0, 3.0, 10.0)  # temperatures of a third of the rows each
+NUMBERS = 2**20  # most numbers of inputs in a batch
+
+Inputs = dict[str, Tensor]
+
+
+def draw_inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Inputs:
+    """Inputs: noise, or what the flow makes of noise, at each temperature of :data:`FAR`.
+
+    So data lie within the bounds of their columns and are integers where they must be, and other numbers reach beyond
+    the knots of splines. Of noise whose data are not finite, that of temperature 1 is taken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flow, inputs = program.flow, {}
+    context = _contexts(program, spec, rows, generator)
+    noise, data = _noise_and_data(flow, context, rows, generator)
+    for name, one in program.inputs.items():
+        if name == "context":
+            inputs[name] = context
+        elif program.what == "sample":
+            inputs[name] = noise[int(name.removeprefix("noise") or 1) - 1]
+        elif one.noise:
+            inputs[name] = torch.rand(rows, *one.shape, generator=generator)
+        else:
+            inputs[name] = data
+    return inputs
+
+
+@torch.no_grad()
+def _noise_and_data(
+    flow: Flow, context: Tensor | None, rows: int, generator: torch.Generator
+) -> tuple[list[Tensor], Tensor]:
+    """The base's noise at each temperature, and the data that the flow makes of it, as float32."""
+    near = [one.draw(rows, generator) for one in flow.base.noise]
+    temperatures = torch.tensor(FAR)[torch.arange(rows) % len(FAR)]
+    far = [z if one.kind == "uniform" else z * per_row(temperatures, z.dim()) for one, z in zip(flow.base.noise, near)]
+    far_x, near_x = (_invert(flow, flow.base.from_noise(z, 1.0, context), context) for z in (far, near))
+    wrong = (far_x.isinf() | (far_x.isnan() & ~near_x.isnan())).flatten(1).any(1)
+    noise = [torch.where(per_row(wrong, z.dim()), z, other) for z, other in zip(near, far)]
+    return noise, torch.where(per_row(wrong, far_x.dim()), near_x, far_x)
+
+
+def per_row(values: Tensor, dimensions: int) -> Tensor:
+    return values.view(-1, *[1] * (dimensions - 1))
+
+
+def _invert(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
+    """Data, as float32; NaN where a number was not finite before it was rounded."""
+    size = batch_size(flow.dimensions)
+    parts = zip(z.split(size), [None] * len(z) if context is None else context.split(size))
+    found, finite = [], []
+    with states_only(), modes.using(tracing=True), before_rounding(flow, lambda _, z: finite.append(z.isfinite())):
+        for part in parts:
+            finite.clear()
+            x = flow.bijection.inverse(*part)[0].float()
+            for each in finite:
+                x = x.where(each, math.nan)
+            found.append(x)
+    return torch.cat(found)
+
+
+def batch_size(dimensions: int) -> int:
+    return max(1, NUMBERS // dimensions)
+
+
+def _contexts(program: Program, spec: DataSpec, rows: int, generator: torch.Generator) -> Tensor | None:
+    """Classes in turn, or standard normal numbers."""
+    if not program.has_context:
+        return None
+    shape = program.inputs["context"].shape
+    if isinstance(spec.context, LabelContext):
+        return label_context(torch.arange(rows) % shape[0], shape[0])
+    return torch.randn(rows, *shape, generator=generator)
+
+
+@contextmanager
+def before_rounding(flow: Flow, look: Callable[[Dequantize | DequantizeColumns, Tensor], object]) -> Iterator[None]:
+    """Within it, ``look`` is called with each layer that rounds data, and what it is to round."""
+    layers = [layer for layer in flow.modules() if isinstance(layer, Dequantize | DequantizeColumns)]
+
+    def inverse(layer, z, context=None):
+        look(layer, z)
+        return type(layer).inverse(layer, z, context)
+
+    for layer in layers:
+        vars(layer)["inverse"] = partial(inverse, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("inverse")
