@@ -346,7 +346,7 @@
 
   function pairs(plot, data, width) {
     const most = width < 560 ? 4 : 8, columns = data.columns.slice(0, most), D = columns.length;
-    const narrow = width < 560, left = narrow ? 22 : 66, bottom = 58, side = Math.min(190, (width - left - 6) / D), gap = side > 90 ? 8 : 5;
+    const narrow = width < 560, left = narrow ? 22 : 74, bottom = 58, side = Math.min(190, (width - left - 6) / D), gap = side > 90 ? 8 : 5;
     legend(plot, data);
     const svg = surface(plot, data, width, Math.round(side * D + bottom)), points = [];
     const cell = i => left + i * side;
