@@ -107,11 +107,16 @@ def test_a_slow_step_is_extrapolated_from_small_batches(tmp_path, capfd, monkeyp
     monkeypatch.setattr(dry_run, "_log_lines", lambda lines: print(*lines, sep="\n"))
     figures = train.main(config, str(tmp_path))
     out = capfd.readouterr().out
-    assert re.search(r"\(extrapolated from batches of \d+ and \d+, ", out)
+    assert "(extrapolated from batches of 4 and 16, " in out
     assert "memory=checkpoint   not measured: there is no time for" in out
+    monkeypatch.setattr(dry_run, "HEAVY", 0.0)
+    single = train.main(config, str(tmp_path))
+    assert "(extrapolated from batches of 1 and 4, " in capfd.readouterr().out
+    monkeypatch.setattr(dry_run, "HEAVY", 1e9)
     monkeypatch.setattr(dry_run, "FLAT", 1e9)  # no batch takes longer than a smaller one: no line tells anything
     measured = train.main(config, str(tmp_path))
     assert "(the median of" in capfd.readouterr().out
+    assert single["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.1)
     assert figures["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.1)
 
 

@@ -37,6 +37,7 @@ log = logging.getLogger("flowtrain")
 STEPS = 1.0  # seconds of steps of the run itself
 SLOW = 4.0  # seconds: a step that would take longer is not taken, but extrapolated from smaller batches
 FLAT = 1.5  # a batch that takes less than so many times as long as the smallest says nothing of larger ones
+HEAVY = 1.0  # seconds of a step of a few examples, after which no larger batch is tried
 LONG = 20.0  # seconds that a step of the next larger batch may take
 OTHERS, EACH = 8.0, 0.25  # seconds in which other settings are measured, all together; of the steps that count, of one
 VALIDATION = 2.0  # seconds; of a validation that would take longer, some examples are evaluated
@@ -137,9 +138,13 @@ def _measure(run: SetUp, trainer: Trainer) -> Measured:
         small = _rehearsal(run, trainer, few)
         first = small.step()
         if first * config.batch_size / few > SLOW:  # perhaps too slow: larger batches tell more
-            if first < 1.0:
+            if first < HEAVY:
                 small.choose_threads()
             fewest = min(first, *small.times(seconds=0.5, least=1, most=3))
+            if fewest > HEAVY and few > sizes[0]:  # so slow that smaller ones have to do
+                single = _rehearsal(run, trainer, sizes[0])
+                costs = Cost((min(single.step(), single.step()),), single.peak()), Cost((fewest,), small.peak())
+                return _extrapolated(*costs, (sizes[0], few), config.batch_size)
             for more in sizes[upper::2]:
                 rehearsal = _rehearsal(run, trainer, more)
                 seconds = min(rehearsal.step(), rehearsal.step())
