@@ -22,8 +22,7 @@ TOLERANCE = {"log_prob": 1e-5, "sample": 1e-4, "encode": 1e-4, "score": 1e-4}
 ROUNDS = 10  # of drawing rows, at most
 PROBES, NEAR = 16, 1e-4  # of a row whose gradient may jump, and how far away they are
 OFF = 2.0**-22  # what libraries' exponentials, sums and products of matrices may be off by, relative
-# the flow itself may be off in float32 by this share of the tolerance
-SHARE = {"log_prob": 1 / 8, "sample": 1 / 4, "encode": 1 / 4, "score": 1 / 4}
+SHARE = 1 / 8  # of the tolerance, that the flow itself may be off by in float32
 
 _aten = torch.ops.aten
 _ROUNDED = {
@@ -60,7 +59,7 @@ class Reference:
             drawn = missing if seed == 0 else min(ROWS, missing * ROWS // max(1, ROWS - self.left_out) + SIZES[-1])
             inputs = draw_inputs(program, spec, drawn, seed)
             uncertainty = torch.cat([_uncertainty(program, exact, part) for part in self._batches(inputs)])
-            rows = (uncertainty < SHARE[program.what] * self.tolerance).nonzero()[:missing, 0]
+            rows = (uncertainty < SHARE * self.tolerance).nonzero()[:missing, 0]
             kept.append({name: value[rows] for name, value in inputs.items()})
             missing -= len(rows)
             if not missing:

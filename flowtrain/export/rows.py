@@ -19,6 +19,7 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import modes
 
 FAR = (1.0, 3.0, 10.0)  # temperatures of a third of the rows each
+LARGEST = 2.0**24  # a pixel, before it is rounded: beyond it, float32 has no neighbouring integers
 NUMBERS = 2**20  # most numbers of inputs in a batch
 
 Inputs = dict[str, Tensor]
@@ -28,7 +29,8 @@ def draw_inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Input
     """Inputs: noise, or what the flow makes of noise, at each temperature of :data:`FAR`.
 
     So data lie within the bounds of their columns and are integers where they must be, and other numbers reach beyond
-    the knots of splines. Of noise whose data are not finite, that of temperature 1 is taken.
+    the knots of splines. Of noise whose data are not finite, or pixels beyond :data:`LARGEST`, that of temperature 1 is
+    taken.
     """
     generator = torch.Generator().manual_seed(seed)
     flow, inputs = program.flow, {}
@@ -65,15 +67,19 @@ def per_row(values: Tensor, dimensions: int) -> Tensor:
 
 
 def _invert(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
-    """Data, as float32; NaN where a number was not finite before it was rounded."""
+    """Data, as float32; NaN where a number was not finite, or a pixel too large, before it was rounded."""
     size = batch_size(flow.dimensions)
     parts = zip(z.split(size), [None] * len(z) if context is None else context.split(size))
-    found, finite = [], []
-    with states_only(), modes.using(tracing=True), before_rounding(flow, lambda _, z: finite.append(z.isfinite())):
+    found, usable = [], []
+
+    def look(layer, z: Tensor) -> None:
+        usable.append(z.abs() < (LARGEST if isinstance(layer, Dequantize) else math.inf))
+
+    with states_only(), modes.using(tracing=True), before_rounding(flow, look):
         for part in parts:
-            finite.clear()
+            usable.clear()
             x = flow.bijection.inverse(*part)[0].float()
-            for each in finite:
+            for each in usable:
                 x = x.where(each, math.nan)
             found.append(x)
     return torch.cat(found)
