@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -61,45 +62,54 @@ def each_peer(place: Place, build: Callable[[Session], dict[str, nn.Module]]) ->
     return built, failed
 
 
-def sizes_of(place: Place, name: str) -> tuple[str, tuple[int, int, int], int]:
-    """The work, its sizes and the batch."""
-    work, hidden, layers = FLOWS[name]
-    return work, (5, 8, 2) if place.tiny else (DIMENSIONS, hidden, layers), 8 if place.tiny else ROWS
+def ours_and_data(place: Place, name: str) -> tuple[nn.Module, Tensor, str, tuple[int, ...]]:
+    """Our flow, data for it, the work that it does and its sizes."""
+    if name == "Glow":
+        work, sizes, batch = "glow", SMALL_GLOW if place.tiny else GLOW, 4 if place.tiny else IMAGES
+        x = torch.randn(batch, 3, sizes[0], sizes[0])
+    else:
+        work, hidden, layers = FLOWS[name]
+        sizes, batch = (5, 8, 2) if place.tiny else (DIMENSIONS, hidden, layers), 8 if place.tiny else ROWS
+        x = torch.randn(batch, sizes[0])
+    x = x.to(place.device)
+    return ours.build_perturbed(partial(getattr(ours, work), *sizes), x, 1), x, work, sizes
 
 
-def vector_flows(place: Place, name: str) -> tuple[nn.Module, dict, dict[str, str], Tensor]:
-    """Our flow, the others', why some are missing, and data."""
-    work, sizes, batch = sizes_of(place, name)
-    x = torch.randn(batch, sizes[0]).to(place.device)
-    flow = ours.build_perturbed(partial(getattr(ours, work), *sizes), x, 1)
-    return flow, *each_peer(place, lambda one: vector_peers(one, work, flow, sizes, x)), x
-
-
-def glow_flows(place: Place) -> tuple[nn.Module, dict, dict[str, str], Tensor]:
-    sizes, batch = (SMALL_GLOW, 4) if place.tiny else (GLOW, IMAGES)
-    x = torch.randn(batch, 3, sizes[0], sizes[0]).to(place.device)
-    flow = ours.build_perturbed(partial(ours.glow, *sizes), x, 1)
-    return flow, *each_peer(place, lambda one: glow_peers(one, sizes, x)), x
+def all_flows(place: Place, name: str) -> tuple[dict[str, nn.Module], dict[str, str], Tensor]:
+    """Our flow and the others', why some are missing, and data."""
+    flow, x, work, sizes = ours_and_data(place, name)
+    build = partial(vector_peers, work=work, flow=flow) if name in FLOWS else glow_peers
+    others, failed = each_peer(place, lambda one: build(one, sizes=sizes, x=x))
+    return {OURS: flow, **others}, failed, x
 
 
 def training(place: Place, name: str) -> dict:
     """Time a training step, with fused Adam for all."""
-    flow, others, failed, x = glow_flows(place) if name == "Glow" else vector_flows(place, name)
+    flows, failed, x = all_flows(place, name)
     mine = session(place, {})
-    variants = {key: step(module, ours.optimizer, x) for key, module in {OURS: flow, **others}.items()}
+    variants = {key: step(module, ours.optimizer, x) for key, module in flows.items()}
     if mine.compiled:
-        variants[COMPILED] = compiled_step(mine, name, flow, ours.optimizer, x)
+        variants[COMPILED] = compiled_step(mine, name, flows[OURS], ours.optimizer, x)
     return figures(mine.times(variants), failed)
+
+
+def compiling(place: Place, name: str) -> dict:
+    """Compile a training step and take it."""
+    flow, x, _, _ = ours_and_data(place, name)
+    start = time.perf_counter()
+    compiled_step(session(place, {}), name, flow, ours.optimizer, x)
+    return {"warm_up": time.perf_counter() - start}
 
 
 def sampling(place: Place, name: str) -> dict:
     """Time the inverse, without gradients."""
-    flow, others, failed, x = glow_flows(place) if name == "Glow" else vector_flows(place, name)
-    variants = {OURS: without_gradients(flow, lambda: flow.sample(len(x)))}
-    for key, module in others.items():
-        with torch.no_grad():
-            z, _ = module.encode(x)
-        variants[key] = without_gradients(module, lambda module=module, z=z: module.decode(z))
+    flows, failed, x = all_flows(place, name)
+    variants = {OURS: without_gradients(flows[OURS], lambda: flows[OURS].sample(len(x)))}
+    for key, module in flows.items():
+        if key != OURS:
+            with torch.no_grad():
+                z, _ = module.encode(x)
+            variants[key] = without_gradients(module, lambda module=module, z=z: module.decode(z))
     return figures(session(place, {}).times(variants), failed)
 
 

@@ -12,6 +12,7 @@ from flowtrain.benchmarks import ours, peers
 from flowtrain.benchmarks.training_steps import step
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import train_config
+from on_gpu import beside_others
 from on_gpu.machine import peak, seconds_of
 from on_gpu.part import Needs, Part, Place, number
 from on_gpu.training import launches, trainer_of, watch
@@ -30,7 +31,6 @@ MODES = {  # name -> whether it is compiled, and launched as one CUDA graph
 def speed(place: Place, mode: str, precision: str, batch: int) -> dict:
     """Images a second of training."""
     compiled, graph = MODES[mode]
-    place.need_precision(precision)
     if graph:
         place.need_gpu()
     words = [f"precision={precision}", f"compile={str(compiled).lower()}", *launches(graph)]
@@ -108,10 +108,15 @@ def rows(mode: str) -> dict:
 TITLE = "Training Glow at the paper's size (3 scales of 32 steps, hidden=512) on images of CIFAR-10's size, "
 COMPILING = Part(
     "compiling",
-    TITLE + "compiled while other checks ran: the seconds until step 5 are those of a cold cache.",
-    {f"{one}, 512": partial(speed, mode="compiled", precision=one, batch=512) for one in PRECISIONS},
-    {key: COLUMNS[key] for key in ("s until step 5", "peak GiB")},
+    "Seconds to compile and to take the first steps with a cold cache, while other checks run: the flows of `steps` "
+    "below, then Glow at the paper's size with 512 images.",
+    {
+        **{name: partial(beside_others.compiling, name=name) for name in beside_others.NAMES},
+        **{f"{one}, 512": partial(speed, mode="compiled", precision=one, batch=512) for one in PRECISIONS},
+    },
+    {"seconds": number("warm_up", ".0f"), "peak GiB": number("GiB", ".1f")},
     seconds=225,
+    processes=2,
     rehearsed=("float32, 512",),
 )
 EAGER = Part("glow", TITLE + "layer by layer.", rows("eager"), COLUMNS, seconds=60)

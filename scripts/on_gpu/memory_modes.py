@@ -24,7 +24,6 @@ LIMITS = {  # of the relative error of a parameter's gradient
 
 def mode(place: Place, memory: str, precision: str) -> dict:
     """Peak bytes and time of a gradient of 32 Glow steps, and its greatest error beside that of memory=none."""
-    place.need_precision(precision)
     peak, seconds, gradients = gradient(place, memory, precision)
     figures = {"MiB": peak / 2**20, "ms": 1e3 * seconds}
     if memory == "none":

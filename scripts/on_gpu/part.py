@@ -49,7 +49,7 @@ class Place:
         try:
             autocast_dtype(precision, self.device)
         except UsageError as error:
-            raise Needs(f"another device ({error})") from error
+            raise Needs(f"something else: {error}") from error
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -31,8 +31,8 @@ class Stage:
 STAGES = {
     "check": Stage(
         [
-            glow.COMPILING,  # the longest
             families.PART,
+            glow.COMPILING,
             resuming.PART,
             processes.PART,
             memory_modes.PART,

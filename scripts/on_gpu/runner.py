@@ -52,6 +52,7 @@ class Worker:
         """End the process and all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # perhaps it leads no group yet
         self.process.join()
 
 
@@ -92,12 +93,16 @@ def run(parts: list[Part], found: dict, path: Path, seconds: float, at_once: int
     ``path``, and print a line for each part as it ends. Returns the exit code: 1 if a row failed."""
     os.environ["OMP_NUM_THREADS"] = str(distributed.share_of_cores(at_once))
     runner = Runner(parts, found, path, time.time() + seconds, tiny, data)
-    while runner.waiting or runner.running:
-        for worker in [*runner.running]:
-            runner.collect(worker)
-        while runner.waiting and len(runner.running) < at_once and runner.may_begin():
-            runner.begin()
-        time.sleep(0.1)
+    try:
+        while runner.waiting or runner.running:
+            for worker in [*runner.running]:
+                runner.collect(worker)
+            while runner.waiting and len(runner.running) < at_once and runner.may_begin():
+                runner.begin()
+            time.sleep(0.1)
+    finally:
+        for worker in runner.running:
+            worker.stop()
     files.write_json(path, runner.found)
     bad = [f"{name}, {row}" for name, rows in runner.found["parts"].items() for row in failures(rows)]
     print(f"{path}: {len(bad)} rows failed" + "".join(f"\n  {one}" for one in bad), flush=True)
@@ -160,8 +165,7 @@ class Runner:
         """
         device = next((line["device"] for line in worker.lines() if "device" in line), None)
         if device and self.found.setdefault("device", device) != device:
-            for one in {worker, *self.running}:
-                one.stop()
+            worker.stop()
             raise SystemExit(f"{self.path} is of {self.found['device']}, this is {device}: give another by --results")
         rows, figures = self.rows(worker.part), worker.figures()
         if all(rows.get(row) == one for row, one in figures.items()):

@@ -12,18 +12,25 @@ from flowtrain.config.compose import conf_dir, train_config
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.loggers import Loggers, NullLogger
 from flowtrain.engine.trainer import Trainer
+from flowtrain.errors import UsageError
 from flowtrain.training.setup import set_up
 from on_gpu.part import Needs, Place
 
-TINY = ("smoke=true", "batch_size=4", "dataset.image_size=8")
 WARM = 2  # reports
 HAS_GRAPH = "cuda_graph:" in (conf_dir() / "trainer" / "default.yaml").read_text()
 
 
 def trainer_of(place: Place, *words: str, log_every: int = 5) -> Trainer:
-    """The Trainer of ``flowtrain train WORDS``, at its first step, which neither validates, draws nor saves."""
-    config = train_config(*words, f"trainer.log_every={log_every}", "scheduler=constant", "trainer.ema=0.9")
-    trainer = set_up(config, str(place.folder)).ready_trainer()
+    """The Trainer of ``flowtrain train WORDS``, at its first step, which neither validates, draws nor saves.
+
+    Raises:
+        Needs: flowtrain refuses the words, such as a precision that the hardware does not have.
+    """
+    try:
+        config = train_config(*words, f"trainer.log_every={log_every}", "scheduler=constant")
+        trainer = set_up(config, str(place.folder)).ready_trainer()
+    except UsageError as error:
+        raise Needs(f"something else: {error}") from error
     for name in ("validate", "preview", "save"):
         assert callable(getattr(trainer, name))
         setattr(trainer, name, lambda: None)
