@@ -41,9 +41,9 @@ def spoil(place):
 
 
 def need(place):
-    from on_gpu.part import Needs
+    from on_gpu.part import NotHere
 
-    raise Needs("a GPU")
+    raise NotHere("needs a GPU")
 
 
 ROWS = {
@@ -79,9 +79,9 @@ def test_every_part_is_rehearsed(tmp_path):
     for name, part in PARTS.items():
         rows = found["parts"][name]
         assert {*rows} == {*(part.rehearsed or part.rows)}
-        needs = {figures.get("needs", "") for figures in rows.values()}
-        assert needs == {"a GPU"} if name in WITHOUT_GPU else "" in needs, name
-        assert all(text in ("", "a GPU") or "precision=" in text for text in needs), needs
+        reasons = {figures.get("not_here", "") for figures in rows.values()}
+        assert reasons == {"needs a GPU"} if name in WITHOUT_GPU else "" in reasons, name
+        assert all(text in ("", "needs a GPU") or "precision=" in text for text in reasons), reasons
         assert f"  {name}: " in done.stdout
     assert found["parts"]["glow"]["eager, float32, 64"]["images"] > 0
     assert found["parts"]["families"]["model=glow dataset=digits"]["reads"] == 1
@@ -94,9 +94,9 @@ def test_a_row_takes_no_other_with_it(tmp_path, parts, capsys):
     assert code == 1
     assert {*rows} == {*ROWS} - {"late", "after"}  # its time is up
     assert rows["fails"]["failed"] == "ValueError: wrong" and "illegal memory" in rows["spoils"]["failed"]
-    assert "code 7" in rows["dies"]["failed"] and rows["needs"]["needs"] == "a GPU"
+    assert "code 7" in rows["dies"]["failed"] and rows["needs"]["not_here"] == "needs a GPU"
     told = capsys.readouterr().out
-    assert "part: 1 of 8 rows measured, 4 failed, others need a GPU (" in told and "part, dies: the process" in told
+    assert "part: 1 of 8 rows measured, 4 failed, others: needs a GPU (" in told and "part, dies: the process" in told
 
 
 def test_what_is_known_is_not_measured_again(tmp_path, parts, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_row_says_what_was_measured_or_why_not(tmp_path):
 
     glow = {
         "eager, bfloat16, 512": {"images": 5000.4, "TFLOP/s": 120.3, "share": 0.1217, "ms": 102.4, "GiB": 60.12},
-        "eager, bfloat16, 64": {"needs": "another device"},
+        "eager, bfloat16, 64": {"not_here": "a reason"},
         "eager, tf32, 512": {"failed": "ValueError: a | b\nc"},
     }
     found = {"date": "2026-01-01", "device": "A GPU", "torch": "2", "parts": {"glow": glow}}
@@ -155,7 +155,7 @@ def test_a_row_says_what_was_measured_or_why_not(tmp_path):
     assert texts["measured"].startswith("2026-01-01: A GPU, torch 2; 1 of ")
     lines = texts["measure"].splitlines()
     assert "| eager, bfloat16, 512 | 5,000 | 102 | 120 | 12% | 60.1 | – |" in lines
-    assert "| eager, bfloat16, 64 | not measured yet: needs another device |  |  |  |  |  |" in lines
+    assert "| eager, bfloat16, 64 | not measured yet: a reason |  |  |  |  |  |" in lines
     assert "| eager, tf32, 512 | **fails**: ValueError: a \\| b c |  |  |  |  |  |" in lines
     assert "| eager, tf32, 64 | not measured yet |  |  |  |  |  |" in lines
     assert {"measured", "check", "measure"} == {*texts}

@@ -14,7 +14,7 @@ from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.config.compose import train_config
 from on_gpu import beside_others
 from on_gpu.machine import peak, seconds_of
-from on_gpu.part import Needs, Part, Place, number
+from on_gpu.part import NotHere, Part, Place, number
 from on_gpu.training import launches, trainer_of, watch
 
 PAPER = ["experiment=glow_cifar10", "dataset=synthetic", "dataset.image_size=32", "optimizer.lr=1e-6"]
@@ -70,7 +70,7 @@ def peer(place: Place, name: str, batch: int) -> dict:
     that torch allows by itself, for convolutions. It lacks our dequantization and learned priors."""
     present, _ = peers.import_installed([name])
     if name not in present:
-        raise Needs(peers.INSTALL)
+        raise NotHere(f"needs {name}: {peers.INSTALL}")
     torch.manual_seed(1)
     side, hidden, levels, steps, batch = (8, 8, 1, 1, 8) if place.tiny else (32, 512, 3, 32, batch)
     flow = present[name].glow(side, hidden, levels, steps).to(place.device)

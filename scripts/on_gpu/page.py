@@ -35,7 +35,7 @@ def sentence(found: dict) -> str:
         return "**No GPU was at hand so far: nothing below has been measured yet.**"
     rows = sum(len(part.rows) for stage in STAGES.values() for part in stage.parts)
     have = [one for figures in found["parts"].values() for one in figures.values()]
-    done = sum("needs" not in one and "failed" not in one for one in have)
+    done = sum("not_here" not in one and "failed" not in one for one in have)
     return f"{found['date']}: {found['device']}, torch {found['torch']}; {done} of {rows} rows measured."
 
 
@@ -50,8 +50,8 @@ def cells(part: Part, figures: dict | None) -> list[str]:
     """The cells of a row."""
     if figures is None:
         text = NOT_YET
-    elif "needs" in figures:
-        text = f"{NOT_YET}: needs {figures['needs']}"
+    elif "not_here" in figures:
+        text = f"{NOT_YET}: {figures['not_here']}"
     elif "failed" in figures:
         text = f"**fails**: {figures['failed']}"
     else:

@@ -12,11 +12,11 @@ from flowtrain.engine.precision import autocast_dtype
 from flowtrain.errors import UsageError
 from flowtrain.runtime import distributed
 
-GPU = "a GPU"
+GPU = "needs a GPU"
 
 
-class Needs(Exception):
-    """A row cannot be measured here; the text says what is missing."""
+class NotHere(Exception):
+    """A row cannot be measured here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Place:
         return distributed.device()
 
     def need_gpu(self) -> None:
-        """Raises Needs without a GPU."""
+        """Raises NotHere without a GPU."""
         if self.device.type != "cuda":
-            raise Needs(GPU)
+            raise NotHere(GPU)
 
     def need_precision(self, precision: str) -> None:
-        """Raises Needs where the hardware has no such arithmetic."""
+        """Raises NotHere where the hardware has no such arithmetic."""
         try:
             autocast_dtype(precision, self.device)
         except UsageError as error:
-            raise Needs(f"something else: {error}") from error
+            raise NotHere(str(error)) from error
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

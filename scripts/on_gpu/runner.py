@@ -21,7 +21,7 @@ import torch
 
 from flowtrain.runtime import distributed, files
 from flowtrain.runtime.environment import device_name
-from on_gpu.part import Needs, Part, Place
+from on_gpu.part import NotHere, Part, Place
 from on_gpu.parts import PARTS
 
 SPOILED = ("CUDA error", "AcceleratorError")  # of these a process does not recover
@@ -70,8 +70,8 @@ def measure(part: str, rows: list[str], place: Place) -> None:
             start, spoiled = time.monotonic(), False
             try:
                 figures = PARTS[part].rows[row](place)
-            except Needs as reason:
-                figures = {"needs": str(reason)}
+            except NotHere as reason:
+                figures = {"not_here": str(reason)}
             except Exception as error:
                 traceback.print_exc()
                 figures = {"failed": f"{type(error).__name__}: {error}"[:500]}
@@ -85,7 +85,7 @@ def measure(part: str, rows: list[str], place: Place) -> None:
 
 def is_known(figures: dict) -> bool:
     """Whether a row need not be measured again: it was measured, and passed if it is a check."""
-    return bool(figures) and not {"failed", "needs"} & {*figures} and figures.get("passed", True)
+    return bool(figures) and not {"failed", "not_here"} & {*figures} and figures.get("passed", True)
 
 
 def run(parts: list[Part], found: dict, path: Path, seconds: float, at_once: int, tiny=False, data=None) -> int:
@@ -190,10 +190,10 @@ class Runner:
         """Print a line on a part that has ended."""
         rows, now = self.rows(part), time.time()
         done = sum(map(is_known, rows.values()))
-        bad, needs = failures(rows), {figures["needs"] for figures in rows.values() if "needs" in figures}
+        bad, reasons = failures(rows), {figures["not_here"] for figures in rows.values() if "not_here" in figures}
         text = [f"{done} of {len(part.rows)} rows measured"]
         text += [f"{len(bad)} failed"] if bad else []
-        text += [f"others need {'; '.join(sorted(needs))}"] if needs else []
+        text += [f"others: {'; '.join(sorted(reasons))}"] if reasons else []
         left = f"{self.end - now:.0f} s left"
         print(f"{now - self.start:5.0f} s  {part.name}: {', '.join(text)} ({left})", flush=True)
 

@@ -14,7 +14,7 @@ from flowtrain.engine.loggers import Loggers, NullLogger
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import UsageError
 from flowtrain.training.setup import set_up
-from on_gpu.part import Needs, Place
+from on_gpu.part import NotHere, Place
 
 WARM = 2  # reports
 HAS_GRAPH = "cuda_graph:" in (conf_dir() / "trainer" / "default.yaml").read_text()
@@ -24,13 +24,13 @@ def trainer_of(place: Place, *words: str, log_every: int = 5) -> Trainer:
     """The Trainer of ``flowtrain train WORDS``, at its first step, which neither validates, draws nor saves.
 
     Raises:
-        Needs: flowtrain refuses the words, such as a precision that the hardware does not have.
+        NotHere: flowtrain refuses the words, such as a precision that the hardware does not have.
     """
     try:
         config = train_config(*words, f"trainer.log_every={log_every}", "scheduler=constant")
         trainer = set_up(config, str(place.folder)).ready_trainer()
     except UsageError as error:
-        raise Needs(f"something else: {error}") from error
+        raise NotHere(str(error)) from error
     for name in ("validate", "preview", "save"):
         assert callable(getattr(trainer, name))
         setattr(trainer, name, lambda: None)
@@ -42,7 +42,7 @@ def launches(graph: bool) -> list[str]:
     if HAS_GRAPH:
         return [f"trainer.cuda_graph={str(graph).lower()}"]
     if graph:
-        raise Needs("trainer.cuda_graph, which flowtrain does not have yet")
+        raise NotHere("flowtrain has no trainer.cuda_graph yet")
     return []
 
 
