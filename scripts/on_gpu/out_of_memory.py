@@ -12,7 +12,7 @@ from flowtrain.errors import FlowtrainError
 from on_gpu.part import Part, Place, verdict
 
 SHARE = 0.02  # of the GPU's memory that the process may use
-WORDS = "model=glow dataset=synthetic dataset.image_size=32 model.hidden=512 max_steps=2 compile=false".split()
+WORDS = "model=glow dataset=synthetic dataset.image_size=32 model.hidden=1024 max_steps=2 compile=false".split()
 
 
 def run(place: Place, words: list[str]) -> dict:
