@@ -40,7 +40,7 @@ def row(result: dict, in_nats: bool) -> list[str]:
 
 
 results = [{"file": path, **json.loads(path.read_text())} for path in sorted(Path("results").glob("*.json"))]
-groups = {name: [result for result in results if result["table"] == name] for name in TITLES}
+groups = {name: [result for result in results if result.get("table") == name] for name in TITLES}  # gpu.json has none
 text = "\n\n".join(table(TITLES[name], group) for name, group in groups.items() if group)
 sections.write(Path("docs/results.md"), "results", text)
 print(text)

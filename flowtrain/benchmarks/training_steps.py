@@ -94,7 +94,7 @@ def _step_rows(
     make = ours.optimizer
     variants = {variant: step(module, make, x) for variant, module in modules.items()} | (more or {})
     if session.compiled and COMPILED in targets:
-        variants[COMPILED] = _compile_step(session, name, modules[OURS], make, x)
+        variants[COMPILED] = compiled_step(session, name, modules[OURS], make, x)
     times = session.times(variants)
     yield from ratios("train", name, times, BARE, targets)
 
@@ -112,7 +112,7 @@ def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def _compile_step(session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
+def compiled_step(session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
     """A training step of a compiled copy of ``flow``; checks that the copy gives the same densities."""
     torch.compiler.reset()  # torch counts the compilations of other flows too
     fast = copy.deepcopy(flow)

@@ -1,0 +1,1 @@
+"""The parts of scripts/gpu, what runs them, and the page that shows what they found."""
