@@ -14,6 +14,7 @@ from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.bijection import Backpropagation
 from flowtrain.data.batch import Batch
+from flowtrain.engine import determinism
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.ema import EMA
@@ -282,6 +283,51 @@ def test_ema_is_the_average_it_says():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * live.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)
+
+
+class Counted(torch.nn.Module):
+    """A parameter, and buffers of three dtypes, one of them without elements and one that other code replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("none", torch.zeros(0))
+        self.register_buffer("left_out", None)
+
+    def forward(self, x):
+        self.flags, self.count = ~self.flags, self.count + 1
+        return self.norm(self.layer(x))
+
+
+def test_ema_copies_all_buffers_a_dtype_at_a_time(monkeypatch):
+    live = Counted().train()
+    ema = EMA(live, 0.9)
+    calls, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: calls.append(len(lists[0])) or copy(*lists))
+    for step in range(3):
+        live(torch.randn(5, 2) + 3)
+        ema.update(step)
+        mine = dict(ema.model.named_buffers())
+        assert all(torch.equal(mine[name], buffer) for name, buffer in live.named_buffers())
+        assert not any(
+            buffer.data_ptr() == mine[name].data_ptr() for name, buffer in live.named_buffers() if buffer.numel()
+        )
+    assert sorted(calls[:4]) == [1, 1, 1, 3] and len(calls) == 12 and mine["norm.num_batches_tracked"] == 3
+    empty = EMA(torch.nn.Linear(1, 1), 0.9)
+    empty.update(0)  # without buffers
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_fastest_algorithms_of_cudnn_are_looked_for_unless_runs_must_be_the_same(monkeypatch, deterministic):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    try:
+        determinism.choose(deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark == (not deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_schedules():
