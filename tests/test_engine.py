@@ -15,6 +15,7 @@ from flowtrain import nets
 from flowtrain.bijections.bijection import Backpropagation
 from flowtrain.data.batch import Batch
 from flowtrain.engine import determinism
+from flowtrain.engine import trainer as training
 from flowtrain.engine.agreement import agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.ema import EMA
@@ -261,6 +262,17 @@ def test_a_validation_that_fails_loses_nothing(tmp_path):
     one.validation.evaluate = evaluate
     run(one, tmp_path)
     assert one.step == 25 and math.isfinite(one.validation.best)
+
+
+def test_checkpoints_follow_the_clock_of_the_first_process(tmp_path, monkeypatch):
+    """Which all processes share: none saves alone. Here a step takes a minute."""
+    one = trainer(tmp_path, save_every=None, save_minutes=10)
+    minutes = lambda loss, norm, signum, _: (*agree(loss, norm, signum, 0.0)[:3], 60.0 * (one.step + 1))
+    monkeypatch.setattr(training, "agree", minutes)
+    saved, save = [], one.save
+    monkeypatch.setattr(one, "save", lambda: saved.append(one.step) or save())
+    run(one, tmp_path)
+    assert saved == [11, 22, 30]
 
 
 def test_minutes_are_a_budget(tmp_path):

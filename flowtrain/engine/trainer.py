@@ -98,7 +98,8 @@ class Trainer(Stateful):
         self.training_pass = TrainingPass(flow, objective, config.seed, config.trainer.accumulate, autocast)
         if distributed.world() > 1:
             self.training_pass.synchronize()
-        self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, config.trainer.save_every)
+        copy_every = config.trainer.save_every or config.trainer.val_every
+        self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, copy_every)
         self.examples = "images" if len(flow.shape) == 3 else "rows"  # what the data consist of
         self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
@@ -113,7 +114,7 @@ class Trainer(Stateful):
         """
         config = self.config.trainer
         began = time.monotonic() - self.seconds
-        saved = logged = time.monotonic()
+        saved, logged = self.seconds, time.monotonic()
         profiles = config.profile and distributed.is_main()
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
         with note_signals() as noted, profiler as profile_step:
@@ -132,9 +133,9 @@ class Trainer(Stateful):
                     if signum:
                         raise Interrupted(signum)
                     self.validate_and_preview()
-                    if self.every(config.save_every) or time.monotonic() - saved > 60 * config.save_minutes:
+                    if self.every(config.save_every) or self.seconds - saved > 60 * config.save_minutes:
                         self.save()
-                        saved = time.monotonic()
+                        saved = self.seconds
                 if not self.validation.stalled:
                     self.validate()
                 self.preview()
