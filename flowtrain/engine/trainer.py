@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.batch import Batch
-from flowtrain.engine.agreement import agree
+from flowtrain.engine.agreement import Agreed, agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation
 from flowtrain.engine.divergence import examine
@@ -150,9 +150,7 @@ class Trainer(Stateful):
     def take_step(self, batch: Batch, began: float, noted: SignalNote) -> tuple[float, int]:
         """Train on a batch, in a run that ``began`` then; the gradient's norm and a signal that any process has
         noted, or 0."""
-        loss, norm = self.gradient(batch)
-        loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
-        self.update(loss, norm)
+        norm, signum = self.update(agree(*self.gradient(batch), noted.signum, time.monotonic() - began))
         self.step += 1
         if self.compilation:
             self.compilation.after_step(self.step)
@@ -172,21 +170,32 @@ class Trainer(Stateful):
             log.warning("step %d: %s", self.step, reasons[0])
         return loss
 
-    def update(self, loss: float, norm: float) -> None:
-        """Step the optimizer; a loss or gradient that is not finite never reaches it.
+    def update(self, agreed: Agreed) -> tuple[float, int]:
+        """Step the optimizer; a loss or gradient that is not finite never reaches it. The norm and a signal.
+
+        Where the optimizer can leave out a step by itself, it is launched before the host knows of the gradient, so
+        that a GPU need not wait for the host.
 
         Raises:
             FlowtrainError: there were too many such steps in a row, and no rollback.
         """
+        self.weights.set_rates(self.rate_factor())
+        launched = self.weights.takes_condition and not self.recovery.is_copy_due(self.step)
+        if launched:
+            self.weights.step(agreed.finite)
+        loss, norm, signum, self.seconds = agreed.read()
         if math.isfinite(loss) and math.isfinite(norm):
             self.recovery.accept(self.step, self.weights.state_dict)
-            self.weights.update(self.step, self.rate_factor())
+            if not launched:
+                self.weights.step()
+            self.weights.update_average(self.step)
             self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         elif self.recovery.skip(self.step, loss, norm):
             if not self.recovery.possible:
                 self.save()
                 raise self.recovery.error(self.step, self.describe_divergence(), self.checkpoints.last)
             self.weights.load_state_dict(self.recovery.roll_back(self.step, self.describe_divergence()))
+        return norm, signum
 
     def rate_factor(self) -> float:
         return self.recovery.rate * self.schedule(self.progress(), self.step)
