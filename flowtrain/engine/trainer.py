@@ -95,6 +95,7 @@ class Trainer(Stateful):
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
         self.weights = Weights(flow, optimizer, ema)
+        self.parameters = [*flow.parameters()]  # to find them takes as long as to launch a step of the optimizer
         self.training_pass = TrainingPass(flow, objective, config.seed, config.trainer.accumulate, autocast)
         if distributed.world() > 1:
             self.training_pass.synchronize()
@@ -120,6 +121,7 @@ class Trainer(Stateful):
         with note_signals() as noted, profiler as profile_step:
             try:
                 self.threads.start()
+                self.flow.train()
                 self.validate_and_preview()  # where a signal came before
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
@@ -159,11 +161,13 @@ class Trainer(Stateful):
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
         self.batch = batch
-        return self.backward(), clip_gradient(self.flow, self.config.trainer.clip)
+        return self.backward(), clip_gradient(self.parameters, self.config.trainer.clip)
 
     def backward(self) -> Tensor:
-        self.flow.train()
-        self.flow.zero_grad()
+        if not self.flow.training:
+            self.flow.train()
+        for parameter in self.parameters:
+            parameter.grad = None
         place = self.step, distributed.rank(), distributed.world()
         loss, reasons = self.training_pass.backpropagate(self.batch, *place)
         if reasons and not self.recovery.skipped:
