@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
+from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
 from flowtrain.runtime import fusion, global_batch
@@ -54,6 +56,7 @@ class Flow(nn.Module):
         self.shape = check_shape(shape)
         self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=context_shape)
         self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
+        self._stacks = any(True for _ in dense_layers(self.bijection))
 
     @property
     def dimensions(self) -> int:
@@ -64,7 +67,8 @@ class Flow(nn.Module):
         """log p(x) in nats, (B,), in float32 or float64; a lower bound if x is dequantized."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
-        z, log_det = self.bijection(x, context)
+        with self._stacked_log_dets():
+            z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -80,14 +84,14 @@ class Flow(nn.Module):
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latents of x. Integers become the centres of their bins, so that ``decode`` returns the same integers."""
         x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
-        with global_batch.bin_centres(), states_only():
+        with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
             return map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of latents z."""
         z, context = self._check_events("z", z, self.bijection.out_shape, context)
-        with states_only():
+        with states_only(), self._stacked_log_dets():
             return map_events(
                 "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
@@ -164,6 +168,10 @@ class Flow(nn.Module):
         context = context if context.dim() > len(shape) else context[None]
         m = len(context)
         return context.expand(n, *context.shape).flatten(0, 1), (n,) if m == 1 else (n, m)
+
+    def _stacked_log_dets(self):
+        stacks = self._stacks and self.backpropagation.together
+        return stacked_log_dets(self.bijection) if stacks else nullcontext()
 
     @property
     def _weight(self) -> Tensor:

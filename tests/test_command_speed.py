@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,12 @@ from test_commands import SAMPLE
 from flowtrain import bijections as b
 from flowtrain import flows, load, train
 from flowtrain.bijections import channels, linear
-from flowtrain.commands import draws, outputs, sample
+from flowtrain.commands import draws, examples, outputs, sample
 from flowtrain.commands.outputs import open_array, open_table
 from flowtrain.distributions import ConditionalNormal, Mixture, StandardNormal
 from flowtrain.engine import memory_budget
 from flowtrain.engine.evaluate import evaluation_mode, log_likelihoods
+from flowtrain.engine.peak import peak_bytes
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.files import WriteError
@@ -135,6 +137,35 @@ def test_batches_follow_the_budget(monkeypatch):
         assert memory_budget.rows_within_budget(work, 256, CPU) == 1
     assert 256 < rows < twice <= 2 * rows + 1
     assert [memory_budget.few_rows(d) for d in (2, 3072, 10**6)] == [256, 21, 1]
+
+
+def test_a_gpu_has_an_eighth_of_its_memory_for_a_batch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    assert memory_budget.budget(torch.device("cuda", 1)) == 10 * 2**30
+    assert memory_budget.budget(CPU) == 2**24 * max(2, torch.get_num_threads())
+    monkeypatch.setattr(memory_budget, "peak_bytes", lambda work: 100 * 2**20)  # of 8 examples of a large flow
+    assert memory_budget.rows_within_budget(None, 8, torch.device("cuda")) == 819
+
+
+def test_latents_and_data_of_examples_depend_on_no_batch(monkeypatch):
+    torch.manual_seed(0)
+    flow = flows.maf((3,), hidden=64).eval()
+    x, restored, sizes = torch.randn(3000, 3), SimpleNamespace(flow=flow), []
+    flow.bijection.register_forward_hook(lambda _layer, inputs, _output: sizes.append(len(inputs[0])))
+    z = examples.encode(restored, x, None)
+    assert sizes == [256, 2744]  # what is measured, and the rest
+    torch.testing.assert_close(examples.decode(restored, z, None), x)
+    assert torch.equal(examples.encode(restored, x[:500], None), z[:500])
+    monkeypatch.setattr(memory_budget, "budget", lambda device: 2**20)
+    sizes.clear()
+    torch.testing.assert_close(examples.encode(restored, x, None), z)
+    assert sizes[0] == 256 < min(sizes[1:-1]) and len({*sizes[1:-1]}) == 1 and sum(sizes) == 3000
+
+    def peak(budget):
+        monkeypatch.setattr(memory_budget, "budget", lambda device: budget)
+        return peak_bytes(lambda: examples.encode(restored, x, None))
+
+    assert peak(2**20) < 1.5 * 2**20 < peak(2**24)
 
 
 @pytest.mark.parametrize("name", BASES)

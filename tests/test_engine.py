@@ -14,7 +14,9 @@ from flowtrain import bijections as b
 from flowtrain import nets
 from flowtrain.bijections.bijection import Backpropagation
 from flowtrain.data.batch import Batch
-from flowtrain.engine.agreement import agree
+from flowtrain.engine import determinism
+from flowtrain.engine import trainer as training
+from flowtrain.engine.agreement import Agreed, agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import evaluate
@@ -25,6 +27,7 @@ from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import Constant, Cosine, Exponential, Linear, Steps, WarmUp
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.validation import Validation
+from flowtrain.engine.weights import Weights
 from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, global_batch
@@ -214,9 +217,57 @@ def test_too_many_bad_steps_stop_with_the_last_good_state_saved(tmp_path):
     assert all(value.isfinite().all() for value in saved["model"].values())
     good = trainer(tmp_path, max_steps=30)
     for x in [next(Batches().batches(step)) for step in range(6)]:
-        good.update(*good.gradient(x))
+        good.update(agree(*good.gradient(x), 0, 0.0))
         good.step += 1
     assert same(good.flow.state_dict(), saved["model"])
+
+
+CONDITIONAL = {  # optimizers that leave out a step by themselves
+    "adam": partial(torch.optim.Adam, amsgrad=True, fused=True),
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.1, fused=True),
+    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
+}
+
+
+def optimized(run_dir, make, **changes):
+    one = trainer(run_dir, Batches(poison=[0, 5, 6]), max_steps=9, **changes)
+    one.weights.optimizer = make(one.flow.parameters(), lr=1e-2)
+    return one
+
+
+@pytest.mark.parametrize("rollback", [None, 0.5])
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_bad_step_that_is_decided_on_the_device_changes_nothing(tmp_path, monkeypatch, name, rollback):
+    """Weights, averages, the optimizer's state and the records are those of a run that reads before it steps."""
+    (tmp_path / "device").mkdir()
+    (tmp_path / "host").mkdir()
+    changes = dict(rollback=rollback, max_bad_steps=2 if rollback else 4, save_every=3, log_every=1)
+    there = run(optimized(tmp_path / "device", CONDITIONAL[name], **changes), tmp_path / "device")
+    monkeypatch.setattr(Weights, "takes_condition", False)
+    here = run(optimized(tmp_path / "host", CONDITIONAL[name], **changes), tmp_path / "host")
+    assert here.recovery.skipped == 3 and here.recovery.rollbacks == (rollback is not None)
+    assert same(there.state_dict(), here.state_dict())
+    assert lines(tmp_path / "device") == lines(tmp_path / "host")
+    assert all(value.isfinite().all() for value in there.flow.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("make", "usual"), [(CONDITIONAL["adamw"], ["step", "read"]), (torch.optim.Adamax, ["read", "step"])]
+)
+def test_the_host_reads_after_the_step_of_an_optimizer_that_leaves_out_bad_ones(tmp_path, monkeypatch, make, usual):
+    one, read, calls = optimized(tmp_path, make, rollback=0.5, save_every=7), Agreed.read, []
+    monkeypatch.setattr(Agreed, "read", lambda agreed: calls[-1].append("read") or read(agreed))
+    one.weights.optimizer.register_step_pre_hook(lambda *_: calls[-1].append("step"))
+    for batch, _ in zip(one.loader.batches(), range(9)):
+        calls.append([])
+        one.update(agree(*one.gradient(batch), 0, 0.0))
+        one.step += 1
+    first, state, *others = calls
+    assert first == ["read"] and state == ["read", "step"]  # a bad one, and that which creates the optimizer's state
+    late = usual[0] == "step"
+    bad = usual if late else ["read"]
+    assert others == [usual, usual, usual, bad, bad, usual, ["read", "step"]]  # the last one after a copy
+    assert one.recovery.copy["step"] == 8 and one.recovery.skipped == 3
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -262,6 +313,16 @@ def test_a_validation_that_fails_loses_nothing(tmp_path):
     assert one.step == 25 and math.isfinite(one.validation.best)
 
 
+def test_checkpoints_follow_the_clock_of_the_first_process(tmp_path, monkeypatch):
+    """Which all processes share: none saves alone. Here a step takes a minute."""
+    one = trainer(tmp_path, save_every=None, save_minutes=10)
+    monkeypatch.setattr(training, "agree", lambda *figures: agree(*figures[:3], 60.0 * (one.step + 1)))
+    saved, save = [], one.save
+    monkeypatch.setattr(one, "save", lambda: saved.append(one.step) or save())
+    run(one, tmp_path)
+    assert saved == [11, 22, 30]
+
+
 def test_minutes_are_a_budget(tmp_path):
     one = trainer(tmp_path, max_steps=None, max_minutes=0.01)
     run(one, tmp_path)
@@ -282,6 +343,51 @@ def test_ema_is_the_average_it_says():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * live.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)
+
+
+class Counted(torch.nn.Module):
+    """A parameter, and buffers of three dtypes, one of them without elements and one that other code replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("none", torch.zeros(0))
+        self.register_buffer("left_out", None)
+
+    def forward(self, x):
+        self.flags, self.count = ~self.flags, self.count + 1
+        return self.norm(self.layer(x))
+
+
+def test_ema_copies_all_buffers_a_dtype_at_a_time(monkeypatch):
+    live = Counted().train()
+    ema = EMA(live, 0.9)
+    calls, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: calls.append(len(lists[0])) or copy(*lists))
+    for step in range(3):
+        live(torch.randn(5, 2) + 3)
+        ema.update(step)
+        mine = dict(ema.model.named_buffers())
+        assert all(torch.equal(mine[name], buffer) for name, buffer in live.named_buffers())
+        assert not any(
+            buffer.data_ptr() == mine[name].data_ptr() for name, buffer in live.named_buffers() if buffer.numel()
+        )
+    assert sorted(calls[:4]) == [1, 1, 1, 3] and len(calls) == 12 and mine["norm.num_batches_tracked"] == 3
+    empty = EMA(torch.nn.Linear(1, 1), 0.9)
+    empty.update(0)  # without buffers
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_fastest_algorithms_of_cudnn_are_looked_for_unless_runs_must_be_the_same(monkeypatch, deterministic):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    try:
+        determinism.choose(deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark == (not deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_schedules():
@@ -531,7 +637,7 @@ def reads(monkeypatch, one, x):
     lists, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or tolist(tensor))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
-        one.update(*agree(*one.gradient(x), 0, 0.0)[:2])
+        one.update(agree(*one.gradient(x), 0, 0.0))
         one.step += 1
         one.report(1.0, elapsed=1.0)
     seen = [event for event in record.events() if event.name in READS]
@@ -558,15 +664,15 @@ def test_a_step_on_a_gpu_waits_once(tmp_path):
     one.weights.optimizer = torch.optim.Adam(flow.parameters(), 1e-2, fused=True)
     batches = (batch.to("cuda") for batch in one.loader.batches())
     for _ in range(2):
-        one.update(*agree(*one.gradient(next(batches)), 0, 0.0)[:2])
+        one.update(agree(*one.gradient(next(batches)), 0, 0.0))
     x = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, norm = one.gradient(x)
         torch.cuda.set_sync_debug_mode("default")
-        figures = agree(loss, norm, 0, 0.0)
+        agreed = agree(loss, norm, 0, 0.0)  # copies this process's clock
         torch.cuda.set_sync_debug_mode("error")
-        one.update(*figures[:2])
+        one.update(agreed)  # waits for an event alone
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -594,8 +700,9 @@ def test_an_equation_whose_gradient_has_no_solution_is_a_bad_step(tmp_path, capl
     flow = ode_flow(adjoint=True)
     one, ode = trainer(tmp_path, flow=flow), flow.bijection.ode
     ode.register_forward_hook(lambda *_: setattr(ode, "max_steps", 1))  # of what comes after, the gradient's solve
-    loss, norm, *_ = agree(*one.gradient(next(one.loader.batches())), 0, 0.0)
-    one.update(loss, norm)
+    agreed = agree(*one.gradient(next(one.loader.batches())), 0, 0.0)
+    one.update(agreed)
+    loss, norm, *_ = agreed.read()
     assert math.isfinite(loss) and math.isnan(norm)
     assert one.recovery.skipped == 1 and "max_steps=1" in caplog.text
 

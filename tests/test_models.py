@@ -8,6 +8,7 @@ import pytest
 import torch
 from audit import assert_exact, randomize
 from composed import IMAGES, ONLY_IMAGES, VECTORS, configuration, flow_of, options, parameters
+from omegaconf import OmegaConf
 
 from flowtrain import bijections as b
 from flowtrain import flows
@@ -23,6 +24,14 @@ COUNTS = json.loads((conf_dir().parent / "tests/parameter_counts.json").read_tex
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_experiments_have_their_parameter_count(experiment):
     assert parameters(flow_of(f"experiment={experiment}", device="meta")) == COUNTS[experiment]
+
+
+def test_experiments_with_large_checkpoints_save_by_the_clock():
+    """A checkpoint holds at least three numbers for each parameter: 120 MB for ten million."""
+    files = {name: OmegaConf.load(conf_dir() / f"experiment/{name}.yaml") for name in COUNTS}
+    by_the_clock = {name for name, keys in files.items() if keys.trainer.get("save_every", 500) is None}
+    assert by_the_clock == {name for name, count in COUNTS.items() if count > 10_000_000}
+    assert not any("save_minutes" in files[name].trainer for name in by_the_clock)  # 15, as everywhere
 
 
 @pytest.mark.slow

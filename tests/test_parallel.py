@@ -73,7 +73,7 @@ def count_reductions(folder, accumulate):
     one, counts = trainer(folder, flow, accumulate=accumulate), []
     for x in [next(one.loader.batches(step)) for step in range(STEPS)]:
         with profile(activities=[ProfilerActivity.CPU]) as record:
-            one.update(*agree(*one.gradient(x), 0, 0.0)[:2])
+            one.update(agree(*one.gradient(x), 0, 0.0))
         one.step += 1
         counts.append(sum(event.count for event in record.key_averages() if event.key == "c10d::allreduce_"))
     return counts[1:]  # DDP rebuilds its buckets in the first step
@@ -90,8 +90,9 @@ def train_with_a_bad_step(folder, adjoint, accumulate):
     one = trainer(folder, flow, poison=[1], accumulate=accumulate)
     for step in range(STEPS):
         before = [parameter.clone() for parameter in flow.parameters()]
-        loss, norm, *_ = agree(*one.gradient(next(one.loader.batches(step))), 0, 0.0)
-        one.update(loss, norm)
+        agreed = agree(*one.gradient(next(one.loader.batches(step))), 0, 0.0)
+        one.update(agreed)
+        loss, *_ = agreed.read()
         one.step += 1
         assert (one.recovery.skipped == 0) == (step < 1) and math.isnan(loss) == (step == 1)
         assert all(map(torch.equal, before, flow.parameters())) == (step == 1)
@@ -126,7 +127,7 @@ def compare_compiled_steps(folder):
         one = trainer(folder, flow)
         compile(flow)
         for step in range(3):
-            figures.append(agree(*one.gradient(next(one.loader.batches(step))), 0, 0.0)[:2])
+            figures.append(agree(*one.gradient(next(one.loader.batches(step))), 0, 0.0).read()[:2])
     return graphs[0].graphs, torch.tensor(figures).chunk(2)
 
 

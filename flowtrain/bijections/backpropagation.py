@@ -101,6 +101,8 @@ class ReversibleBackpropagation(ActivationCheckpointing):
         bound: of the error, |recomputed − kept|/|kept|, beyond which :meth:`statistics` raises.
     """
 
+    together = False  # the gradient of a layer's parameters is found from that layer alone
+
     def __init__(self, spacing: int = 8, bound: float = 1e-4):
         super().__init__()
         self.spacing, self.bound = spacing, bound

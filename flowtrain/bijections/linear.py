@@ -5,12 +5,16 @@ On vectors they are linear layers: the dimensions are the channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.bijection import constant_log_det, full_precision, zero_log_det
+from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision, zero_log_det
 from flowtrain.bijections.channels import ChannelAffine, inverse_matrix, mix_exactly, mixer
+from flowtrain.runtime import modes
 from flowtrain.runtime.kept import from_weights
 
 
@@ -98,7 +102,8 @@ class _Linear(ChannelAffine):
 class DenseLinear(_Linear):
     """z = Wx for every pixel, W a parameter: Glow's 1×1 convolution (Kingma & Dhariwal 2018, eq. 9).
 
-    log|det W| comes from an LU decomposition in float64, each time.
+    log|det W| comes from an LU decomposition in float64, each time. In a flow, all matrices of one size share it:
+    see :func:`stacked_log_dets`.
 
     Args:
         shape: of one event, (C, …).
@@ -124,7 +129,38 @@ class DenseLinear(_Linear):
         return self.matrix
 
     def log_abs_det(self):
+        stacked = modes.current().log_dets
+        if stacked is not None and self in stacked:
+            return stacked[self]
         return torch.linalg.slogdet(self.matrix.double())[1]
+
+
+def dense_layers(bijection: Bijection) -> Iterator[DenseLinear]:
+    """Each DenseLinear in ``bijection``, but for those inside of what is compiled by itself, with its own inputs."""
+    if bijection._compiled_call_impl is not None:
+        return
+    if isinstance(bijection, DenseLinear):
+        yield bijection
+    for layer in bijection.layers().values():
+        yield from dense_layers(layer)
+
+
+def stacked_log_dets(bijection: Bijection) -> AbstractContextManager[None]:
+    """Within it, log|det W| of each :class:`DenseLinear` in ``bijection`` comes from one decomposition for all matrices
+    of one size: a GPU takes little longer for all of them than for one."""
+    layers = [*dense_layers(bijection)]
+    return modes.using(log_dets=from_weights(lambda: _log_dets(layers), "log_dets", *layers) if layers else None)
+
+
+def _log_dets(layers: list[DenseLinear]) -> dict[nn.Module, Tensor]:
+    alike: dict[tuple, list[DenseLinear]] = {}
+    for layer in layers:
+        alike.setdefault((layer.channels, layer.matrix.dtype, layer.matrix.device), []).append(layer)
+    log_dets: dict[nn.Module, Tensor] = {}
+    for group in alike.values():
+        matrices = torch.stack([layer.matrix for layer in group]).double()
+        log_dets.update(zip(group, torch.linalg.slogdet(matrices)[1].unbind()))
+    return log_dets
 
 
 class LULinear(_Linear):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from flowtrain.commands.restored import Restored
 from flowtrain.data import Columns
 from flowtrain.data.inputs import unnamed_columns
 from flowtrain.engine.evaluate import evaluation_mode
-from flowtrain.engine.memory_budget import few_rows
+from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.plots.curves import plot_paths
 
@@ -64,11 +65,19 @@ def decode(restored: Restored, z: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _in_parts(restored: Restored, function, rows: Tensor, context: Tensor | None) -> Tensor:
-    size = few_rows(restored.flow.dimensions)
-    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+    start, size, done = 0, few_rows(restored.flow.dimensions), []
+
+    def work(first: int, size: int) -> None:
+        part = slice(first, first + size)
+        done.append(function(rows[part], None if context is None else context[part]))
+
     try:
         with torch.no_grad(), evaluation_mode(rows.device):
-            done = [function(rows[part], None if context is None else context[part]) for part in parts]
+            if len(rows) > 2 * size:  # else there is little to gain
+                most = rows_within_budget(partial(work, 0, size), size, rows.device)
+                start, size = size, even_batches(len(rows) - size, most)
+            for first in range(start, len(rows), size):
+                work(first, size)
     except ValueError as error:
         raise FlowtrainError(f"{error}; flowtrain check looks at each layer") from error
     return torch.cat(done)

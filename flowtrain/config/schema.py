@@ -25,7 +25,7 @@ class TrainerConfig:
     val_draws: int = number(least=1)
     sample_every: int | None = number(least=1)
     sample_n: int = number(least=1)
-    save_every: int = number(least=1)
+    save_every: int | None = number(least=1)
     save_minutes: float = number(above=0)
     patience: int | None = number(least=1)
     max_bad_steps: int = number(least=1)

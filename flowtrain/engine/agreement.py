@@ -9,13 +9,31 @@ from flowtrain.runtime import distributed
 from flowtrain.runtime.signals import SIGNALS
 
 
-def agree(loss: Tensor, norm: Tensor, signum: int, seconds: float) -> tuple[float, float, int, float]:
-    """The mean loss, the gradient's norm, any process's signal (or 0) and the first process's clock, the same on every
-    process: all that a step decides by, in its one read from the device."""
+class Agreed:
+    """What a step decides by, the same on every process, on its way from the device.
+
+    Attributes:
+        finite: whether the loss and the gradient are, a bool on the device.
+    """
+
+    def __init__(self, figures: Tensor):
+        self.finite = figures[:2].isfinite().all()
+        self._figures = figures.to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.current_stream(figures.device).record_event() if figures.is_cuda else None
+
+    def read(self) -> tuple[float, float, int, float]:
+        """The mean loss, the gradient's norm, any process's signal (or 0) and the first process's clock: a step's one
+        read from the device. It does not wait for what has been launched since."""
+        if self._arrival:
+            self._arrival.synchronize()
+        loss, norm, clock, *counts = self._figures.tolist()
+        return loss, norm, next((one for one, count in zip(SIGNALS, counts) if count), 0), clock
+
+
+def agree(loss: Tensor, norm: Tensor, signum: int, seconds: float) -> Agreed:
+    """Share each process's loss, norm of the global gradient, signal (or 0) and clock."""
     world = distributed.world()
     clock = seconds if distributed.rank() == 0 else 0.0
     own = torch.tensor([clock, *(float(signum == one) for one in SIGNALS)], dtype=torch.float64)
     shared = torch.stack([loss, norm]).double() / world
-    figures = distributed.all_sum(torch.cat([shared, own.to(shared.device, non_blocking=True)]))
-    loss, norm, clock, *counts = figures.tolist()
-    return loss, norm, next((one for one, count in zip(SIGNALS, counts) if count), 0), clock
+    return Agreed(distributed.all_sum(torch.cat([shared, own.to(shared.device, non_blocking=True)])))

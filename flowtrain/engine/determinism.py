@@ -1,4 +1,4 @@
-"""The same bits in every run, on a GPU too, and the cost of that."""
+"""The same bits in every run, on a GPU too, and the cost of that; or the fastest algorithms, whose roundings differ."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 ROUNDS = 5
+
+
+def choose(deterministic: bool) -> None:
+    """Run only deterministic operations from now on; or let cuDNN time its algorithms for every new shape of a
+    convolution and keep the fastest, which need not be the same one in every run."""
+    if deterministic:
+        enable()
+    else:
+        torch.backends.cudnn.benchmark = True
 
 
 def enable() -> None:

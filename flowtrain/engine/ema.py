@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -15,12 +15,20 @@ class EMA:
     """
 
     def __init__(self, live: nn.Module, decay: float):
-        self.live, self.decay = live, decay
+        self.decay = decay
         self.model = copy.deepcopy(live).requires_grad_(False).eval()
+        # to find these takes as long as to average them
+        self.parameters = [*self.model.parameters()], [*live.parameters()]
+        self.modules = [*zip(self.model.modules(), live.modules())]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(self.live.parameters()), 1 - decay)
-        for mine, live in zip(self.model.buffers(), self.live.buffers()):
-            mine.copy_(live)
+        torch._foreach_lerp_(*self.parameters, 1 - decay)
+        alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for module, live in self.modules:
+            for mine, buffer in zip(module._buffers.values(), live._buffers.values()):
+                if mine is not None and buffer is not None:
+                    alike.setdefault(mine.dtype, []).append((mine, buffer))
+        for pairs in alike.values():  # a GPU copies all tensors of a dtype at once
+            torch._foreach_copy_(*map(list, zip(*pairs)))

@@ -20,9 +20,12 @@ def few_rows(dimensions: int) -> int:
 
 
 def budget(device: torch.device) -> int:
-    """Bytes of tensors alive at once. On a CPU the caches of its threads set it: beyond them, larger batches are
-    slower."""
-    return 2**30 if device.type == "cuda" else 2**24 * max(2, torch.get_num_threads())
+    """Bytes of tensors alive at once. On a GPU an eighth of its memory, free or not, so that batches are the same in
+    every run; training leaves that much between two steps. On a CPU the caches of its threads set it: beyond them,
+    larger batches are slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    return 2**24 * max(2, torch.get_num_threads())
 
 
 def rows_within_budget(work: Callable[[], object], rows: int, device: torch.device) -> int:

@@ -39,10 +39,14 @@ class Recovery(Stateful):
         self.skipped = self.in_a_row = self.rollbacks = 0
         self.copy: dict | None = None
 
+    def is_copy_due(self, step: int) -> bool:
+        """Whether there is to be a new copy at ``step``, if that is a good one: before its update."""
+        return self.factor is not None and (self.copy is None or step >= self.copy["step"] + self.every)
+
     def accept(self, step: int, state: Callable[[], dict]) -> None:
-        """Note a good step, whose update is due; copy the weights' ``state()`` if the copy is ``every`` steps old."""
+        """Note a good step; copy the weights' ``state()`` where that is due."""
         self.in_a_row = 0
-        if self.factor and (self.copy is None or step >= self.copy["step"] + self.every):
+        if self.is_copy_due(step):
             self.copy = _copy({"step": step, **state()})
 
     def skip(self, step: int, loss: float, norm: float) -> bool:

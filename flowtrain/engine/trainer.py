@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.data.batch import Batch
-from flowtrain.engine.agreement import agree
+from flowtrain.engine.agreement import Agreed, agree
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation
 from flowtrain.engine.divergence import examine
@@ -95,10 +95,12 @@ class Trainer(Stateful):
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
         self.weights = Weights(flow, optimizer, ema)
+        self.parameters = [*flow.parameters()]  # to find them takes as long as to launch a step of the optimizer
         self.training_pass = TrainingPass(flow, objective, config.seed, config.trainer.accumulate, autocast)
         if distributed.world() > 1:
             self.training_pass.synchronize()
-        self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, config.trainer.save_every)
+        copy_every = config.trainer.save_every or config.trainer.val_every
+        self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, copy_every)
         self.examples = "images" if len(flow.shape) == 3 else "rows"  # what the data consist of
         self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
@@ -113,12 +115,13 @@ class Trainer(Stateful):
         """
         config = self.config.trainer
         began = time.monotonic() - self.seconds
-        saved = logged = time.monotonic()
+        saved, logged = self.seconds, time.monotonic()
         profiles = config.profile and distributed.is_main()
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
         with note_signals() as noted, profiler as profile_step:
             try:
                 self.threads.start()
+                self.flow.train()
                 self.validate_and_preview()  # where a signal came before
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
@@ -132,9 +135,9 @@ class Trainer(Stateful):
                     if signum:
                         raise Interrupted(signum)
                     self.validate_and_preview()
-                    if self.every(config.save_every) or time.monotonic() - saved > 60 * config.save_minutes:
+                    if self.every(config.save_every) or self.seconds - saved > 60 * config.save_minutes:
                         self.save()
-                        saved = time.monotonic()
+                        saved = self.seconds
                 if not self.validation.stalled:
                     self.validate()
                 self.preview()
@@ -149,9 +152,7 @@ class Trainer(Stateful):
     def take_step(self, batch: Batch, began: float, noted: SignalNote) -> tuple[float, int]:
         """Train on a batch, in a run that ``began`` then; the gradient's norm and a signal that any process has
         noted, or 0."""
-        loss, norm = self.gradient(batch)
-        loss, norm, signum, self.seconds = agree(loss, norm, noted.signum, time.monotonic() - began)
-        self.update(loss, norm)
+        norm, signum = self.update(agree(*self.gradient(batch), noted.signum, time.monotonic() - began))
         self.step += 1
         if self.compilation:
             self.compilation.after_step(self.step)
@@ -160,32 +161,45 @@ class Trainer(Stateful):
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
         self.batch = batch
-        return self.backward(), clip_gradient(self.flow, self.config.trainer.clip)
+        return self.backward(), clip_gradient(self.parameters, self.config.trainer.clip)
 
     def backward(self) -> Tensor:
-        self.flow.train()
-        self.flow.zero_grad()
+        if not self.flow.training:
+            self.flow.train()
+        for parameter in self.parameters:
+            parameter.grad = None
         place = self.step, distributed.rank(), distributed.world()
         loss, reasons = self.training_pass.backpropagate(self.batch, *place)
         if reasons and not self.recovery.skipped:
             log.warning("step %d: %s", self.step, reasons[0])
         return loss
 
-    def update(self, loss: float, norm: float) -> None:
-        """Step the optimizer; a loss or gradient that is not finite never reaches it.
+    def update(self, agreed: Agreed) -> tuple[float, int]:
+        """Step the optimizer; a loss or gradient that is not finite never reaches it. The norm and a signal.
+
+        Where the optimizer can leave out a step by itself, it is launched before the host knows of the gradient, so
+        that a GPU need not wait for the host.
 
         Raises:
             FlowtrainError: there were too many such steps in a row, and no rollback.
         """
+        self.weights.set_rates(self.rate_factor())
+        launched = self.weights.takes_condition and not self.recovery.is_copy_due(self.step)
+        if launched:
+            self.weights.step(agreed.finite)
+        loss, norm, signum, self.seconds = agreed.read()
         if math.isfinite(loss) and math.isfinite(norm):
             self.recovery.accept(self.step, self.weights.state_dict)
-            self.weights.update(self.step, self.rate_factor())
+            if not launched:
+                self.weights.step()
+            self.weights.update_average(self.step)
             self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         elif self.recovery.skip(self.step, loss, norm):
             if not self.recovery.possible:
                 self.save()
                 raise self.recovery.error(self.step, self.describe_divergence(), self.checkpoints.last)
             self.weights.load_state_dict(self.recovery.roll_back(self.step, self.describe_divergence()))
+        return norm, signum
 
     def rate_factor(self) -> float:
         return self.recovery.rate * self.schedule(self.progress(), self.step)

@@ -100,9 +100,8 @@ def synchronize_gradients(module: nn.Module, static_graph: bool) -> DistributedD
         )
 
 
-def clip_gradient(flow: Flow, limit: float | None) -> Tensor:
-    """The norm of the gradient of all parameters, which is then scaled down to ``limit``."""
-    parameters = list(flow.parameters())
+def clip_gradient(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
+    """The norm of the gradient of all ``parameters``, which is then scaled down to ``limit``."""
     norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None], foreach=True)
     if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flowtrain.engine.ema import EMA
 from flowtrain.flow import Flow
@@ -15,11 +16,27 @@ class Weights:
         self.flow, self.optimizer, self.ema = flow, optimizer, ema
         self.highest_rates = [group["lr"] for group in optimizer.param_groups]
 
-    def update(self, step: int, rate_factor: float) -> None:
-        """Step along the gradient, at the optimizer's rates times ``rate_factor``."""
+    @property
+    def takes_condition(self) -> bool:
+        """Whether :meth:`step` takes a condition: torch's fused optimizers do, but not in a first step, which creates
+        their state."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False) and len(self.optimizer.state) > 0
+
+    def set_rates(self, factor: float) -> None:
+        """Set the optimizer's rates to ``factor`` times the highest ones."""
         for group, highest in zip(self.optimizer.param_groups, self.highest_rates):
-            group["lr"] = highest * rate_factor
+            group["lr"] = highest * factor
+
+    def step(self, condition: Tensor | None = None) -> None:
+        """Step along the gradient; not where ``condition``, which stays on its device, is false."""
+        if condition is None:
+            self.optimizer.step()
+            return
+        self.optimizer.found_inf = (~condition).float()  # as torch's GradScaler says it
         self.optimizer.step()
+        del self.optimizer.found_inf
+
+    def update_average(self, step: int) -> None:
         if self.ema:
             self.ema.update(step)
 

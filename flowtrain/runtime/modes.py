@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from flowtrain.runtime.noise import ExampleNoise, GivenNoise
 
@@ -27,6 +28,7 @@ class Modes:
         noise: where the random numbers of the examples come from; None: from torch's generator.
         bin_centres: dequantization maps each integer to the centre of its bin: noise is ½ everywhere.
         kept: what has been computed from weights alone, for the batches to come; None: nothing is kept.
+        log_dets: log|det W| of layers, computed for all of them at once; None: each layer computes its own.
         repeating: this work has been done before, so that running statistics must not count it again.
         layer_by_layer: every layer is called by itself; none is fused with its neighbours.
         exact_trace: ODEs integrate the exact trace.
@@ -40,6 +42,7 @@ class Modes:
     noise: ExampleNoise | GivenNoise | None = None
     bin_centres: bool = False
     kept: dict | None = None
+    log_dets: dict[nn.Module, Tensor] | None = None
     repeating: bool = False
     layer_by_layer: bool = False
     exact_trace: bool = False
@@ -53,19 +56,32 @@ _modes: ContextVar[Modes] = ContextVar("flowtrain_modes", default=_DEFAULT)
 # torch.compile traces context variables from 2.14 on; before, compiled code reads the last modes that were entered
 _TRACES_CONTEXT_VARIABLES = torch.__version__ >= (2, 14)
 _last = _DEFAULT
+_traced: Modes | None = (
+    None  # entered within compiled code, which cannot set a context variable: known while it is traced
+)
 
 
 def current() -> Modes:
     """The modes of this thread."""
-    if not _TRACES_CONTEXT_VARIABLES and torch.compiler.is_compiling():
-        return _last
+    if torch.compiler.is_compiling():
+        if _traced is not None:
+            return _traced
+        if not _TRACES_CONTEXT_VARIABLES:
+            return _last
     return _modes.get()
 
 
 @contextmanager
 def enter(modes: Modes) -> Iterator[None]:
     """Within it, the modes are ``modes``."""
-    global _last
+    global _last, _traced
+    if torch.compiler.is_compiling():
+        outer, _traced = _traced, modes
+        try:
+            yield
+        finally:
+            _traced = outer
+        return
     token, before, _last = _modes.set(modes), _last, modes
     try:
         yield

@@ -148,8 +148,7 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> Se
     objective, loggers = objective_of(config, spec), build_loggers(config)
     schedule = build(config.scheduler, "scheduler", allow=config.allow)
     device = distributed.device()
-    if config.deterministic:
-        determinism.enable()
+    determinism.choose(config.deterministic)
     autocast_dtype(config.precision, device)
     if config.resume and distributed.is_main():
         places.announce(runs.run_of(Path(config.resume)), data)

@@ -297,11 +297,12 @@ def diverge_on_one_rank(folder):
     one.loader = Halves()
     update = one.update
 
-    def update_and_spoil(loss, norm):
-        update(loss, norm)
+    def update_and_spoil(agreed):
+        result = update(agreed)
         if one.step == 5 and distributed.rank() == 1:
             with torch.no_grad():
                 one.flow.bijection.mixing.lu[1] = math.nan
+        return result
 
     one.update = update_and_spoil
     one.validation.evaluate = lambda _flow: (_ for _ in ()).throw(FlowtrainError("not here"))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowtrain.bijections import Logit
 from flowtrain.commands.collecting.rows import show
 from flowtrain.commands.collecting.source import Source, attempt
 from flowtrain.commands.eval import compare
 from flowtrain.engine.evaluate import Evaluation, evaluation_mode, log_likelihoods, summarize
-from flowtrain.engine.memory_budget import few_rows
+from flowtrain.engine.memory_budget import few_rows, rows_within_budget
 from flowtrain.plots.grid import to_pixels
 from flowtrain.report.material import Extreme, Extremes, Material, SplitLikelihoods
 from flowtrain.report.run import RunRecord
@@ -103,18 +105,26 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
     order = torch.randperm(total, generator=seeds.generator(source.config.seed, len(name)))
     order = order[: source.amounts.examples]
     sums = torch.zeros(3, total, dtype=torch.float64)
-    began, start, rows = time.monotonic(), 0, min(FIRST, few_rows(flow.dimensions))
+    few = few_rows(flow.dimensions)
+    began, start, rows, most = time.monotonic(), 0, min(FIRST, few), 0
+
+    def work(index: Tensor) -> None:
+        x, context = split.take(index)
+        mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed)
+        sums[:, index] = torch.stack([mean, weighted, torch.ones_like(mean)]).cpu()
+
     with torch.no_grad(), evaluation_mode(source.device):
         while start < len(order):
             index = order[start : start + rows].sort().values
             at = time.monotonic()
-            x, context = split.take(index)
-            mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed)
-            sums[:, index] = torch.stack([mean, weighted, torch.ones_like(mean)]).cpu()
+            if most:
+                work(index)
+            else:
+                most = max(few, rows_within_budget(partial(work, index), len(index), source.device))
             start += len(index)
             took = time.monotonic() - at
             source.example_seconds = took / len(index)
-            larger = min(GROWTH * rows, few_rows(flow.dimensions))
+            larger = min(GROWTH * rows, most)
             if time.monotonic() - began + took * larger / rows > seconds:
                 break
             rows = larger
