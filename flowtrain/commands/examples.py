@@ -16,6 +16,7 @@ from flowtrain.data import Columns
 from flowtrain.data.inputs import unnamed_columns
 from flowtrain.engine.evaluate import evaluation_mode
 from flowtrain.engine.memory_budget import few_rows
+from flowtrain.engine.out_of_memory import out_of_memory
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.plots.curves import plot_paths
 
@@ -67,7 +68,7 @@ def _in_parts(restored: Restored, function, rows: Tensor, context: Tensor | None
     size = few_rows(restored.flow.dimensions)
     parts = [slice(start, start + size) for start in range(0, len(rows), size)]
     try:
-        with torch.no_grad(), evaluation_mode(rows.device):
+        with out_of_memory(rows.device, "latents and data"), torch.no_grad(), evaluation_mode(rows.device):
             done = [function(rows[part], None if context is None else context[part]) for part in parts]
     except ValueError as error:
         raise FlowtrainError(f"{error}; flowtrain check looks at each layer") from error
