@@ -15,6 +15,10 @@ class UsageError(FlowtrainError):
     exit_code = 2
 
 
+class OutOfMemory(FlowtrainError):
+    """A device has too little memory for what was asked for."""
+
+
 class Interrupted(FlowtrainError):
     """Ended by a signal: the exit code is 128 + `signum` (130 for SIGINT), but 143 for SIGTERM and SIGUSR1 alike."""
 

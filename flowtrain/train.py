@@ -63,5 +63,6 @@ def _train(run: SetUp) -> dict:
 
 def _record(run: SetUp) -> None:
     """Write what the run computes with and where its data lie."""
-    environment.record(run.run_dir, run.device, batch_size=run.config.batch_size)
+    config = run.config
+    environment.record(run.run_dir, run.device, precision=config.precision, batch_size=config.batch_size)
     places.record(run.run_dir, run.data)

@@ -1,10 +1,12 @@
 """Two processes with gloo: the all-reduces of a step, and a bad step in one process is a bad step in both."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
 import torch
+from composed import flow_of
 from ranks import run_on_two_ranks
 from test_engine import SHAPE, Batches, config, small_flow
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +23,7 @@ from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import Constant
 from flowtrain.engine.trainer import Trainer
+from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
@@ -83,6 +86,26 @@ def count_reductions(folder, accumulate):
 def test_a_step_reduces_its_gradients_once_and_its_metrics_once(accumulate, tmp_path):
     for counts in run_on_two_ranks(partial(count_reductions, accumulate=accumulate), tmp_path):
         assert counts == [2] * (STEPS - 1)
+
+
+def warnings_of_gradients(folder):
+    """What torch says about the gradients of a Real NVP of images, whose networks are of convolutions."""
+    torch.set_warn_always(True)
+    flow, x = flow_of("model=realnvp", "dataset=digits", "smoke=true"), torch.randint(0, 17, (4, 1, 8, 8))
+    flow.initialize(x)
+    training_pass = TrainingPass(flow, BitsPerDim(), seed=0)
+    training_pass.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(2):
+            flow.zero_grad()
+            training_pass.backpropagate(Batch(x), step, distributed.rank(), 2)
+    return [str(one.message) for one in said if "trides" in str(one.message)]
+
+
+def test_gradients_have_the_layout_of_their_buckets(tmp_path):
+    """Otherwise each is copied in each step, and torch warns of it."""
+    assert run_on_two_ranks(warnings_of_gradients, tmp_path) == [[], []]
 
 
 def train_with_a_bad_step(folder, adjoint, accumulate):

@@ -175,7 +175,7 @@ class _Job:
         directories.check(self.command, cfg)
         processes = distributed.processes(config.devices)
         if self.command.trains:
-            if config.batch_size != "auto":
+            if config.batch_size != "auto" and not config.smoke:
                 check_batch_size(config.batch_size, processes, config.trainer.accumulate)
             if config.init:
                 runs.checkpoint_in(config.init, "init")

@@ -90,7 +90,8 @@ def _run(command: str, cfg: DictConfig, run_dir: str, hydra, is_sweep: bool) -> 
         if limit:
             raise UsageError(f"job_timeout={limit:g}: not under torchrun or srun, which manage the processes")
         return worker.execute(**distributed.broadcast_object(arguments))
-    count = distributed.processes(config.devices)
+    alone = config.devices == "auto" and not entry.uses_every_gpu
+    count = 1 if alone else distributed.processes(config.devices)
     if count == 1 and not is_sweep and not limit:
         return worker.execute(**arguments)
     logging_config = OmegaConf.to_container(hydra.job_logging, resolve=True)

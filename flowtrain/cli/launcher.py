@@ -22,6 +22,7 @@ from pathlib import Path
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.errors import Interrupted
 from flowtrain.runtime import distributed
+from flowtrain.runtime.distributed import PEER_FAILED
 from flowtrain.runtime.signals import SAME, SIGNALS
 
 GRACE = 10  # seconds that the other workers have to end by themselves once one has failed
@@ -125,7 +126,7 @@ def _wait(group, timeout: float | None) -> tuple[bool, int | None]:
 def _collect_summary(group, first: int | None, unresponsive, folder: Path) -> dict:
     """Rank 0's summary. Raises WorkerError with the likeliest cause: an error of flowtrain's own, then a process that
     ended without an error, then the first of the other errors, then an ``unresponsive`` worker, which was killed, and
-    last a peer failure."""
+    last a peer failure: on a GPU also an abort, by which NCCL ends a process that has waited too long for another."""
     if not any(worker.returncode for worker in group):
         return json.loads((folder / "0.json").read_text())
     errors = []
@@ -140,6 +141,8 @@ def _collect_summary(group, first: int | None, unresponsive, folder: Path) -> di
         elif worker.returncode in ENDED_BY:
             interrupted = Interrupted(ENDED_BY[worker.returncode])
             errors.append((1, rank != first, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
+        elif worker.returncode == -signal.SIGABRT and distributed.gpus():
+            errors.append((4, rank != first, f"rank {rank}: aborted, as NCCL does where {PEER_FAILED}", 1, None))
         elif worker.returncode:
             errors.append((1, rank != first, f"{_describe_exit(worker.returncode)} {place}", 1, None))
     *_, text, code, signum = min(errors, key=lambda error: error[:2])

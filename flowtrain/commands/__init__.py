@@ -151,6 +151,7 @@ class Command:
         of the configuration in that checkpoint.
     words: the key of words without "=", which are paths: of a checkpoint each where it is a key of ``on_checkpoint``,
         else of a list; None: the command takes no such words.
+    uses_every_gpu: whether ``devices=auto`` starts a process for each GPU; else it starts one.
     """
 
     module: str
@@ -159,6 +160,7 @@ class Command:
     root: str | None = None
     on_checkpoint: dict[str, str] = field(default_factory=dict)
     words: str | None = None
+    uses_every_gpu: bool = False
 
     @property
     def trains(self) -> bool:
@@ -175,7 +177,12 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        "flowtrain.train", "fit a flow to data", TrainConfig, root="train", on_checkpoint={"resume": "train_resume"}
+        "flowtrain.train",
+        "fit a flow to data",
+        TrainConfig,
+        root="train",
+        on_checkpoint={"resume": "train_resume"},
+        uses_every_gpu=True,
     ),
     "rerun": Command(
         "flowtrain.rerun",
@@ -183,8 +190,11 @@ COMMANDS = {
         RerunConfig,
         on_checkpoint={"run": "rerun"},
         words="run",
+        uses_every_gpu=True,
     ),
-    "eval": Command("flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}),
+    "eval": Command(
+        "flowtrain.commands.eval", "bits/dim of a run", EvalConfig, on_checkpoint={"ckpt": "eval"}, uses_every_gpu=True
+    ),
     "sample": Command("flowtrain.commands.sample", "samples of a run", SampleConfig, on_checkpoint={"ckpt": "sample"}),
     "interpolate": Command(
         "flowtrain.commands.interpolate",
@@ -204,6 +214,7 @@ COMMANDS = {
         CompareConfig,
         root="compare",
         words="runs",
+        uses_every_gpu=True,
     ),
     "check": Command(
         "flowtrain.commands.check",
@@ -213,7 +224,11 @@ COMMANDS = {
         on_checkpoint={"ckpt": "check", "replay": "check_replay"},
     ),
     "score": Command(
-        "flowtrain.commands.score", "a likelihood for each row or image", ScoreConfig, on_checkpoint={"ckpt": "score"}
+        "flowtrain.commands.score",
+        "a likelihood for each row or image",
+        ScoreConfig,
+        on_checkpoint={"ckpt": "score"},
+        uses_every_gpu=True,
     ),
     "export": Command(
         "flowtrain.commands.export",

@@ -17,6 +17,7 @@ from flowtrain import __version__
 from flowtrain.benchmarks import SUITES, peers, report
 from flowtrain.benchmarks.session import Session
 from flowtrain.commands import BenchConfig
+from flowtrain.engine.precision import set_tf32
 from flowtrain.runtime import distributed, files
 
 
@@ -32,6 +33,7 @@ def main(config: BenchConfig, run_dir: str) -> dict:
         report.need_plots()
     device = distributed.device()
     torch.set_num_threads(config.threads)
+    set_tf32("float32")
     present, absent = peers.import_installed(config.peers)
     session = Session(config.seed, config.rounds, config.seconds, config.compile, config.smoke, device, present)
     if absent:
@@ -59,6 +61,7 @@ def main(config: BenchConfig, run_dir: str) -> dict:
         "platform": platform.platform(),
         "cores": cores,
         "threads": config.threads,
+        "precision": "float32",
         "rounds": config.rounds,
         "seconds_a_comparison": config.seconds,
         "seed": config.seed,

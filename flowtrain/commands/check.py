@@ -18,7 +18,8 @@ from flowtrain.config.build import build_dataset, build_flow, build_objective, m
 from flowtrain.data.labels import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.engine.audit import Check, audit, perturb
-from flowtrain.engine.precision import autocast_dtype
+from flowtrain.engine.out_of_memory import out_of_memory
+from flowtrain.engine.precision import autocast_dtype, tf32_as
 from flowtrain.engine.replay import Record
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
@@ -55,8 +56,10 @@ def main(config: CheckConfig, run_dir: str) -> dict:
         x, context = _made_up_data(spec, flow, examples), _context(spec, flow, examples)
         perturb(flow, x, context)
         x, context = x[: config.examples], None if context is None else context[: config.examples]
+    less = "a smaller examples=N or jacobian=N would need less"
     try:
-        checks = list(audit(flow, x, context, spec.grey_levels, config.jacobian, config.tolerance, config.seed))
+        with out_of_memory(x.device, "the audit in float64", less):
+            checks = list(audit(flow, x, context, spec.grey_levels, config.jacobian, config.tolerance, config.seed))
     except FloatingPointError as error:
         raise FlowtrainError(f"the flow cannot be run: {error}") from error
     failed = [check for check in checks if not check.passed]
@@ -89,7 +92,8 @@ def replay(config: CheckConfig, run_dir: str) -> dict:
     autocast = autocast_dtype(config.precision, distributed.device())
     try:
         record = Record.from_state_dict(state.get("divergence"))
-        found = record.replay(restored.flow, objective, autocast)
+        with tf32_as(config.precision):
+            found = record.replay(restored.flow, objective, autocast)
     except Exception as error:  # whatever a flow raises for a stranger's numbers
         reason = " ".join(str(error).split())[:200]
         raise FlowtrainError(f"{config.replay}: no record of a step that went wrong ({reason})") from error

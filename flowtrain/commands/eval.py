@@ -18,6 +18,7 @@ from flowtrain.commands.restored import restore
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation, plus_minus
+from flowtrain.engine.out_of_memory import out_of_memory
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, environment, files, global_batch
 
@@ -49,7 +50,8 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
     examples = config.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None
-    result = evaluate_split(flow, split, config, examples, config.draws, exact)
+    with out_of_memory(distributed.device(), f"the likelihoods of the {config.split} split"):
+        result = evaluate_split(flow, split, config, examples, config.draws, exact)
     report = {}
     if restored.has_bits:
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
@@ -92,7 +94,7 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
         if split.weights is not None:
             with open_array(Path(run_dir) / "example_weights.npy", len(split)) as write:
                 write(split.weights.cpu().numpy())
-        environment.record(run_dir, distributed.device())
+        environment.record(run_dir, distributed.device(), precision="float32")
     return report
 
 

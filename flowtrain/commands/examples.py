@@ -17,6 +17,7 @@ from flowtrain.data import Columns
 from flowtrain.data.inputs import unnamed_columns
 from flowtrain.engine.evaluate import evaluation_mode
 from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
+from flowtrain.engine.out_of_memory import out_of_memory
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.plots.curves import plot_paths
 
@@ -72,7 +73,7 @@ def _in_parts(restored: Restored, function, rows: Tensor, context: Tensor | None
         done.append(function(rows[part], None if context is None else context[part]))
 
     try:
-        with torch.no_grad(), evaluation_mode(rows.device):
+        with out_of_memory(rows.device, "latents and data"), torch.no_grad(), evaluation_mode(rows.device):
             if len(rows) > 2 * size:  # else there is little to gain
                 most = rows_within_budget(partial(work, 0, size), size, rows.device)
                 start, size = size, even_batches(len(rows) - size, most)

@@ -11,7 +11,8 @@ from flowtrain.commands.draws import draw_samples
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Split
 from flowtrain.data.spec import DataSpec
-from flowtrain.engine.evaluate import exact_arithmetic
+from flowtrain.engine.out_of_memory import out_of_memory
+from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow
 from flowtrain.plots.density import density_image
 from flowtrain.plots.grid import image_grid
@@ -37,11 +38,15 @@ class Preview:
             self.points, self.context = val.take(torch.arange(min(POINTS, len(val))))
 
     def __call__(self, flow: Flow) -> Tensor | None:
+        device = next(flow.parameters()).device
         if self.is_image:
-            return image_grid(draw_samples(flow, self.count, self.seed, self.context), self.grey_levels)
+            with out_of_memory(device, f"{self.count} samples", "a smaller trainer.sample_n would need less"):
+                samples = draw_samples(flow, self.count, self.seed, self.context)
+            return image_grid(samples, self.grey_levels)
         if flow.dimensions > 2 or self.points.isnan().any():
             return None
-        return density_of(flow, self.points, self.context)
+        with out_of_memory(device, f"the density on a grid of {CELLS} × {CELLS} points"):
+            return density_of(flow, self.points, self.context)
 
 
 def density_of(flow: Flow, points: Tensor, context: Tensor | None = None, cells: int = CELLS) -> Tensor:

@@ -11,6 +11,8 @@ from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Columns, Split
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import has_bits
+from flowtrain.engine.out_of_memory import out_of_memory
+from flowtrain.engine.precision import set_tf32
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed
 
@@ -47,10 +49,14 @@ class Restored:
 
 
 def restore(config: TrainConfig, path: str, weights: str) -> Restored:
-    """The flow and the dataset of the checkpoint at ``path``, whose configuration ``config`` contains."""
+    """The flow and the dataset of the checkpoint at ``path``, whose configuration ``config`` contains. From here on
+    float32 is exact, in whatever precision it was trained."""
+    set_tf32("float32")
     state = checkpoint.read(path)
     dataset = build_dataset(config, state["columns"])
-    flow = build_flow(config, dataset.spec, distributed.device())
-    weights = checkpoint.load_weights(flow, state, weights)
+    device = distributed.device()
+    with out_of_memory(device, "the flow's weights"):
+        flow = build_flow(config, dataset.spec, device)
+        weights = checkpoint.load_weights(flow, state, weights)
     columns = Columns.from_record(state["columns"]) if state["columns"] else None
     return Restored(flow, weights, dataset, columns, runs.run_of(Path(path)))

@@ -20,6 +20,7 @@ from flowtrain.commands.outputs import free_name, open_array, open_table, progre
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
 from flowtrain.data import Columns
+from flowtrain.engine.out_of_memory import more_memory, out_of_memory
 from flowtrain.errors import UsageError
 from flowtrain.plots.curves import plot_curves
 from flowtrain.plots.grid import image_grid, labelled_rows, save_png
@@ -133,8 +134,16 @@ def _batches(restored: Restored, turns: list[Turn], seed: int) -> Iterator[tuple
         of = None if turn.context is None else turn.context.__getitem__
         place = distributed.rank(), distributed.world()
         mine = sample_batches(restored.flow, turn.n, seed, of, turn.temperature, *place)
-        while drawn := [part for part in distributed.all_gather_object(next(mine, None)) if part is not None]:
+        while drawn := [part for part in distributed.all_gather_object(_next(mine, turn.n)) if part is not None]:
             yield from ((number, first, samples) for first, samples in drawn)
+
+
+def _next(batches: Iterator[tuple[int, Tensor]], n: int) -> tuple[int, Tensor] | None:
+    device = distributed.device()
+    with out_of_memory(
+        device, f"{n} samples, a batch at a time", f"a smaller n would need less; {more_memory(device)}"
+    ):
+        return next(batches, None)
 
 
 def _grid_of_rows(turns: list[Turn], images: list[Tensor], temperatures: int, grey_levels: int | None) -> Tensor:

@@ -33,6 +33,7 @@ from flowtrain.data.labels import class_number, label_context, list_classes
 from flowtrain.data.spec import class_names
 from flowtrain.engine.evaluate import evaluation_mode, log_likelihoods
 from flowtrain.engine.memory_budget import few_rows, rows_within_budget
+from flowtrain.engine.out_of_memory import out_of_memory
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import distributed, files
@@ -173,15 +174,16 @@ class Scorer:
 
     def _log_likelihoods(self, group: Group) -> Tensor:
         """float64 (B,) on the CPU; the noise of an example is that of its number."""
-        values = torch.empty(len(group.x), dtype=torch.float64)
-        if self.batch is None and len(values):
-            few = min(few_rows(self.flow.dimensions), len(values))
-            work = self._batches(group, few)
-            self.batch = rows_within_budget(lambda: next(work), few, next(self.flow.parameters()).device)
-        start = 0
-        for part in self._batches(group, self.batch or 1):
-            values[start : start + len(part)] = part
-            start += len(part)
+        values, device = torch.empty(len(group.x), dtype=torch.float64), next(self.flow.parameters()).device
+        few = min(few_rows(self.flow.dimensions), len(values))
+        with out_of_memory(device, f"{self.batch or few} likelihoods at once", "a smaller batch=N would need less"):
+            if self.batch is None and few:
+                work = self._batches(group, few)
+                self.batch = rows_within_budget(lambda: next(work), few, device)
+            start = 0
+            for part in self._batches(group, self.batch or 1):
+                values[start : start + len(part)] = part
+                start += len(part)
         return values
 
     def _batches(self, group: Group, size: int) -> Iterator[Tensor]:

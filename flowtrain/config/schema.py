@@ -78,7 +78,7 @@ class TrainConfig(JobConfig):
     batch_size: Literal["auto"] | int = number(least=1)
     max_steps: int | None = number(least=1)
     max_minutes: float | None = number(above=0)
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "tf32", "bfloat16"]
     compile: Literal["auto"] | bool
     memory: Literal["none", "checkpoint", "reversible"]
     resume: bool | str | None
@@ -103,7 +103,9 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int) -> None:
     """Raise UsageError for a batch that processes and their accumulated steps cannot share equally."""
     share = processes * accumulate
     if batch_size % share:
+        fewer = next((count for count in range(processes - 1, 0, -1) if batch_size % (count * accumulate) == 0), None)
         raise UsageError(
             f"batch_size={batch_size}: is not a multiple of processes × trainer.accumulate = "
             f"{processes} × {accumulate}; batch_size={max(1, round(batch_size / share)) * share} is"
+            + (f", or take devices={fewer}" if fewer else "")
         )

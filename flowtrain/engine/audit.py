@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from flowtrain.bijections import Bijection, BoundColumns, DequantizeColumns, FillMissing
 from flowtrain.bijections.bijection import is_sequence, size
 from flowtrain.bijections.ode import continuous_layers, exact_trace, needs_exact_trace, states_only
-from flowtrain.engine.evaluate import exact_arithmetic
 from flowtrain.engine.jacobian import Piece, log_det_errors, max_dimensions, shrink
+from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow
 from flowtrain.runtime import fusion, global_batch
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
@@ -143,15 +144,3 @@ def evaluation_mode(device: torch.device):
     were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
         yield
-
-
-@contextmanager
-def exact_arithmetic():
-    """Compute in full float32 within it, without TensorFloat-32."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, conv.allow_tf32
-    matmul.allow_tf32 = conv.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, conv.allow_tf32 = before

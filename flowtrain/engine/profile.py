@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger("flowtrain")
@@ -49,10 +50,20 @@ def profile_steps(run_dir: Path) -> Iterator[Callable[[], None]]:
 
 
 def _most_expensive(profiler: profile, steps: int) -> Iterator[str]:
-    """The operations with the most time of their own, on the GPU where there is one: time, share and calls per step."""
-    time = "self_device_time_total" if ProfilerActivity.CUDA in profiler.activities else "self_cpu_time_total"
-    events = [event for event in profiler.key_averages() if not event.key.startswith("ProfilerStep")]
-    total = sum(getattr(event, time) for event in events) or 1
-    for event in sorted(events, key=lambda event: -getattr(event, time))[:MOST_EXPENSIVE]:
-        own = getattr(event, time)
-        yield f"{own / 1e3 / steps:8.2f} ms  {own / total:4.0%}  {event.count / steps:6.0f} ×  {event.key}"
+    """The operations with the most time of their own, on the GPU where there is one: time, share and calls per step.
+
+    On a GPU a profile holds an operation twice: as the CPU's call, with the time of its kernels, and as the kernels.
+    """
+    events = profiler.key_averages()
+    calls = [one for one in events if one.device_type == DeviceType.CPU and not one.key.startswith("ProfilerStep")]
+    if ProfilerActivity.CUDA in profiler.activities:
+        rows = [(one.self_device_time_total, one.count, one.key) for one in calls]
+        kernels = [one for one in events if one.device_type != DeviceType.CPU and not one.is_user_annotation]
+        total = sum(one.self_device_time_total for one in kernels)
+        if (others := total - sum(own for own, *_ in rows)) > 0:
+            rows.append((others, steps, "kernels of no operation, such as those of a CUDA graph"))
+    else:
+        rows = [(one.self_cpu_time_total, one.count, one.key) for one in calls]
+        total = sum(own for own, *_ in rows)
+    for own, count, name in sorted(rows, reverse=True)[:MOST_EXPENSIVE]:
+        yield f"{own / 1e3 / steps:8.2f} ms  {own / (total or 1):4.0%}  {count / steps:6.0f} ×  {name}"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.objectives import Objective, Score
 from flowtrain.engine.state import Stateful
-from flowtrain.errors import FlowtrainError, Interrupted
+from flowtrain.errors import FlowtrainError, Interrupted, OutOfMemory
 from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
@@ -40,10 +40,11 @@ class Validation(Stateful):
 
         Raises:
             Interrupted: a signal came first.
+            OutOfMemory: the device has too little for it.
         """
         try:
             evaluation = self.evaluate(flow)
-        except Interrupted:
+        except (Interrupted, OutOfMemory):  # of one process perhaps, while the others wait
             raise
         except FlowtrainError as error:
             log.warning("step %d: no validation: %s", step, error)

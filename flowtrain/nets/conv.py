@@ -138,6 +138,9 @@ class ResidualConvNet(nn.Module):
         self.norm_out = norm(hidden)
         self.last = weight_norm(nn.Conv2d(hidden, out, 1))
         self.to(memory_format=torch.channels_last)
+        for conv in (self.skip_first, *self.skips, self.last):  # 1×1: as the gradient of a weight norm is laid out
+            direction = conv.parametrizations.weight.original1
+            direction.data = direction.data.clone(memory_format=torch.contiguous_format)
         with torch.no_grad():  # the magnitude alone, so that the direction of the weights stays defined
             self.last.parametrizations.weight.original0.zero_()
             self.last.bias.zero_()

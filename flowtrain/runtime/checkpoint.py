@@ -116,8 +116,9 @@ def _duplicate(path: Path, spare: Path) -> None:
         shutil.copy2(path, spare)
 
 
-def read(path, map_location="cpu", mmap: bool = False) -> dict:
-    """The state in ``path``, after its digest agreed: plain containers, numbers, texts and tensors, whoever wrote it.
+def read(path, mmap: bool = False) -> dict:
+    """The state in ``path``, after its digest agreed: plain containers, numbers, texts and tensors on the CPU, whoever
+    wrote it.
 
     ``mmap`` leaves the tensors in the file. A file that ends in .safetensors has weights and a configuration alone.
 
@@ -134,7 +135,7 @@ def read(path, map_location="cpu", mmap: bool = False) -> dict:
             file.seek(0)
             source = f"/dev/fd/{file.fileno()}" if mmap else file
             with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused next
-                state = torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
+                state = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         _check_plain(state)
         _check_format(path, state.pop("format", None))
     except FlowtrainError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 import threading
@@ -14,6 +15,7 @@ from glob import glob
 
 from flowtrain.errors import FlowtrainError, UsageError
 
+PEER_FAILED = "a peer failed: it has ended, or did not answer for dist.timeout_s seconds"
 PATIENCE = timedelta(hours=1)  # until a job starts; the launcher notices a process that has died
 
 
@@ -78,19 +80,22 @@ def processes(devices: int | str) -> int:
         return max(1, count)
     most, kind = (count, "GPU") if count else (os.cpu_count() or 1, "CPU core")
     if devices > most:
-        raise UsageError(f"devices={devices}: there {'is' if most == 1 else 'are'} {most} {kind}{'s' * (most > 1)}")
+        on_cpu = "; CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU" if count else ""
+        there = f"there {'is' if most == 1 else 'are'} {most} {kind}{'s' * (most > 1)}"
+        raise UsageError(f"devices={devices}: {there}{on_cpu}")
     return devices
 
 
 def device():
-    """The torch.device of this rank."""
+    """The torch.device of this rank; where a scheduler shows each process one GPU of its own, that one."""
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank() >= torch.cuda.device_count():
-        raise UsageError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
-    return torch.device("cuda", local_rank())
+    count = torch.cuda.device_count()
+    if local_rank() >= count > 1:
+        raise UsageError(f"more processes than the {count} GPUs of this machine")
+    return torch.device("cuda", local_rank() if count > 1 else 0)
 
 
 def init() -> None:
@@ -101,16 +106,18 @@ def init() -> None:
 
     if dist.is_initialized():
         return
-    where, backend = device(), "gloo"
+    where, backend, gpu = device(), "gloo", None
     if where.type == "cuda":
         import torch
 
         torch.cuda.set_device(where)
-        backend = "cpu:gloo,cuda:nccl"
-    _run_in_thread(_join, backend)
+        backend, gpu = "cpu:gloo,cuda:nccl", where
+        # NCCL's watchdog aborts a process that has lost another; pages about its state would hide our line
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    _run_in_thread(_join, backend, gpu)
 
 
-def _join(backend: str) -> None:
+def _join(backend: str, gpu=None) -> None:
     import torch.distributed as dist
 
     place = os.environ.get("FLOWTRAIN_STORE")  # of our own launcher; else MASTER_ADDR and MASTER_PORT
@@ -118,7 +125,32 @@ def _join(backend: str) -> None:
     store, _, _ = next(meeting)
     # torchrun keeps its store when it restarts processes, with the addresses of the ones that died
     attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=attempt, rank=rank(), world_size=world(), timeout=PATIENCE)
+    bound = {}
+    if gpu is not None:
+        import torch
+
+        torch.cuda.set_device(gpu)  # of this thread, which would open a context on the first GPU
+        _refuse_shared_gpus(attempt, gpu)
+        bound = {"device_id": gpu}  # NCCL connects at once
+    try:
+        dist.init_process_group(backend, store=attempt, rank=rank(), world_size=world(), timeout=PATIENCE, **bound)
+    except dist.DistBackendError as error:
+        *_, reason = str(error).strip().splitlines()
+        raise PeerFailure(f"rank {rank()}: NCCL cannot connect the GPUs: {reason}") from error
+
+
+def _refuse_shared_gpus(store, gpu) -> None:
+    """Raise UsageError where two processes have the same GPU; NCCL would say so as if another process had failed."""
+    import torch
+
+    found = torch.cuda.get_device_properties(gpu)
+    store.set_timeout(PATIENCE)
+    store.set(f"gpu {rank()}", f"{platform.node()} {found.uuid} {found.pci_bus_id} {found.pci_device_id}")
+    owners: dict[bytes, int] = {}
+    for number in range(world()):
+        other = owners.setdefault(store.get(f"gpu {number}"), number)
+        if other != number:
+            raise UsageError(f"processes {other} and {number} share a GPU: start at most one process for each GPU")
 
 
 def _run_in_thread(work, *args) -> None:
@@ -157,8 +189,7 @@ def catch_peer_failures():
     except RuntimeError as error:
         gloo = world() > 1 and re.search(r"gloo/|Connection (closed|reset) by peer|Timed out waiting", str(error))
         if gloo or type(error).__name__ == "DistBackendError":
-            text = f"rank {rank()}: a peer failed: it has ended, or did not answer for dist.timeout_s seconds"
-            raise PeerFailure(text) from error
+            raise PeerFailure(f"rank {rank()}: {PEER_FAILED}") from error
         raise
 
 

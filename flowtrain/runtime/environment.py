@@ -49,6 +49,7 @@ def describe(device: torch.device) -> dict:
         "devices": distributed.world(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
         "host": platform.node(),
         "platform": platform.platform(),
         "command": sys.argv,
@@ -64,6 +65,6 @@ def _commit() -> str | None:
             text=True,
             check=False,
         )
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.stdout.strip() or None

@@ -17,6 +17,7 @@ from flowtrain.engine.auto import choose_batch_size
 from flowtrain.engine.batch_search import START, Trial, knee, largest_that_fits, sizes_between
 from flowtrain.engine.rehearsal import Rehearsal, free_bytes
 from flowtrain.runtime import distributed
+from flowtrain.training.memory import memory_of_steps
 from flowtrain.training.optimizer import budget_of
 from flowtrain.training.start import average_of
 
@@ -36,8 +37,11 @@ def batch_size_of(run) -> int:
     if given == "auto" and isinstance(loader, dict):
         given = loader.get("batch_size", given)
     parts = distributed.world(), config.trainer.accumulate
+    share = parts[0] * parts[1]
+    if config.smoke and run.state is None:  # a size that conf/smoke.yaml has cut down, and nobody chose
+        given = math.ceil(given / share) * share
     if given == "auto" and run.spec.is_image and measures(config, rows):
-        sizes = _sizes(rows, parts[0] * parts[1], run.device)
+        sizes = _sizes(rows, share, run.device)
         if len(sizes) > 1:
             return _measured(run, sizes)
     size = choose_batch_size(given, rows, run.spec, *parts)
@@ -62,7 +66,7 @@ def _measured(run, sizes: list[int]) -> int:
     """Measure steps of a flow that is then forgotten: it leaves the run's weights, noise and data order alone."""
     on_gpu = run.device.type == "cuda"
     start = replace(run.config, batch_size=next((size for size in sizes if size >= START), sizes[-1]), init=None)
-    with _generators_and_threads_kept(run.device):
+    with memory_of_steps(start, run.device, size=1), _generators_and_threads_kept(run.device):
         flow = run.new_flow(start)
 
         def rehearsal(size: int) -> Rehearsal:

@@ -14,6 +14,7 @@ from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint, distributed, files
 from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.training.memory import memory_of_validation
 from flowtrain.training.setup import SetUp
 
 log = logging.getLogger("flowtrain")
@@ -26,8 +27,9 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
     distributed.barrier()  # the first process has written it
     if not best.is_file():
         raise FlowtrainError(f"{best}: is missing, since no validation had a finite likelihood; a lower rate may help")
-    load_weights(flow, checkpoint.read(best, map_location=next(flow.parameters()).device))
-    result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
+    load_weights(flow, checkpoint.read(best))
+    with memory_of_validation(config, run.device):
+        result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
     score = trainer.objective.score(result)
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     bad = {part: _unreadable(split) for part, split in (("train", trainer.loader.split), ("validation", val))}

@@ -20,6 +20,7 @@ from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.engine.auto import choose_batch_size
 from flowtrain.engine.batch_search import START, sizes_between
 from flowtrain.engine.loggers import Loggers, ProgressLines
+from flowtrain.engine.precision import tf32_as
 from flowtrain.engine.rehearsal import Cost, Rehearsal, free_bytes, kept_bytes
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError, UsageError
@@ -332,8 +333,9 @@ class _Others:
         for memory in MEMORY_MODES:
             if memory != self.config.memory:
                 yield f"memory={memory}", {"memory": memory}, 1.0 if memory == "none" else 1.5
-        other = "float32" if self.config.precision == "bfloat16" else "bfloat16"
-        yield f"precision={other}", {"precision": other}, 1.0
+        for precision in ("float32", *(["tf32"] if self.run.device.type == "cuda" else []), "bfloat16"):
+            if precision != self.config.precision:
+                yield f"precision={precision}", {"precision": precision}, 3.0 if precision == "float32" else 1.0
         for factor in (0.5, 2):
             if batch := int(self.config.batch_size * factor):
                 yield f"batch_size={batch}", {"batch_size": batch}, factor
@@ -355,7 +357,8 @@ class _Others:
         if needed > free and config.batch_size > self.config.batch_size:
             return f"would not fit: it needs about {size(needed)}, {size(free)} are free"
         try:
-            took, cost = self._measure(trainer)
+            with tf32_as(config.precision):
+                took, cost = self._measure(trainer)
         except torch.OutOfMemoryError:
             return "would not fit: out of memory"
         except FlowtrainError as error:

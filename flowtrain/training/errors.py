@@ -11,22 +11,16 @@ from flowtrain.engine.compiling import compile_errors
 from flowtrain.engine.determinism import determinism_errors
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
-from flowtrain.runtime import distributed, files
-from flowtrain.runtime.environment import device_name
+from flowtrain.runtime import files
+from flowtrain.training.memory import memory_of_steps
 
 
 @contextmanager
 def one_line_errors(config: TrainConfig, trainer: Trainer, device: torch.device):
     """Raise FlowtrainError, with what may help, for the errors that end a run."""
     try:
-        with compile_errors(), determinism_errors():
+        with memory_of_steps(config, device), compile_errors(), determinism_errors():
             yield
-    except torch.OutOfMemoryError as error:
-        raise FlowtrainError(
-            f"out of memory on {device_name(device)} with {config.batch_size // distributed.world()} examples a device "
-            f"(peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB): a smaller batch_size, a larger "
-            "trainer.accumulate, more devices, memory=checkpoint or precision=bfloat16 would need less"
-        ) from error
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
     except files.WriteError as error:

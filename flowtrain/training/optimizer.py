@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from flowtrain.config.build import build
+from flowtrain.config.conversion import format_value
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine.auto import choose_learning_rate
@@ -17,6 +18,7 @@ from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
+KINDS = ("fused", "foreach", "capturable", "differentiable")  # keys that choose how an optimizer computes
 
 
 def build_optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) -> torch.optim.Optimizer:
@@ -35,12 +37,26 @@ def build_optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) 
     if "lr" in node:
         node = node | {"lr": choose_learning_rate(node["lr"], rows, spec)}
     make = build(node, "optimizer", allow=config.allow)
-    if make.func in FUSED and not any(parameter.is_meta for _, parameter in named):
-        make = partial(make.func, **{"fused": True, **make.keywords})
+    real = not any(parameter.is_meta for _, parameter in named)
+    if real and make.func in FUSED and make.keywords.keys().isdisjoint(KINDS):
+        make = partial(make.func, fused=True, **make.keywords)
     try:
         return make([group for group in groups if group["params"]])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"optimizer: {error}") from error
+
+
+def check_optimizer(config: TrainConfig, spec: DataSpec, device: torch.device) -> None:
+    """Raise UsageError where the configured optimizer can take no step on ``device``: options that exclude each other
+    or this device, or a class that needs more than gradients."""
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, 2, 2, bias=False, device=device)
+    torch.nn.init.zeros_(layer.weight)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    try:
+        build_optimizer(config, layer, 0, spec).step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        chosen = [f"optimizer.{key}={format_value(config.optimizer[key])}" for key in KINDS if key in config.optimizer]
+        raise UsageError(f"{', '.join(chosen) or 'optimizer'}: it cannot take a step: {error}") from error
 
 
 def budget_of(config: TrainConfig, steps_per_epoch: int) -> Budget:

@@ -29,7 +29,7 @@ from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
 from flowtrain.engine.objectives import Objective
-from flowtrain.engine.precision import autocast_dtype
+from flowtrain.engine.precision import autocast_dtype, set_tf32
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
@@ -42,7 +42,8 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
-from flowtrain.training.optimizer import budget_of, build_optimizer, warmup_steps
+from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
+from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
 from flowtrain.training.start import average_of, start
 
 log = logging.getLogger("flowtrain")
@@ -82,7 +83,8 @@ class SetUp:
 
     def new_flow(self, config: TrainConfig) -> Flow:
         """A flow at the start of a run with ``config``."""
-        flow = build_flow(config, self.spec, self.device)
+        with memory_of_weights(config, self.device):
+            flow = build_flow(config, self.spec, self.device)
         if self.state is None:
             start(flow, config, self.train, self.device)
         return flow
@@ -101,7 +103,8 @@ class SetUp:
         def evaluate(flow: Flow, examples: int | None = config.trainer.val_examples) -> Evaluation:
             if global_batch.has_moments(flow):
                 reestimate_moments(flow, loader, config.trainer.val_examples)
-            return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws)
+            with memory_of_validation(config, self.device):
+                return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws)
 
         columns = self.train.columns.to_record() if self.train.columns else None
         return Trainer(
@@ -127,12 +130,16 @@ class SetUp:
         config = self.config
         flow = self.new_flow(config)
         if config.deterministic:
-            log_cost_of_determinism(flow, self.objective, self.loader(config), config, self.device)
-        ema = average_of(flow, config)  # a copy from before compilation
+            with memory_of_steps(config, self.device):
+                log_cost_of_determinism(flow, self.objective, self.loader(config), config, self.device)
+        with memory_of_weights(config, self.device):
+            ema = average_of(flow, config)  # a copy from before compilation
         budget = budget_of(config, len(self.train) // config.batch_size)
-        trainer = self.trainer(flow, config, compile_where_it_pays(flow, config, budget, self.device), ema)
-        if self.state is not None:
-            trainer.load_state_dict(self.state)
+        compilation = compile_where_it_pays(flow, config, budget, self.device)
+        with memory_of_weights(config, self.device):
+            trainer = self.trainer(flow, config, compilation, ema)
+            if self.state is not None:
+                trainer.load_state_dict(self.state)
         return trainer
 
 
@@ -150,6 +157,8 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> Se
     device = distributed.device()
     determinism.choose(config.deterministic)
     autocast_dtype(config.precision, device)
+    set_tf32(config.precision)
+    check_optimizer(config, spec, device)
     if config.resume and distributed.is_main():
         places.announce(runs.run_of(Path(config.resume)), data)
     train, val = data.split("train"), data.split("val")

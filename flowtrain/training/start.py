@@ -14,6 +14,7 @@ from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed
 from flowtrain.runtime.checkpoint import load_weights
+from flowtrain.training.memory import memory_of_start
 
 log = logging.getLogger("flowtrain")
 
@@ -32,7 +33,8 @@ def start(flow: Flow, config: TrainConfig, train, device) -> None:
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
         first = next(Loader(train, size, config.seed, None, device).batches())
-        flow.initialize(first.x, first.context)
+        with memory_of_start(torch.device(device), size):
+            flow.initialize(first.x, first.context)
     distributed.broadcast(flow.state_dict().values())
 
 

@@ -100,6 +100,7 @@ _NAMES = {
     "devices": "processes",
     "threads": "threads of each",
     "deterministic": "deterministic",
+    "precision": "precision",
     "platform": "platform",
 }
 
