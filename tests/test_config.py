@@ -68,6 +68,8 @@ def test_the_package_lists_what_it_imports_late():
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment._commit() is None
+    (tmp_path / "git").touch()  # that cannot be executed
+    assert environment._commit() is None
 
 
 @pytest.mark.parametrize(
