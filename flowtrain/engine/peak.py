@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +36,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def tensors_in(value) -> Iterator[torch.Tensor]:
+    """The tensors that ``value`` is, or has in its dicts, lists and tuples.
+
+    >>> [len(one) for one in tensors_in({"a": [torch.zeros(2), 3], "b": torch.zeros(4)})]
+    [2, 4]
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
+
+
 class _Storages(TorchDispatchMode):
     """Counts the bytes of tensors that were allocated within it and are alive."""
 
@@ -47,8 +60,8 @@ class _Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        inputs = set(map(_key, _tensors((*args, *kwargs.values()))))
-        for tensor in _tensors((out,)):
+        inputs = set(map(_key, tensors_in((args, kwargs))))
+        for tensor in tensors_in(out):
             if _key(tensor) not in inputs:  # neither a view nor in place
                 self._count(tensor.untyped_storage())
         return out
@@ -63,15 +76,6 @@ class _Storages(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self.alive.pop(key)
-
-
-def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
-    """The tensors among ``values`` and in their lists: an operation's arguments or results."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from statistics import median
 
 import torch
 
-from flowtrain.engine.peak import peak_bytes
+from flowtrain.engine.peak import peak_bytes, tensors_in
 from flowtrain.engine.threads import SLOW
 from flowtrain.engine.trainer import Trainer
 from flowtrain.runtime import distributed
@@ -94,15 +93,7 @@ class Rehearsal:
 
 def kept_bytes(trainer: Trainer) -> int:
     """Bytes that stay from one step to the next: weights and buffers, their average, the optimizer's state."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(trainer.weights.state_dict()))
-
-
-def _tensors(value) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(trainer.weights.state_dict()))
 
 
 def free_bytes(device: torch.device) -> float:

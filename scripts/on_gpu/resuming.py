@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
+from flowtrain.engine.peak import tensors_in
 from on_gpu.part import Part, Place, verdict
 
 RUNS = {
@@ -60,15 +60,7 @@ def resume(place: Place, words: str, steps: int) -> dict:
 def kept(place: Place, run: str) -> list[torch.Tensor]:
     """The weights, their average and the optimizer's state in a run's last checkpoint."""
     state = torch.load(place.folder / run / "checkpoints" / "last.pt", weights_only=True, map_location="cpu")
-    return [*tensors([state["model"], state.get("ema"), state["optimizer"]])]
-
-
-def tensors(value) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from tensors(one)
+    return [*tensors_in([state["model"], state.get("ema"), state["optimizer"]])]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
