@@ -21,11 +21,11 @@ from flowtrain.config.compose import train_config
 from flowtrain.config.preset import preset_of
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
-from flowtrain.report.material import Material, Neighbours, SplitLikelihoods
+from flowtrain.report.material import Images, Material, Neighbours, SplitLikelihoods
 from flowtrain.report.page import Page, Picture, Series
 from flowtrain.report.render import render
 from flowtrain.report.run import Configuration, RunRecord, read_run
-from flowtrain.report.sections.images import _memorizing
+from flowtrain.report.sections.images import _memorizing, count_burst
 
 SMALL = ["smoke=true", "logger=none"]
 TABLE = "age,income,sort,joined,wind,member\n" + "".join(
@@ -148,6 +148,16 @@ def test_curves_of_a_resumed_run_with_a_bad_step(tmp_path):
     chart = next(one for one in charts(html) if one["title"] == "Likelihood")
     assert chart["series"][0]["x"] == [1, 2, 3, 4] and chart["series"][0]["y"] == [3, 5, 5, None]
     assert "Not finite, which leaves gaps: 1 of 4 values." in html
+
+
+def test_interpolations_that_burst_are_explained():
+    rows = np.random.default_rng(0).integers(50, 200, (2, 5, 8, 8, 3), dtype=np.uint8)
+    rows[0] = np.where(rows[0] > 100, 255, 0)  # black and white from end to end, as a digit is
+    assert count_burst(rows) == 0
+    rows[1, 1:3] = np.where(rows[1, 1:3] > 100, 255, 0)
+    assert count_burst(rows) == 2
+    html = page_of(material(images=Images(real=rows[:, 0], interpolations=rows)))
+    assert "In 2 of the 6 images between, most numbers are at an end of their range" in html
 
 
 def test_copies_of_training_images_are_noticed():

@@ -69,8 +69,19 @@ def _interpolations(page: Page, material: Material, images: Images) -> None:
             f" steps along the great circle between the two latents (spherical interpolation). Pairs{of} are chosen by"
             " chance.",
         )
+        if burst := count_burst(images.interpolations):
+            section.note(
+                f"In {burst} of the {rows * (steps - 2)} images between, most numbers are at an end of their range: the"
+                " inverse grows without bound between these latents, where there were no training images."
+            )
     for note in material.notes.get("interpolations", ()):
         section.note(note)
+
+
+def count_burst(interpolations: np.ndarray) -> int:
+    """The images between the ends of (rows, steps, H, W, C) of which half more is black or white than of the ends."""
+    extreme = ((interpolations == 0) | (interpolations == 255)).mean((2, 3, 4))
+    return int((extreme[:, 1:-1] > extreme[:, [0, -1]].max(1, keepdims=True) + 0.5).sum())
 
 
 def add_neighbours(page: Page, material: Material) -> None:
