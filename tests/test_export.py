@@ -19,7 +19,7 @@ from flowtrain.bijections.ode import continuous_layers
 from flowtrain.commands.export import _trace
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.errors import FlowtrainError
-from flowtrain.export import decompositions, formats
+from flowtrain.export import decompositions, formats, rows
 from flowtrain.export.checks import Reference
 from flowtrain.export.programs import Program
 from flowtrain.export.tracing import trace
@@ -128,6 +128,18 @@ def test_a_wrong_program_is_far_from_the_flow():
     assert reference.difference(lambda inputs: reference.program(*inputs.values())) == 0
     assert reference.difference(lambda inputs: reference.program(*inputs.values()) + 1e-3) > 1e-5
     assert reference.difference(lambda inputs: reference.program(*inputs.values()) * torch.nan) == torch.inf
+
+
+def test_rows_where_the_inverse_bursts_are_left_out(monkeypatch):
+    flow, spec = example("model=glow", "dataset=digits")
+    program = Program(flow, "log_prob").eval()
+    assert len(rows.draw_inputs(program, spec, 300, 0)["x"]) == 300
+    monkeypatch.setattr(rows, "LARGEST", 0.98)  # of the range of the grey levels 0 to 16
+    fewer = rows.draw_inputs(program, spec, 300, 0)
+    assert 0 < len(fewer["x"]) == len(fewer["noise"]) < 300 and fewer["x"].isfinite().all()
+    monkeypatch.setattr(rows, "LARGEST", 0.0)
+    with pytest.raises(FlowtrainError, match="10 drawings found 0 of 1000"):
+        Reference(program, spec)
 
 
 def test_rows_reach_beyond_the_knots_of_splines():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Dequantize, DequantizeColumns
+from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.ode import states_only
 from flowtrain.data.labels import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
@@ -19,7 +20,7 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import modes
 
 FAR = (1.0, 3.0, 10.0)  # temperatures of a third of the rows each
-LARGEST = 2.0**24  # a pixel, before it is rounded: beyond it, float32 has no neighbouring integers
+LARGEST = 2.0**16  # a pixel before it is rounded, in units of its range: far beyond, float32 has no grey levels
 NUMBERS = 2**20  # most numbers of inputs in a batch
 
 Inputs = dict[str, Tensor]
@@ -30,7 +31,7 @@ def draw_inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Input
 
     So data lie within the bounds of their columns and are integers where they must be, and other numbers reach beyond
     the knots of splines. Of noise whose data are not finite, or pixels beyond :data:`LARGEST`, that of temperature 1 is
-    taken.
+    taken; where that is of no use either, the row is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     flow, inputs = program.flow, {}
@@ -45,14 +46,15 @@ def draw_inputs(program: Program, spec: DataSpec, rows: int, seed: int) -> Input
             inputs[name] = torch.rand(rows, *one.shape, generator=generator)
         else:
             inputs[name] = data
-    return inputs
+    usable = ~data.isinf().flatten(1).any(1)
+    return {name: value[usable] for name, value in inputs.items()}
 
 
 @torch.no_grad()
 def _noise_and_data(
     flow: Flow, context: Tensor | None, rows: int, generator: torch.Generator
 ) -> tuple[list[Tensor], Tensor]:
-    """The base's noise at each temperature, and the data that the flow makes of it, as float32."""
+    """The base's noise at each temperature, and what :func:`_invert` makes of it."""
     near = [one.draw(rows, generator) for one in flow.base.noise]
     temperatures = torch.tensor(FAR)[torch.arange(rows) % len(FAR)]
     far = [z if one.kind == "uniform" else z * per_row(temperatures, z.dim()) for one, z in zip(flow.base.noise, near)]
@@ -67,21 +69,24 @@ def per_row(values: Tensor, dimensions: int) -> Tensor:
 
 
 def _invert(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
-    """Data, as float32; NaN where a number was not finite, or a pixel too large, before it was rounded."""
+    """Data, as float32: NaN where a value is missing, infinity where it was not finite, or a pixel too large, before it
+    was rounded."""
+    unknown = math.nan if any(isinstance(layer, FillMissing) for layer in flow.modules()) else math.inf
     size = batch_size(flow.dimensions)
     parts = zip(z.split(size), [None] * len(z) if context is None else context.split(size))
-    found, usable = [], []
+    found, seen = [], []
 
     def look(layer, z: Tensor) -> None:
-        usable.append(z.abs() < (LARGEST if isinstance(layer, Dequantize) else math.inf))
+        usable = z.abs() < (LARGEST if isinstance(layer, Dequantize) else math.inf)
+        seen.append((usable, torch.where(z.isnan(), unknown, math.inf)))
 
     with states_only(), modes.using(tracing=True), before_rounding(flow, look):
         for part in parts:
-            usable.clear()
+            seen.clear()
             x = flow.bijection.inverse(*part)[0].float()
-            for each in usable:
-                x = x.where(each, math.nan)
-            found.append(x)
+            for usable, instead in seen:
+                x = x.where(usable, instead)
+            found.append(x.where(~x.isnan(), unknown))
     return torch.cat(found)
 
 
