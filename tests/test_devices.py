@@ -247,8 +247,12 @@ def test_a_smoke_run_shares_its_few_examples_among_any_number(monkeypatch, tmp_p
     seen = []
     config = configuration("model=nice", *TINY, "trainer.accumulate=3")
     assert config.batch_size == 8
-    train.main(config, str(tmp_path), look=lambda run: seen.append(run.config.batch_size))
+    (tmp_path / "run").mkdir()
+    train.main(config, str(tmp_path / "run"), look=lambda run: seen.append(run.config.batch_size))
     assert seen == [9]
+    assert inprocess.flowtrain(tmp_path, "train", "resume=run", "max_steps=4") == 0  # with as many
+    with pytest.raises(WorkerError, match="cannot resume: batch_size was 9 and is now 6"):
+        inprocess.flowtrain(tmp_path, "train", "resume=run", "max_steps=5", "batch_size=6")
 
 
 # ---- optimizers
