@@ -312,6 +312,8 @@ def test_an_abort_by_nccl_is_a_lost_process(gpus, codes, errors, says, tmp_path)
     gpus(2)
     with pytest.raises(WorkerError, match=re.escape(says)):
         launcher._collect_summary(group, 0, [], tmp_path)
+    with pytest.raises(WorkerError, match=re.escape("a worker was killed by SIGABRT (process 0 of 1)")):
+        launcher._collect_summary([SimpleNamespace(returncode=-6)], 0, [], tmp_path / "alone")
     gpus(0)  # where it is an error like any other
     if not errors and codes[0] == 0:
         with pytest.raises(WorkerError, match=re.escape("a worker was killed by SIGABRT (process 1 of 2)")):
