@@ -37,7 +37,7 @@ def main() -> int:
         sys.exit("scripts/gpu: there is no GPU here; --rehearse runs every part on the CPU")
     stage = STAGES[options.stage]
     path = options.results or (Path(os.environ["OUT"], "gpu.json") if os.environ.get("OUT") else RESULTS)
-    known = read(path if path.exists() else RESULTS)
+    known = read(path if options.results or path.exists() else RESULTS)
     parts, seconds = named(options.parts, stage.parts), options.seconds or stage.seconds
     if options.again:
         for part in parts:

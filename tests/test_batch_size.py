@@ -72,12 +72,13 @@ def test_on_a_gpu_the_largest_size_that_fits_is_chosen(room, row, base, chosen):
     assert len(machine.sizes) == len({*machine.sizes}) <= 7
 
 
-def test_a_size_that_the_line_allows_but_the_gpu_does_not_is_halved():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")])
+def test_a_size_that_the_line_allows_but_the_gpu_does_not_is_halved(error):
     class Bent(Machine):
         def __call__(self, size):
             seconds, _ = super().__call__(size)
             if size > 64:
-                raise torch.OutOfMemoryError
+                raise error
             return seconds, size
 
     machine = Bent()
@@ -85,6 +86,9 @@ def test_a_size_that_the_line_allows_but_the_gpu_does_not_is_halved():
     assert machine.sizes == [16, 32, 512, 256, 128, 64]
     with pytest.raises(torch.OutOfMemoryError, match="a step with 1 examples"):
         largest_that_fits(Machine(most=0), [1, 2, 4], room=1e9)
+    error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        largest_that_fits(Bent(), sizes_between(1, 512, 1), room=1e9)
 
 
 def test_large_batches_leave_steps_in_an_epoch():

@@ -147,7 +147,7 @@ def test_a_gpu_has_an_eighth_of_its_memory_for_a_batch(monkeypatch):
     assert memory_budget.rows_within_budget(None, 8, torch.device("cuda")) == 819
 
 
-def test_latents_and_data_of_examples_depend_on_no_batch(monkeypatch):
+def test_latents_and_data_of_examples_do_not_depend_on_the_batch(monkeypatch):
     torch.manual_seed(0)
     flow = flows.maf((3,), hidden=64).eval()
     x, restored, sizes = torch.randn(3000, 3), SimpleNamespace(flow=flow), []
@@ -155,7 +155,7 @@ def test_latents_and_data_of_examples_depend_on_no_batch(monkeypatch):
     z = examples.encode(restored, x, None)
     assert sizes == [256, 2744]  # what is measured, and the rest
     torch.testing.assert_close(examples.decode(restored, z, None), x)
-    assert torch.equal(examples.encode(restored, x[:500], None), z[:500])
+    torch.testing.assert_close(examples.encode(restored, x[:500], None), z[:500])  # a CPU may round otherwise
     monkeypatch.setattr(memory_budget, "budget", lambda device: 2**20)
     sizes.clear()
     torch.testing.assert_close(examples.encode(restored, x, None), z)

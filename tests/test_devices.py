@@ -30,6 +30,7 @@ from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.errors import OutOfMemory, UsageError
 from flowtrain.runtime import distributed
 from flowtrain.runtime.distributed import PeerFailure
+from flowtrain.training import setup
 from flowtrain.training.optimizer import build_optimizer, check_optimizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -97,7 +98,7 @@ def test_precision_sets_both_switches_in_training_and_neither_elsewhere(name, mo
     """Also without git, which slim containers lack."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(precision, "supports", lambda *_: True)
-    seen = {"steps": set(), "likelihoods": set()}
+    seen = {"steps": set(), "moments": set(), "likelihoods": set()}
 
     def watched(function, place):
         def watch(*args, **kwargs):
@@ -108,10 +109,11 @@ def test_precision_sets_both_switches_in_training_and_neither_elsewhere(name, mo
 
     monkeypatch.setattr(TrainingPass, "backpropagate", watched(TrainingPass.backpropagate, "steps"))
     monkeypatch.setattr(evaluate, "log_likelihoods", watched(evaluate.log_likelihoods, "likelihoods"))
-    words = ("model=nice", *TINY, f"precision={name}", "hydra.run.dir=run")
+    monkeypatch.setattr(setup, "interruptible_batches", watched(setup.interruptible_batches, "moments"))
+    words = ("model=realnvp", *TINY, f"precision={name}", "hydra.run.dir=run")
     assert inprocess.flowtrain(tmp_path, "train", *words) == 0
     on = name == "tf32"
-    assert seen == {"steps": {(on, on)}, "likelihoods": {(False, False)}}
+    assert seen == {"steps": {(on, on)}, "moments": {(False, False)}, "likelihoods": {(False, False)}}
     record = json.loads((tmp_path / "run/environment.json").read_text())
     assert record["precision"] == name and record["tf32"] == {"matmul": on, "convolution": on} and record["git"] is None
 
@@ -247,8 +249,12 @@ def test_a_smoke_run_shares_its_few_examples_among_any_number(monkeypatch, tmp_p
     seen = []
     config = configuration("model=nice", *TINY, "trainer.accumulate=3")
     assert config.batch_size == 8
-    train.main(config, str(tmp_path), look=lambda run: seen.append(run.config.batch_size))
+    (tmp_path / "run").mkdir()
+    train.main(config, str(tmp_path / "run"), look=lambda run: seen.append(run.config.batch_size))
     assert seen == [9]
+    assert inprocess.flowtrain(tmp_path, "train", "resume=run", "max_steps=4") == 0  # with as many
+    with pytest.raises(WorkerError, match="cannot resume: batch_size was 9 and is now 6"):
+        inprocess.flowtrain(tmp_path, "train", "resume=run", "max_steps=5", "batch_size=6")
 
 
 # ---- optimizers
@@ -308,6 +314,8 @@ def test_an_abort_by_nccl_is_a_lost_process(gpus, codes, errors, says, tmp_path)
     gpus(2)
     with pytest.raises(WorkerError, match=re.escape(says)):
         launcher._collect_summary(group, 0, [], tmp_path)
+    with pytest.raises(WorkerError, match=re.escape("a worker was killed by SIGABRT (process 0 of 1)")):
+        launcher._collect_summary([SimpleNamespace(returncode=-6)], 0, [], tmp_path / "alone")
     gpus(0)  # where it is an error like any other
     if not errors and codes[0] == 0:
         with pytest.raises(WorkerError, match=re.escape("a worker was killed by SIGABRT (process 1 of 2)")):
@@ -324,7 +332,10 @@ FULL = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capac
 @pytest.mark.parametrize(
     ("where", "words", "says"),
     [
+        ("torch.nn.utils.skip_init", TRAIN, "the weights and the optimizer .* a smaller model"),  # it is full already
+        ("flowtrain.training.optimizer.build_optimizer", TRAIN, "the weights and the optimizer"),
         ("flowtrain.training.setup.average_of", TRAIN, "the weights and the optimizer .* a smaller model"),
+        ("flowtrain.training.start.Loader", TRAIN, "the data-dependent start"),
         (
             "flowtrain.flow.Flow.initialize",
             TRAIN,
@@ -366,6 +377,19 @@ def test_each_lack_of_memory_has_a_line_with_the_key_that_helps(where, words, sa
     with pytest.raises(WorkerError, match=rf"^out of memory on cpu: {says}") as error:
         inprocess.flowtrain(tmp_path, *words)
     assert "Tried to allocate" not in str(error.value) and error.value.exit_code == 1
+
+
+def test_score_names_the_batch_that_did_not_fit(run, tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.zeros((600, 1, 8, 8), np.uint8))
+
+    def limited(flow, index, *rest):
+        if len(index) > 256:  # what is measured first
+            raise torch.OutOfMemoryError(FULL)
+        return evaluate.log_likelihoods(flow, index, *rest)
+
+    monkeypatch.setattr("flowtrain.commands.score.log_likelihoods", limited)
+    with pytest.raises(WorkerError, match=r"^out of memory on cpu: [4-6]\d\d likelihoods at once"):
+        inprocess.flowtrain(tmp_path, "score", f"ckpt={run}", f"input={tmp_path}/x.npy")
 
 
 def test_an_image_that_does_not_fit_ends_no_run(tmp_path, monkeypatch, caplog):

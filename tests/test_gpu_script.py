@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_GPU = {"out of memory", "tests", "glow graph"}  # parts of which no row can be measured here
@@ -16,6 +17,7 @@ WITHOUT_GPU = {"out of memory", "tests", "glow graph"}  # parts of which no row 
 @pytest.fixture(autouse=True)
 def import_from_scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the runner sets it
 
 
 @pytest.fixture
@@ -27,6 +29,7 @@ def parts(monkeypatch):
     def make(**seconds):
         made = [Part(name, "", ROWS, {}, limit) for name, limit in seconds.items()]
         monkeypatch.setattr(runner, "PARTS", {part.name: part for part in made})
+        monkeypatch.setattr(runner.distributed, "device", lambda: torch.device("cpu"))  # also where there is a GPU
         return made
 
     return make
@@ -119,6 +122,25 @@ def test_figures_of_two_devices_are_not_mixed(tmp_path, parts):
         run(tmp_path, parts(part=30.0), {"device": "another GPU"})
 
 
+def test_results_of_another_gpu_have_a_file_of_their_own(tmp_path, monkeypatch):
+    import gpu
+
+    (tmp_path / "old.json").write_text('{"device": "another GPU"}')
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "old.json")
+    monkeypatch.setattr(gpu.distributed, "gpus", lambda: 1)
+    monkeypatch.setattr(gpu, "run", lambda parts, known, path, *_, **__: (known, path))
+    monkeypatch.setattr(gpu.carried, "unpack", lambda folder: None)
+    for words, known, name in (
+        ([], {"device": "another GPU"}, "old.json"),
+        (["--results", "new.json"], {}, "new.json"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["scripts/gpu", "check", *words])
+        monkeypatch.delenv("OUT", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        found, path = gpu.main()
+        assert found == known and path.name == name
+
+
 def test_an_unknown_part_is_named():
     from on_gpu.parts import STAGES, named
 
@@ -132,6 +154,15 @@ def test_without_a_gpu_nothing_is_measured():
     words = [sys.executable, "scripts/gpu.py", "check"]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().startswith("scripts/gpu: there is no GPU here; --rehearse")
+
+
+def test_the_tests_that_need_a_gpu_are_found(monkeypatch):
+    from on_gpu import gpu_tests
+
+    monkeypatch.chdir(ROOT)
+    found = subprocess.run([*gpu_tests.command(), "--collect-only"], capture_output=True, text=True, check=True).stdout
+    names = {line.partition("::")[2].partition("[")[0] for line in found.splitlines() if "::" in line}
+    assert names == {"test_a_step_on_a_gpu_waits_once", "test_a_seed_draws_the_same_on_every_device"}
 
 
 def test_the_page_is_what_the_script_writes():

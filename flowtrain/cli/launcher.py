@@ -141,7 +141,7 @@ def _collect_summary(group, first: int | None, unresponsive, folder: Path) -> di
         elif worker.returncode in ENDED_BY:
             interrupted = Interrupted(ENDED_BY[worker.returncode])
             errors.append((1, rank != first, f"{interrupted} {place}", interrupted.exit_code, interrupted.signum))
-        elif worker.returncode == -signal.SIGABRT and distributed.gpus():
+        elif worker.returncode == -signal.SIGABRT and len(group) > 1 and distributed.gpus():
             errors.append((4, rank != first, f"rank {rank}: aborted, as NCCL does where {PEER_FAILED}", 1, None))
         elif worker.returncode:
             errors.append((1, rank != first, f"{_describe_exit(worker.returncode)} {place}", 1, None))

@@ -175,13 +175,15 @@ class Scorer:
     def _log_likelihoods(self, group: Group) -> Tensor:
         """float64 (B,) on the CPU; the noise of an example is that of its number."""
         values, device = torch.empty(len(group.x), dtype=torch.float64), next(self.flow.parameters()).device
-        few = min(few_rows(self.flow.dimensions), len(values))
-        with out_of_memory(device, f"{self.batch or few} likelihoods at once", "a smaller batch=N would need less"):
-            if self.batch is None and few:
-                work = self._batches(group, few)
+        less = "a smaller batch=N would need less"
+        if self.batch is None and len(values):
+            few = min(few_rows(self.flow.dimensions), len(values))
+            work = self._batches(group, few)
+            with out_of_memory(device, f"{few} likelihoods at once", less):
                 self.batch = rows_within_budget(lambda: next(work), few, device)
-            start = 0
-            for part in self._batches(group, self.batch or 1):
+        size, start = self.batch or 1, 0
+        with out_of_memory(device, f"{min(size, len(values))} likelihoods at once", less):
+            for part in self._batches(group, size):
                 values[start : start + len(part)] = part
                 start += len(part)
         return values

@@ -1,17 +1,19 @@
 """The batch size that suits a machine, found by measuring steps of several sizes.
 
 Both searches call ``measure(size)``, which returns the seconds of a step and the bytes that it needs at once, and which
-raises torch.OutOfMemoryError where there is not enough. They return the size and what was measured.
+raises torch.OutOfMemoryError, or the error of one of CUDA's libraries, where there is not enough memory. They return
+the size and what was measured.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
+
+from flowtrain.engine.out_of_memory import is_out_of_memory
 
 GAIN = 1.1  # a doubling that makes training faster by less than this factor is not worth its larger batch
 START = 16  # examples
@@ -83,8 +85,11 @@ def largest_that_fits(measure: Measure, sizes: list[int], room: float) -> tuple[
     def fits(size: int) -> bool:
         if size not in tried:
             tried.add(size)
-            with suppress(torch.OutOfMemoryError):
+            try:
                 trials[size] = Trial(size, *measure(size))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
         return size in trials and trials[size].bytes <= room
 
     first = next((i for i, size in enumerate(sizes) if size >= START), len(sizes) - 1)

@@ -25,12 +25,17 @@ def out_of_memory(device: torch.device, what: str, less: str = ""):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search(_SAID, str(error)):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"out of memory on {device_name(device)}: {what} (peak {peak_memory(device) / 2**30:.1f} GiB); "
             f"{less or more_memory(device)}"
         ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is what torch, CUDA or one of its libraries raises for lack of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or re.search(_SAID, str(error)) is not None
 
 
 def more_memory(device: torch.device) -> str:

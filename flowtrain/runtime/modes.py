@@ -56,9 +56,8 @@ _modes: ContextVar[Modes] = ContextVar("flowtrain_modes", default=_DEFAULT)
 # torch.compile traces context variables from 2.14 on; before, compiled code reads the last modes that were entered
 _TRACES_CONTEXT_VARIABLES = torch.__version__ >= (2, 14)
 _last = _DEFAULT
-_traced: Modes | None = (
-    None  # entered within compiled code, which cannot set a context variable: known while it is traced
-)
+# entered within code that is being compiled: it cannot set a context variable, and needs them only while it is traced
+_traced: Modes | None = None
 
 
 def current() -> Modes:

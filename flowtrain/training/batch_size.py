@@ -34,11 +34,12 @@ def batch_size_of(run) -> int:
     """The batch size of a :class:`flowtrain.training.setup.SetUp`. Raises UsageError."""
     config, rows, loader = run.config, len(run.train), (run.state or {}).get("loader")
     given = config.batch_size
-    if given == "auto" and isinstance(loader, dict):
+    may_be_rounded = config.smoke and run.state and given == run.state["config"]["batch_size"]
+    if isinstance(loader, dict) and (given == "auto" or may_be_rounded):
         given = loader.get("batch_size", given)
     parts = distributed.world(), config.trainer.accumulate
     share = parts[0] * parts[1]
-    if config.smoke and run.state is None:  # a size that conf/smoke.yaml has cut down, and nobody chose
+    if config.smoke and run.state is None:  # conf/smoke.yaml has cut it down, to a size that may not be shared evenly
         given = math.ceil(given / share) * share
     if given == "auto" and run.spec.is_image and measures(config, rows):
         sizes = _sizes(rows, share, run.device)

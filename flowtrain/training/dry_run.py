@@ -20,6 +20,7 @@ from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.engine.auto import choose_batch_size
 from flowtrain.engine.batch_search import START, sizes_between
 from flowtrain.engine.loggers import Loggers, ProgressLines
+from flowtrain.engine.out_of_memory import is_out_of_memory
 from flowtrain.engine.precision import tf32_as
 from flowtrain.engine.rehearsal import Cost, Rehearsal, free_bytes, kept_bytes
 from flowtrain.engine.trainer import Trainer
@@ -359,10 +360,12 @@ class _Others:
         try:
             with tf32_as(config.precision):
                 took, cost = self._measure(trainer)
-        except torch.OutOfMemoryError:
-            return "would not fit: out of memory"
         except FlowtrainError as error:
             return f"fails: {error}"
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return "would not fit: out of memory"
         self.left -= took
         return self._figures(cost, config.batch_size)
 

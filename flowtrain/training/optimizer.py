@@ -42,6 +42,8 @@ def build_optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) 
         make = partial(make.func, fused=True, **make.keywords)
     try:
         return make([group for group in groups if group["params"]])
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"optimizer: {error}") from error
 
@@ -54,6 +56,8 @@ def check_optimizer(config: TrainConfig, spec: DataSpec, device: torch.device) -
     layer.weight.grad = torch.zeros_like(layer.weight)
     try:
         build_optimizer(config, layer, 0, spec).step()
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         chosen = [f"optimizer.{key}={format_value(config.optimizer[key])}" for key in KINDS if key in config.optimizer]
         raise UsageError(f"{', '.join(chosen) or 'optimizer'}: it cannot take a step: {error}") from error

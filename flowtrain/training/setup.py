@@ -29,7 +29,7 @@ from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
 from flowtrain.engine.objectives import Objective
-from flowtrain.engine.precision import autocast_dtype, set_tf32
+from flowtrain.engine.precision import autocast_dtype, exact_arithmetic, set_tf32
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
@@ -158,7 +158,8 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> Se
     determinism.choose(config.deterministic)
     autocast_dtype(config.precision, device)
     set_tf32(config.precision)
-    check_optimizer(config, spec, device)
+    with memory_of_weights(config, device):
+        check_optimizer(config, spec, device)
     if config.resume and distributed.is_main():
         places.announce(runs.run_of(Path(config.resume)), data)
     train, val = data.split("train"), data.split("val")
@@ -276,11 +277,11 @@ def set_memory(config: TrainConfig, flow: Flow) -> None:
 
 def reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     """Set the moments that batch normalization evaluates with to those of about ``rows`` training rows (None: all)
-    under the present weights."""
+    under the present weights, in exact arithmetic."""
     batches = loader.batches()
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
     torch.manual_seed(loader.seed)
-    with torch.no_grad(), global_batch.reestimate(flow):
+    with torch.no_grad(), exact_arithmetic(), global_batch.reestimate(flow):
         for x, context, _ in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
             with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)

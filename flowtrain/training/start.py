@@ -32,8 +32,8 @@ def start(flow: Flow, config: TrainConfig, train, device) -> None:
         fit_to_data(flow, train, config.seed)
         size = min(config.trainer.init_batch or config.batch_size, len(train))
         torch.manual_seed(config.seed)
-        first = next(Loader(train, size, config.seed, None, device).batches())
         with memory_of_start(torch.device(device), size):
+            first = next(Loader(train, size, config.seed, None, device).batches())
             flow.initialize(first.x, first.context)
     distributed.broadcast(flow.state_dict().values())
 

@@ -79,7 +79,8 @@ def _interpolations(page: Page, material: Material, images: Images) -> None:
 
 
 def count_burst(interpolations: np.ndarray) -> int:
-    """The images between the ends of (rows, steps, H, W, C) of which half more is black or white than of the ends."""
+    """The number of images between the ends, in (rows, steps, H, W, C), whose share of numbers at an end of their range
+    is higher by more than a half than that of both ends."""
     extreme = ((interpolations == 0) | (interpolations == 255)).mean((2, 3, 4))
     return int((extreme[:, 1:-1] > extreme[:, [0, -1]].max(1, keepdims=True) + 0.5).sum())
 
