@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
-from flowtrain.bijections.ode import states_only
+from flowtrain.bijections.ode import continuous_layers, states_only
 from flowtrain.distributions import Distribution, StandardNormal
-from flowtrain.runtime import fusion, global_batch
+from flowtrain.runtime import fusion, global_batch, modes
 
 
 class Flow(nn.Module):
@@ -20,7 +21,8 @@ class Flow(nn.Module):
 
     ``forward`` is the log-likelihood, so that what wraps a module (DDP, compile, hooks) wraps that. It does not check
     values. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` do, for which the host waits for the
-    device. They accept real numbers of any dtype and compute in the precision of the flow's weights.
+    device. They accept real numbers of any dtype and compute in the precision of the flow's weights. Compiled,
+    ``log_prob``, ``decode`` and ``sample`` are one graph each and check shapes alone: a result may not be finite.
 
     Args:
         shape: of one example, as the data hold it (raw integers for images).
@@ -87,7 +89,7 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of latents z."""
         z, context = self._check_events("z", z, self.bijection.out_shape, context)
-        with states_only():
+        with states_only() if continuous_layers(self) else nullcontext():  # a compiler takes no new modes
             return map_events(
                 "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
@@ -296,6 +298,8 @@ def _row(name: str, x: Tensor, row: int) -> str:
 
 
 def _first_not_finite(x: Tensor) -> int | None:
+    if not modes.values_are_known():
+        return None
     finite = x.isfinite()
     if finite.all():
         return None
