@@ -50,17 +50,28 @@ def measure(flow: Flow, step: Callable[[], object], whole: bool, threads: list[i
     """Compile ``flow``, and what that gains in ``step``, a gradient of it, each with the fastest of several numbers of
     ``threads``. Raises UsageError as compile_and_try does."""
 
-    def fastest() -> float:
-        times = []
-        for number in reversed(threads):  # the first, the largest, is that of the process
-            torch.set_num_threads(number)
-            times.append(typical(flow, step))
+    def fastest(numbers: list[int]) -> float:
+        times: list[float] = []
+        with_each(numbers, lambda: times.append(typical(flow, step)))
         return min(times)
 
-    eager, began = fastest(), time.monotonic()
-    compilation = compile_and_try(flow, step, whole)
+    eager, began = fastest(threads), time.monotonic()
+    compilation = compile_and_try(flow, lambda: with_each(compiled_threads(threads), step), whole)
     compiling = time.monotonic() - began
-    return compilation, Gain(eager, fastest(), compiling)
+    return compilation, Gain(eager, fastest(compiled_threads(threads)), compiling)
+
+
+def compiled_threads(threads: list[int]) -> list[int]:
+    """Those of the numbers of threads, the largest first, that a run chooses from if it is compiled: each has to be
+    compiled, and compiled code is large enough for many threads."""
+    return threads[:2]
+
+
+def with_each(threads: list[int], step: Callable[[], object]) -> None:
+    """Run ``step`` with each number of threads; the first, that of the process, stays."""
+    for number in reversed(threads):
+        torch.set_num_threads(number)
+        step()
 
 
 def typical(flow: Flow, step: Callable[[], object]) -> float:

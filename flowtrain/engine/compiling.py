@@ -114,8 +114,8 @@ def compile_flow(flow: Flow, whole: bool = True) -> Compilation:
             "compile: %d layers of the flow; what solves an ODE or goes element by element is left out", len(found)
         )
     compilation = Compilation([flow] if whole and not left_out and len(found) <= DEEP else found)
-    # torch counts all regions together; see Compilation.shapes for the factor
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * compilation.shapes)
+    # torch counts all regions together, for each number of threads; see Compilation.shapes for the factor
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 6 * compilation.shapes)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch warns itself
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA on a CPU
     torch._inductor.config.cpp.dynamic_threads = True  # code for any number of threads

@@ -39,11 +39,16 @@ def bin_centres() -> AbstractContextManager[None]:
     return modes.using(bin_centres=True)
 
 
-def uniform(shape, device=None, dtype=torch.float32) -> Tensor:
-    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes, compiled or not."""
+def uniform(shape, device=None, dtype=torch.float32, channels_last: bool = False) -> Tensor:
+    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes, compiled or not, and
+    in whatever order they lie in memory."""
     if torch.compiler.is_compiling():
-        return torch.ops.flowtrain.uniform(shape, torch.device(device or "cpu"), dtype)
-    return _uniform(shape, device, dtype)
+        return torch.ops.flowtrain.uniform(shape, torch.device(device or "cpu"), dtype, channels_last)
+    return _uniform(shape, device, dtype).contiguous(memory_format=_order(channels_last))
+
+
+def _order(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _uniform(shape, device, dtype) -> Tensor:
@@ -59,14 +64,14 @@ def _uniform(shape, device, dtype) -> Tensor:
 
 
 @torch.library.custom_op("flowtrain::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype, channels_last: bool) -> Tensor:
     """Opaque to a compiler, which would compile it for the rows of one slice alone, with numbers of its own."""
-    return _uniform(shape, device, dtype).clone()
+    return _uniform(shape, device, dtype).clone(memory_format=_order(channels_last))
 
 
 @_opaque.register_fake
-def _(shape, device, dtype):
-    return torch.empty(shape, device=device, dtype=dtype)
+def _(shape, device, dtype, channels_last):
+    return torch.empty(shape, device=device, dtype=dtype, memory_format=_order(channels_last))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,19 +75,7 @@ class BackgroundTrial:
             if lock is None:  # one at a time
                 return
             job.known.job.write_bytes(pickle.dumps(job))
-            here = str(Path(__file__).resolve().parents[2])  # a checkout that is not installed
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "flowtrain.training.compile_later", str(job.known.job)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]),
-                },
-                pass_fds=[lock],  # it is held as long as the process lives
-                process_group=0,  # Ctrl-C is the run's
-            )
+            self.process = start_process(job.known.job, lock)
             log.info(
                 "compile=auto: process %d compiles this flow for later runs, at the lowest priority (compile=false: "
                 "none does)",
@@ -98,3 +86,18 @@ class BackgroundTrial:
         """Leave the process to itself; end it where the run has failed or was interrupted."""
         if failed and self.process:
             self.process.terminate()
+
+
+def start_process(job_file: Path, lock: int) -> subprocess.Popen:
+    """A process that does a job, and holds the lock as long as it lives."""
+    here = str(Path(__file__).resolve().parents[2])  # a checkout that is not installed
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-m", "flowtrain.training.compile_later", str(job_file)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+        pass_fds=[lock],
+        process_group=0,  # Ctrl-C is the run's
+    )

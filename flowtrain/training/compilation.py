@@ -14,7 +14,7 @@ import torch
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data.batch import Batch
 from flowtrain.engine.budget import Budget
-from flowtrain.engine.compile_gain import Gain, Known, measure, typical
+from flowtrain.engine.compile_gain import Gain, Known, compiled_threads, measure, typical, with_each
 from flowtrain.engine.compiling import Compilation, compile_and_try
 from flowtrain.engine.objectives import Objective
 from flowtrain.engine.precision import autocast_dtype
@@ -91,7 +91,8 @@ def choose_compilation(run, flow: Flow, config: TrainConfig, budget: Budget) -> 
     step = gradient_of(flow, run.objective, config, batch)
     with _buffers_kept(flow):
         if not auto:
-            return CompileChoice(compile_and_try(flow, step, whole))
+            numbers = compiled_threads(threads_of(config, run.device))
+            return CompileChoice(compile_and_try(flow, lambda: with_each(numbers, step), whole))
         known = Known(flow, batch.chunk(config.trainer.accumulate)[0].x, *_setting(run.objective, config))
         choice = _Choice(run, flow, config, budget, batch, step, known, whole)
         return choice.repeated() if run.compiled else choice.new()
@@ -103,9 +104,7 @@ class _Choice:
     def __init__(self, run, flow, config, budget, batch, step, known, whole):
         self.run, self.flow, self.config, self.budget, self.batch = run, flow, config, budget, batch
         self.step, self.known, self.whole = step, known, whole
-        most = torch.get_num_threads()
-        alone = run.device.type == "cpu" and distributed.world() == 1
-        self.threads = halvings(most) if alone and config.threads == "auto" else [most]
+        self.threads = threads_of(config, run.device)
         self.begun = (run.state["step"], run.state["seconds"]) if run.state else (0, 0.0)
 
     def repeated(self) -> CompileChoice:
@@ -172,7 +171,8 @@ class _Choice:
     def _compiled(self, gain: Gain | None) -> CompileChoice:
         began, compilation, error = time.monotonic(), None, ""
         try:
-            compilation = compile_and_try(self.flow, self.step, self.whole)
+            numbers = compiled_threads(self.threads)
+            compilation = compile_and_try(self.flow, lambda: with_each(numbers, self.step), self.whole)
         except UsageError as failure:
             error = str(failure)
         if any(distributed.all_gather_object(compilation is None)):
@@ -190,6 +190,13 @@ class _Choice:
     def _job(self) -> Job:
         weights = {name: tensor.cpu() for name, tensor in self.flow.state_dict().items()}
         return Job(self.config, self.run.spec, weights, self.batch, self.threads, self.known)
+
+
+def threads_of(config: TrainConfig, device: torch.device) -> list[int]:
+    """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
+    ``deterministic`` says otherwise."""
+    most, alone = torch.get_num_threads(), device.type == "cpu" and distributed.world() == 1
+    return halvings(most) if alone and config.threads == "auto" and not config.deterministic else [most]
 
 
 def _setting(objective: Objective, config: TrainConfig) -> tuple:

@@ -23,6 +23,7 @@ from flowtrain.data import Loader, Split
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine import determinism
+from flowtrain.engine.compile_gain import compiled_threads
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
@@ -31,7 +32,7 @@ from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
-from flowtrain.engine.threads import RepeatedThreads, Threads, halvings
+from flowtrain.engine.threads import RepeatedThreads, Threads
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
@@ -40,7 +41,7 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
-from flowtrain.training.compilation import CompileChoice, choose_compilation, was_compiled
+from flowtrain.training.compilation import CompileChoice, choose_compilation, threads_of, was_compiled
 from flowtrain.training.optimizer import budget_of, build_optimizer, warmup_steps
 from flowtrain.training.start import average_of, start
 
@@ -122,7 +123,7 @@ class SetUp:
             compilation=choice.compilation,
             choice=choice.state_dict(),
             beside=choice.trial,
-            threads=threads_of(config, self.device, self.turns),
+            threads=chosen_threads(config, self.device, choice.compilation is not None, self.turns),
         )
 
     def ready_trainer(self) -> Trainer:
@@ -233,14 +234,14 @@ def log_cost_of_determinism(
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
-def threads_of(config: TrainConfig, device: torch.device, turns: tuple[int, ...] = ()) -> Threads:
-    """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
-    ``deterministic`` says otherwise. Where there are ``turns``, they repeat them."""
-    most = torch.get_num_threads()
-    alone = device.type == "cpu" and distributed.world() == 1
-    if not alone or config.threads != "auto" or config.deterministic:
-        return Threads([most])
-    return RepeatedThreads([*turns]) if turns and max(turns) <= most else Threads(halvings(most))
+def chosen_threads(
+    config: TrainConfig, device: torch.device, compiled: bool = False, turns: tuple[int, ...] = ()
+) -> Threads:
+    """The choice of the number of threads; where there are ``turns``, they are repeated."""
+    numbers = threads_of(config, device)
+    if turns and len(numbers) > 1 and max(turns) <= numbers[0]:
+        return RepeatedThreads([*turns])
+    return Threads(compiled_threads(numbers) if compiled else numbers)
 
 
 def set_memory(config: TrainConfig, flow: Flow) -> None:
