@@ -39,16 +39,11 @@ def bin_centres() -> AbstractContextManager[None]:
     return modes.using(bin_centres=True)
 
 
-def uniform(shape, device=None, dtype=torch.float32, channels_last: bool = False) -> Tensor:
-    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes, compiled or not, and
-    in whatever order they lie in memory."""
+def uniform(shape, device=None, dtype=torch.float32) -> Tensor:
+    """Uniform numbers in [0, 1) of ``shape`` (batch first), the same for any number of processes, compiled or not."""
     if torch.compiler.is_compiling():
-        return torch.ops.flowtrain.uniform(shape, torch.device(device or "cpu"), dtype, channels_last)
-    return _uniform(shape, device, dtype).contiguous(memory_format=_order(channels_last))
-
-
-def _order(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+        return torch.ops.flowtrain.uniform(shape, torch.device(device or "cpu"), dtype)
+    return _uniform(shape, device, dtype)
 
 
 def _uniform(shape, device, dtype) -> Tensor:
@@ -64,14 +59,36 @@ def _uniform(shape, device, dtype) -> Tensor:
 
 
 @torch.library.custom_op("flowtrain::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Opaque to a compiler, which would compile it for the rows of one slice alone, with numbers of its own."""
-    return _uniform(shape, device, dtype).clone(memory_format=_order(channels_last))
+    return _uniform(shape, device, dtype).clone()
 
 
 @_opaque.register_fake
-def _(shape, device, dtype, channels_last):
-    return torch.empty(shape, device=device, dtype=dtype, memory_format=_order(channels_last))
+def _(shape, device, dtype):
+    return torch.empty(shape, device=device, dtype=dtype)
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """Numbers for the elements of x, in its order in memory: 0 with probability ``p``, else 1/(1 − p)."""
+    x = x.detach()
+    return torch.ops.flowtrain.dropout_mask(x, p) if torch.compiler.is_compiling() else _dropout_mask(x, p)
+
+
+def _dropout_mask(x: Tensor, p: float) -> Tensor:
+    mask = (_uniform(x.shape, x.device, torch.float32) >= p).to(x.dtype).div_(1 - p)
+    return mask if mask.stride() == x.stride() else torch.empty_like(x).copy_(mask)
+
+
+@torch.library.custom_op("flowtrain::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _opaque_mask(x: Tensor, p: float) -> Tensor:
+    """Opaque to a compiler as uniform numbers are. It would keep the mask as booleans, which it writes slowly."""
+    return _dropout_mask(x, p)
+
+
+@_opaque_mask.register_fake
+def _(x, p):
+    return torch.empty_like(x)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
