@@ -20,7 +20,7 @@ from flowtrain.training import background, compilation, compile_later
 
 TINY = ["model=maf", "model.steps=1", "model.hidden=8", "dataset=moons", "dataset.rows=2000", "batch_size=64"]
 TINY += ["logger=none", "report=false", "trainer.sample_every=null", "trainer.val_examples=16", "threads=1"]
-FAST, SLOW = Gain(1.0, 0.5, 0.5), Gain(1.0, 2.0, 0.5)  # seconds
+FAST, SLOW = Gain(1.0, 0.5, 0.5, 1), Gain(1.0, 2.0, 0.5, 1)  # seconds
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +54,12 @@ def weights(folder):
 
 
 def test_a_compilation_repays_where_the_steps_that_are_left_save_more_than_it_takes():
-    gain = Gain(eager=0.02, compiled=0.004, compiling=6.0)
-    assert gain.repays(Budget(1500, None)) and not gain.repays(Budget(500, None))
-    assert not gain.repays(Budget(1500, None), step=1000)
+    gain = Gain(eager=0.02, compiled=0.004, compiling=6.0, threads=2)
+    assert gain.repays(Budget(1500, None)) and not gain.repays(Budget(400, None))
+    assert not gain.repays(Budget(1500, None), step=1100)
     assert gain.repays(Budget(None, 1.0)) and not gain.repays(Budget(None, 0.1))
     assert not gain.repays(Budget(None, 1.0), seconds=55) and not gain.repays(Budget(1500, 0.1))
-    assert not Gain(0.06, 0.07, 0.0).repays(Budget(10**6, None))
+    assert not Gain(0.06, 0.07, 0.0, 1).repays(Budget(10**6, None))
 
 
 def test_a_users_runs_share_one_cache(cache, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_gain_is_known_for_one_flow_batch_and_setting():
 def test_measuring_leaves_the_flow_compiled_and_says_what_it_took():
     flow, x = maf((2,), hidden=8), torch.randn(8, 2)
     compilation, gain = measure(flow.train(), lambda: flow(x).mean().backward(), whole=True, threads=[1])
-    assert compilation.graphs == 1 and min(gain.eager, gain.compiled) > 0
+    assert compilation.graphs == 1 and min(gain.eager, gain.compiled) > 0 and gain.threads == 1
     assert gain.compiling > gain.compiled
 
 
@@ -93,8 +93,11 @@ def test_only_a_gain_that_repays_compiles_and_the_choice_is_recorded(tmp_path, k
     assert "compiled: the whole flow as" in log_of(tmp_path)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["compiled"]
     state = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert state["compilation"] == {"compiled": True, "gain": {"eager": 1.0, "compiled": 0.5, "compiling": 0.5}}
-    for gain in (SLOW, Gain(1.0, 0.5, 1000.0), "no compiler"):
+    assert state["compilation"] == {
+        "compiled": True,
+        "gain": {"eager": 1.0, "compiled": 0.5, "compiling": 0.5, "threads": 1},
+    }
+    for gain in (SLOW, Gain(1.0, 0.5, 1000.0, 1), "no compiler"):
         known(gain)
         (tmp_path / str(gain)).mkdir()
         assert not train(tmp_path / str(gain), "max_steps=4")["compiled"]
@@ -159,7 +162,7 @@ def test_an_error_of_the_flow_itself_is_not_the_compilers():
 
 
 def test_a_long_run_tries_at_its_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation, "LONG", 0.01)
+    monkeypatch.setattr(compilation, "LONG", 0.0)
     monkeypatch.setattr(compilation, "MANY", 3)
     summary = train(tmp_path, "max_steps=4")
     gain = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")["compilation"]["gain"]
@@ -180,7 +183,7 @@ def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, monkey
     compile_later.run(pickle.loads(job.read_bytes()))
     job.unlink()
     (found,) = cache.glob("flowtrain/*.json")
-    assert {*json.loads(found.read_text())} == {"eager", "compiled", "compiling"}
+    assert {*json.loads(found.read_text())} == {"eager", "compiled", "compiling", "threads"}
     (tmp_path / "again").mkdir()
     train(tmp_path / "again", "max_steps=40")
     assert "measured here before" in log_of(tmp_path / "again")  # of the same flow in the same setting
@@ -195,7 +198,7 @@ def test_what_another_process_measures_is_waited_for(tmp_path, monkeypatch, capl
     waited = iter([True, True, True, False])
     monkeypatch.setattr(Known, "is_being_measured", lambda self: next(waited, False))
     monkeypatch.setattr(Known, "read", lambda self: None if next(waited, None) else FAST)
-    monkeypatch.setattr(compilation, "typical", lambda flow, step: 1.0)
+    monkeypatch.setattr(compilation, "fastest", lambda flow, step, threads: 1.0)
     with caplog.at_level(logging.INFO, "flowtrain"):
         assert train(tmp_path, "max_steps=4")["compiled"]
     assert "waits up to 2 s for the compilation that another run has begun" in log_of(tmp_path)

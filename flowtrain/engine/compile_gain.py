@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from flowtrain.engine.compiling import Compilation, compile_and_try, signature, 
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed, environment, files
 
-MARGIN = 1.5  # a compilation repays if it saves so many times what it takes
-STEPS = 7  # that are timed, after one that is not
+MARGIN = 1.2  # a compilation repays if it saves so many times what it takes
+STEPS = 10  # that are timed, after one that is not
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,13 @@ class Gain:
     """Attributes:
     eager, compiled: seconds of a training step without its optimizer.
     compiling: seconds of the first compiled step, in which the code is compiled or found in the cache.
+    threads: with which the compiled step is fastest.
     """
 
     eager: float
     compiled: float
     compiling: float
+    threads: int
 
     def repays(self, budget: Budget, step: int = 0, seconds: float = 0.0) -> bool:
         """Whether a run that has come to ``step`` after ``seconds`` takes more steps in its time compiled, or less
@@ -47,44 +48,38 @@ class Gain:
 
 
 def measure(flow: Flow, step: Callable[[], object], whole: bool, threads: list[int]) -> tuple[Compilation, Gain]:
-    """Compile ``flow``, and what that gains in ``step``, a gradient of it, each with the fastest of several numbers of
-    ``threads``. Raises UsageError as compile_and_try does."""
+    """Compile ``flow``, and what that gains in ``step``, a gradient of it, over the fastest of several numbers of
+    ``threads``, the largest first. Compiled, which takes time for each, only the first two are tried; the faster stays.
 
-    def fastest(numbers: list[int]) -> float:
-        times: list[float] = []
-        with_each(numbers, lambda: times.append(typical(flow, step)))
-        return min(times)
-
-    eager, began = fastest(threads), time.monotonic()
-    compilation = compile_and_try(flow, lambda: with_each(compiled_threads(threads), step), whole)
+    Raises:
+        UsageError: as in compile_and_try.
+    """
+    began = time.monotonic()
+    compilation = compile_and_try(flow, step, whole)
     compiling = time.monotonic() - began
-    return compilation, Gain(eager, fastest(compiled_threads(threads)), compiling)
+    compiled = {number: fastest(flow, step, [number]) for number in threads[:2]}
+    with compilation.pause():
+        eager = fastest(flow, step, threads)
+    best = min(compiled, key=compiled.get)
+    torch.set_num_threads(best)
+    return compilation, Gain(eager, compiled[best], compiling, best)
 
 
-def compiled_threads(threads: list[int]) -> list[int]:
-    """Those of the numbers of threads, the largest first, that a run chooses from if it is compiled: each has to be
-    compiled, and compiled code is large enough for many threads."""
-    return threads[:2]
-
-
-def with_each(threads: list[int], step: Callable[[], object]) -> None:
-    """Run ``step`` with each number of threads; the first, that of the process, stays."""
-    for number in reversed(threads):
-        torch.set_num_threads(number)
-        step()
-
-
-def typical(flow: Flow, step: Callable[[], object]) -> float:
-    """Seconds of a ``step``: a median."""
+def fastest(flow: Flow, step: Callable[[], object], threads: list[int]) -> float:
+    """Seconds of a ``step`` that nothing else on the machine slowed down, with the best of several numbers of threads,
+    of which the first stays."""
     wait = torch.cuda.synchronize if next(flow.parameters()).is_cuda else lambda: None
     times = []
-    for _ in range(1 + STEPS):
-        wait()
-        began = time.monotonic()
-        step()
-        wait()
-        times.append(time.monotonic() - began)
-    return median(times[1:])
+    for number in reversed(threads):
+        torch.set_num_threads(number)
+        step()  # which may compile
+        for _ in range(STEPS):
+            wait()
+            began = time.monotonic()
+            step()
+            wait()
+            times.append(time.monotonic() - began)
+    return min(times)
 
 
 class Known:

@@ -14,7 +14,7 @@ import torch
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data.batch import Batch
 from flowtrain.engine.budget import Budget
-from flowtrain.engine.compile_gain import Gain, Known, compiled_threads, measure, typical, with_each
+from flowtrain.engine.compile_gain import Gain, Known, fastest, measure
 from flowtrain.engine.compiling import Compilation, compile_and_try
 from flowtrain.engine.objectives import Objective
 from flowtrain.engine.precision import autocast_dtype
@@ -91,8 +91,7 @@ def choose_compilation(run, flow: Flow, config: TrainConfig, budget: Budget) -> 
     step = gradient_of(flow, run.objective, config, batch)
     with _buffers_kept(flow):
         if not auto:
-            numbers = compiled_threads(threads_of(config, run.device))
-            return CompileChoice(compile_and_try(flow, lambda: with_each(numbers, step), whole))
+            return CompileChoice(compile_and_try(flow, step, whole))
         known = Known(flow, batch.chunk(config.trainer.accumulate)[0].x, *_setting(run.objective, config))
         choice = _Choice(run, flow, config, budget, batch, step, known, whole)
         return choice.repeated() if run.compiled else choice.new()
@@ -108,9 +107,12 @@ class _Choice:
         self.begun = (run.state["step"], run.state["seconds"]) if run.state else (0, 0.0)
 
     def repeated(self) -> CompileChoice:
-        found = self.known.read()
+        gain = _gain_before(self.run)
+        threads = [*self.run.turns, *([gain.threads] if gain else [])]
+        if threads and threads[0] <= self.threads[0]:
+            torch.set_num_threads(threads[0])
         log.info("compile=auto: compiled, as before")
-        return self._compiled(found if isinstance(found, Gain) else None)
+        return self._compiled(gain)
 
     def new(self) -> CompileChoice:
         found = self._found()
@@ -120,7 +122,10 @@ class _Choice:
         if found is not None:
             repays = found.repays(self.budget, *self.begun)
             log.info("compile=auto: %s: measured here before, %s", "compiled" if repays else "not compiled", found)
-            return self._compiled(found) if repays else CompileChoice(gain=found)
+            if not repays:
+                return CompileChoice(gain=found)
+            torch.set_num_threads(found.threads)
+            return self._compiled(found)
         if self._is_long():
             return self._tried()
         alone = self.run.device.type == "cpu" and distributed.world() == 1 and not self.config.dry_run
@@ -138,7 +143,7 @@ class _Choice:
         return distributed.broadcast_object(self.known.read())
 
     def _eager(self) -> float:
-        return distributed.broadcast_object(typical(self.flow, self.step))
+        return distributed.broadcast_object(fastest(self.flow, self.step, self.threads))
 
     def _is_long(self) -> bool:
         """Whether trying it is worth the time: it takes minutes."""
@@ -171,8 +176,7 @@ class _Choice:
     def _compiled(self, gain: Gain | None) -> CompileChoice:
         began, compilation, error = time.monotonic(), None, ""
         try:
-            numbers = compiled_threads(self.threads)
-            compilation = compile_and_try(self.flow, lambda: with_each(numbers, self.step), self.whole)
+            compilation = compile_and_try(self.flow, self.step, self.whole)
         except UsageError as failure:
             error = str(failure)
         if any(distributed.all_gather_object(compilation is None)):

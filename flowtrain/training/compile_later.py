@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from flowtrain.config.build import build_flow
-from flowtrain.engine.compile_gain import compiled_threads, measure, with_each
+from flowtrain.engine.compile_gain import measure
 from flowtrain.engine.compiling import compile_and_try
 from flowtrain.errors import UsageError
 from flowtrain.training.background import Job
@@ -35,7 +35,7 @@ def run(job: Job) -> None:
         compilation.undo()
         torch.compiler.reset()
         began = time.monotonic()  # once more: later runs find the code in the cache
-        compile_and_try(flow, lambda: with_each(compiled_threads(job.threads), step))
+        compile_and_try(flow, step)
         job.known.write(replace(gain, compiling=time.monotonic() - began))
     except UsageError as error:
         job.known.write(str(error))

@@ -23,7 +23,6 @@ from flowtrain.data import Loader, Split
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine import determinism
-from flowtrain.engine.compile_gain import compiled_threads
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
@@ -237,11 +236,11 @@ def log_cost_of_determinism(
 def chosen_threads(
     config: TrainConfig, device: torch.device, compiled: bool = False, turns: tuple[int, ...] = ()
 ) -> Threads:
-    """The choice of the number of threads; where there are ``turns``, they are repeated."""
-    numbers = threads_of(config, device)
-    if turns and len(numbers) > 1 and max(turns) <= numbers[0]:
-        return RepeatedThreads([*turns])
-    return Threads(compiled_threads(numbers) if compiled else numbers)
+    """The choice of the number of threads; where there are ``turns``, they are repeated. What is compiled has its
+    number."""
+    numbers = [torch.get_num_threads()] if compiled else threads_of(config, device)
+    repeats = turns and len(numbers) > 1 and max(turns) <= numbers[0]
+    return RepeatedThreads([*turns]) if repeats else Threads(numbers)
 
 
 def set_memory(config: TrainConfig, flow: Flow) -> None:
