@@ -107,6 +107,8 @@ def compile_flow(flow: Flow, whole: bool = True) -> Compilation:
     if not found:
         raise UsageError("compile=true: nothing in this flow can be compiled; use compile=false")
     use_cache()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch warns itself
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_matters)
     _try(found[0])
     left_out = continuous_layers(flow) or sequential_layers(flow.bijection)
     if left_out:
@@ -116,8 +118,6 @@ def compile_flow(flow: Flow, whole: bool = True) -> Compilation:
     compilation = Compilation([flow] if whole and not left_out and len(found) <= DEEP else found)
     # torch counts all regions together, for each number of threads; see Compilation.shapes for the factor
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 6 * compilation.shapes)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch warns itself
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_matters)
     torch._inductor.config.cpp.dynamic_threads = True  # code for any number of threads
     for module in compilation.modules:
         module.compile(fullgraph=True, dynamic=False)
