@@ -136,8 +136,9 @@ class Known:
         return False
 
     def note_compiling(self, gain: Gain, seconds: float) -> None:
-        """Note how long compiling took this time."""
-        self.write(replace(gain, compiling=seconds))
+        """Note how long compiling took this time, if nothing slowed it down."""
+        if seconds < gain.compiling:
+            self.write(replace(gain, compiling=seconds))
 
 
 def _machine(device: torch.device) -> tuple:
