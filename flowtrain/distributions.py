@@ -24,14 +24,30 @@ class Noise(NamedTuple):
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Numbers for n events, (n, *shape), on the CPU."""
-        shape = (n, *self.shape)
-        if self.kind == "normal":
-            return torch.randn(shape, generator=generator, device="cpu")
-        u = torch.rand(shape, generator=generator, device="cpu")
-        if self.kind == "uniform":
-            return u
-        u = u.clamp(min=torch.finfo(torch.float32).tiny)  # rand can return 0, whose logit is infinite
-        return u.log() - torch.log1p(-u)
+        if torch.compiler.is_compiling() and generator is None:
+            return torch.ops.flowtrain.noise(self.kind, (n, *self.shape))
+        return _draw(self.kind, (n, *self.shape), generator)
+
+
+def _draw(kind: str, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    if kind == "normal":
+        return torch.randn(shape, generator=generator, device="cpu")
+    u = torch.rand(shape, generator=generator, device="cpu")
+    if kind == "uniform":
+        return u
+    u = u.clamp(min=torch.finfo(torch.float32).tiny)  # rand can return 0, whose logit is infinite
+    return u.log() - torch.log1p(-u)
+
+
+@torch.library.custom_op("flowtrain::noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _opaque(kind: str, shape: Sequence[int]) -> Tensor:
+    """Opaque to a compiler, which would draw other numbers from the same seed."""
+    return _draw(kind, shape)
+
+
+@_opaque.register_fake
+def _(kind, shape):
+    return torch.empty(shape, device="cpu")
 
 
 class Distribution(nn.Module):

@@ -14,7 +14,7 @@ from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
-from flowtrain.runtime import fusion, global_batch
+from flowtrain.runtime import fusion, global_batch, modes
 
 
 class Flow(nn.Module):
@@ -22,7 +22,8 @@ class Flow(nn.Module):
 
     ``forward`` is the log-likelihood, so that what wraps a module (DDP, compile, hooks) wraps that. It does not check
     values. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` do, for which the host waits for the
-    device. They accept real numbers of any dtype and compute in the precision of the flow's weights.
+    device. They accept real numbers of any dtype and compute in the precision of the flow's weights. Compiled,
+    ``log_prob``, ``decode`` and ``sample`` are one graph each and check shapes alone: a result may not be finite.
 
     Args:
         shape: of one example, as the data hold it (raw integers for images).
@@ -304,6 +305,8 @@ def _row(name: str, x: Tensor, row: int) -> str:
 
 
 def _first_not_finite(x: Tensor) -> int | None:
+    if not modes.values_are_known():
+        return None
     finite = x.isfinite()
     if finite.all():
         return None

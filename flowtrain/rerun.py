@@ -14,6 +14,7 @@ from flowtrain.config import restore, runs
 from flowtrain.config.conversion import format_value, to_dict, validate
 from flowtrain.config.schema import TrainConfig
 from flowtrain.runtime import checkpoint, distributed, environment
+from flowtrain.training.compilation import was_compiled
 from flowtrain.training.setup import SetUp
 
 log = logging.getLogger("flowtrain")
@@ -42,7 +43,8 @@ def main(config: RerunConfig, run_dir: str) -> dict:
             if not found:
                 log.info("nothing differs%s", _promise(again, run))
 
-    return train.main(again, run_dir, look, tuple(turns) if all(type(one) is int and one > 0 for one in turns) else ())
+    turns = tuple(turns) if all(type(one) is int and one > 0 for one in turns) else ()
+    return train.main(again, run_dir, look, turns, was_compiled(state or {}))
 
 
 def _promise(config: TrainConfig, run: SetUp) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flowtrain.config import places
 from flowtrain.config.schema import TrainConfig
+from flowtrain.engine.trainer import Trainer
 from flowtrain.runtime import distributed, environment, files, status
 from flowtrain.training import dry_run
 from flowtrain.training.conclusion import conclude
@@ -22,18 +23,20 @@ def main(
     run_dir: str,
     look: Callable[[SetUp], None] = lambda run: None,
     turns: tuple[int, ...] = (),
+    compiled: bool | None = None,
 ) -> dict:
     """Train what ``config`` says into ``run_dir``; returns the summary, on every process.
 
     Args:
         look: called on every process with the run once its data are open.
         turns: numbers of threads, in the order in which the run that this one repeats gave them turns.
+        compiled: whether that run was compiled; None where compile=auto decides anew.
     """
     with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
                 files.remove_temporary(Path(run_dir) / folder)
-        run = set_up(config, run_dir, turns)
+        run = set_up(config, run_dir, turns, compiled)
         look(run)
         return dry_run.main(run) if config.dry_run else _train(run)
 
@@ -42,7 +45,7 @@ def _train(run: SetUp) -> dict:
     config, loggers, trainer = run.config, run.loggers, run.ready_trainer()
     if distributed.is_main():
         log_introduction(run, trainer)
-        _record(run)
+        _record(run, trainer)
     record = record_of(run, trainer)
     try:
         with one_line_errors(config, trainer, run.device):
@@ -51,7 +54,7 @@ def _train(run: SetUp) -> dict:
             with trainer.pause_compilation():
                 summary, score = conclude(run, trainer)
             if distributed.is_main():
-                _record(run)  # once more: threads are chosen by now
+                _record(run, trainer)  # once more: threads are chosen by now
             loggers.hyperparameters(record.settings, {run.objective.key: score.figure})
     finally:
         loggers.close()
@@ -61,8 +64,10 @@ def _train(run: SetUp) -> dict:
     return summary
 
 
-def _record(run: SetUp) -> None:
+def _record(run: SetUp, trainer: Trainer) -> None:
     """Write what the run computes with and where its data lie."""
-    config = run.config
-    environment.record(run.run_dir, run.device, precision=config.precision, batch_size=config.batch_size)
+    config, compiled = run.config, trainer.compilation is not None
+    environment.record(
+        run.run_dir, run.device, precision=config.precision, batch_size=config.batch_size, compiled=compiled
+    )
     places.record(run.run_dir, run.data)

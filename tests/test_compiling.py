@@ -1,4 +1,4 @@
-"""torch.compile by regions: what becomes one program, that it computes the same, and that it is compiled once."""
+"""torch.compile of a flow as a whole and by regions: one graph, the same numbers, compiled once."""
 
 import threading
 from functools import partial
@@ -62,7 +62,7 @@ def gradient(flow, x, context=None):
 def test_compiled_training_is_the_same_and_compiles_once(make):
     flow, x = digits_flow(make, hidden=16)
     names, eager = list(flow.state_dict()), gradient(flow, x)
-    compilation = compile_flow(flow)
+    compilation = compile_flow(flow, whole=False)
     first = gradient(flow, x)
     compilation.settle()
     assert 0 < compilation.shapes <= compilation.graphs <= 3 * compilation.shapes
@@ -80,7 +80,7 @@ def test_a_deeper_flow_compiles_no_more():
     for steps in (2, 5):
         torch._dynamo.reset()
         flow, x = digits_flow(flows.realnvp_vector, hidden=16, pairs=steps)
-        compilation = compile_flow(flow)
+        compilation = compile_flow(flow, whole=False)
         gradient(flow, x)
         compilation.settle()
         assert (compilation.regions, compilation.shapes) == (steps, 1)
@@ -90,7 +90,7 @@ def test_a_deeper_flow_compiles_no_more():
 
 def test_a_recompilation_is_counted_and_told(caplog):
     flow, x = digits_flow(flows.nice, hidden=16)
-    compilation = compile_flow(flow)
+    compilation = compile_flow(flow, whole=False)
     with caplog.at_level("INFO", logger="flowtrain"):
         gradient(flow, x)
         compilation.after_step(1)
@@ -105,7 +105,7 @@ def test_a_recompilation_is_counted_and_told(caplog):
 
 def test_evaluation_compiles_nothing():
     flow, x = digits_flow(flows.nice, hidden=16)
-    compilation = compile_flow(flow)
+    compilation = compile_flow(flow, whole=False)
     gradient(flow, x)
     compilation.settle()
     with compilation.pause(), torch.no_grad():
@@ -134,7 +134,7 @@ def test_signatures_tell_programs_apart_and_not_weights():
 
 def test_weight_normalization_does_not_keep_couplings_apart():
     flow, _ = digits_flow(flows.realnvp, blocks=1)
-    compilation = compile_flow(flow)
+    compilation = compile_flow(flow, whole=False)
     assert compilation.regions == 10 and compilation.shapes == 4
 
 
@@ -149,7 +149,7 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch):
     with pytest.raises(
         UsageError, match="compile=true: torch.compile does not work here .*no compiler.*; use compile="
     ):
-        compile_flow(flow)
+        compile_flow(flow, whole=False)
 
 
 def test_context_and_autocast_reach_a_compiled_step():
@@ -170,7 +170,7 @@ def test_context_and_autocast_reach_a_compiled_step():
     x, context = torch.randn(BATCH, 6), torch.randn(BATCH, 3)
     with torch.autocast("cpu", torch.bfloat16):
         eager = gradient(flow, x, context)
-        compilation = compile_flow(flow)
+        compilation = compile_flow(flow, whole=False)
         assert compilation.regions == 2
         result = gradient(flow, x, context)
     assert compilation.graphs
@@ -193,7 +193,7 @@ def test_dropout_is_the_same_compiled_and_slices_share_a_program(slices):
 
     eager = step()
     assert not torch.allclose(eager, step_without_dropout(flow, x), atol=1e-3)
-    compilation = compile_flow(flow)
+    compilation = compile_flow(flow, whole=False)
     torch.testing.assert_close(step(), eager, atol=1e-5, rtol=1e-4)
     compilation.settle()
     assert compilation.graphs <= 3 * compilation.shapes

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from flowtrain.cli import jobs, launcher
 from flowtrain.engine.threads import KEPT, ROUNDS, Threads, halvings
 from flowtrain.runtime import distributed
-from flowtrain.training.setup import threads_of
+from flowtrain.training.setup import chosen_threads
 
 TURN = 1 + KEPT
 
@@ -154,10 +154,10 @@ def test_threads_are_set_and_recorded(tmp_path, threads):
 def test_only_a_process_that_trains_alone_on_the_cpu_measures(threads, monkeypatch):
     torch.set_num_threads(2)
     cpu = torch.device("cpu")
-    assert threads_of(configuration(), cpu, None).numbers == [2, 1]
+    assert chosen_threads(configuration(), cpu).numbers == [2, 1]
     for word in ("deterministic=true", "threads=2"):
-        assert threads_of(configuration(word), cpu, None).numbers == [2]
-    assert threads_of(configuration(), cpu, object()).numbers == [2]  # it is compiled
-    assert threads_of(configuration(), torch.device("cuda"), None).numbers == [2]
+        assert chosen_threads(configuration(word), cpu).numbers == [2]
+    assert chosen_threads(configuration(), torch.device("cuda")).numbers == [2]
+    assert chosen_threads(configuration(), cpu, compiled=True).numbers == [2]
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    assert threads_of(configuration(), cpu, None).numbers == [2]
+    assert chosen_threads(configuration(), cpu).numbers == [2]

@@ -54,7 +54,7 @@ class Dequantize(Bijection):
         return y, zero_log_det(x) + self.log_det
 
     def inverse(self, z, context=None):
-        if not modes.current().tracing and z.isnan().any():
+        if modes.values_are_known() and z.isnan().any():
             raise FloatingPointError("integers of what is not a number")
         x = (z * self.grey_levels).floor().clamp(0, self.grey_levels - 1)
         return x.to(self.integers), zero_log_det(z) - self.log_det

@@ -1,16 +1,18 @@
-"""``torch.compile`` by regions: what a flow repeats is compiled once and serves all its repetitions.
+"""``torch.compile`` of the training direction: a flow as a whole, or region by region.
 
-A flow as a whole takes minutes to compile, and longer with every step of flow. Steps of one shape are one program, so
-that the time depends on the number of different ones.
+One program for the whole flow is the fastest, and takes longer to compile with every layer. So a deep flow is compiled
+by regions: what it repeats is compiled once and serves all its repetitions.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +21,23 @@ from torch.nn.utils.parametrize import is_parametrized
 from flowtrain.bijections import Autoregressive, Bijection, Chain, Coupling
 from flowtrain.bijections.autoregressive import sequential_layers
 from flowtrain.bijections.ode import continuous_layers
-from flowtrain.engine.budget import Budget
-from flowtrain.errors import UsageError
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
 
 log = logging.getLogger("flowtrain")
+
+DEEP = 24  # a flow of more regions is compiled by regions
 
 
 class Compilation:
     """What :func:`compile_flow` did, and how long that has taken so far.
 
-    Regions are compiled when they first run forward and backward. After a whole training step, at :meth:`settle`, all
+    Modules are compiled when they first run forward and backward. After a whole training step, at :meth:`settle`, all
     are. What the process compiles besides this flow counts too.
 
     Attributes:
-        regions: modules that run compiled.
+        modules: that run compiled: the flow, or regions of it.
+        regions: number of them.
         shapes: number of different ones among them. Each is compiled once, and once more where the first of a scale
             gets an input that needs no gradient or has another memory layout.
         graphs: programs compiled up to :meth:`settle`.
@@ -41,10 +45,11 @@ class Compilation:
         recompiles: programs compiled since :meth:`settle`.
     """
 
-    def __init__(self, regions: list[nn.Module]):
+    def __init__(self, modules: list[nn.Module]):
         from torch._dynamo.callback import callback_handler
 
-        self.regions, self.shapes = len(regions), len({signature(region) for region in regions})
+        self.modules = modules
+        self.regions, self.shapes = len(modules), len({signature(module) for module in modules})
         self.graphs, self.seconds, self.recompiles = 0, 0.0, 0
         self._settled, self._warned, self._since = False, 0, 0.0
         callback_handler.register_start_callback(self._start)
@@ -68,8 +73,9 @@ class Compilation:
         """To be called after each training step: logs what compiling took, and later recompilations."""
         if not self._settled:
             self.settle()
-            counts = self.regions, self.shapes, self.graphs, self.seconds
-            log.info("compiled: %d layers (%d different) as %d graphs, in %.0f s", *counts)
+            layers = f"{self.regions} layers ({self.shapes} different)"
+            what = "the whole flow" if isinstance(self.modules[0], Flow) else layers
+            log.info("compiled: %s as %d graph%s, in %.0f s", what, self.graphs, "s"[: self.graphs > 1], self.seconds)
         elif self.recompiles > self._warned:
             self._warned = self.recompiles
             log.warning("step %d: compiled again, %d graphs since the first step", step, self.recompiles)
@@ -78,19 +84,20 @@ class Compilation:
         """Within it nothing runs compiled: batches of other sizes, without gradients, would each be compiled anew."""
         return torch.compiler.set_stance("force_eager")
 
-
-def pays(device: torch.device, budget: Budget) -> bool:
-    """Whether ``compile=auto`` compiles: on a GPU, in a run of at least 5000 steps, or of 20 minutes if only those are
-    set. It takes minutes, and on a CPU a step gains little: it spends most of its time in matrix products."""
-    long = budget.steps >= 5000 if budget.steps else (budget.minutes or 0) >= 20
-    return device.type == "cuda" and long
+    def undo(self) -> None:
+        """Let the modules run as they did before."""
+        for module in self.modules:
+            module._compiled_call_impl = None
 
 
-def compile_flow(flow: Flow) -> Compilation:
-    """Compile the training direction of ``flow`` in place, region by region; names in its state dict stay.
+def compile_flow(flow: Flow, whole: bool = True) -> Compilation:
+    """Compile the training direction of ``flow`` in place; names in its state dict stay.
 
     To be called once the flow is initialized, and after a copy of it, such as EMA's, has been made. Batches should all
     have one size.
+
+    Args:
+        whole: as one program, unless the flow is deep or has layers that cannot be compiled; False: by regions.
 
     Raises:
         UsageError: nothing in the flow can be compiled, or this machine lacks what compiling needs.
@@ -99,14 +106,60 @@ def compile_flow(flow: Flow) -> Compilation:
     found = list(regions(flow.bijection))
     if not found:
         raise UsageError("compile=true: nothing in this flow can be compiled; use compile=false")
-    _try(found[0])
-    compilation = Compilation(found)
-    # torch counts all regions together; see Compilation.shapes for the factor
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * compilation.shapes)
+    use_cache()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch warns itself
-    for region in found:
-        region.compile(fullgraph=True, dynamic=False)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_matters)
+    _try(found[0])
+    left_out = continuous_layers(flow) or sequential_layers(flow.bijection)
+    if left_out:
+        log.info(
+            "compile: %d layers of the flow; what solves an ODE or goes element by element is left out", len(found)
+        )
+    compilation = Compilation([flow] if whole and not left_out and len(found) <= DEEP else found)
+    # torch counts all regions together, for each number of threads; see Compilation.shapes for the factor
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 6 * compilation.shapes)
+    torch._inductor.config.cpp.dynamic_threads = True  # code for any number of threads
+    for module in compilation.modules:
+        module.compile(fullgraph=True, dynamic=False)
     return compilation
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """False for a warning that there is no GPU."""
+    return "No CUDA runtime" not in record.getMessage()
+
+
+def compile_and_try(flow: Flow, step: Callable[[], object], whole: bool = True) -> Compilation:
+    """:func:`compile_flow`, and ``step()``, which runs the flow forward and backward, once.
+
+    Raises:
+        UsageError: as there, or that step fails compiled and not otherwise. The flow is then as it was.
+    """
+    compilation = compile_flow(flow, whole)
+    try:
+        step()
+    except Exception as error:  # of many kinds
+        compilation.undo()
+        if isinstance(error, FlowtrainError | torch.OutOfMemoryError):
+            raise
+        step()  # raises where the compiler is not to blame
+        raise compile_error(error) from error
+    return compilation
+
+
+def use_cache() -> Path:
+    """The directory of compiled code, one for all runs of a user: ``TORCHINDUCTOR_CACHE_DIR``, or else
+    flowtrain/inductor in the user's cache directory (``XDG_CACHE_HOME``); torch's own where that cannot be written."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch sets the variable
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowtrain" / "inductor"
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except (OSError, RuntimeError):
+            path = Path(default_cache_dir())
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).absolute()
 
 
 def regions(bijection: Bijection) -> Iterator[Bijection]:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Trainer(Stateful):
         ema: the average of the weights, which is validated and previewed in place of ``flow``.
         autocast: dtype of networks, where that is lower than the weights'.
         compilation: of ``flow``, if it runs compiled.
+        choice: what a checkpoint keeps of why it does or does not.
+        beside: entered around the steps; yields what is called with the duration of each and the number still left.
         threads: the numbers of threads to choose from; None: the present one.
     """
 
@@ -87,10 +89,13 @@ class Trainer(Stateful):
         ema: EMA | None = None,
         autocast: torch.dtype | None = None,
         compilation: Compilation | None = None,
+        choice: dict | None = None,
+        beside: AbstractContextManager[Callable[[float, float], object]] | None = None,
         threads: Threads | None = None,
     ):
         self.flow, self.objective, self.loader, self.config = flow, objective, loader, config
         self.budget, self.schedule, self.compilation = budget, schedule, compilation
+        self.choice, self.beside = choice, beside or nullcontext(lambda seconds, left: None)
         self.validation, self.previews = validation, previews
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
@@ -118,7 +123,7 @@ class Trainer(Stateful):
         saved, logged = self.seconds, time.monotonic()
         profiles = config.profile and distributed.is_main()
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
-        with note_signals() as noted, profiler as profile_step:
+        with note_signals() as noted, self.beside as after_step, profiler as profile_step:
             try:
                 self.threads.start()
                 self.flow.train()
@@ -127,7 +132,9 @@ class Trainer(Stateful):
                 while self.progress() < 1 and not self.validation.stalled:
                     batch, start = next_batch(batches), time.monotonic()
                     norm, signum = self.take_step(batch, began, noted)
-                    self.threads.after_step(time.monotonic() - start)
+                    took = time.monotonic() - start
+                    self.threads.after_step(took)
+                    after_step(took, self.budget.left(self.step, self.seconds, took))
                     profile_step()
                     if self.every(config.log_every):
                         self.report(norm, elapsed=time.monotonic() - logged)
@@ -282,7 +289,7 @@ class Trainer(Stateful):
         return bool(steps) and self.step % steps == 0
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), **self.weights.state_dict()}
+        return {**super().state_dict(), "compilation": self.choice, **self.weights.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what :meth:`state_dict` returned.

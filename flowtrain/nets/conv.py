@@ -84,8 +84,8 @@ class ConvNet(nn.Module):
         h = conv_and_norm(self.first, self.norm_first, x.contiguous(memory_format=torch.channels_last))
         if self.context is not None:
             h = h + self.context(context)[:, :, None, None]
-        h = conv_and_norm(self.second, self.norm_second, self.dropout(F.relu_(h)))
-        return self.last(self.dropout(F.relu_(h)))
+        h = conv_and_norm(self.second, self.norm_second, F.relu_(self.dropout(h)))
+        return self.last(F.relu_(self.dropout(h)))
 
 
 class ResidualConvNet(nn.Module):
@@ -167,7 +167,7 @@ class _Residual(nn.Module):
 
     def forward(self, x):
         h = self.first(F.relu(self.norm_first(x)))
-        return x + self.second(self.dropout(F.relu(self.norm_second(h))))
+        return x + self.second(F.relu(self.dropout(self.norm_second(h))))
 
 
 class PreactivatedConvNet(nn.Module):
@@ -229,7 +229,7 @@ class _Preactivated(nn.Module):
 
     def forward(self, x):
         h = self.first(F.relu(self.norm_first(x)))
-        return x + self.second(self.dropout(F.relu(self.norm_second(h))))
+        return x + self.second(F.relu(self.dropout(self.norm_second(h))))
 
 
 def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class MLP(nn.Module):
         if self.context is not None:
             h = h + self.context(context)
         for layer in self.hidden:
-            h = layer(self.dropout(F.relu(h)))
-        return self.last(self.dropout(F.relu(h)))
+            h = layer(F.relu(self.dropout(h)))
+        return self.last(F.relu(self.dropout(h)))
 
 
 class ResidualMLP(nn.Module):
@@ -76,7 +76,7 @@ class ResidualMLP(nn.Module):
         if self.context is not None:
             h = h + self.context(context)
         for one, other in zip(self.ones, self.others):
-            h = h + other(self.dropout(F.relu(one(F.relu(h)))))
+            h = h + other(F.relu(self.dropout(one(F.relu(h)))))
         return self.last(h)
 
 

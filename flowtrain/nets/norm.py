@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowtrain.runtime.global_batch import RunningMoments, uniform
+from flowtrain.runtime.global_batch import RunningMoments, dropout_mask
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -69,6 +69,7 @@ class BatchNorm(nn.Module):
 
 class Dropout(nn.Module):
     """Dropout with probability ``p``. The mask is drawn for the global batch: the same for any number of processes.
+    Before a rectifier it computes the same as after it, and less is kept for the gradient: the output and no sign.
 
     Raises:
         ValueError: ``p`` outside [0, 1).
@@ -86,5 +87,4 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = uniform(x.shape, device=x.device) >= self.p
-        return x * keep.to(x.dtype).div_(1 - self.p)
+        return x * dropout_mask(x, self.p)

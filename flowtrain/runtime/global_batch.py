@@ -69,6 +69,28 @@ def _(shape, device, dtype):
     return torch.empty(shape, device=device, dtype=dtype)
 
 
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """Numbers for the elements of x, in its order in memory: 0 with probability ``p``, else 1/(1 − p)."""
+    x = x.detach()
+    return torch.ops.flowtrain.dropout_mask(x, p) if torch.compiler.is_compiling() else _dropout_mask(x, p)
+
+
+def _dropout_mask(x: Tensor, p: float) -> Tensor:
+    mask = (_uniform(x.shape, x.device, torch.float32) >= p).to(x.dtype).div_(1 - p)
+    return mask if mask.stride() == x.stride() else torch.empty_like(x).copy_(mask)
+
+
+@torch.library.custom_op("flowtrain::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _opaque_mask(x: Tensor, p: float) -> Tensor:
+    """Opaque to a compiler as uniform numbers are. It would keep the mask as booleans, which it writes slowly."""
+    return _dropout_mask(x, p)
+
+
+@_opaque_mask.register_fake
+def _(x, p):
+    return torch.empty_like(x)
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of every channel, axis 1, over the global batch; differentiable."""
     axes = [0, *range(2, x.dim())]

@@ -70,6 +70,11 @@ def current() -> Modes:
     return _modes.get()
 
 
+def values_are_known() -> bool:
+    """Whether a check may read values: not where a program for values to come is made, by a compiler or an export."""
+    return not (torch.compiler.is_compiling() or current().tracing)
+
+
 @contextmanager
 def enter(modes: Modes) -> Iterator[None]:
     """Within it, the modes are ``modes``."""

@@ -42,6 +42,7 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
         "seconds": round(trainer.seconds, 3),
         "batch_size": trainer.loader.batch_size,
         "threads": torch.get_num_threads(),
+        "compiled": trainer.compilation is not None,
         "skipped_steps": trainer.recovery.skipped,
         "rollbacks": trainer.recovery.rollbacks,
         "unreadable": sum(bad.values()),

@@ -19,6 +19,7 @@ from flowtrain.commands.previews import CELLS
 from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.engine.auto import choose_batch_size
 from flowtrain.engine.batch_search import START, sizes_between
+from flowtrain.engine.compile_gain import Gain
 from flowtrain.engine.loggers import Loggers, ProgressLines
 from flowtrain.engine.out_of_memory import is_out_of_memory
 from flowtrain.engine.precision import tf32_as
@@ -320,6 +321,8 @@ class _Others:
         cost, found = self.measured.cost, []
         found.append(("as it is", self._figures(cost, self.config.batch_size)))
         compiled = self.trainer.compilation is not None
+        if self.config.compile == "auto" and not compiled:
+            found.append(("compile=true", self._compiled_before()))
         with self.trainer.pause_compilation():
             for words, change, slower in self._changes(compiled):
                 found.append((words, self._try(change, slower)))
@@ -340,6 +343,11 @@ class _Others:
         for factor in (0.5, 2):
             if batch := int(self.config.batch_size * factor):
                 yield f"batch_size={batch}", {"batch_size": batch}, factor
+
+    def _compiled_before(self) -> str:
+        """What an earlier run of this flow measured: to compile it now takes long."""
+        gain = self.trainer.choice["gain"]
+        return f"measured before: {Gain(**gain)}" if gain else "not measured: it takes minutes to compile a flow anew"
 
     def _try(self, change: dict, slower: float) -> str:
         """The figures with some keys changed, or in words why there are none."""

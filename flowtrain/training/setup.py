@@ -23,8 +23,6 @@ from flowtrain.data import Loader, Split
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine import determinism
-from flowtrain.engine.budget import Budget
-from flowtrain.engine.compiling import Compilation, compile_flow, pays
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
@@ -33,7 +31,7 @@ from flowtrain.engine.precision import autocast_dtype, exact_arithmetic, set_tf3
 from flowtrain.engine.previews import Previews
 from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
-from flowtrain.engine.threads import RepeatedThreads, Threads, halvings
+from flowtrain.engine.threads import RepeatedThreads, Threads
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
@@ -42,6 +40,7 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
+from flowtrain.training.compilation import CompileChoice, choose_compilation, threads_of, was_compiled
 from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
 from flowtrain.training.start import average_of, start
@@ -58,6 +57,7 @@ class SetUp:
         stored: what checkpoints keep of the configuration.
         state: of the checkpoint that the run resumes, or None.
         turns: numbers of threads, as the run that this one repeats used them; () where it chooses them itself.
+        compiled: whether the run was compiled before, or the one that this repeats; None where it chooses that itself.
     """
 
     config: TrainConfig
@@ -72,6 +72,7 @@ class SetUp:
     stored: dict
     state: dict | None
     turns: tuple[int, ...] = ()
+    compiled: bool | None = None
 
     @property
     def spec(self) -> DataSpec:
@@ -94,10 +95,10 @@ class SetUp:
         return Loader(self.train, config.batch_size, config.seed, self.data.augment, *place, config.trainer.workers)
 
     def trainer(
-        self, flow: Flow, config: TrainConfig, compilation: Compilation | None = None, ema: EMA | None = None
+        self, flow: Flow, config: TrainConfig, choice: CompileChoice | None = None, ema: EMA | None = None
     ) -> Trainer:
         """A Trainer of ``flow``. Raises UsageError where ``config`` asks for what cannot be."""
-        loader = self.loader(config)
+        loader, choice = self.loader(config), choice or CompileChoice()
         set_memory(config, flow)  # after compilation
 
         def evaluate(flow: Flow, examples: int | None = config.trainer.val_examples) -> Evaluation:
@@ -121,8 +122,10 @@ class SetUp:
             loggers=self.loggers,
             ema=ema,
             autocast=autocast_dtype(config.precision, self.device),
-            compilation=compilation,
-            threads=threads_of(config, self.device, compilation, self.turns),
+            compilation=choice.compilation,
+            choice=choice.state_dict(),
+            beside=choice.trial,
+            threads=chosen_threads(config, self.device, choice.compilation is not None, self.turns),
         )
 
     def ready_trainer(self) -> Trainer:
@@ -135,15 +138,15 @@ class SetUp:
         with memory_of_weights(config, self.device):
             ema = average_of(flow, config)  # a copy from before compilation
         budget = budget_of(config, len(self.train) // config.batch_size)
-        compilation = compile_where_it_pays(flow, config, budget, self.device)
+        choice = choose_compilation(self, flow, config, budget)
         with memory_of_weights(config, self.device):
-            trainer = self.trainer(flow, config, compilation, ema)
+            trainer = self.trainer(flow, config, choice, ema)
             if self.state is not None:
                 trainer.load_state_dict(self.state)
         return trainer
 
 
-def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> SetUp:
+def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = (), compiled: bool | None = None) -> SetUp:
     """Refuse what can be refused before data are opened, then open them and choose the batch size."""
     data = build_dataset(config)
     spec = data.spec
@@ -165,7 +168,8 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> Se
     train, val = data.split("train"), data.split("val")
     state = checkpoint.read(config.resume) if config.resume else None
     stored = stored_config(config, state)
-    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, turns)
+    compiled = was_compiled(state) if state else compiled
+    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, turns, compiled)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
 
 
@@ -238,31 +242,14 @@ def log_cost_of_determinism(
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
-def compile_where_it_pays(flow: Flow, config: TrainConfig, budget: Budget, device: torch.device) -> Compilation | None:
-    """Compile the flow's training direction where ``compile`` asks for it, or where it pays and is possible."""
-    worthwhile = config.memory != "reversible" and pays(device, budget)
-    if config.compile is False or config.compile == "auto" and not worthwhile:
-        return None
-    try:
-        return compile_flow(flow)
-    except UsageError as error:
-        if config.compile == "auto":
-            log.info("compile=auto: trains without: %s", error)
-            return None
-        raise
-
-
-def threads_of(
-    config: TrainConfig, device: torch.device, compilation: Compilation | None, turns: tuple[int, ...] = ()
+def chosen_threads(
+    config: TrainConfig, device: torch.device, compiled: bool = False, turns: tuple[int, ...] = ()
 ) -> Threads:
-    """The numbers of threads to choose from: several in a process that trains alone on the CPU, unless ``threads`` or
-    ``deterministic`` says otherwise; code that is compiled has its number. Where there are ``turns``, they repeat them.
-    """
-    most = torch.get_num_threads()
-    alone = device.type == "cpu" and distributed.world() == 1 and not compilation
-    if not alone or config.threads != "auto" or config.deterministic:
-        return Threads([most])
-    return RepeatedThreads([*turns]) if turns and max(turns) <= most else Threads(halvings(most))
+    """The choice of the number of threads; where there are ``turns``, they are repeated. What is compiled has its
+    number."""
+    numbers = [torch.get_num_threads()] if compiled else threads_of(config, device)
+    repeats = turns and len(numbers) > 1 and max(turns) <= numbers[0]
+    return RepeatedThreads([*turns]) if repeats else Threads(numbers)
 
 
 def set_memory(config: TrainConfig, flow: Flow) -> None:

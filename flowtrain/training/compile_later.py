@@ -1,0 +1,51 @@
+"""``python -m flowtrain.training.compile_later JOB``: the process that :mod:`flowtrain.training.background` starts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flowtrain.config.build import build_flow
+from flowtrain.engine.compile_gain import measure
+from flowtrain.engine.compiling import compile_and_try
+from flowtrain.errors import UsageError
+from flowtrain.training.background import Job
+from flowtrain.training.compilation import gradient_of
+from flowtrain.training.setup import objective_of
+
+LIMIT = 15 * 60  # seconds that it may take
+
+
+def run(job: Job) -> None:
+    """Note what compiling the job's flow gains, with the compiled code in the cache."""
+    torch.set_num_threads(job.threads[0])
+    flow = build_flow(job.config, job.spec, "cpu")
+    flow.load_state_dict(job.weights)
+    step = gradient_of(flow, objective_of(job.config, job.spec), job.config, job.batch)
+    try:
+        compilation, gain = measure(flow, step, whole=True, threads=job.threads)
+        job.known.write(gain)
+        compilation.undo()
+        torch.compiler.reset()
+        began = time.monotonic()  # once more: later runs find the code in the cache
+        compile_and_try(flow, step)
+        job.known.write(replace(gain, compiling=time.monotonic() - began))
+    except UsageError as error:
+        job.known.write(str(error))
+
+
+if __name__ == "__main__":
+    os.nice(19)
+    signal.alarm(LIMIT)
+    file = Path(sys.argv[1])
+    try:
+        run(pickle.loads(file.read_bytes()))  # which a run of this user has written
+    finally:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""compile=auto: what it measures, keeps and decides, and that a run goes on where compilation fails."""
+
+import json
+import logging
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from inprocess import flowtrain
+from torch._dynamo.backends import registry
+
+from flowtrain.engine.budget import Budget
+from flowtrain.engine.compile_gain import Gain, Known, measure
+from flowtrain.engine.compiling import compile_flow, use_cache
+from flowtrain.errors import FlowtrainError
+from flowtrain.flows import maf
+from flowtrain.runtime import checkpoint
+from flowtrain.training import background, compilation, compile_later
+
+TINY = ["model=maf", "model.steps=1", "model.hidden=8", "dataset=moons", "dataset.rows=2000", "batch_size=64"]
+TINY += ["logger=none", "report=false", "trainer.sample_every=null", "trainer.val_examples=16", "threads=1"]
+FAST, SLOW = Gain(1.0, 0.5, 0.5, 1), Gain(1.0, 2.0, 0.5, 1)  # seconds
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the user, and graphs that run as they are: a C++ compiler takes long."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "get_default_backend", lambda: "aot_eager")
+    torch._dynamo.reset()
+    yield tmp_path / "cache" / "flowtrain" / "inductor"
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """``known(gain)``: from now on that is known of every flow."""
+    return lambda found: monkeypatch.setattr(Known, "read", lambda self: found)
+
+
+def train(folder, *words):
+    assert flowtrain(folder, "train", *TINY, "hydra.run.dir=run", *words) == 0
+    return json.loads((folder / "run" / "summary.json").read_text())
+
+
+def log_of(folder):
+    return (folder / "run" / "train.log").read_text()
+
+
+def weights(folder):
+    return checkpoint.read(folder / "run" / "checkpoints" / "last.pt")["model"]
+
+
+def test_a_compilation_repays_where_the_steps_that_are_left_save_more_than_it_takes():
+    gain = Gain(eager=0.02, compiled=0.004, compiling=6.0, threads=2)
+    assert gain.repays(Budget(1500, None)) and not gain.repays(Budget(400, None))
+    assert not gain.repays(Budget(1500, None), step=1100)
+    assert gain.repays(Budget(None, 1.0)) and not gain.repays(Budget(None, 0.1))
+    assert not gain.repays(Budget(None, 1.0), seconds=55) and not gain.repays(Budget(1500, 0.1))
+    assert not Gain(0.06, 0.07, 0.0, 1).repays(Budget(10**6, None))
+
+
+def test_a_users_runs_share_one_cache(cache, monkeypatch):
+    assert use_cache() == cache and cache.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert str(use_cache()) == "/elsewhere"
+
+
+def test_a_gain_is_known_for_one_flow_batch_and_setting():
+    flow, other, x = maf((2,), hidden=8), maf((2,), hidden=9), torch.zeros(4, 2)
+    Known(flow, x, "float32").write(FAST)
+    assert Known(maf((2,), hidden=8), x, "float32").read() == FAST  # whatever the weights
+    for unknown in (Known(other, x, "float32"), Known(flow, x[:3], "float32"), Known(flow, x, "bfloat16")):
+        assert unknown.read() is None
+    Known(flow, x, "float32").write("no compiler")
+    assert Known(flow, x, "float32").read() == "no compiler"
+    Known(flow, x, "float32").file.write_text("{")
+    assert Known(flow, x, "float32").read() is None
+
+
+def test_measuring_leaves_the_flow_compiled_and_says_what_it_took():
+    flow, x = maf((2,), hidden=8), torch.randn(8, 2)
+    compilation, gain = measure(flow.train(), lambda: flow(x).mean().backward(), whole=True, threads=[1])
+    assert compilation.graphs == 1 and min(gain.eager, gain.compiled) > 0 and gain.threads == 1
+    assert gain.compiling > gain.compiled
+
+
+def test_only_a_gain_that_repays_compiles_and_the_choice_is_recorded(tmp_path, known):
+    known(FAST)
+    assert train(tmp_path, "max_steps=4")["compiled"] and "compile=auto: compiled: measured here" in log_of(tmp_path)
+    assert "compiled: the whole flow as" in log_of(tmp_path)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["compiled"]
+    state = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["compilation"] == {
+        "compiled": True,
+        "gain": {"eager": 1.0, "compiled": 0.5, "compiling": 0.5, "threads": 1},
+    }
+    for gain in (SLOW, Gain(1.0, 0.5, 1000.0, 1), "no compiler"):
+        known(gain)
+        (tmp_path / str(gain)).mkdir()
+        assert not train(tmp_path / str(gain), "max_steps=4")["compiled"]
+        assert "compile=auto: not compiled: " in log_of(tmp_path / str(gain))
+    known(FAST)
+    assert not train(tmp_path / str(SLOW), "max_steps=4", "deterministic=true", "hydra.run.dir=other")["compiled"]
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("first", [FAST, SLOW])
+def test_a_resumed_run_repeats_the_choice_to_the_bit(first, tmp_path, known):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    known(first)
+    train(whole, "max_steps=6", "scheduler=constant")
+    train(parts, "max_steps=3", "scheduler=constant")
+    known(SLOW if first == FAST else FAST)
+    assert flowtrain(parts, "train", "resume=run", "max_steps=6") == 0
+    assert json.loads((parts / "run" / "summary.json").read_text())["compiled"] == (first == FAST)
+    assert all(map(torch.equal, weights(whole).values(), weights(parts).values()))
+
+
+def test_compiled_and_eager_runs_agree_and_nothing_compiles_anew(tmp_path):
+    """Over two epochs, whose last batches are not full, with validation, images and layer statistics."""
+    words = "max_steps=60", "trainer.val_every=20", "trainer.sample_every=30", "trainer.layer_statistics=true"
+    for name in ("true", "false"):
+        (tmp_path / name).mkdir()
+        assert train(tmp_path / name, *words, f"compile={name}")["compiled"] == (name == "true")
+    rows = [json.loads(line) for line in (tmp_path / "true/run/metrics.jsonl").read_text().splitlines()]
+    assert [row["train/recompiles"] for row in rows if "train/recompiles" in row] == [0, 0, 0]
+    assert "compiled: the whole flow as" in log_of(tmp_path / "true")
+    torch.testing.assert_close(weights(tmp_path / "true"), weights(tmp_path / "false"), atol=1e-3, rtol=1e-3)
+
+
+def broken(graph, inputs):
+    def fail(*_):
+        raise RuntimeError("no backward\nat all")
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=lambda graph, _inputs: graph.forward, bw_compiler=fail)(graph, inputs)
+
+
+def test_where_a_region_fails_in_its_first_step_auto_trains_without(tmp_path, known, monkeypatch):
+    monkeypatch.setattr("flowtrain.engine.compiling._try", lambda region: None)  # the toy function works
+    monkeypatch.setattr(registry, "get_default_backend", lambda: broken)
+    known(FAST)
+    assert not train(tmp_path, "max_steps=4")["compiled"]
+    assert log_of(tmp_path).count("WARNING") == 1 and "compile=auto: trains without: " in log_of(tmp_path)
+    assert "no backward" in log_of(tmp_path)
+    with pytest.raises(FlowtrainError, match=r"^compile=true: torch.compile does not work here \(.*no backward.*\)"):
+        flowtrain(tmp_path, "train", *TINY, "max_steps=4", "compile=true")
+
+
+def test_an_error_of_the_flow_itself_is_not_the_compilers():
+    flow, x = maf((2,), hidden=8).train(), torch.randn(8, 3)
+    from flowtrain.engine.compiling import compile_and_try
+
+    with pytest.raises(ValueError, match="this flow takes"):
+        compile_and_try(flow, lambda: flow(x).mean().backward())
+    assert flow._compiled_call_impl is None
+
+
+def test_a_long_run_tries_at_its_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "LONG", 0.0)
+    monkeypatch.setattr(compilation, "MANY", 3)
+    summary = train(tmp_path, "max_steps=4")
+    gain = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")["compilation"]["gain"]
+    assert summary["compiled"] == (gain["compiled"] < gain["eager"]) and "compile=auto: a gradient takes" in log_of(
+        tmp_path
+    )
+
+
+def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, monkeypatch):
+    """The job that a run writes is what its process reads; here in this process, in which nothing runs at once."""
+    jobs = []
+
+    monkeypatch.setattr(background, "WORTH", 0.0)
+    monkeypatch.setattr(background, "start_process", lambda job, lock: jobs.append(job) or SimpleNamespace(pid=7))
+    assert not train(tmp_path, "max_steps=40")["compiled"]
+    assert "compile=auto: process 7 compiles this flow for later runs" in log_of(tmp_path)
+    (job,) = jobs
+    compile_later.run(pickle.loads(job.read_bytes()))
+    job.unlink()
+    (found,) = cache.glob("flowtrain/*.json")
+    assert {*json.loads(found.read_text())} == {"eager", "compiled", "compiling", "threads"}
+    (tmp_path / "again").mkdir()
+    train(tmp_path / "again", "max_steps=40")
+    assert "measured here before" in log_of(tmp_path / "again")  # of the same flow in the same setting
+
+
+def test_a_short_run_starts_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "start_process", None)
+    assert not train(tmp_path, "max_steps=40")["compiled"]
+
+
+def test_what_another_process_measures_is_waited_for(tmp_path, monkeypatch, caplog):
+    waited = iter([True, True, True, False])
+    monkeypatch.setattr(Known, "is_being_measured", lambda self: next(waited, False))
+    monkeypatch.setattr(Known, "read", lambda self: None if next(waited, None) else FAST)
+    monkeypatch.setattr(compilation, "fastest", lambda flow, step, threads: 1.0)
+    with caplog.at_level(logging.INFO, "flowtrain"):
+        assert train(tmp_path, "max_steps=4")["compiled"]
+    assert "waits up to 2 s for the compilation that another run has begun" in log_of(tmp_path)
+
+
+def test_one_process_at_a_time_measures(cache):
+    known = Known(maf((2,), hidden=8), torch.zeros(4, 2))
+    assert not known.is_being_measured()
+    with known.lock() as lock, known.lock() as second:
+        assert lock is not None and second is None
+        known.job.touch()
+        assert known.is_being_measured()
+    assert not known.is_being_measured()
+
+
+def test_a_deep_flow_is_compiled_by_regions(monkeypatch):
+    monkeypatch.setattr("flowtrain.engine.compiling.DEEP", 2)
+    assert compile_flow(maf((2,), hidden=8, steps=3)).regions == 3
+    assert compile_flow(maf((2,), hidden=8, steps=2)).modules[0].shape == (2,)
+
+
+def test_a_dry_run_says_what_is_known_and_compiles_nothing(tmp_path, known, capfd):
+    assert flowtrain(tmp_path, "train", *TINY, "max_steps=4", "dry_run=true") == 0
+    assert "compile=true" in (out := capfd.readouterr().out) and "it takes minutes to compile a flow anew" in out
+    known(SLOW)
+    assert flowtrain(tmp_path, "train", *TINY, "max_steps=4", "dry_run=true") == 0
+    assert "measured before: a gradient takes 1000.0 ms, compiled 2000.0 ms" in capfd.readouterr().out
