@@ -190,6 +190,7 @@ def test_a_row_says_what_was_measured_or_why_not(tmp_path):
     assert "| eager, tf32, 512 | **fails**: ValueError: a \\| b c |  |  |  |  |  |" in lines
     assert "| eager, tf32, 64 | not measured yet |  |  |  |  |  |" in lines
     assert {"measured", "check", "measure"} == {*texts}
+    assert "nothing below has been measured" in page.texts({"parts": {"glow": {}}})["measured"]  # there was no time
 
 
 def test_the_fastest_of_a_row_is_bold():

@@ -31,7 +31,7 @@ def texts(found: dict) -> dict[str, str]:
 
 def sentence(found: dict) -> str:
     """On which GPU, and when."""
-    if not found.get("parts"):
+    if "date" not in found:  # no row was measured, though parts may have been begun
         return "**No GPU was at hand so far: nothing below has been measured yet.**"
     rows = sum(len(part.rows) for stage in STAGES.values() for part in stage.parts)
     have = [one for figures in found["parts"].values() for one in figures.values()]
