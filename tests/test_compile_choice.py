@@ -9,6 +9,7 @@ import pytest
 import torch
 from inprocess import flowtrain
 from torch._dynamo.backends import registry
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compile_gain import Gain, Known, measure
@@ -26,7 +27,7 @@ FAST, SLOW = Gain(1.0, 0.5, 0.5, 1), Gain(1.0, 2.0, 0.5, 1)  # seconds
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache of the user, and graphs that run as they are: a C++ compiler takes long."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it where the user does not
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(registry, "get_default_backend", lambda: "aot_eager")
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ from flowtrain.config.schema import TrainConfig
 from flowtrain.data.batch import Batch
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compile_gain import Gain, Known, fastest, measure
-from flowtrain.engine.compiling import Compilation, compile_and_try
+from flowtrain.engine.compiling import Compilation, compile_and_try, regions
 from flowtrain.engine.objectives import Objective
 from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.threads import halvings
@@ -117,7 +117,7 @@ class _Choice:
     def new(self) -> CompileChoice:
         found = self._found()
         if isinstance(found, str):
-            log.info("compile=auto: not compiled: %s", found)
+            log.info("compile=auto: not compiled: %s", found.removeprefix("compile=true: "))
             return CompileChoice()
         if found is not None:
             repays = found.repays(self.budget, *self.begun)
@@ -126,6 +126,8 @@ class _Choice:
                 return CompileChoice(gain=found)
             torch.set_num_threads(found.threads)
             return self._compiled(found)
+        if not any(True for _ in regions(self.flow.bijection)):
+            return CompileChoice()
         if self._is_long():
             return self._tried()
         alone = self.run.device.type == "cpu" and distributed.world() == 1 and not self.config.dry_run
