@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flowtrain.config import places
 from flowtrain.config.schema import TrainConfig
+from flowtrain.engine.trainer import Trainer
 from flowtrain.runtime import distributed, environment, files, status
 from flowtrain.training import dry_run
 from flowtrain.training.conclusion import conclude
@@ -42,7 +43,7 @@ def _train(run: SetUp) -> dict:
     config, loggers, trainer = run.config, run.loggers, run.ready_trainer()
     if distributed.is_main():
         log_introduction(run, trainer)
-        _record(run)
+        _record(run, trainer)
     record = record_of(run, trainer)
     try:
         with one_line_errors(config, trainer, run.device):
@@ -51,7 +52,7 @@ def _train(run: SetUp) -> dict:
             with trainer.pause_compilation():
                 summary, score = conclude(run, trainer)
             if distributed.is_main():
-                _record(run)  # once more: threads are chosen by now
+                _record(run, trainer)  # once more: threads are chosen by now
             loggers.hyperparameters(record.settings, {run.objective.key: score.figure})
     finally:
         loggers.close()
@@ -61,8 +62,9 @@ def _train(run: SetUp) -> dict:
     return summary
 
 
-def _record(run: SetUp) -> None:
+def _record(run: SetUp, trainer: Trainer) -> None:
     """Write what the run computes with and where its data lie."""
-    config = run.config
-    environment.record(run.run_dir, run.device, precision=config.precision, batch_size=config.batch_size)
+    config, graph = run.config, trainer.training_pass.is_graph
+    chosen = {"precision": config.precision, "batch_size": config.batch_size, "cuda_graph": graph}
+    environment.record(run.run_dir, run.device, **chosen)
     places.record(run.run_dir, run.data)

@@ -42,6 +42,7 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
+from flowtrain.training.cuda_graph import check_cuda_graph, training_pass_of
 from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
 from flowtrain.training.start import average_of, start
@@ -120,7 +121,7 @@ class SetUp:
             checkpoints=Checkpoints(self.run_dir, self.stored, columns),
             loggers=self.loggers,
             ema=ema,
-            autocast=autocast_dtype(config.precision, self.device),
+            training_pass=training_pass_of(config, flow, self.objective, self.device),
             compilation=compilation,
             threads=threads_of(config, self.device, compilation, self.turns),
         )
@@ -157,6 +158,7 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = ()) -> Se
     device = distributed.device()
     determinism.choose(config.deterministic)
     autocast_dtype(config.precision, device)
+    check_cuda_graph(config, flow, device)
     set_tf32(config.precision)
     check_optimizer(config, spec, device)
     if config.resume and distributed.is_main():
