@@ -70,7 +70,7 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _record(graph: Graph, stream, capture_error_mode):
+def _record(graph: Graph, pool, stream, capture_error_mode):
     seed, torch.manual_seed = torch.manual_seed, _refuse
     recorder = _Recorder(graph)
     try:
@@ -92,6 +92,7 @@ def install(monkeypatch, free: int = 2**40) -> list[Graph]:
     monkeypatch.setattr(Graph, "adds", 0.0)
     for name, value in {
         "CUDAGraph": Graph,
+        "graph_pool_handle": object,
         "graph": _record,
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,

@@ -9,13 +9,17 @@ import torch
 from composed import configuration
 from inprocess import flowtrain
 
+from flowtrain.bijections import Autoregressive
 from flowtrain.config.build import build_dataset, build_flow, build_objective
 from flowtrain.config.compose import train_config
 from flowtrain.data.batch import Batch
+from flowtrain.engine.audit import perturb
 from flowtrain.engine.divergence import examine
 from flowtrain.engine.graphed_pass import GraphedPass
+from flowtrain.engine.peak import peak_bytes
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.errors import FlowtrainError
+from flowtrain.runtime import cuda_graph as runtime_graph
 from flowtrain.training import cuda_graph
 
 GLOW, MAF = ("model=glow", "dataset=digits"), ("model=maf", "dataset=moons", "norm=batchnorm")
@@ -230,7 +234,7 @@ def test_a_gpu_tries_a_graph_where_nothing_is_in_the_way(words, why, monkeypatch
 
 
 def test_before_torch_2_13_only_true_tries(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.12.1"))
+    monkeypatch.setattr(cuda_graph, "SURVIVES_FAILURE", False)
     config = train_config("model=maf", "dataset=moons")
     flow, gpu = build_flow(config, build_dataset(config).spec, "meta"), torch.device("cuda")
     assert "torch 2.13" in cuda_graph.obstacle(config, flow, gpu)
@@ -239,12 +243,100 @@ def test_before_torch_2_13_only_true_tries(monkeypatch):
 
 
 def test_a_cpu_refuses_it_in_one_line_and_auto_trains_without(tmp_path):
-    words = ("train", "model=maf", "dataset=moons", "smoke=true", "report=false", "hydra.run.dir=run")
-    with pytest.raises(
-        FlowtrainError, match=r"^trainer\.cuda_graph=true: it needs a GPU; use auto or false$"
-    ) as refused:
-        flowtrain(tmp_path, *words, "trainer.cuda_graph=true")
-    assert refused.value.exit_code == 2
-    assert flowtrain(tmp_path, *words) == 0
+    words = ("train", "model=maf", "dataset=moons", "smoke=true", "report=false")
+    assert flowtrain(tmp_path, *words, "hydra.run.dir=run") == 0
     for name in ("summary.json", "environment.json"):
         assert json.loads((tmp_path / "run" / name).read_text())["cuda_graph"] is False
+    with pytest.raises(FlowtrainError, match=r"^trainer\.cuda_graph=true: it needs a GPU; use auto or false$") as error:
+        flowtrain(tmp_path, *words, "trainer.cuda_graph=true")
+    assert error.value.exit_code == 2
+
+
+# ---- samplers
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    """A function that builds the flow of some words, with random weights, for which tensors are on a GPU, and the list
+    of graphs to come."""
+    graphs = cuda_graphs.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+
+    def build(*words):
+        (flow, _), _, batches = flow_and_batches(words, 1)
+        perturb(flow, *batches[0][:2])
+        return flow.eval(), graphs
+
+    return build
+
+
+def latents(flow, seed, rows=6):
+    return flow.latents(rows, generator=torch.Generator().manual_seed(seed))
+
+
+def without_graphs(flow, z):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime_graph, "SURVIVES_FAILURE", False)
+        return flow.decode(z)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["model=maf dataset=moons", "model=nsf_autoregressive dataset=moons", "model=autoregressive dataset=digits"],
+)
+def test_an_inverse_that_comes_again_is_one_launch_a_layer(sampler, words):
+    flow, graphs = sampler(*words.split())
+    layers = [layer for layer in flow.modules() if isinstance(layer, Autoregressive)]
+    for seed in range(4):
+        z = latents(flow, seed)
+        assert torch.equal(flow.decode(z), without_graphs(flow, z))
+    assert [graph.replays for graph in graphs] == [3] * len(layers)  # the first of them beside a pass without
+    with torch.no_grad():
+        for one in flow.parameters():
+            one.mul_(1.1)
+    z = latents(flow, 4)
+    assert torch.equal(flow.decode(z), without_graphs(flow, z)) and graphs[-1].replays == 4
+
+
+def test_a_graph_is_of_one_form(sampler):
+    flow, graphs = sampler("model=maf", "dataset=moons")
+    layers = sum(isinstance(layer, Autoregressive) for layer in flow.modules())
+    for rows, expected in [(6, 0), (6, 1), (4, 1), (4, 2), (6, 2), (6, 3)]:
+        z = latents(flow, rows, rows)
+        assert torch.equal(flow.decode(z), without_graphs(flow, z))
+        assert len(graphs) == layers * expected
+    flow.double()
+    z = latents(flow, 0)
+    for expected in (3, 4):
+        assert torch.equal(flow.decode(z), without_graphs(flow, z)) and len(graphs) == layers * expected
+    for buffer in flow.buffers():
+        buffer.add_(0)  # as loading weights does, which may change what is computed
+    assert torch.equal(flow.decode(z), without_graphs(flow, z)) and graphs[-1].replays == 1
+
+
+def test_gradients_training_and_a_count_of_bytes_go_without(sampler):
+    flow, graphs = sampler("model=maf", "dataset=moons")
+    z = latents(flow, 0)
+    for _ in range(3):
+        flow.bijection.inverse(z)  # with gradients
+        assert peak_bytes(lambda: flow.decode(z)) > 0
+        torch.set_autocast_enabled("cuda", True)
+        flow.decode(z)
+        torch.set_autocast_enabled("cuda", False)
+        flow.train()
+        flow.decode(z)
+        flow.eval()
+    assert graphs == []
+
+
+def test_an_inverse_whose_graph_is_wrong_runs_without(sampler, monkeypatch, caplog):
+    flow, graphs = sampler("model=maf", "dataset=moons")
+    monkeypatch.setattr(cuda_graphs.Graph, "adds", 1e-2)
+    with caplog.at_level(logging.INFO, "flowtrain"):
+        for seed in range(4):
+            z = latents(flow, seed)
+            assert torch.equal(flow.decode(z), without_graphs(flow, z))
+    layers = sum(isinstance(layer, Autoregressive) for layer in flow.modules())
+    assert len(graphs) == len(caplog.messages) == layers
+    assert all("an inverse runs without a CUDA graph: its result differs by" in line for line in caplog.messages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 
 import torch
@@ -17,7 +16,7 @@ from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import modes
-from flowtrain.runtime.cuda_graph import Graph, reason
+from flowtrain.runtime.cuda_graph import Graph, difference, reason
 
 log = logging.getLogger("flowtrain")
 
@@ -116,7 +115,7 @@ class GraphedPass(TrainingPass):
         rounding = ROUNDING if self.autocast is None else ROUNDING_BFLOAT16
         limit = 0.0 if torch.are_deterministic_algorithms_enabled() else rounding
         for what, one, other in zip(("loss", "gradient", "buffers"), plain, replayed):
-            if not (error := _difference(one, other)) <= limit:
+            if not (error := difference(one, other)) <= limit:
                 raise RuntimeError(f"its {what} differs by {error:.2g} from that without it, more than rounding")
 
     def _give_up(self, error: Exception) -> None:
@@ -150,16 +149,3 @@ def _form(batch: Batch) -> list:
 
 def _numbers(*lists: list) -> list[Tensor]:
     return [one for each in lists for one in each if one is not None]
-
-
-def _difference(some: list[Tensor | None], others: list[Tensor | None]) -> float:
-    """The norm of the difference of two lists of tensors, relative to that of the first."""
-    if [one is None for one in some] != [one is None for one in others]:
-        return math.inf
-    total = apart = torch.zeros((), dtype=torch.float64)
-    for one, other in zip(_numbers(some), _numbers(others)):
-        one, other = one.double(), other.double()
-        same = (one == other) | (one.isnan() & other.isnan())
-        apart = apart + torch.where(same, 0.0, one - other).square().sum()
-        total = total + torch.where(one.isfinite(), one, 0.0).square().sum()
-    return math.sqrt(apart / total) if apart != 0 else 0.0  # NaN and infinity too

@@ -14,6 +14,7 @@ from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
+from flowtrain.runtime.cuda_graph import SURVIVES_FAILURE
 
 
 def training_pass_of(config: TrainConfig, flow: Flow, objective: Objective, device: torch.device) -> TrainingPass:
@@ -39,9 +40,8 @@ def obstacle(config: TrainConfig, flow: Flow, device: torch.device) -> str | Non
         "it needs memory=none": config.memory != "none",  # what is computed again sets the generator back on the host
         "a solver of ODEs reads values on the host": bool(continuous_layers(flow)),
         "this flow trains through one element after another": bool(sequential_layers(flow.bijection)),
-        # whose generator stays in the middle of a recording that failed
         "before torch 2.13 a run could not go on after a failure": (
-            config.trainer.cuda_graph == "auto" and torch.__version__ < (2, 13)
+            config.trainer.cuda_graph == "auto" and not SURVIVES_FAILURE
         ),
     }
     return next((why for why, holds in reasons.items() if holds), None)
