@@ -19,6 +19,7 @@ from flowtrain.engine.graphed_pass import GraphedPass
 from flowtrain.engine.peak import peak_bytes
 from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.errors import FlowtrainError
+from flowtrain.runtime import checkpoint
 from flowtrain.runtime import cuda_graph as runtime_graph
 from flowtrain.training import cuda_graph
 
@@ -250,6 +251,31 @@ def test_a_cpu_refuses_it_in_one_line_and_auto_trains_without(tmp_path):
     with pytest.raises(FlowtrainError, match=r"^trainer\.cuda_graph=true: it needs a GPU; use auto or false$") as error:
         flowtrain(tmp_path, *words, "trainer.cuda_graph=true")
     assert error.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_run_with_a_graph_is_the_run_without(tmp_path, monkeypatch):
+    """Averaging, clipping, validation, samples, statistics of layers, and a run that is resumed; to the bit."""
+    words = ["train", "model=maf", "dataset=moons", "norm=batchnorm", "model.steps=2", "batch_size=16"]
+    words += ["trainer.val_every=3", "trainer.val_examples=16", "trainer.layer_statistics=true", "trainer.log_every=2"]
+    words += ["trainer.sample_every=null", "scheduler=constant", "deterministic=true", "report=false", "logger=none"]
+    assert flowtrain(tmp_path, *words, "max_steps=8", "hydra.run.dir=plain") == 0
+    graphs = cuda_graphs.install(monkeypatch)
+    monkeypatch.setattr(cuda_graph, "obstacle", lambda *_: None)
+    assert flowtrain(tmp_path, *words, "max_steps=4", "hydra.run.dir=parts") == 0
+    assert flowtrain(tmp_path, "train", "resume=parts", "max_steps=8", "deterministic=true") == 0
+    assert [graph.replays for graph in graphs] == [3, 3]
+    found, expected = (checkpoint.read(tmp_path / name / "checkpoints/last.pt") for name in ("parts", "plain"))
+    for key in ("model", "ema"):
+        assert all(torch.equal(found[key][one], value) for one, value in expected[key].items())
+    assert figures(tmp_path / "parts")[-1] == figures(tmp_path / "plain")[-1]
+    assert json.loads((tmp_path / "parts/summary.json").read_text())["cuda_graph"] is True
+
+
+def figures(run):
+    """What a run logged, but for times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("system/")} for line in lines]
 
 
 # ---- samplers
