@@ -23,6 +23,8 @@ from flowtrain.runtime import checkpoint
 from flowtrain.runtime import cuda_graph as runtime_graph
 from flowtrain.training import cuda_graph
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="commands would compute on the GPU")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GLOW, MAF = ("model=glow", "dataset=digits"), ("model=maf", "dataset=moons", "norm=batchnorm")
 FLOWS = [
     GLOW,
@@ -243,6 +245,7 @@ def test_before_torch_2_13_only_true_tries(monkeypatch):
     assert cuda_graph.obstacle(config, flow, gpu) is None
 
 
+@no_gpu
 def test_a_cpu_refuses_it_in_one_line_and_auto_trains_without(tmp_path):
     words = ("train", "model=maf", "dataset=moons", "smoke=true", "report=false")
     assert flowtrain(tmp_path, *words, "hydra.run.dir=run") == 0
@@ -253,6 +256,7 @@ def test_a_cpu_refuses_it_in_one_line_and_auto_trains_without(tmp_path):
     assert error.value.exit_code == 2
 
 
+@no_gpu
 @pytest.mark.slow
 def test_a_run_with_a_graph_is_the_run_without(tmp_path, monkeypatch):
     """Averaging, clipping, validation, samples, statistics of layers, and a run that is resumed; to the bit."""
@@ -366,3 +370,31 @@ def test_an_inverse_whose_graph_is_wrong_runs_without(sampler, monkeypatch, capl
     layers = sum(isinstance(layer, Autoregressive) for layer in flow.modules())
     assert len(graphs) == len(caplog.messages) == layers
     assert all("an inverse runs without a CUDA graph: its result differs by" in line for line in caplog.messages)
+
+
+# ---- real ones
+
+
+@gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("words", FLOWS, ids=" ".join)
+def test_on_a_gpu_a_graph_computes_the_same(words, autocast):
+    (plain, one), objective, batches = flow_and_batches(words)
+    batches = [batch.to("cuda") for batch in batches]
+    expected = take_steps(TrainingPass(plain.cuda(), objective, 3, autocast=autocast), batches)
+    training_pass = graphed(one.cuda(), objective, autocast=autocast)
+    for mine, true in zip(take_steps(training_pass, batches), expected, strict=True):
+        assert runtime_graph.difference(true, mine) < (1e-3 if autocast is None else 1e-2)
+    assert training_pass.is_graph
+
+
+@gpu
+@pytest.mark.parametrize("words", ["model=maf dataset=moons", "model=nsf_autoregressive dataset=moons"])
+def test_on_a_gpu_an_inverse_is_one_launch_a_layer(words):
+    (flow, _), _, _ = flow_and_batches(words.split(), 1)
+    flow.cuda().eval()
+    for seed in range(4):
+        z = latents(flow, seed)
+        assert torch.allclose(flow.decode(z), without_graphs(flow, z), atol=1e-5)
+    layers = [layer for layer in flow.modules() if isinstance(layer, Autoregressive)]
+    assert layers and all(runtime_graph._known[layer].graph is not None for layer in layers)
