@@ -66,8 +66,12 @@ def _train(run: SetUp) -> dict:
 
 def _record(run: SetUp, trainer: Trainer) -> None:
     """Write what the run computes with and where its data lie."""
-    config, compiled = run.config, trainer.compilation is not None
-    environment.record(
-        run.run_dir, run.device, precision=config.precision, batch_size=config.batch_size, compiled=compiled
-    )
+    config = run.config
+    chosen = {
+        "precision": config.precision,
+        "batch_size": config.batch_size,
+        "compiled": trainer.compilation is not None,
+        "cuda_graph": trainer.training_pass.is_graph,
+    }
+    environment.record(run.run_dir, run.device, **chosen)
     places.record(run.run_dir, run.data)

@@ -9,13 +9,17 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, full_precision, sum_event, walk
 from flowtrain.bijections.univariate import Univariate
+from flowtrain.runtime.cuda_graph import as_graph
+
+GRAPH = 1024  # elements, dozens of kernels each, that a CUDA graph may hold
 
 
 class Autoregressive(Bijection):
     """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector: MAF with an affine τ (Papamakarios et al. 2017, section 3.1).
 
     ``forward`` takes one pass of the network. ``inverse`` goes through the elements once, in steps that reuse the
-    network's activations in a cache, so that each step costs as much as its own elements.
+    network's activations in a cache, so that each step costs as much as its own elements. On a GPU, where gradients are
+    off, its kernels become one CUDA graph when batches of one size come again.
 
     Args:
         shape: of one event, (D,).
@@ -73,6 +77,11 @@ class Autoregressive(Bijection):
             return self._unsort(z), sum_event(log_derivative)
 
     def inverse(self, z, context=None):
+        if self.shape[0] > GRAPH:
+            return self._one_by_one(z, context)
+        return as_graph(self, self._one_by_one, z, context)
+
+    def _one_by_one(self, z, context):
         z = self._sort(z)
         cache = self.net.init_cache(z, context)
         rows = z.T.contiguous()  # one for each element: the columns of a matrix are scattered in memory

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-ADDED, ADDED_TO_TRAINER = {"dry_run": False, "report": True}, {"layer_statistics": False}  # keys that they lack
+ADDED = {"dry_run": False, "report": True}  # keys that they lack
+ADDED_TO_TRAINER = {"layer_statistics": False, "cuda_graph": False}
 OF_EVERY_RUN = ("JsonLines", "ImageFiles", "progress")  # once loggers to choose, now part of every run
 
 

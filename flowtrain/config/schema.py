@@ -33,6 +33,7 @@ class TrainerConfig:
     decay: str
     init_batch: int | None = number(least=1)
     workers: int = number(least=0, below=257)
+    cuda_graph: Literal["auto"] | bool
     layer_statistics: bool
     profile: bool
 

@@ -51,7 +51,7 @@ class Trainer(Stateful):
         validation, previews, checkpoints: what happens at intervals.
         loggers: where the run's records go.
         ema: the average of the weights, which is validated and previewed in place of ``flow``.
-        autocast: dtype of networks, where that is lower than the weights'.
+        training_pass: computes the gradients; None: one of ``objective``, in the weights' precision.
         compilation: of ``flow``, if it runs compiled.
         choice: what a checkpoint keeps of why it does or does not.
         beside: entered around the steps; yields what is called with the duration of each and the number still left.
@@ -87,7 +87,7 @@ class Trainer(Stateful):
         checkpoints: Checkpoints,
         loggers: Loggers,
         ema: EMA | None = None,
-        autocast: torch.dtype | None = None,
+        training_pass: TrainingPass | None = None,
         compilation: Compilation | None = None,
         choice: dict | None = None,
         beside: AbstractContextManager[Callable[[float, float], object]] | None = None,
@@ -101,7 +101,7 @@ class Trainer(Stateful):
         self.checkpoints, self.loggers = checkpoints, loggers
         self.weights = Weights(flow, optimizer, ema)
         self.parameters = [*flow.parameters()]  # to find them takes as long as to launch a step of the optimizer
-        self.training_pass = TrainingPass(flow, objective, config.seed, config.trainer.accumulate, autocast)
+        self.training_pass = training_pass or TrainingPass(flow, objective, config.seed, config.trainer.accumulate)
         if distributed.world() > 1:
             self.training_pass.synchronize()
         copy_every = config.trainer.save_every or config.trainer.val_every

@@ -25,7 +25,12 @@ class TrainingPass:
         seed: together with the step, it determines all noise.
         parts: number of parts that a batch is divided into, computed one after another (``trainer.accumulate``).
         autocast: dtype of networks, where that is lower than the weights'.
+
+    Attributes:
+        is_graph: whether a GPU gets the pass as one CUDA graph.
     """
+
+    is_graph = False
 
     def __init__(
         self, flow: Flow, objective: Objective, seed: int, parts: int = 1, autocast: torch.dtype | None = None
@@ -48,15 +53,25 @@ class TrainingPass:
         """
         size, total = len(batch.x), 0.0
         with replace_unsolved_by_nan() as reasons:
-            for row, (x, context, weights) in self._parts(batch, step, rank):
-                is_last = row + len(x) == (rank + 1) * size
+            for row, part in self._parts(batch, step, rank):
+                is_last = row + len(part.x) == (rank + 1) * size
                 with nullcontext() if is_last else self._without_synchronization():
-                    with global_batch.rows(row, world * size), self._lower_precision(x.device.type):
-                        losses = self.loss(x, context)
-                        loss = (losses if weights is None else losses * weights).sum() / size
-                    loss.backward()
-                total = total + loss.detach()
+                    total = total + self.add_gradient(part, row, size, world)
         return total, reasons
+
+    def add_gradient(self, part: Batch, row: int, size: int, world: int) -> Tensor:
+        """Add the gradient of a part, from ``row`` of the global batch on, of a slice of ``size`` rows; returns its
+        share of the slice's loss. The noise has been seeded."""
+        x, context, weights = part
+        with global_batch.rows(row, world * size), self._lower_precision(x.device.type):
+            losses = self.loss(x, context)
+            loss = (losses if weights is None else losses * weights).sum() / size
+        loss.backward()
+        return loss.detach()
+
+    def seed_noise(self, step: int) -> None:
+        """Seed torch's generators for a pass at ``step``."""
+        torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
 
     @torch.no_grad()
     def repeat(self, batch: Batch, step: int, rank: int, world: int) -> None:
@@ -72,7 +87,7 @@ class TrainingPass:
         """The parts of a process's slice of a global batch, each with its first row there; seeds the noise of each."""
         row = rank * len(batch.x)
         for part in batch.chunk(self.parts):
-            torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
+            self.seed_noise(step)
             yield row, part
             row += len(part.x)
 

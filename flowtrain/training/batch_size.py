@@ -66,7 +66,9 @@ def _sizes(rows: int, share: int, device: torch.device) -> list[int]:
 def _measured(run, sizes: list[int]) -> int:
     """Measure steps of a flow that is then forgotten: it leaves the run's weights, noise and data order alone."""
     on_gpu = run.device.type == "cuda"
-    start = replace(run.config, batch_size=next((size for size in sizes if size >= START), sizes[-1]), init=None)
+    first = next((size for size in sizes if size >= START), sizes[-1])
+    one_by_one = replace(run.config.trainer, cuda_graph=False)  # a graph takes steps to record
+    start = replace(run.config, batch_size=first, init=None, trainer=one_by_one)
     with memory_of_steps(start, run.device, size=1), _generators_and_threads_kept(run.device):
         flow = run.new_flow(start)
 

@@ -45,6 +45,7 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
         "compiled": trainer.compilation is not None,
         "skipped_steps": trainer.recovery.skipped,
         "rollbacks": trainer.recovery.rollbacks,
+        "cuda_graph": trainer.training_pass.is_graph,
         "unreadable": sum(bad.values()),
         "checkpoint": str(best),
         "run_dir": str(run_dir),

@@ -12,6 +12,7 @@ from flowtrain.config.compose import conf_dir
 from flowtrain.engine.trainer import Trainer
 from flowtrain.runtime import distributed
 from flowtrain.runtime.environment import device_name
+from flowtrain.training.cuda_graph import obstacle
 from flowtrain.training.optimizer import warmup_steps
 from flowtrain.training.setup import SetUp
 
@@ -69,6 +70,9 @@ def log_description(run: SetUp, trainer: Trainer) -> None:
             max(layer.shape[0] for layer in layers),
             len(layers),
         )
+    tries_graph = run.device.type == "cuda" and config.trainer.cuda_graph == "auto"
+    if tries_graph and (why := obstacle(config, flow, run.device)):
+        log.info("cuda_graph=auto: kernels are launched one by one, since %s", why)
     if config.memory != "none" and not flow.backpropagation.chains(flow.bijection):
         log.warning("memory=%s: no two networks of this flow follow each other, so that all is kept", config.memory)
     share = f", {config.batch_size // world} a device" if world > 1 else ""

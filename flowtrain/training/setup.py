@@ -41,6 +41,7 @@ from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
 from flowtrain.training.compilation import CompileChoice, choose_compilation, threads_of, was_compiled
+from flowtrain.training.cuda_graph import check_cuda_graph, training_pass_of
 from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
 from flowtrain.training.start import average_of, start
@@ -121,7 +122,7 @@ class SetUp:
             checkpoints=Checkpoints(self.run_dir, self.stored, columns),
             loggers=self.loggers,
             ema=ema,
-            autocast=autocast_dtype(config.precision, self.device),
+            training_pass=training_pass_of(config, flow, self.objective, self.device),
             compilation=choice.compilation,
             choice=choice.state_dict(),
             beside=choice.trial,
@@ -160,6 +161,7 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = (), compi
     device = distributed.device()
     determinism.choose(config.deterministic)
     autocast_dtype(config.precision, device)
+    check_cuda_graph(config, flow, device)
     set_tf32(config.precision)
     with memory_of_weights(config, device):
         check_optimizer(config, spec, device)
