@@ -90,6 +90,10 @@ class Watch(NullLogger):
             return 0.0
         return float(self.reports[-1][0] - self.reports[WARM - 1][0] >= self.seconds)
 
+    def left(self, step, seconds, each) -> float:
+        """Steps that are left: too few for a process beside the run that compiles for later ones."""
+        return 0.0
+
     @property
     def warm_up(self) -> float:
         """Seconds until the first report: compilation and the choice of algorithms."""
