@@ -226,10 +226,11 @@ class Flow(nn.Module):
         Raises:
             ValueError: this flow cannot be trained so.
         """
-        chains = backpropagation.chains(self.bijection)
-        self.backpropagation = backpropagation
-        for chain in chains:
-            chain.backpropagation = backpropagation
+        for module in (self, *backpropagation.chains(self.bijection)):
+            if type(backpropagation) is Backpropagation:  # the one of the class: code that is compiled stays valid
+                vars(module).pop("backpropagation", None)
+            else:
+                module.backpropagation = backpropagation
 
     def statistics(self) -> dict[str, float]:
         """What a trainer may log. Every process calls this at the same step."""

@@ -129,7 +129,7 @@ def test_compiled_and_eager_runs_agree_and_nothing_compiles_anew(tmp_path):
         assert train(tmp_path / name, *words, f"compile={name}")["compiled"] == (name == "true")
     rows = [json.loads(line) for line in (tmp_path / "true/run/metrics.jsonl").read_text().splitlines()]
     assert [row["train/recompiles"] for row in rows if "train/recompiles" in row] == [0, 0, 0]
-    assert "compiled: the whole flow as" in log_of(tmp_path / "true")
+    assert "compiled: the whole flow as 1 graph, in" in log_of(tmp_path / "true")
     torch.testing.assert_close(weights(tmp_path / "true"), weights(tmp_path / "false"), atol=1e-3, rtol=1e-3)
 
 
@@ -172,16 +172,30 @@ def test_a_long_run_tries_at_its_start(tmp_path, monkeypatch):
     )
 
 
+PROCESS = SimpleNamespace(pid=7, poll=lambda: None)
+
+
+def tf32():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
 def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, monkeypatch):
     """The job that a run writes is what its process reads; here in this process, in which nothing runs at once."""
     jobs = []
 
     monkeypatch.setattr(background, "WORTH", 0.0)
-    monkeypatch.setattr(background, "start_process", lambda job, lock: jobs.append(job) or SimpleNamespace(pid=7))
+    monkeypatch.setattr(background, "start_process", lambda job, lock: jobs.append(job) or PROCESS)
     assert not train(tmp_path, "max_steps=40")["compiled"]
     assert "compile=auto: process 7 compiles this flow for later runs" in log_of(tmp_path)
+    assert "compile=auto: process 7 is still at work" in log_of(tmp_path)
     (job,) = jobs
+    switches = []  # by which torch's cache knows code, as the run sets them and not as torch does
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        compile_later, "measure", lambda *args, **keys: switches.append(tf32()) or measure(*args, **keys)
+    )
     compile_later.run(pickle.loads(job.read_bytes()))
+    assert switches == [(False, False)]
     job.unlink()
     (found,) = cache.glob("flowtrain/*.json")
     assert {*json.loads(found.read_text())} == {"eager", "compiled", "compiling", "threads"}

@@ -83,9 +83,13 @@ class BackgroundTrial:
             )
 
     def __exit__(self, failed, *_) -> None:
-        """Leave the process to itself; end it where the run has failed or was interrupted."""
-        if failed and self.process:
+        """Leave the process to itself, and say so; end it where the run has failed or was interrupted."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        if failed:
             self.process.terminate()
+        else:
+            log.info("compile=auto: process %d is still at work; runs after it has ended are faster", self.process.pid)
 
 
 def start_process(job_file: Path, lock: int) -> subprocess.Popen:

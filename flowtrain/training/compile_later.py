@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from flowtrain.config.build import build_flow
+from flowtrain.engine import determinism
 from flowtrain.engine.compile_gain import measure
 from flowtrain.engine.compiling import compile_and_try
+from flowtrain.engine.precision import set_tf32
 from flowtrain.errors import UsageError
 from flowtrain.training.background import Job
 from flowtrain.training.compilation import gradient_of
@@ -26,6 +28,8 @@ LIMIT = 15 * 60  # seconds that it may take
 def run(job: Job) -> None:
     """Note what compiling the job's flow gains, with the compiled code in the cache."""
     torch.set_num_threads(job.threads[0])
+    determinism.choose(job.config.deterministic)  # as in the run: the cache knows code by these switches too
+    set_tf32(job.config.precision)
     flow = build_flow(job.config, job.spec, "cpu")
     flow.load_state_dict(job.weights)
     step = gradient_of(flow, objective_of(job.config, job.spec), job.config, job.batch)
