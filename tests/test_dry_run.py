@@ -103,6 +103,7 @@ def test_what_cannot_be_says_why(tmp_path, capfd, monkeypatch):
 def test_a_slow_step_is_extrapolated_from_small_batches(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(dry_run, "SLOW", 0.0)
     monkeypatch.setattr(dry_run, "FLAT", 0.0)
+    monkeypatch.setattr(dry_run, "HEAVY", 1e9)
     config = configuration(*GLOW[1:], DRY, "batch_size=128", "logger=none", "max_steps=10")
     monkeypatch.setattr(dry_run, "_log_lines", lambda lines: print(*lines, sep="\n"))
     figures = train.main(config, str(tmp_path))
