@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.bijection import Backpropagation, Bijection, at_least_float32, build, check_shape, size
+from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
@@ -226,7 +226,8 @@ class Flow(nn.Module):
         Raises:
             ValueError: this flow cannot be trained so.
         """
-        for module in (self, *backpropagation.chains(self.bijection)):
+        modules: list[Flow | Chain] = [self, *backpropagation.chains(self.bijection)]
+        for module in modules:
             if type(backpropagation) is Backpropagation:  # the one of the class: code that is compiled stays valid
                 vars(module).pop("backpropagation", None)
             else:
