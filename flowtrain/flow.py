@@ -228,7 +228,9 @@ class Flow(nn.Module):
         """
         modules: list[Flow | Chain] = [self, *backpropagation.chains(self.bijection)]
         for module in modules:
-            if type(backpropagation) is Backpropagation:  # the one of the class: code that is compiled stays valid
+            if (
+                type(backpropagation) is Backpropagation
+            ):  # the class has it: a new attribute would make torch compile again
                 vars(module).pop("backpropagation", None)
             else:
                 module.backpropagation = backpropagation

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_and_try, signature, use_cache
+from flowtrain.engine.timing import seconds_of
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed, environment, files
 
@@ -68,17 +69,11 @@ def measure(flow: Flow, step: Callable[[], object], whole: bool, threads: list[i
 def fastest(flow: Flow, step: Callable[[], object], threads: list[int]) -> float:
     """Seconds of a ``step`` that nothing else on the machine slowed down, with the best of several numbers of threads,
     of which the first stays."""
-    wait = torch.cuda.synchronize if next(flow.parameters()).is_cuda else lambda: None
-    times = []
+    device, times = next(flow.parameters()).device, []
     for number in reversed(threads):
         torch.set_num_threads(number)
         step()  # which may compile
-        for _ in range(STEPS):
-            wait()
-            began = time.monotonic()
-            step()
-            wait()
-            times.append(time.monotonic() - began)
+        times += [seconds_of(step, device) for _ in range(STEPS)]
     return min(times)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from statistics import median
 
 import torch
 
+from flowtrain.engine.timing import seconds_of
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
@@ -49,19 +49,11 @@ def cost(flow: Flow, step: Callable[[Flow], object]) -> float:
     """How many times as long ``step`` takes for a copy of ``flow`` with :func:`enable` as without: a median."""
     flow, ratios = copy.deepcopy(flow).train(), []  # whose counters and moments may change
     torch.use_deterministic_algorithms(False)
-    _seconds(flow, step)  # the first is slower
+    device = next(flow.parameters()).device
+    seconds_of(lambda: step(flow), device)  # the first is slower
     for _ in range(ROUNDS):
         torch.use_deterministic_algorithms(False)
-        free = _seconds(flow, step)
+        free = seconds_of(lambda: step(flow), device)
         torch.use_deterministic_algorithms(True)
-        ratios.append(_seconds(flow, step) / free)
+        ratios.append(seconds_of(lambda: step(flow), device) / free)
     return median(ratios)
-
-
-def _seconds(flow: Flow, step: Callable[[Flow], object]) -> float:
-    wait = torch.cuda.synchronize if next(flow.parameters()).is_cuda else lambda: None
-    wait()
-    began = time.monotonic()
-    step(flow)
-    wait()
-    return time.monotonic() - began

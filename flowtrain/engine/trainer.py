@@ -53,8 +53,9 @@ class Trainer(Stateful):
         ema: the average of the weights, which is validated and previewed in place of ``flow``.
         training_pass: computes the gradients; None: one of ``objective``, in the weights' precision.
         compilation: of ``flow``, if it runs compiled.
-        choice: what a checkpoint keeps of why it does or does not.
-        beside: entered around the steps; yields what is called with the duration of each and the number still left.
+        compile_choice: for checkpoints: whether the flow runs compiled, and the figures by which that was chosen.
+        step_observer: a context around all steps. It yields a function, which is called after each step with the
+            step's seconds and the number of steps that are left.
         threads: the numbers of threads to choose from; None: the present one.
     """
 
@@ -89,13 +90,14 @@ class Trainer(Stateful):
         ema: EMA | None = None,
         training_pass: TrainingPass | None = None,
         compilation: Compilation | None = None,
-        choice: dict | None = None,
-        beside: AbstractContextManager[Callable[[float, float], object]] | None = None,
+        compile_choice: dict | None = None,
+        step_observer: AbstractContextManager[Callable[[float, float], object]] | None = None,
         threads: Threads | None = None,
     ):
         self.flow, self.objective, self.loader, self.config = flow, objective, loader, config
         self.budget, self.schedule, self.compilation = budget, schedule, compilation
-        self.choice, self.beside = choice, beside or nullcontext(lambda seconds, left: None)
+        self.compile_choice = compile_choice
+        self.step_observer = step_observer or nullcontext(lambda seconds, left: None)
         self.validation, self.previews = validation, previews
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
@@ -123,7 +125,7 @@ class Trainer(Stateful):
         saved, logged = self.seconds, time.monotonic()
         profiles = config.profile and distributed.is_main()
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
-        with note_signals() as noted, self.beside as after_step, profiler as profile_step:
+        with note_signals() as noted, self.step_observer as after_step, profiler as profile_step:
             try:
                 self.threads.start()
                 self.flow.train()
@@ -289,7 +291,7 @@ class Trainer(Stateful):
         return bool(steps) and self.step % steps == 0
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "compilation": self.choice, **self.weights.state_dict()}
+        return {**super().state_dict(), "compilation": self.compile_choice, **self.weights.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what :meth:`state_dict` returned.

@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 
 from flowtrain.config.build import build_flow
-from flowtrain.engine import determinism
 from flowtrain.engine.compile_gain import measure
 from flowtrain.engine.compiling import compile_and_try
-from flowtrain.engine.precision import set_tf32
 from flowtrain.errors import UsageError
 from flowtrain.training.background import Job
 from flowtrain.training.compilation import gradient_of
-from flowtrain.training.setup import objective_of
+from flowtrain.training.setup import objective_of, set_arithmetic
 
 LIMIT = 15 * 60  # seconds that it may take
 
@@ -28,8 +26,7 @@ LIMIT = 15 * 60  # seconds that it may take
 def run(job: Job) -> None:
     """Note what compiling the job's flow gains, with the compiled code in the cache."""
     torch.set_num_threads(job.threads[0])
-    determinism.choose(job.config.deterministic)  # as in the run: the cache knows code by these switches too
-    set_tf32(job.config.precision)
+    set_arithmetic(job.config)
     flow = build_flow(job.config, job.spec, "cpu")
     flow.load_state_dict(job.weights)
     step = gradient_of(flow, objective_of(job.config, job.spec), job.config, job.batch)

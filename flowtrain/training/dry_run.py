@@ -133,32 +133,41 @@ def _check_loggers(run: SetUp, trainer: Trainer) -> None:
 
 def _measure(run: SetUp, trainer: Trainer) -> Measured:
     """A step of the run; where it takes long, extrapolated from two smaller batches by a straight line."""
-    config = trainer.config
-    sizes = sizes_between(1, config.batch_size // 2, distributed.world() * config.trainer.accumulate)
-    upper = next((i for i, batch in enumerate(sizes) if batch >= START), 0)
-    if upper and not trainer.compilation:
-        few = sizes[max(0, upper - 2)]
-        small = _rehearsal(run, trainer, few)
-        first = small.step()
-        if first * config.batch_size / few > SLOW:  # perhaps too slow: larger batches tell more
-            if first < HEAVY:
-                small.choose_threads()
-            fewest = min(first, *small.times(seconds=0.5, least=1, most=3))
-            if fewest > HEAVY and few > sizes[0]:  # so slow that smaller ones have to do
-                single = _rehearsal(run, trainer, sizes[0])
-                costs = Cost((min(single.step(), single.step()),), single.peak()), Cost((fewest,), small.peak())
-                return _extrapolated(*costs, (sizes[0], few), config.batch_size)
-            for more in sizes[upper::2]:
-                rehearsal = _rehearsal(run, trainer, more)
-                seconds = min(rehearsal.step(), rehearsal.step())
-                if seconds * config.batch_size / more <= SLOW:
-                    break
-                if seconds > FLAT * fewest or 4 * seconds > LONG:
-                    costs = Cost((fewest,), small.peak()), Cost((seconds,), rehearsal.peak())
-                    return _extrapolated(*costs, (few, more), config.batch_size)
+    if not trainer.compilation and (measured := _measure_smaller(run, trainer)):
+        return measured
     rehearsal = Rehearsal(trainer)
     threads = rehearsal.choose_threads()
     return Measured(rehearsal.cost(STEPS, least=2, most=50), threads)
+
+
+def _measure_smaller(run: SetUp, trainer: Trainer) -> Measured | None:
+    """A step of the run, extrapolated; None where it is fast enough to be taken, or its batch is small."""
+    batch = trainer.config.batch_size
+    sizes = sizes_between(1, batch // 2, distributed.world() * trainer.config.trainer.accumulate)
+    upper = next((i for i, size in enumerate(sizes) if size >= START), 0)
+    if not upper:
+        return None
+    few = sizes[max(0, upper - 2)]
+    small = _rehearsal(run, trainer, few)
+    first = small.step()
+    if first * batch / few <= SLOW:
+        return None
+    if first < HEAVY:
+        small.choose_threads()
+    fewest = min(first, *small.times(seconds=0.5, least=1, most=3))
+    if fewest > HEAVY and few > sizes[0]:  # so slow that smaller ones have to do
+        single = _rehearsal(run, trainer, sizes[0])
+        costs = Cost((min(single.step(), single.step()),), single.peak()), Cost((fewest,), small.peak())
+        return _extrapolated(*costs, (sizes[0], few), batch)
+    for more in sizes[upper::2]:  # larger batches tell more
+        rehearsal = _rehearsal(run, trainer, more)
+        seconds = min(rehearsal.step(), rehearsal.step())
+        if seconds * batch / more <= SLOW:
+            return None
+        if seconds > FLAT * fewest or 4 * seconds > LONG:
+            costs = Cost((fewest,), small.peak()), Cost((seconds,), rehearsal.peak())
+            return _extrapolated(*costs, (few, more), batch)
+    return None
 
 
 def _extrapolated(one: Cost, two: Cost, sizes: tuple[int, int], batch: int) -> Measured:
@@ -346,7 +355,7 @@ class _Others:
 
     def _compiled_before(self) -> str:
         """What an earlier run of this flow measured: to compile it now takes long."""
-        gain = self.trainer.choice["gain"]
+        gain = self.trainer.compile_choice["gain"]
         return f"measured before: {Gain(**gain)}" if gain else "not measured: it takes minutes to compile a flow anew"
 
     def _try(self, change: dict, slower: float) -> str:

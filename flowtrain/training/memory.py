@@ -25,8 +25,7 @@ def memory_of_steps(config: TrainConfig, device: torch.device, size: int | None 
 
 def memory_of_weights(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """For a flow, its average and its optimizer."""
-    less = f"a smaller model{' or trainer.ema=null' * bool(config.trainer.ema)} would need less; {more_memory(device)}"
-    return out_of_memory(device, "the weights and the optimizer", less)
+    return out_of_memory(device, "the weights and the optimizer", _smaller_model(config, device))
 
 
 def memory_of_start(device: torch.device, size: int) -> AbstractContextManager:
@@ -37,5 +36,9 @@ def memory_of_start(device: torch.device, size: int) -> AbstractContextManager:
 
 def memory_of_validation(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """For evaluating a flow beside what training keeps."""
-    less = f"a smaller model{' or trainer.ema=null' * bool(config.trainer.ema)} would need less; {more_memory(device)}"
-    return out_of_memory(device, "a validation, beside what training keeps", less)
+    return out_of_memory(device, "a validation, beside what training keeps", _smaller_model(config, device))
+
+
+def _smaller_model(config: TrainConfig, device: torch.device) -> str:
+    ema = " or trainer.ema=null" if config.trainer.ema else ""
+    return f"a smaller model{ema} would need less; {more_memory(device)}"

@@ -33,14 +33,13 @@ from flowtrain.engine.saving import Checkpoints
 from flowtrain.engine.schedules import WarmUp
 from flowtrain.engine.threads import RepeatedThreads, Threads
 from flowtrain.engine.trainer import Trainer
-from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
-from flowtrain.training.compilation import CompileChoice, choose_compilation, threads_of, was_compiled
+from flowtrain.training.compilation import CompileChoice, choose_compilation, gradient_of, threads_of, was_compiled
 from flowtrain.training.cuda_graph import check_cuda_graph, training_pass_of
 from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
@@ -124,8 +123,8 @@ class SetUp:
             ema=ema,
             training_pass=training_pass_of(config, flow, self.objective, self.device),
             compilation=choice.compilation,
-            choice=choice.state_dict(),
-            beside=choice.trial,
+            compile_choice=choice.state_dict(),
+            step_observer=choice.trial,
             threads=chosen_threads(config, self.device, choice.compilation is not None, self.turns),
         )
 
@@ -135,7 +134,7 @@ class SetUp:
         flow = self.new_flow(config)
         if config.deterministic:
             with memory_of_steps(config, self.device):
-                log_cost_of_determinism(flow, self.objective, self.loader(config), config, self.device)
+                log_cost_of_determinism(flow, self.objective, self.loader(config), config)
         with memory_of_weights(config, self.device):
             ema = average_of(flow, config)  # a copy from before compilation
         budget = budget_of(config, len(self.train) // config.batch_size)
@@ -159,10 +158,9 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = (), compi
     objective, loggers = objective_of(config, spec), build_loggers(config)
     schedule = build(config.scheduler, "scheduler", allow=config.allow)
     device = distributed.device()
-    determinism.choose(config.deterministic)
     autocast_dtype(config.precision, device)
     check_cuda_graph(config, flow, device)
-    set_tf32(config.precision)
+    set_arithmetic(config)
     with memory_of_weights(config, device):
         check_optimizer(config, spec, device)
     if config.resume and distributed.is_main():
@@ -173,6 +171,12 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = (), compi
     compiled = was_compiled(state) if state else compiled
     run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, turns, compiled)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
+
+
+def set_arithmetic(config: TrainConfig) -> None:
+    """Set torch's switches that decide how a run computes. Its cache of compiled code tells programs apart by them."""
+    determinism.choose(config.deterministic)
+    set_tf32(config.precision)
 
 
 def record_of(run: SetUp, trainer: Trainer) -> RunRecord:
@@ -230,17 +234,10 @@ def build_loggers(config: TrainConfig) -> Loggers:
     return Loggers([JsonLines(), ImageFiles(), progress(), *chosen.values()] if distributed.is_main() else ())
 
 
-def log_cost_of_determinism(
-    flow: Flow, objective: Objective, loader: Loader, config: TrainConfig, device: torch.device
-) -> None:
-    autocast = autocast_dtype(config.precision, device)
-    batch, place = next(loader.batches()), (0, distributed.rank(), distributed.world())
-
-    def step(copy: Flow) -> None:
-        TrainingPass(copy, objective, config.seed, config.trainer.accumulate, autocast).backpropagate(batch, *place)
-
+def log_cost_of_determinism(flow: Flow, objective: Objective, loader: Loader, config: TrainConfig) -> None:
+    batch = next(loader.batches())
     with determinism.determinism_errors():
-        ratio = determinism.cost(flow, step)
+        ratio = determinism.cost(flow, lambda copy: gradient_of(copy, objective, config, batch)())
     log.info("deterministic=true: a gradient takes %.2f times as long", ratio)
 
 
