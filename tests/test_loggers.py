@@ -125,6 +125,9 @@ def items(record) -> dict:
 
 def test_an_offline_run_of_wandb_is_resumed(tmp_path, capfd):
     words = ("logger=wandb", "seed=3")
+    (tmp_path / "elsewhere").mkdir()
+    assert flowtrain(tmp_path / "elsewhere", *TINY, *words) == 0  # wandb's process keeps this working directory
+    capfd.readouterr()
     assert flowtrain(tmp_path, *TINY, *words) == 0
     assert "no account on this machine" in capfd.readouterr().out
     assert flowtrain(tmp_path, "train", "resume=run", "max_steps=5", "logger.wandb.mode=offline") == 0

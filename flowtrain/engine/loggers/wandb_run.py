@@ -68,7 +68,7 @@ class Wandb(NullLogger):
                 name=run.directory.name,
                 group=run.directory.parent.name,
                 config=run.settings,
-                dir=str(PLACE),
+                dir=str(PLACE.absolute()),  # its process keeps the directory that it was started in
                 mode=mode,
                 settings=wandb.Settings(
                     console="off",
@@ -79,7 +79,8 @@ class Wandb(NullLogger):
                     finish_timeout=FINISH,
                 ),
             )
-        where = f"wandb sync '{Path(self.run.dir).parent}' uploads it" if self.run.offline else self.run.url
+        folder = os.path.relpath(Path(self.run.dir).parent)
+        where = f"wandb sync '{folder}' uploads it" if self.run.offline else self.run.url
         log.info("wandb: run %s; %s", name, where)
 
     def scalars(self, step, values):
