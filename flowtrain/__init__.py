@@ -7,12 +7,17 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, __getattr__ imp
     from flowtrain import bijections, distributions, flows, nets
     from flowtrain.config.restore import load
     from flowtrain.flow import Flow
+    from flowtrain.flow_distribution import LazyDistribution
 
 __version__ = "0.1.0"
 
-__all__ = ["Flow", "bijections", "distributions", "flows", "load", "nets"]
+__all__ = ["Flow", "LazyDistribution", "bijections", "distributions", "flows", "load", "nets"]
 
-_MODULES = {"Flow": "flow", "load": "config.restore"}  # others are modules themselves
+_MODULES = {
+    "Flow": "flow",
+    "LazyDistribution": "flow_distribution",
+    "load": "config.restore",
+}  # others are modules themselves
 
 
 def __getattr__(name: str):

@@ -59,7 +59,13 @@ class Distribution(nn.Module):
     Args:
         shape: of one event, without the batch.
         context_shape: of the context of one event, or None.
+
+    Attributes:
+        reparameterized: True if the gradient of its samples, as they are made from noise, is that of their
+            distribution.
     """
+
+    reparameterized = False
 
     def __init__(self, shape, context_shape=None):
         super().__init__()
@@ -97,6 +103,7 @@ class Distribution(nn.Module):
 class Standard(Distribution):
     """Independent, identically distributed coordinates around 0, without parameters."""
 
+    reparameterized = True
     kind: str  # of noise
 
     def log_prob(self, z, context=None):
@@ -156,6 +163,8 @@ class ConditionalNormal(Distribution):
     >>> ConditionalNormal((2,), context_shape=(3,)).sample(5, context=torch.eye(3)[[0, 1, 2, 0, 1]]).shape
     torch.Size([5, 2])
     """
+
+    reparameterized = True
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
@@ -253,6 +262,7 @@ class Joint(Distribution):
         if self.shape != (sum(self.sizes),):
             raise ValueError(f"parts of {self.sizes} coordinates do not make up a shape of {list(self.shape)}")
         self.parts = nn.ModuleList(parts)
+        self.reparameterized = all(part.reparameterized for part in parts)
 
     def log_prob(self, z, context=None):
         return sum(part.log_prob(piece, context) for part, piece in zip(self.parts, z.split(self.sizes, 1)))

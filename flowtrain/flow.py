@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
-from flowtrain.runtime import fusion, global_batch, modes
+from flowtrain.flow_distribution import FlowDistribution
+from flowtrain.runtime import fusion, global_batch
+from flowtrain.runtime.events import batch_shape, check_rows, map_events, repeat_events
 
 
 class Flow(nn.Module):
     """log p(x) = log p(z) + log|det ∂z/∂x|, z = bijection(x).
 
-    ``forward`` is the log-likelihood, so that what wraps a module (DDP, compile, hooks) wraps that. It does not check
-    values. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` do, for which the host waits for the
-    device. They accept real numbers of any dtype and compute in the precision of the flow's weights. Compiled,
-    ``log_prob``, ``decode`` and ``sample`` are one graph each and check shapes alone: a result may not be finite.
+    ``forward`` is the log-likelihood of a batch (B, *shape), so that what wraps a module (DDP, compile, hooks) wraps
+    that. It does not check values. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` do, for which
+    the host waits for the device. They accept real numbers of any dtype and compute in the precision of the flow's
+    weights. Compiled, ``log_prob``, ``decode`` and ``sample`` are one graph each and check shapes alone: a result may
+    not be finite.
+
+    Batches broadcast as in torch.distributions: events (*batch, *shape) and contexts (*batch, *context_shape) give
+    results (*batch, …), where either batch may lack dimensions or have some of size 1. Rows of a batch are counted
+    from 0 and, of more than one dimension, in the order of memory.
 
     Args:
         shape: of one example, as the data hold it (raw integers for images).
@@ -55,9 +63,15 @@ class Flow(nn.Module):
     ):
         super().__init__()
         self.shape = check_shape(shape)
+        self.context_shape = None if context_shape is None else check_shape(context_shape)
         self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=context_shape)
         self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
         self._stacks = any(True for _ in dense_layers(self.bijection))
+
+    @property
+    def support(self) -> Constraint:
+        """Of the data, as torch.distributions describes one."""
+        return self.bijection.support
 
     @property
     def dimensions(self) -> int:
@@ -73,58 +87,68 @@ class Flow(nn.Module):
         return self.base.log_prob(z, context) + log_det
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) in nats, (B,), finite; a lower bound if x is dequantized."""
-        x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
-        return map_events("x", x, context, "log-likelihood", self)
+        """log p(x | context) in nats, (*batch), finite; a lower bound if x is dequantized.
+
+        >>> from flowtrain import flows
+        >>> flow = flows.maf((3,), hidden=8, context_shape=(2,))
+        >>> flow.log_prob(torch.randn(5, 1, 3), torch.randn(4, 2)).shape
+        torch.Size([5, 4])
+        >>> flow.log_prob(torch.randn(3), torch.randn(2)).shape
+        torch.Size([])
+        """
+        x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
+        return map_events("x", x, context, "log-likelihood", self).reshape(batch)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """−log p(x)/(D ln 2), (B,)."""
+        """−log p(x)/(D ln 2), (*batch)."""
         return to_bits_per_dim(self.log_prob(x, context), self.dimensions)
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The latents of x. Integers become the centres of their bins, so that ``decode`` returns the same integers."""
-        x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
+        """The latents of x, (*batch, *out_shape). Integers become the centres of their bins, so that ``decode`` returns
+        the same integers."""
+        x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
         with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
-            return map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
+            z = map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
+        return z.reshape(*batch, *z.shape[1:])
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """The data of latents z."""
-        z, context = self._check_events("z", z, self.bijection.out_shape, context)
+        """The data of latents z, (*batch, *shape)."""
+        z, context, batch = self._check_events("z", z, self.bijection.out_shape, context)
         with states_only(), self._stacked_log_dets():
-            return map_events(
+            x = map_events(
                 "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
+        return x.reshape(*batch, *self.shape)
 
-    @torch.no_grad()
     def latents(
         self,
-        n: int,
+        shape: int | Sequence[int] = (),
+        context: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n samples of the base distribution, (n, *out_shape), in float32 or float64, on the flow's device.
+        """Samples of the base distribution, (*shape, *batch, *out_shape), in float32 or float64, on the flow's device.
 
         Their noise is drawn on the CPU and does not depend on ``temperature``. So a seed gives the same noise on every
         device and at every temperature. A base distribution that depends on the context needs one, as ``sample`` does.
         """
-        context, leading = self._repeat_context(n, context)
-        z = self.base_samples(math.prod(leading), temperature, context, generator)
-        return z.reshape(*leading, *z.shape[1:])
+        context, batch = self._context_of_each(shape, context)
+        z = self.base_samples(math.prod(batch), temperature, context, generator)
+        return z.reshape(*batch, *z.shape[1:])
 
     def sample(
         self,
-        n: int,
+        shape: int | Sequence[int] = (),
+        context: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """n examples, (n, *shape), all with the one ``context``, (*context_shape) or (1, *context_shape); or n for each
-        of m contexts (m, *context_shape): (n, m, *shape). They are drawn and decoded as one batch.
+        """Examples, (*shape, *batch, *self.shape), for each of the contexts (*batch, *context_shape) as many as
+        ``shape`` says. They are drawn and decoded as one batch, without gradients.
 
         ``temperature`` scales the distance of the latents from their means, which are 0 for standard base distributions
         (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`.
@@ -132,17 +156,59 @@ class Flow(nn.Module):
         Raises:
             ValueError: a context of another shape, which is named beside the flow's.
 
-        >>> from functools import partial
-        >>> from flowtrain import bijections as b, nets
-        >>> maf = partial(b.Autoregressive, univariate=b.ExpAffine, net=nets.MADE)
-        >>> flow = Flow((2,), maf, context_shape=(3,))
-        >>> flow.sample(5, context=torch.zeros(3)).shape, flow.sample(5, context=torch.eye(3)).shape
-        (torch.Size([5, 2]), torch.Size([5, 3, 2]))
+        >>> from flowtrain import flows
+        >>> flow = flows.maf((2,), hidden=8, context_shape=(3,))
+        >>> flow.sample(5, torch.zeros(3)).shape, flow.sample((5, 4), torch.eye(3)).shape
+        (torch.Size([5, 2]), torch.Size([5, 4, 3, 2]))
         """
-        context, leading = self._repeat_context(n, context)
-        z = self.base_samples(math.prod(leading), temperature, context, generator)
-        x = self.decode(z, context)
-        return x.reshape(*leading, *x.shape[1:])
+        context, batch = self._context_of_each(shape, context)
+        x = self.decode(self.base_samples(math.prod(batch), temperature, context, generator), context)
+        return x.reshape(*batch, *self.shape)
+
+    def rsample_and_log_prob(
+        self,
+        shape: int | Sequence[int] = (),
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Samples as :meth:`sample` draws them, (*shape, *batch, *self.shape), and their log-densities,
+        (*shape, *batch), in one pass of the inverse, with gradients in weights and contexts.
+
+        It costs what sampling costs: about one pass of ``log_prob`` for couplings, Glow and IAF, as many steps as there
+        are dimensions for MAF and autoregressive splines, and a solve for an ODE, whose log-density is estimated unless
+        its trace is exact. Values are not checked, so that the host need not wait for the device.
+
+        Raises:
+            ValueError: dequantized data, whose samples are rounded; or a base distribution whose samples have no
+                gradient, a mixture.
+
+        >>> from flowtrain import flows
+        >>> flow = flows.iaf((2,), steps=2, hidden=8)
+        >>> x, log_q = flow.rsample_and_log_prob(64)
+        >>> (log_q + x.square().sum(1) / 2).mean().backward()  # reverse Kullback-Leibler divergence to a normal
+        """
+        if not self.bijection.exact:
+            raise ValueError("the samples of this flow are rounded: they have neither a gradient nor a density")
+        if not self.base.reparameterized:
+            raise ValueError(f"samples of a {type(self.base).__name__} base have no gradient; use base=normal")
+        context, batch = self._context_of_each(shape, context)
+        z = self._latents(math.prod(batch), 1.0, context, generator)
+        with self._stacked_log_dets():
+            x, log_det = self.bijection.inverse(z, context)
+        log_prob = self.base.log_prob(z, context) - log_det
+        return x.reshape(*batch, *self.shape), log_prob.reshape(batch)
+
+    def to_distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:
+        """The flow as a ``torch.distributions.Distribution``: its batch is that of ``context``, (*batch,
+        *context_shape), its events are the flow's.
+
+        >>> from flowtrain import flows
+        >>> flow = flows.maf((3,), hidden=8, context_shape=(2,))
+        >>> flow.to_distribution(torch.randn(4, 2)).log_prob(torch.zeros(3)).shape
+        torch.Size([4])
+        """
+        return FlowDistribution(self, context, validate_args)
 
     @torch.no_grad()
     def base_samples(
@@ -153,22 +219,31 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n latents as :meth:`latents` draws them, but one for each row of ``context`` (n, *context_shape)."""
+        return self._latents(n, temperature, context, generator)
+
+    def _latents(self, n, temperature, context, generator) -> Tensor:
         z = self.base.sample(n, temperature, context, generator)
         return z.to(self._weight.device, at_least_float32(self._weight.dtype))
 
-    def _repeat_context(self, n: int, context: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-        """The context of each of n samples, or of n·m samples of m contexts, and the samples' leading shape."""
-        shape = self.bijection.context_shape
+    def _context_of_each(self, shape: int | Sequence[int], context: Tensor | None) -> tuple[Tensor | None, torch.Size]:
+        """The context of each of the samples, as rows, and the samples' batch."""
+        leading, given = tuple(shape) if isinstance(shape, Sequence) else (shape,), self.context_batch(context)
+        batch = torch.Size((*leading, *given))
         if context is None:
-            return None, (n,)
-        if shape is None:
+            return None, batch
+        return repeat_events(
+            context.to(at_least_float32(self._weight.dtype)), batch, context.shape[len(given) :]
+        ), batch
+
+    def context_batch(self, context: Tensor | None) -> torch.Size:
+        """The batch of a context (*batch, *context_shape). ValueError where it does not fit the flow."""
+        if context is None:
+            if self.context_shape is None:
+                return torch.Size()
+            raise ValueError(f"this flow needs a context, of shape {list(self.context_shape)} for each row")
+        if self.context_shape is None:
             raise ValueError("this flow takes no context")
-        if context.shape != shape and context.shape[1:] != shape:
-            many = ", ".join(map(str, ("m", *shape)))
-            raise ValueError(f"context has shape {list(context.shape)}; this flow takes {list(shape)} or [{many}]")
-        context = context if context.dim() > len(shape) else context[None]
-        m = len(context)
-        return context.expand(n, *context.shape).flatten(0, 1), (n,) if m == 1 else (n, m)
+        return batch_shape("context", context, self.context_shape)
 
     def _stacked_log_dets(self):
         stacks = self._stacks and self.backpropagation.together
@@ -188,17 +263,24 @@ class Flow(nn.Module):
 
     def _check_events(
         self, name: str, x: Tensor, shape: tuple, context: Tensor | None, hide: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x and its context in the flow's precision. ValueError where they cannot be used."""
-        dtype, context_shape = at_least_float32(self._weight.dtype), self.bijection.context_shape
-        x = check_events(name, x, shape, dtype, hide)
-        if context_shape is None:
-            if context is not None:
-                raise ValueError("this flow takes no context")
-            return x, None
-        if context is None or len(context) != len(x):
-            raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(context_shape)} each")
-        return x, check_events("context", context, context_shape, dtype)
+    ) -> tuple[Tensor, Tensor | None, torch.Size]:
+        """The rows of x and their contexts in the flow's precision, and their batch. ValueError where they cannot be
+        used."""
+        dtype, own, given = (
+            at_least_float32(self._weight.dtype),
+            batch_shape(name, x, shape),
+            self.context_batch(context),
+        )
+        try:
+            batch = torch.broadcast_shapes(own, given)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} has a batch of {list(own)} and context one of {list(given)}: they do not broadcast"
+            ) from error
+        x = check_rows(name, repeat_events(x, batch, shape), dtype, hide)
+        if context is not None:
+            context = check_rows("context", repeat_events(context, batch, context.shape[len(given) :]), dtype)
+        return x, context, batch
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -258,73 +340,3 @@ def _start_on_first_use(module: nn.Module) -> None:
 def to_bits_per_dim(log_prob, dimensions: int):
     """Nats per example to bits per dimension: −log p/(D ln 2)."""
     return -log_prob / (dimensions * math.log(2))
-
-
-def check_events(
-    name: str, x: Tensor, shape: tuple, dtype: torch.dtype, hide: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """``x`` (B, *shape) in ``dtype``. ``hide`` replaces the numbers of x that need not be finite.
-
-    Raises:
-        ValueError: it has another shape, is complex, or has a row that is not finite.
-    """
-    if x.shape[1:] != shape:
-        raise ValueError(f"{name} has events of shape {list(x.shape[1:])}; this flow takes {list(shape)}")
-    if x.is_complex():
-        raise ValueError(f"{name} holds complex numbers")
-    x = x.to(dtype)
-    if (row := _first_not_finite(x if hide is None else hide(x))) is not None:
-        kind = str(dtype).removeprefix("torch.")
-        raise ValueError(f"row {row} of {name} holds a number that is not finite in {kind}")
-    return x
-
-
-def map_events(
-    name: str,
-    x: Tensor,
-    context: Tensor | None,
-    what: str,
-    function: Callable[..., Tensor],
-    hide: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``function(x, context)``, each row of which is the ``what`` of a row of x. ``hide`` replaces the numbers of it
-    that need not be finite.
-
-    Raises:
-        ValueError: a row of it is not finite, or ``function`` raised FloatingPointError.
-    """
-    try:
-        result = function(x, context)
-    except FloatingPointError as error:
-        first = _first_failure(function, x, context)
-        raise ValueError(f"{_row(name, x, first)} {what}: {error}") from error
-    if (row := _first_not_finite(result if hide is None else hide(result))) is not None:
-        raise ValueError(f"{_row(name, x, row)} {what} that is finite")
-    return result
-
-
-def _row(name: str, x: Tensor, row: int) -> str:
-    low, high = x[row][~x[row].isnan()].aminmax()
-    return f"row {row} of {name}, of numbers from {low:g} to {high:g}, has no"
-
-
-def _first_not_finite(x: Tensor) -> int | None:
-    if not modes.values_are_known():
-        return None
-    finite = x.isfinite()
-    if finite.all():
-        return None
-    return int((~finite).reshape(len(x), -1).any(1).nonzero()[0])
-
-
-def _first_failure(function: Callable, x: Tensor, context: Tensor | None) -> int:
-    """The first row for which ``function`` raises FloatingPointError, by bisection; there is one."""
-    first, end = 0, len(x)
-    while end - first > 1:
-        middle = (first + end) // 2
-        try:
-            function(x[first:middle], None if context is None else context[first:middle])
-            first = middle
-        except FloatingPointError:
-            end = middle
-    return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,24 @@ class ConvNet(nn.Module):
         return self.last(F.relu_(self.dropout(h)))
 
 
+class _Conv(nn.Conv2d):
+    """A convolution that pickle accepts with weight normalization, for which torch makes it a class of its own."""
+
+    def __reduce_ex__(self, protocol):
+        size = self.in_channels, self.out_channels, self.kernel_size
+        state = {name: value for name, value in vars(self).items() if not name.endswith("hooks")}  # which a copy has
+        return normalized_conv, size, state, None, None, _set_attributes
+
+
+def _set_attributes(module: nn.Module, attributes: dict) -> None:
+    vars(module).update(attributes)
+
+
+def normalized_conv(*size, **options) -> Any:
+    """A convolution with weight normalization (Salimans & Kingma 2016)."""
+    return weight_norm(_Conv(*size, **options))
+
+
 class ResidualConvNet(nn.Module):
     """Real NVP's conditioner (Dinh et al. 2017, sections 3.7 and 4.1, and its reference code): (B, C, H, W) ->
     (B, out, H, W).
@@ -130,13 +149,13 @@ class ResidualConvNet(nn.Module):
         channels = channels_of(shape)
         hidden = hidden * (full_side or shape[-1]) // shape[-1]
         self.norm_in = norm(channels)
-        self.first = weight_norm(nn.Conv2d(2 * channels, hidden, 3, padding=1))
+        self.first = normalized_conv(2 * channels, hidden, 3, padding=1)
         self.context = context_layer(hidden, context_shape)
-        self.skip_first = weight_norm(nn.Conv2d(hidden, hidden, 1))
+        self.skip_first = normalized_conv(hidden, hidden, 1)
         self.blocks = nn.ModuleList(_Residual(hidden, norm, dropout) for _ in range(blocks))
-        self.skips = nn.ModuleList(weight_norm(nn.Conv2d(hidden, hidden, 1)) for _ in range(blocks))
+        self.skips = nn.ModuleList(normalized_conv(hidden, hidden, 1) for _ in range(blocks))
         self.norm_out = norm(hidden)
-        self.last = weight_norm(nn.Conv2d(hidden, out, 1))
+        self.last = normalized_conv(hidden, out, 1)
         self.to(memory_format=torch.channels_last)
         for conv in (self.skip_first, *self.skips, self.last):  # 1×1: as the gradient of a weight norm is laid out
             direction = conv.parametrizations.weight.original1
@@ -161,8 +180,8 @@ class _Residual(nn.Module):
     def __init__(self, hidden, norm, dropout):
         super().__init__()
         self.norm_first, self.norm_second = norm(hidden), norm(hidden)
-        self.first = weight_norm(nn.Conv2d(hidden, hidden, 3, padding=1, bias=False))
-        self.second = weight_norm(nn.Conv2d(hidden, hidden, 3, padding=1))
+        self.first = normalized_conv(hidden, hidden, 3, padding=1, bias=False)
+        self.second = normalized_conv(hidden, hidden, 3, padding=1)
         self.dropout = Dropout(dropout)
 
     def forward(self, x):

@@ -178,7 +178,7 @@ class _Masked(nn.Module):
         self.context = context_layer(hidden, context_shape)
         self.activation, self.dropout = ACTIVATIONS[activation], Dropout(dropout)
         self._connect()
-        self.register_load_state_dict_post_hook(lambda module, _: module._connect())
+        self.register_load_state_dict_post_hook(_reconnect)
 
     def _connect(self):
         elements = torch.arange(1, self.dimensions + 1, device="cpu").repeat_interleave(self.numbers)
@@ -213,6 +213,10 @@ class _Masked(nn.Module):
     def _network(self, h, linears, context):
         """The network; each of ``linears`` computes all units of its layer, or the new ones of a step."""
         raise NotImplementedError
+
+
+def _reconnect(module: _Masked, _keys) -> None:
+    module._connect()
 
 
 class MADE(_Masked):

@@ -202,11 +202,12 @@ def test_a_flow_in_float64_agrees_with_float32(case, tally):
 
 def test_wrong_shapes_are_refused(case, tally):
     flow, x = case
-    for wrong in (x[0], x[..., :-1], x.unsqueeze(1), x.flatten(), torch.zeros(()), torch.zeros(0), torch.zeros(B, 99)):
-        for call in (flow, flow.log_prob, flow.encode):
+    wrong_events = (x[..., :-1], x.unsqueeze(-1), x.flatten(), torch.zeros(()), torch.zeros(0), torch.zeros(B, 99))
+    for call, wrongs in {flow: (x[0], x.unsqueeze(1)), flow.log_prob: (), flow.encode: ()}.items():
+        for wrong in (*wrongs, *wrong_events):
             with pytest.raises(ValueError, match="events of shape"):
                 call(wrong)
-    for wrong in (torch.zeros(B, flow.dimensions + 1), torch.zeros(flow.dimensions), torch.zeros(B)):
+    for wrong in (torch.zeros(B, flow.dimensions + 1), torch.zeros(flow.dimensions + 1), torch.zeros(())):
         with pytest.raises(ValueError, match="events of shape"):
             flow.decode(wrong)
     with pytest.raises(ValueError, match="complex"):
