@@ -122,14 +122,6 @@ class Known:
             else:
                 yield file.fileno()
 
-    def is_being_measured(self) -> bool:
-        """Whether another process measures this gain."""
-        with suppress(OSError):
-            if self.job.exists():
-                with self.lock() as lock:
-                    return lock is None
-        return False
-
     def note_compiling(self, gain: Gain, seconds: float) -> None:
         """Note how long compiling took this time, if nothing slowed it down."""
         if seconds < gain.compiling:
