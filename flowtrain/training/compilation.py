@@ -65,11 +65,16 @@ def choose_compilation(run, flow: Flow, config: TrainConfig, budget: Budget) -> 
 
 
 class _Choice:
-    """The choice of compile=auto."""
+    """The choice of compile=auto.
+
+    Attributes:
+        may_wait: whether it may be made between two steps: where nothing else depends on how the flow is called.
+    """
 
     def __init__(self, run, flow, config, budget, batch, step, whole):
         self.run, self.flow, self.config, self.budget, self.batch = run, flow, config, budget, batch
         self.step, self.whole = step, whole
+        self.may_wait = run.device.type == "cpu" and distributed.world() == 1 and whole and not config.dry_run
         self.threads = threads_of(config, run.device)
         self.known = Known(
             flow, batch.chunk(config.trainer.accumulate)[0].x, *_setting(run.objective, config, self.threads)
@@ -77,7 +82,8 @@ class _Choice:
         self.begun = (run.state["step"], run.state["seconds"]) if run.state else (0, 0.0)
 
     def repeated(self) -> CompileChoice:
-        choice = RepeatedChoice(self.run.before.gain, self.run.before.since, self._compile)
+        since = self.run.before.since if self.may_wait else 0
+        choice = RepeatedChoice(self.run.before.gain, since, self._compile)
         choice.after_step(*self.begun)
         return choice
 
@@ -89,8 +95,7 @@ class _Choice:
             return CompileChoice()
         if self._is_long():
             return self._tried()
-        alone = self.run.device.type == "cpu" and distributed.world() == 1 and not self.config.dry_run
-        return late if alone and self.whole else CompileChoice()
+        return late if self.may_wait else CompileChoice()
 
     def _is_long(self) -> bool:
         """Whether trying it is worth the time: it takes minutes."""
