@@ -210,15 +210,17 @@ def loose(graph, _inputs):
     return lambda *args: [1.001 * one for one in graph(*args)]
 
 
-def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, soon, monkeypatch):
+def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, soon, two_threads, monkeypatch):
     """The job that a run writes is what its process reads; here in this process, in which nothing runs at once."""
-    jobs = []
+    jobs, words = [], ["train", *TINY, "threads=auto", "max_steps=20"]
 
     monkeypatch.setattr(background, "start_process", lambda job, lock: jobs.append(job) or PROCESS)
-    assert not train(tmp_path, "max_steps=20")["compiled"]
+    state = two_threads(tmp_path, *words, "hydra.run.dir=run")
+    assert state["compilation"] == {"compiled": False, "since": 0, "gain": None}
     assert "compile=auto: process 7 compiles this flow beside the run" in log_of(tmp_path)
     assert "compile=auto: process 7 is still at work" in log_of(tmp_path)
     (job,) = jobs
+    assert pickle.loads(job.read_bytes()).threads == threads.halvings(state["threads"]["chosen"])
     switches = []  # by which torch's cache knows code, as the run sets them and not as torch does
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(
@@ -229,9 +231,9 @@ def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, soon, 
     job.unlink()
     (found,) = cache.glob("flowtrain/*.json")
     assert {*json.loads(found.read_text())} == {"eager", "compiled", "compiling", "threads"}
-    (tmp_path / "again").mkdir()
-    train(tmp_path / "again", "max_steps=20")
-    assert "measured here before" in log_of(tmp_path / "again")  # of the same flow in the same setting
+    two_threads(tmp_path, *words, "hydra.run.dir=again")
+    log = (tmp_path / "again" / "train.log").read_text()
+    assert "measured here before" in log  # of the same flow in the same setting
 
 
 def test_a_run_is_compiled_once_its_process_has_measured_that_it_repays(tmp_path, soon, monkeypatch):

@@ -30,8 +30,8 @@ ROOM = 3 * 2**30  # bytes that a compiler may need
 
 @dataclass(frozen=True)
 class Job:
-    """A gradient to compile: a flow, its weights, a batch, the numbers of threads that a run chooses from, the largest
-    first, and where the gain is noted."""
+    """A gradient to compile: a flow, its weights, a batch, the numbers of threads to try, the largest first, and where
+    the gain is noted."""
 
     config: TrainConfig
     spec: DataSpec

@@ -153,8 +153,9 @@ class _Choice:
         log.warning("compile=auto: trains without: %s", error.removeprefix("compile=true: ") or "it fails elsewhere")
 
     def _job(self) -> Job:
-        weights = {name: tensor.cpu() for name, tensor in self.flow.state_dict().items()}
-        return Job(self.config, self.run.spec, weights, self.batch, self.threads, self.known)
+        most = torch.get_num_threads()  # with which the run is fastest; its shorter compiled steps need no more
+        threads = [number for number in self.threads if number <= most]
+        return Job(self.config, self.run.spec, self.flow.state_dict(), self.batch, threads, self.known)
 
 
 def threads_of(config: TrainConfig, device: torch.device) -> list[int]:
