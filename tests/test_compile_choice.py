@@ -344,6 +344,8 @@ def test_a_run_that_was_compiled_on_its_way_is_resumed_and_repeated_to_the_bit(
     for one in (parts, *again):
         assert one["compilation"] == whole["compilation"] and one["threads"]["turns"] == whole["threads"]["turns"]
         assert all(map(torch.equal, one["model"].values(), whole["model"].values()))
+    other = two_threads(tmp_path, "rerun", "whole", "max_steps=2", "memory=checkpoint", "hydra.run.dir=other")
+    assert other["compilation"] == whole["compilation"] | {"since": 0}  # what has no late choice has one at its start
     eager = two_threads(tmp_path, *words, "compile=false", "hydra.run.dir=eager")
     assert not all(map(torch.equal, eager["model"].values(), whole["model"].values()))
 
