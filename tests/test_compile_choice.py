@@ -195,12 +195,11 @@ def soon(monkeypatch):
 @pytest.fixture
 def known_after(soon, monkeypatch):
     """``known_after(step, gain)``: a process beside the next run notes that gain while the run takes this step."""
-    monkeypatch.setattr(background, "start_process", lambda job, lock: PROCESS)
+    monkeypatch.setattr(BackgroundProcess, "start", lambda self: None)
 
     def forget_until(step, gain):
         reads = iter([None] * step)  # one at the start, and one after each step
         monkeypatch.setattr(Known, "read", lambda self: next(reads, gain))
-        monkeypatch.setattr(BackgroundProcess, "start", lambda self: None)
 
     return forget_until
 
