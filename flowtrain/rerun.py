@@ -14,7 +14,7 @@ from flowtrain.config import restore, runs
 from flowtrain.config.conversion import format_value, to_dict, validate
 from flowtrain.config.schema import TrainConfig
 from flowtrain.runtime import checkpoint, distributed, environment
-from flowtrain.training.compilation import was_compiled
+from flowtrain.training.recorded import Recorded
 from flowtrain.training.setup import SetUp
 
 log = logging.getLogger("flowtrain")
@@ -30,8 +30,6 @@ def main(config: RerunConfig, run_dir: str) -> dict:
     values.pop("run")
     again = validate(TrainConfig, values)
     state = None if file.suffix == ".yaml" else checkpoint.read(file, mmap=True)
-    threads = (state or {}).get("threads")
-    turns = threads.get("turns") or () if isinstance(threads, dict) else ()
 
     def look(run: SetUp) -> None:
         if distributed.is_main():
@@ -43,8 +41,7 @@ def main(config: RerunConfig, run_dir: str) -> dict:
             if not found:
                 log.info("nothing differs%s", _promise(again, run))
 
-    turns = tuple(turns) if all(type(one) is int and one > 0 for one in turns) else ()
-    return train.main(again, run_dir, look, turns, was_compiled(state or {}))
+    return train.main(again, run_dir, look, Recorded.of(state or {}))
 
 
 def _promise(config: TrainConfig, run: SetUp) -> str:

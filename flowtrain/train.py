@@ -14,6 +14,7 @@ from flowtrain.training import dry_run
 from flowtrain.training.conclusion import conclude
 from flowtrain.training.errors import one_line_errors
 from flowtrain.training.introduction import log_introduction
+from flowtrain.training.recorded import Recorded
 from flowtrain.training.report import write_report
 from flowtrain.training.setup import SetUp, record_of, set_up
 
@@ -22,21 +23,19 @@ def main(
     config: TrainConfig,
     run_dir: str,
     look: Callable[[SetUp], None] = lambda run: None,
-    turns: tuple[int, ...] = (),
-    compiled: bool | None = None,
+    before: Recorded = Recorded(),
 ) -> dict:
     """Train what ``config`` says into ``run_dir``; returns the summary, on every process.
 
     Args:
         look: called on every process with the run once its data are open.
-        turns: numbers of threads, in the order in which the run that this one repeats gave them turns.
-        compiled: whether that run was compiled; None where compile=auto decides anew.
+        before: what the run that this one repeats has chosen.
     """
     with status.lock(run_dir) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             for folder in ("", "checkpoints", "samples"):
                 files.remove_temporary(Path(run_dir) / folder)
-        run = set_up(config, run_dir, turns, compiled)
+        run = set_up(config, run_dir, before)
         look(run)
         return dry_run.main(run) if config.dry_run else _train(run)
 

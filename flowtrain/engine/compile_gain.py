@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from flowtrain.engine.budget import Budget
 from flowtrain.engine.compiling import Compilation, compile_and_try, signature, use_cache
-from flowtrain.engine.timing import seconds_of
+from flowtrain.engine.timing import own_seconds_of
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed, environment, files
 
@@ -28,8 +27,8 @@ STEPS = 10  # that are timed, after one that is not
 @dataclass(frozen=True)
 class Gain:
     """Attributes:
-    eager, compiled: seconds of a training step without its optimizer.
-    compiling: seconds of the first compiled step, in which the code is compiled or found in the cache.
+    eager, compiled: seconds of a training step without its optimizer, on a machine that does nothing else.
+    compiling: seconds of the first compiled step, in which the code is found in the cache, or compiled on a GPU.
     threads: with which the compiled step is fastest.
     """
 
@@ -51,13 +50,17 @@ class Gain:
 def measure(flow: Flow, step: Callable[[], object], whole: bool, threads: list[int]) -> tuple[Compilation, Gain]:
     """Compile ``flow``, and what that gains in ``step``, a gradient of it, over the fastest of several numbers of
     ``threads``, the largest first. Compiled, which takes time for each, only the first two are tried; the faster stays.
+    On a CPU it is compiled twice, since other runs find the code in the cache, which takes seconds.
 
     Raises:
         UsageError: as in compile_and_try.
     """
-    began = time.monotonic()
-    compilation = compile_and_try(flow, step, whole)
-    compiling = time.monotonic() - began
+    device, found = next(flow.parameters()).device, []
+    if device.type == "cpu":
+        compile_and_try(flow, step, whole).undo()
+        torch.compiler.reset()
+    compiling = own_seconds_of(lambda: found.append(compile_and_try(flow, step, whole)), device)
+    compilation: Compilation = found[0]
     compiled = {number: fastest(flow, step, [number]) for number in threads[:2]}
     with compilation.pause():
         eager = fastest(flow, step, threads)
@@ -73,7 +76,7 @@ def fastest(flow: Flow, step: Callable[[], object], threads: list[int]) -> float
     for number in reversed(threads):
         torch.set_num_threads(number)
         step()  # which may compile
-        times += [seconds_of(step, device) for _ in range(STEPS)]
+        times += [own_seconds_of(step, device) for _ in range(STEPS)]
     return min(times)
 
 
@@ -121,14 +124,6 @@ class Known:
                 yield None
             else:
                 yield file.fileno()
-
-    def is_being_measured(self) -> bool:
-        """Whether another process measures this gain."""
-        with suppress(OSError):
-            if self.job.exists():
-                with self.lock() as lock:
-                    return lock is None
-        return False
 
     def note_compiling(self, gain: Gain, seconds: float) -> None:
         """Note how long compiling took this time, if nothing slowed it down."""

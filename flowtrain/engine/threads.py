@@ -80,8 +80,10 @@ class Threads(Stateful):
             log.info("threads: %d from now on; a step took %s (threads=N sets it)", self.chosen, took)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where the run was; a single number is kept."""
-        if len(self.numbers) > 1:
+        """Continue where the run was; a single number is kept, and what the turns were is remembered."""
+        if len(self.numbers) == 1:
+            self.turns = state.get("turns") or self.turns
+        else:
             super().load_state_dict({"turns": []} | state)  # older files do not know them
             self.chosen = self.chosen and min(self.chosen, self.numbers[0])
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from flowtrain.data.batch import Batch
 from flowtrain.engine.agreement import Agreed, agree
 from flowtrain.engine.budget import Budget
+from flowtrain.engine.compile_choice import CompileChoice
 from flowtrain.engine.compiling import Compilation
 from flowtrain.engine.divergence import examine
 from flowtrain.engine.ema import EMA
@@ -52,10 +53,7 @@ class Trainer(Stateful):
         loggers: where the run's records go.
         ema: the average of the weights, which is validated and previewed in place of ``flow``.
         training_pass: computes the gradients; None: one of ``objective``, in the weights' precision.
-        compilation: of ``flow``, if it runs compiled.
-        compile_choice: for checkpoints: whether the flow runs compiled, and the figures by which that was chosen.
-        step_observer: a context around all steps. It yields a function, which is called after each step with the
-            step's seconds and the number of steps that are left.
+        compile_choice: whether ``flow`` runs compiled, which may change between two steps; None: it never does.
         threads: the numbers of threads to choose from; None: the present one.
     """
 
@@ -89,15 +87,12 @@ class Trainer(Stateful):
         loggers: Loggers,
         ema: EMA | None = None,
         training_pass: TrainingPass | None = None,
-        compilation: Compilation | None = None,
-        compile_choice: dict | None = None,
-        step_observer: AbstractContextManager[Callable[[float, float], object]] | None = None,
+        compile_choice: CompileChoice | None = None,
         threads: Threads | None = None,
     ):
         self.flow, self.objective, self.loader, self.config = flow, objective, loader, config
-        self.budget, self.schedule, self.compilation = budget, schedule, compilation
-        self.compile_choice = compile_choice
-        self.step_observer = step_observer or nullcontext(lambda seconds, left: None)
+        self.budget, self.schedule = budget, schedule
+        self.compile_choice = compile_choice or CompileChoice()
         self.validation, self.previews = validation, previews
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
@@ -125,7 +120,7 @@ class Trainer(Stateful):
         saved, logged = self.seconds, time.monotonic()
         profiles = config.profile and distributed.is_main()
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
-        with note_signals() as noted, self.step_observer as after_step, profiler as profile_step:
+        with note_signals() as noted, self.compile_choice, profiler as profile_step:
             try:
                 self.threads.start()
                 self.flow.train()
@@ -136,7 +131,8 @@ class Trainer(Stateful):
                     norm, signum = self.take_step(batch, began, noted)
                     took = time.monotonic() - start
                     self.threads.after_step(took)
-                    after_step(took, self.budget.left(self.step, self.seconds, took))
+                    if self.threads.chosen:
+                        self.compile_choice.after_step(self.step, self.seconds, took)
                     profile_step()
                     if self.every(config.log_every):
                         self.report(norm, elapsed=time.monotonic() - logged)
@@ -279,6 +275,11 @@ class Trainer(Stateful):
         self.flow.statistics()  # raises, where gradients since the last report were wrong, before weights are kept
         self.checkpoints.save_last(self.state_dict())
 
+    @property
+    def compilation(self) -> Compilation | None:
+        """Of the flow, if it runs compiled by now."""
+        return self.compile_choice.compilation
+
     def pause_compilation(self):
         """Within it nothing runs compiled: only training steps do."""
         return self.compilation.pause() if self.compilation else nullcontext()
@@ -291,7 +292,7 @@ class Trainer(Stateful):
         return bool(steps) and self.step % steps == 0
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "compilation": self.compile_choice, **self.weights.state_dict()}
+        return {**super().state_dict(), "compilation": self.compile_choice.state_dict(), **self.weights.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what :meth:`state_dict` returned.

@@ -1,6 +1,6 @@
-"""What compiling a flow gains, measured in a process beside a run for the runs that follow.
+"""The process beside a run that compiles its flow, and measures what that gains.
 
-The process has the lowest priority, and fills the cache of compiled code. The run itself does not change.
+The process has the lowest priority, and fills the cache of compiled code. The run itself does not wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -26,15 +25,13 @@ from flowtrain.engine.rehearsal import free_bytes
 
 log = logging.getLogger("flowtrain")
 
-FIRST, COUNTED = 32, 8  # steps: the one after which it may begin, and how many before it are timed
-WORTH = 15.0  # seconds: no run that takes less is compiled for
 ROOM = 3 * 2**30  # bytes that a compiler may need
 
 
 @dataclass(frozen=True)
 class Job:
-    """A gradient to compile: a flow, its weights, a batch, the numbers of threads that a run chooses from, the largest
-    first, and where the gain is noted."""
+    """A gradient to compile: a flow, its weights, a batch, the numbers of threads to try, the largest first, and where
+    the gain is noted."""
 
     config: TrainConfig
     spec: DataSpec
@@ -44,8 +41,8 @@ class Job:
     known: Known
 
 
-class BackgroundTrial:
-    """Starts the process once the first steps of a run show that it is long enough.
+class BackgroundProcess:
+    """A process of a run.
 
     Args:
         job: makes what to compile.
@@ -53,36 +50,25 @@ class BackgroundTrial:
 
     def __init__(self, job: Callable[[], Job]):
         self.job = job
-        self.times: list[float] = []
         self.process: subprocess.Popen | None = None
 
-    def __enter__(self) -> Callable[[float, float], None]:
-        return self.after_step
-
-    def after_step(self, seconds: float, left: float) -> None:
-        """To be called with the duration of each step and the number of steps that are left."""
-        if len(self.times) >= FIRST:
-            return
-        self.times.append(seconds)
-        if len(self.times) == FIRST and left * median(self.times[-COUNTED:]) >= WORTH:
-            self._start()
-
-    def _start(self) -> None:
-        if free_bytes(torch.device("cpu")) < ROOM:
+    def start(self) -> None:
+        """Start the process, once in a run, unless that of another run is at work or there is too little memory."""
+        if self.process or free_bytes(torch.device("cpu")) < ROOM:
             return
         job = self.job()
         with suppress(OSError), job.known.lock() as lock:
-            if lock is None:  # one at a time
+            if lock is None or job.known.read() is not None:
                 return
             job.known.job.write_bytes(pickle.dumps(job))
             self.process = start_process(job.known.job, lock)
             log.info(
-                "compile=auto: process %d compiles this flow for later runs, at the lowest priority (compile=false: "
+                "compile=auto: process %d compiles this flow beside the run, at the lowest priority (compile=false: "
                 "none does)",
                 self.process.pid,
             )
 
-    def __exit__(self, failed, *_) -> None:
+    def leave(self, failed: bool) -> None:
         """Leave the process to itself, and say so; end it where the run has failed or was interrupted."""
         if self.process is None or self.process.poll() is not None:
             return

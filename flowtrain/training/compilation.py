@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 
 import torch
 
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data.batch import Batch
 from flowtrain.engine.budget import Budget
+from flowtrain.engine.compile_choice import CompileChoice
 from flowtrain.engine.compile_gain import Gain, Known, fastest, measure
 from flowtrain.engine.compiling import Compilation, compile_and_try, regions
 from flowtrain.engine.objectives import Objective
@@ -23,45 +23,13 @@ from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
-from flowtrain.training.background import BackgroundTrial, Job
+from flowtrain.training.background import BackgroundProcess, Job
+from flowtrain.training.late_choice import LateChoice, RepeatedChoice
 
 log = logging.getLogger("flowtrain")
 
 LONG = 30 * 60  # seconds: a run that takes longer on a CPU tries at its start whether compiling pays
 MANY = 2000  # steps: a run of fewer is not that long
-PATIENCE = 0.5  # of the time that a run takes eagerly: so long it waits for a compilation that has begun
-
-
-@dataclass(frozen=True)
-class CompileChoice:
-    """Attributes:
-    compilation: of the flow, where it runs compiled.
-    gain: the figures by which that was chosen, or None.
-    trial: to be started where a run is long enough that a later one may gain.
-    """
-
-    compilation: Compilation | None = None
-    gain: Gain | None = None
-    trial: BackgroundTrial | None = None
-
-    def state_dict(self) -> dict:
-        """For a checkpoint: a resumed run repeats the choice."""
-        return {"compiled": self.compilation is not None, "gain": self.gain and asdict(self.gain)}
-
-
-def was_compiled(state: dict) -> bool | None:
-    """What the checkpoint of a run says of it; None: nothing."""
-    choice = state.get("compilation")
-    compiled = choice.get("compiled") if isinstance(choice, dict) else None
-    return compiled if isinstance(compiled, bool) else None
-
-
-def _gain_before(run) -> Gain | None:
-    """The figures by which a run that is resumed was left as it is."""
-    try:
-        return Gain(**run.state["compilation"]["gain"])
-    except (KeyError, TypeError):
-        return None
 
 
 def gradient_of(flow: Flow, objective: Objective, config: TrainConfig, batch: Batch) -> Callable[[], object]:
@@ -83,69 +51,51 @@ def choose_compilation(run, flow: Flow, config: TrainConfig, budget: Budget) -> 
     Raises:
         UsageError: compile=true, and it cannot be compiled.
     """
-    auto = config.compile == "auto"
+    auto, before = config.compile == "auto", run.before
     never = config.compile is False or auto and (config.deterministic or config.memory == "reversible")
-    if never or auto and run.compiled is False:
-        return CompileChoice(gain=_gain_before(run))
+    if never or auto and before.compiled is False:
+        return CompileChoice(gain=before.gain)
     batch, whole = next(run.loader(config).batches()), config.memory == "none"
     step = gradient_of(flow, run.objective, config, batch)
-    with _buffers_kept(flow):
-        if not auto:
+    if not auto:
+        with _without_trace(flow):
             return CompileChoice(compile_and_try(flow, step, whole))
-        known = Known(flow, batch.chunk(config.trainer.accumulate)[0].x, *_setting(run.objective, config))
-        choice = _Choice(run, flow, config, budget, batch, step, known, whole)
-        return choice.repeated() if run.compiled else choice.new()
+    choice = _Choice(run, flow, config, budget, batch, step, whole)
+    return choice.repeated() if before.compiled else choice.new()
 
 
 class _Choice:
-    """The choice of compile=auto."""
+    """The choice of compile=auto.
 
-    def __init__(self, run, flow, config, budget, batch, step, known, whole):
+    Attributes:
+        may_wait: whether it may be made between two steps: where nothing else depends on how the flow is called.
+    """
+
+    def __init__(self, run, flow, config, budget, batch, step, whole):
         self.run, self.flow, self.config, self.budget, self.batch = run, flow, config, budget, batch
-        self.step, self.known, self.whole = step, known, whole
+        self.step, self.whole = step, whole
+        self.may_wait = run.device.type == "cpu" and distributed.world() == 1 and whole and not config.dry_run
         self.threads = threads_of(config, run.device)
+        self.known = Known(
+            flow, batch.chunk(config.trainer.accumulate)[0].x, *_setting(run.objective, config, self.threads)
+        )
         self.begun = (run.state["step"], run.state["seconds"]) if run.state else (0, 0.0)
 
     def repeated(self) -> CompileChoice:
-        gain = _gain_before(self.run)
-        threads = [*self.run.turns, *([gain.threads] if gain else [])]
-        if threads and threads[0] <= self.threads[0]:
-            torch.set_num_threads(threads[0])
-        log.info("compile=auto: compiled, as before")
-        return self._compiled(gain)
+        since = self.run.before.since if self.may_wait else 0
+        choice = RepeatedChoice(self.run.before.gain, since, self._compile)
+        choice.after_step(*self.begun)
+        return choice
 
     def new(self) -> CompileChoice:
-        found = self._found()
-        if isinstance(found, str):
-            log.info("compile=auto: not compiled: %s", found.removeprefix("compile=true: "))
-            return CompileChoice()
-        if found is not None:
-            repays = found.repays(self.budget, *self.begun)
-            log.info("compile=auto: %s: measured here before, %s", "compiled" if repays else "not compiled", found)
-            if not repays:
-                return CompileChoice(gain=found)
-            torch.set_num_threads(found.threads)
-            return self._compiled(found)
+        late = LateChoice(self.known, self.budget, self._compile, BackgroundProcess(self._job))
+        if late.look(*self.begun):
+            return late
         if not any(True for _ in regions(self.flow.bijection)):
             return CompileChoice()
         if self._is_long():
             return self._tried()
-        alone = self.run.device.type == "cpu" and distributed.world() == 1 and not self.config.dry_run
-        return CompileChoice(trial=BackgroundTrial(self._job) if alone and self.whole else None)
-
-    def _found(self) -> Gain | str | None:
-        """What is known on the first process; the compilation of an earlier run is waited for."""
-        if self.known.read() is None and self.known.is_being_measured() and not self.config.dry_run:
-            limit = min(LONG, PATIENCE * self.budget.left(*self.begun, each := self._eager()) * each)
-            if limit > 1:
-                log.info("compile=auto: waits up to %.0f s for the compilation that another run has begun", limit)
-            end = time.monotonic() + limit
-            while self.known.is_being_measured() and time.monotonic() < end:
-                time.sleep(0.1)
-        return distributed.broadcast_object(self.known.read())
-
-    def _eager(self) -> float:
-        return distributed.broadcast_object(fastest(self.flow, self.step, self.threads))
+        return late if self.may_wait else CompileChoice()
 
     def _is_long(self) -> bool:
         """Whether trying it is worth the time: it takes minutes."""
@@ -154,13 +104,16 @@ class _Choice:
             return steps >= 5000 if self.budget.steps else minutes >= 20
         if self.config.dry_run or steps < MANY or 60 * minutes < LONG:
             return False
-        return self.budget.left(*self.begun, each := self._eager()) * each >= LONG
+        with _without_trace(self.flow):
+            each = distributed.broadcast_object(fastest(self.flow, self.step, self.threads))
+        return self.budget.left(*self.begun, each) * each >= LONG
 
     def _tried(self) -> CompileChoice:
         """Compile the flow, and keep that if it gains."""
         compilation, gain, error = None, None, ""
         try:
-            compilation, gain = measure(self.flow, self.step, self.whole, self.threads)
+            with _without_trace(self.flow):
+                compilation, gain = measure(self.flow, self.step, self.whole, self.threads)
         except UsageError as failure:
             error = str(failure)
         gain, error = distributed.broadcast_object((gain, error)) if distributed.world() > 1 else (gain, error)
@@ -168,34 +121,41 @@ class _Choice:
         if distributed.is_main():
             self.known.write(error if failed else gain)
         if failed:
-            return self._failed(compilation, error)
+            self._warn(compilation, error)
+            return CompileChoice()
         log.info("compile=auto: %s", gain)
         if gain.compiled < gain.eager:
-            return CompileChoice(compilation, gain)
+            return CompileChoice(compilation, gain, self.begun[0])
         compilation.undo()
         return CompileChoice(gain=gain)
 
-    def _compiled(self, gain: Gain | None) -> CompileChoice:
-        began, compilation, error = time.monotonic(), None, ""
+    def _compile(self, gain: Gain | None) -> Compilation | None:
+        """Compile the flow in place, with the number of threads of ``gain``; None, with a warning, where that fails."""
+        began, threads, compilation, error = time.monotonic(), torch.get_num_threads(), None, ""
+        if gain and gain.threads in self.threads:
+            torch.set_num_threads(gain.threads)
         try:
-            compilation = compile_and_try(self.flow, self.step, self.whole)
+            with _without_trace(self.flow):
+                compilation = compile_and_try(self.flow, self.step, self.whole)
         except UsageError as failure:
             error = str(failure)
         if any(distributed.all_gather_object(compilation is None)):
-            return self._failed(compilation, error)
+            torch.set_num_threads(threads)
+            return self._warn(compilation, error)
         if gain and distributed.is_main():
             self.known.note_compiling(gain, time.monotonic() - began)
-        return CompileChoice(compilation, gain)
+        return compilation
 
-    def _failed(self, compilation: Compilation | None, error: str) -> CompileChoice:
+    def _warn(self, compilation: Compilation | None, error: str) -> None:
+        """Leave the flow as it was, since it cannot be compiled on every process."""
         if compilation:
             compilation.undo()
         log.warning("compile=auto: trains without: %s", error.removeprefix("compile=true: ") or "it fails elsewhere")
-        return CompileChoice()
 
     def _job(self) -> Job:
-        weights = {name: tensor.cpu() for name, tensor in self.flow.state_dict().items()}
-        return Job(self.config, self.run.spec, weights, self.batch, self.threads, self.known)
+        most = torch.get_num_threads()  # with which the run is fastest; its shorter compiled steps need no more
+        threads = [number for number in self.threads if number <= most]
+        return Job(self.config, self.run.spec, self.flow.state_dict(), self.batch, threads, self.known)
 
 
 def threads_of(config: TrainConfig, device: torch.device) -> list[int]:
@@ -205,17 +165,19 @@ def threads_of(config: TrainConfig, device: torch.device) -> list[int]:
     return halvings(most) if alone and config.threads == "auto" and not config.deterministic else [most]
 
 
-def _setting(objective: Objective, config: TrainConfig) -> tuple:
-    world, threads = distributed.world(), torch.get_num_threads()
+def _setting(objective: Objective, config: TrainConfig, threads: list[int]) -> tuple:
+    world = distributed.world()
     return type(objective).__name__, config.precision, config.memory, config.trainer.accumulate, world, threads
 
 
 @contextmanager
-def _buffers_kept(flow: Flow) -> Iterator[None]:
-    """Gradients that are computed within it leave nothing behind, such as moments of batch normalization."""
+def _without_trace(flow: Flow) -> Iterator[None]:
+    """Gradients that are computed within it leave nothing behind: neither moments of batch normalization nor another
+    state of torch's generator."""
     before = [buffer.clone() for buffer in flow.buffers()]
     try:
-        yield
+        with torch.random.fork_rng(devices=()):
+            yield
     finally:
         with torch.no_grad():
             for buffer, value in zip(flow.buffers(), before):

@@ -19,7 +19,6 @@ from flowtrain.commands.previews import CELLS
 from flowtrain.config.schema import TrainConfig, check_batch_size
 from flowtrain.engine.auto import choose_batch_size
 from flowtrain.engine.batch_search import START, sizes_between
-from flowtrain.engine.compile_gain import Gain
 from flowtrain.engine.loggers import Loggers, ProgressLines
 from flowtrain.engine.out_of_memory import is_out_of_memory
 from flowtrain.engine.precision import tf32_as
@@ -355,8 +354,8 @@ class _Others:
 
     def _compiled_before(self) -> str:
         """What an earlier run of this flow measured: to compile it now takes long."""
-        gain = self.trainer.compile_choice["gain"]
-        return f"measured before: {Gain(**gain)}" if gain else "not measured: it takes minutes to compile a flow anew"
+        gain = self.trainer.compile_choice.gain
+        return f"measured before: {gain}" if gain else "not measured: it takes minutes to compile a flow anew"
 
     def _try(self, change: dict, slower: float) -> str:
         """The figures with some keys changed, or in words why there are none."""

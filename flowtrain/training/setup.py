@@ -23,6 +23,7 @@ from flowtrain.data import Loader, Split
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine import determinism
+from flowtrain.engine.compile_choice import CompileChoice
 from flowtrain.engine.ema import EMA
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import ImageFiles, JsonLines, Logger, Loggers, RunRecord, progress
@@ -39,10 +40,11 @@ from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.training.batch_size import batch_size_of
-from flowtrain.training.compilation import CompileChoice, choose_compilation, gradient_of, threads_of, was_compiled
+from flowtrain.training.compilation import choose_compilation, gradient_of, threads_of
 from flowtrain.training.cuda_graph import check_cuda_graph, training_pass_of
 from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
+from flowtrain.training.recorded import Recorded
 from flowtrain.training.start import average_of, start
 
 log = logging.getLogger("flowtrain")
@@ -56,8 +58,7 @@ class SetUp:
         config: its ``batch_size`` is a number.
         stored: what checkpoints keep of the configuration.
         state: of the checkpoint that the run resumes, or None.
-        turns: numbers of threads, as the run that this one repeats used them; () where it chooses them itself.
-        compiled: whether the run was compiled before, or the one that this repeats; None where it chooses that itself.
+        before: what the run has chosen before it was resumed, or the one that it repeats; nothing in a new run.
     """
 
     config: TrainConfig
@@ -71,8 +72,7 @@ class SetUp:
     loggers: Loggers
     stored: dict
     state: dict | None
-    turns: tuple[int, ...] = ()
-    compiled: bool | None = None
+    before: Recorded = Recorded()
 
     @property
     def spec(self) -> DataSpec:
@@ -122,10 +122,8 @@ class SetUp:
             loggers=self.loggers,
             ema=ema,
             training_pass=training_pass_of(config, flow, self.objective, self.device),
-            compilation=choice.compilation,
-            compile_choice=choice.state_dict(),
-            step_observer=choice.trial,
-            threads=chosen_threads(config, self.device, choice.compilation is not None, self.turns),
+            compile_choice=choice,
+            threads=chosen_threads(config, self.device, choice.compilation is not None, self.before.turns),
         )
 
     def ready_trainer(self) -> Trainer:
@@ -146,7 +144,7 @@ class SetUp:
         return trainer
 
 
-def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = (), compiled: bool | None = None) -> SetUp:
+def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> SetUp:
     """Refuse what can be refused before data are opened, then open them and choose the batch size."""
     data = build_dataset(config)
     spec = data.spec
@@ -168,8 +166,9 @@ def set_up(config: TrainConfig, run_dir: str, turns: tuple[int, ...] = (), compi
     train, val = data.split("train"), data.split("val")
     state = checkpoint.read(config.resume) if config.resume else None
     stored = stored_config(config, state)
-    compiled = was_compiled(state) if state else compiled
-    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, turns, compiled)
+    if state:
+        before = replace(Recorded.of(state), turns=())  # where they are, the Trainer's state says
+    run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, before)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
 
 
