@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {  # of conf/score.yaml
     "input": None,
     "output": None,
+    "pvalue": False,
+    "typicality": False,
+    "calibration": None,
+    "level": 0.01,
+    "by_column": False,
+    "outside": False,
     "draws": 1,
     "batch": "auto",
     "label": None,
