@@ -80,7 +80,8 @@ class Calibration:
             int(one): _Reference(torch.from_numpy(log_prob[usable & (of_class == one)]))
             for one in np.unique(of_class[usable])
         }
-        self.compared, self.alarms, self.unusual, self.atypical = 0, 0, 0.0, 0.0
+        self.compared, self.unusual, self.atypical = 0, 0.0, 0.0
+        self.alarms = {"pvalue": 0, "pvalue_two_sided": 0}
 
     def compare(self, scores: Scores) -> dict[str, np.ndarray]:
         """The columns of p-values and typicality of new rows, NaN where these have no likelihood; count them for
@@ -97,13 +98,14 @@ class Calibration:
             measured = {}
             if self.config.pvalue:
                 measured["pvalue"] = reference.density.p_values(log_prob)
-                self.alarms += int((measured["pvalue"] <= self.config.level).sum())
             if self.config.typicality:
                 measured["typicality"] = typicality(log_prob, reference.entropy)
                 measured["pvalue_two_sided"] = reference.density.two_sided(log_prob)
                 self.atypical += reference.typical.unusual(-measured["typicality"]).sum().item()
             self.unusual += reference.density.unusual(log_prob).sum().item()
             self.compared += len(log_prob)
+            for name in self.alarms.keys() & measured.keys():
+                self.alarms[name] += int((measured[name] <= self.config.level).sum())
             for name, values in measured.items():
                 columns.setdefault(name, np.full(len(rows), np.nan))[rows] = values.numpy()
         names = ["pvalue"] * self.config.pvalue + ["typicality", "pvalue_two_sided"] * self.config.typicality
@@ -116,15 +118,15 @@ class Calibration:
             "calibration": self.given,
             "calibration_rows": self.rows,
             **({"calibration_rows_of_a_class": len(smallest)} if len(self.reference) > 1 else {}),
+            "level": self.config.level,
         }
         if self.config.pvalue:
-            report |= {
-                "level": self.config.level,
-                "alarms": self.alarms,
-                "false_alarm_rates": smallest.alarm_rates(self.config.level),
-            }
-        if self.config.typicality and len(self.reference) == 1:
-            report["entropy"] = next(iter(self.reference.values())).entropy
+            report["alarms"] = self.alarms["pvalue"]
+            report["false_alarm_rates"] = list(smallest.alarm_rates(self.config.level))
+        if self.config.typicality:
+            report["alarms_two_sided"] = self.alarms["pvalue_two_sided"]
+            if len(self.reference) == 1:
+                report["entropy"] = next(iter(self.reference.values())).entropy
         if self.compared:
             report["auroc_log_likelihood"] = self.unusual / self.compared
             if self.config.typicality:
@@ -148,11 +150,13 @@ def lines(report: dict) -> list[tuple[str, str]]:
     of_class = f", at least {least:,} of a class," if least else ""
     what = f"the {given} split, {CAVEATS[given]}" if given in CAVEATS else given
     found = [("calibration", f"{rows:,} rows{of_class} of {what}")]
-    if "level" in report:
-        level, (low, high) = report["level"], report["false_alarm_rates"]
-        scored = report["rows"] - report["skipped"]
-        share = f" ({100 * report['alarms'] / scored:.3g} %)" if scored else ""
-        found.append((f"p ≤ {level:g}", f"{report['alarms']:,} of {scored:,} rows{share}"))
+    level, scored = report["level"], report["rows"] - report["skipped"]
+    for key, name in (("alarms", f"p ≤ {level:g}"), ("alarms_two_sided", f"two-sided p ≤ {level:g}")):
+        if key in report:
+            share = f" ({100 * report[key] / scored:.3g} %)" if scored else ""
+            found.append((name, f"{report[key]:,} of {scored:,} rows{share}"))
+    if "false_alarm_rates" in report:
+        low, high = report["false_alarm_rates"]
         says = f"{100 * low:.3g} to {100 * high:.3g} % of usual rows, for 95 in 100 calibration samples of this size"
         if not high:
             says = f"none: p ≤ {level:g} takes at least {-int(-1 // level) - 1:,} calibration rows"
