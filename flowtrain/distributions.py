@@ -76,6 +76,11 @@ class Distribution(nn.Module):
         """Log-density in nats, (B,), of ``z`` (B, *shape) given ``context`` (B, *context_shape)."""
         raise NotImplementedError
 
+    def log_density(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density of each coordinate, (B, *shape), whose sum is ``log_prob``. Raises NotImplementedError where the
+        coordinates are not independent."""
+        raise NotImplementedError
+
     @property
     def noise(self) -> tuple[Noise, ...]:
         """The noise of one sample. The parts that ``temperature`` scales have mean 0; uniform ones it leaves alone."""
@@ -117,10 +122,6 @@ class Standard(Distribution):
         (z,) = noise
         return temperature * z
 
-    def log_density(self, z: Tensor) -> Tensor:
-        """Log-density of each coordinate: (B, *shape)."""
-        raise NotImplementedError
-
 
 class StandardNormal(Standard):
     """N(0, I).
@@ -135,7 +136,7 @@ class StandardNormal(Standard):
         # one reduction over the squares; the constant is added once
         return -0.5 * (z.square().flatten(1).sum(1) + prod(self.shape) * math.log(2 * math.pi))
 
-    def log_density(self, z):
+    def log_density(self, z, context=None):
         return -0.5 * (z.square() + math.log(2 * math.pi))
 
 
@@ -148,7 +149,7 @@ class Logistic(Standard):
 
     kind = "logistic"
 
-    def log_density(self, z):
+    def log_density(self, z, context=None):
         return -F.softplus(z) - F.softplus(-z)
 
 
@@ -184,7 +185,10 @@ class ConditionalNormal(Distribution):
             return self.affine(context.to(self.affine.weight.dtype)).unflatten(1, (2, *self.shape)).unbind(1)
 
     def log_prob(self, z, context=None):
-        return _normal_log_density(z, *self.moments(context)).flatten(1).sum(1)
+        return self.log_density(z, context).flatten(1).sum(1)
+
+    def log_density(self, z, context=None):
+        return _normal_log_density(z, *self.moments(context))
 
     @property
     def noise(self):
@@ -266,6 +270,10 @@ class Joint(Distribution):
 
     def log_prob(self, z, context=None):
         return sum(part.log_prob(piece, context) for part, piece in zip(self.parts, z.split(self.sizes, 1)))
+
+    def log_density(self, z, context=None):
+        pieces = zip(self.parts, z.split(self.sizes, 1))
+        return torch.cat([part.log_density(piece, context).flatten(1) for part, piece in pieces], 1)
 
     @property
     def noise(self):

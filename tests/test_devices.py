@@ -358,7 +358,7 @@ FULL = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capac
         ),
         ("flowtrain.engine.evaluate.log_likelihoods", ("eval",), "the likelihoods of the test split"),
         ("flowtrain.commands.draws._latents", ("sample", "n=5"), "5 samples, a batch at a time .* a smaller n would"),
-        ("flowtrain.commands.score.log_likelihoods", ("score",), "3 likelihoods at once .* a smaller batch=N would"),
+        ("flowtrain.commands.scoring.log_likelihoods", ("score",), "3 likelihoods at once .* a smaller batch=N would"),
         ("flowtrain.commands.check.audit", ("check",), "the audit in float64 .* examples=N or jacobian=N"),
         ("flowtrain.flow.Flow.encode", ("reconstruct", "n=2"), "latents and data"),
         ("flowtrain.runtime.checkpoint.load_weights", ("eval",), "the flow's weights"),
@@ -387,7 +387,7 @@ def test_score_names_the_batch_that_did_not_fit(run, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError(FULL)
         return evaluate.log_likelihoods(flow, index, *rest)
 
-    monkeypatch.setattr("flowtrain.commands.score.log_likelihoods", limited)
+    monkeypatch.setattr("flowtrain.commands.scoring.log_likelihoods", limited)
     with pytest.raises(WorkerError, match=r"^out of memory on cpu: [4-6]\d\d likelihoods at once"):
         inprocess.flowtrain(tmp_path, "score", f"ckpt={run}", f"input={tmp_path}/x.npy")
 

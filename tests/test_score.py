@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {  # of conf/score.yaml
     "input": None,
     "output": None,
+    "pvalue": False,
+    "typicality": False,
+    "calibration": None,
+    "level": 0.01,
+    "by_column": False,
+    "outside": False,
     "draws": 1,
     "batch": "auto",
     "label": None,
@@ -334,3 +340,169 @@ def test_processes_share_the_work(digits):
     np.testing.assert_allclose(two["log_likelihood"], likelihoods(run_dir, folder, input="test.npy"), rtol=1e-5)
     done = process(folder, "score", "ckpt=run", "input=nowhere")
     assert (done.returncode, done.stderr) == (2, "flowtrain: input=nowhere: no such file or folder\n")
+
+
+# ---- how unusual ---------------------------------------------------------------------------------------------------
+
+
+def test_pvalues_compare_with_the_test_split(table, capsys):
+    folder, run_dir, frame = table
+    rows, summary = run_score(run_dir, folder, input="rows.csv", pvalue=True, typicality=True, level=0.1)
+    assert rows[0] == ["row", "log_likelihood", "pvalue", "typicality", "pvalue_two_sided"]
+    assert (summary["calibration"], summary["calibration_rows"]) == ("test", 70)
+    log_prob, p, typical, both = np.array([row[1:] for row in rows[1:]], dtype=float).T
+    order = np.argsort(log_prob)
+    assert (np.diff(p[order]) >= 0).all() and set(np.round(p * 71, 6)) <= set(range(1, 72))
+    np.testing.assert_allclose(typical, np.abs(-log_prob - summary["entropy"]), rtol=1e-9)
+    assert (both >= np.minimum(1, 2 * p) - 1e-12)[p < 0.5].all() and both.max() <= 1
+    assert summary["alarms"] == (p <= 0.1).sum()
+    low, high = summary["false_alarm_rates"]
+    assert 0.03 < low < 0.1 < high < 0.2 and abs(summary["auroc_log_likelihood"] - 0.5) < 0.1
+    out = capsys.readouterr().out
+    assert "70 rows of the test split, rows that training did not see" in out and "false alarms  " in out
+
+
+def test_calibration_rows_of_the_validation_split_or_a_file(table, capsys):
+    folder, run_dir, frame = table
+    frame[100:400].to_csv(folder / "usual.csv", index=False)
+    frame[400:600].to_csv(folder / "fresh.csv", index=False)
+    _, summary = run_score(run_dir, folder, input="fresh.csv", pvalue=True, calibration="val")
+    out = capsys.readouterr().out
+    assert "the val split, rows that chose the weights: p-values are a little too small" in out
+    assert summary["false_alarm_rates"] == [0.0, 0.0] and "p ≤ 0.01 takes at least 99 calibration rows" in out
+    usual = str(folder / "usual.csv")
+    rows, summary = run_score(run_dir, folder, input="fresh.csv", pvalue=True, calibration=usual)
+    assert summary["calibration_rows"] == 300
+    alone = np.sort(likelihoods(run_dir, folder, input="usual.csv"))
+    log_prob, p = np.array([row[1:] for row in rows[1:]], dtype=float).T
+    # the noise of calibration rows is another, so only about the same
+    assert np.abs(p - (1 + np.searchsorted(alone, log_prob, side="right")) / 301).max() < 0.2
+
+
+def test_noise_of_calibration_rows_is_as_frequent_but_another(digits, monkeypatch):
+    from flowtrain.commands import scoring
+
+    seen = []
+
+    def watch(flow, index, x, context, draws, seed):
+        seen.append((draws, seed))
+        return log_likelihoods(flow, index, x, context, draws, seed)
+
+    log_likelihoods = scoring.log_likelihoods
+    monkeypatch.setattr(scoring, "log_likelihoods", watch)
+    folder, run_dir = digits
+    np.save(folder / "few.npy", np.load(folder / "test.npy")[:30])
+    rows, summary = run_score(run_dir, folder, input="few.npy", pvalue=True, draws=2, seed=5)
+    assert {draws for draws, _ in seen} == {2} and len({seed for _, seed in seen}) == 2
+    assert summary["calibration_rows"] == 359
+    assert "pvalue" in rows[0] and "bits_per_dim" in rows[0]
+
+
+def test_classes_are_compared_with_their_own(tmp_path):
+    run_dir = train_run(tmp_path, "dataset=digits", "model=glow", "dataset.context=label", "base=class_normal")
+    np.save(tmp_path / "digits.npy", Digits().split("train").take(torch.arange(30))[0].numpy())
+    rows, summary = run_score(run_dir, tmp_path, input="digits.npy", label=3, pvalue=True, level=0.1)
+    threes = int((Digits(context="label").split("test").take(torch.arange(359))[1].argmax(1) == 3).sum())
+    p = np.array([row[rows[0].index("pvalue")] for row in rows[1:]], dtype=float)
+    np.testing.assert_allclose((p * (threes + 1)).round(), p * (threes + 1), atol=1e-6)
+    assert summary["calibration_rows"] == 359 and 20 < summary["calibration_rows_of_a_class"] <= threes
+    assert 0 < summary["false_alarm_rates"][0] < 0.1 < summary["false_alarm_rates"][1]
+
+
+def test_columns_outside_the_trained_range(table):
+    folder, run_dir, frame = table
+    new = frame[:6].copy()
+    new.loc[1, "age"] = 200
+    new.loc[2, ["age", "height"]] = 5, 0.1
+    new.loc[3, "height"] = np.nan
+    new.to_csv(folder / "odd.csv", index=False)
+    rows, summary = run_score(run_dir, folder, input="odd.csv", outside=True, on_bad="skip", level=0.1)
+    assert [row[-1] for row in rows] == ["outside", "", "age", "age, height", "", "", ""]
+    assert summary["rows_outside"] == 2 and summary["outside"] == {"age": 2, "height": 1}
+    columns = Columns.from_record(checkpoint.read(run_dir / "checkpoints/best.pt")["columns"])
+    assert columns.modelled[0].least == 18 and columns.modelled[0].greatest == 89 and columns.has_ranges
+
+
+def test_log_p_by_column(tmp_path):
+    """Of dates, gaps, categories and contexts; it sums to the same log-likelihood."""
+    draw, n = np.random.default_rng(0), 600
+    frame = pd.DataFrame(
+        {
+            "when": (pd.Timestamp("2024-01-01") + pd.to_timedelta(draw.integers(0, 90, n), unit="D")).strftime(
+                "%Y-%m-%d"
+            ),
+            "job": draw.choice(["a", "b"], n),
+            "pay": draw.normal(size=n).round(3),
+            "given": draw.normal(size=n),
+        }
+    )
+    frame.loc[draw.random(n) < 0.2, "pay"] = np.nan
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    words = [f"dataset.path='{tmp_path}/rows.csv'", "dataset.missing=model", "dataset.context=[given]", "model=made"]
+    run_dir = train_run(tmp_path, "dataset=table", *words)
+    rows, summary = run_score(run_dir, tmp_path, input="rows.csv", by_column=True, draws=2, outside=True)
+    names = ["when", "job", "pay"]
+    assert rows[0] == ["row", "log_likelihood", "outside", *(f"log_likelihood.{name}" for name in names)]
+    assert summary["order_of_columns"] == [*names, "pay missing"]
+    found = np.array([[*row[1:2], *row[3:]] for row in rows[1:]], dtype=float)
+    np.testing.assert_allclose(found[:, 1:].sum(1), found[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(found[:, 0], likelihoods(run_dir, tmp_path, input="rows.csv", draws=2), rtol=1e-5)
+    frame.assign(given=100.0).to_csv(tmp_path / "far.csv", index=False)
+    rows, _ = run_score(run_dir, tmp_path, input="far.csv", outside=True)
+    assert all(row[-1].endswith("given") for row in rows[1:])
+
+
+def test_weighted_rows_are_not_counted_alike(tmp_path):
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2)), columns=["a", "b"]).assign(
+        w=1 + np.arange(300) % 3
+    )
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    frame[:100].to_csv(tmp_path / "new.csv", index=False)
+    words = [f"dataset.path='{tmp_path}/rows.csv'", "dataset.weights=w", "model=made"]
+    run_dir = train_run(tmp_path, "dataset=table", *words)
+    with pytest.raises(UsageError, match="calibration=test: the rows of this split count by dataset.weights"):
+        run_score(run_dir, tmp_path, input="new.csv", pvalue=True)
+    _, summary = run_score(run_dir, tmp_path, input="new.csv", pvalue=True, calibration=str(tmp_path / "rows.csv"))
+    assert summary["calibration_rows"] == 300
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"calibration": "val"}, "calibration=val: is for pvalue=true or typicality=true"),
+        ({"pvalue": True, "calibration": "train"}, "calibration=train: the flow was fitted to these rows"),
+        ({"pvalue": True, "calibration": "testing"}, "calibration=testing: no such file or folder.*; test and val are"),
+        ({"pvalue": True, "calibration": "INPUT"}, "is the input itself"),
+    ],
+)
+def test_refusals_of_comparisons(table, keys, says):
+    folder, run_dir, _ = table
+    if keys.get("calibration") == "INPUT":
+        keys = keys | {"calibration": str(folder / "rows.csv")}
+    with pytest.raises(UsageError, match=says):
+        run_score(run_dir, folder, input="rows.csv", **keys)
+
+
+def test_flows_that_mix_columns_do_not_split(tmp_path):
+    run_dir = train_run(tmp_path, "dataset=moons", "model=nsf_coupling")
+    np.save(tmp_path / "rows.npy", np.zeros((3, 2)))
+    with pytest.raises(UsageError, match="by_column=true: .* layer 'couplings.*mixes columns; model=made and made_mog"):
+        run_score(run_dir, tmp_path, input="rows.npy", by_column=True)
+
+
+def test_images_have_no_columns(digits):
+    folder, run_dir = digits
+    for key, says in (("by_column", "this model takes images"), ("outside", "is for the columns of a table")):
+        with pytest.raises(UsageError, match=f"{key}=true: .*{says}"):
+            run_score(run_dir, folder, input="grey.npy", **{key: True})
+
+
+def test_a_checkpoint_without_ranges_says_so(table, tmp_path):
+    folder, run_dir, _ = table
+    shutil.copytree(run_dir, tmp_path / "run")
+    state = checkpoint.read(tmp_path / "run/checkpoints/best.pt")
+    for column in state["columns"]["modelled"]:
+        del column["least"], column["greatest"]
+    checkpoint.save(state, tmp_path / "run/checkpoints/best.pt")
+    with pytest.raises(UsageError, match="of an earlier version, holds no ranges of its columns"):
+        run_score(tmp_path / "run", folder, input="rows.csv", outside=True)

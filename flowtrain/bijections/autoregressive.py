@@ -70,11 +70,17 @@ class Autoregressive(Bijection):
             self.register_buffer("back", elements.argsort())
 
     def forward(self, x, context=None):
-        x = self._sort(x)
+        z, log_derivative = self._map(self._sort(x), context)
+        return self._unsort(z), sum_event(log_derivative)
+
+    def log_derivatives(self, x, context=None):
+        z, log_derivative = self._map(self._sort(x), context)
+        return self._unsort(z), self._unsort(log_derivative)
+
+    def _map(self, x, context):
         theta = self.net(x, context).to(x.dtype)
         with full_precision(x):
-            z, log_derivative = self.univariate(x, theta)
-            return self._unsort(z), sum_event(log_derivative)
+            return self.univariate(x, theta)
 
     def inverse(self, z, context=None):
         if self.shape[0] > GRAPH:

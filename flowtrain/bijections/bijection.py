@@ -85,6 +85,12 @@ class Bijection(nn.Module):
         """x (B, *shape) and log|det ∂x/∂z| (B,) of z (B, *out_shape)."""
         raise NotImplementedError
 
+    def log_derivatives(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z, and log|∂zᵢ/∂xᵢ| of each element, (B, *shape), whose sum is the log-determinant: for a layer each of whose
+        zᵢ depends on xᵢ and on elements before it alone. A surjection counts the density of its noise to the element
+        that the noise is added to. Raises NotImplementedError for every other layer."""
+        raise NotImplementedError
+
     def layers(self) -> Mapping[str, Bijection]:
         """The bijections directly inside this one, by their names as submodules."""
         return {name: module for name, module in self.named_children() if isinstance(module, Bijection)}
@@ -297,6 +303,10 @@ class Inverse(Bijection):
 
     def forward(self, x, context=None):
         return self.bijection.inverse(x, context)
+
+    def log_derivatives(self, x, context=None):
+        z, _ = self.bijection.inverse(x, context)
+        return z, -self.bijection.log_derivatives(z, context)[1]
 
     def inverse(self, z, context=None):
         return self.bijection(z, context)

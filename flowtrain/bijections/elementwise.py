@@ -34,8 +34,11 @@ class Elementwise(Bijection):
         self.theta = nn.Parameter(torch.zeros(*sizes, self.univariate.params))
 
     def forward(self, x, context=None):
-        z, log_derivative = self.univariate(x, self.theta.expand(*self.shape, -1))
+        z, log_derivative = self.log_derivatives(x)
         return z, sum_event(log_derivative)
+
+    def log_derivatives(self, x, context=None):
+        return self.univariate(x, self.theta.expand(*self.shape, -1))
 
     def inverse(self, z, context=None):
         x, log_derivative = self.univariate.inverse(z, self.theta.expand(*self.shape, -1))
@@ -77,6 +80,11 @@ class Conditional(Bijection):
 
     def forward(self, x, context=None):
         return self._map(self.univariate, x, self._theta(x, context))
+
+    def log_derivatives(self, x, context=None):
+        theta = self._theta(x, context)
+        with full_precision(x):
+            return self.univariate(x, theta)
 
     def inverse(self, z, context=None):
         return self._map(self.univariate.inverse, z, self._theta(z, context))

@@ -75,14 +75,15 @@ class Factored(Bijection):
     def forward(self, x, context=None):
         a, b = x.index_select(1, self.of_first), x.index_select(1, self.of_second)
         z, log_det = self.first(a, context)
-        rest, rest_log_det = self.second(b, self._given(a, context))
+        rest, rest_log_det = self.second(b, self.given(a, context))
         return torch.cat((z, rest), 1), log_det + rest_log_det
 
     def inverse(self, z, context=None):
         z, rest = z.split([len(self.of_first), len(self.of_second)], 1)
         a, log_det = self.first.inverse(z, context)
-        b, rest_log_det = self.second.inverse(rest, self._given(a, context))
+        b, rest_log_det = self.second.inverse(rest, self.given(a, context))
         return torch.cat((a, b), 1).index_select(1, self.back), log_det + rest_log_det
 
-    def _given(self, a: Tensor, context: Tensor | None) -> Tensor:
+    def given(self, a: Tensor, context: Tensor | None) -> Tensor:
+        """The context of ``second``."""
         return a if context is None else torch.cat((a, context.to(a.dtype)), 1)

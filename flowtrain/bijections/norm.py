@@ -55,6 +55,9 @@ class ActNorm(ChannelAffine):
             z = (x + per_channel(self.bias, x)) * per_channel(self.log_scale.exp(), x)
             return z, constant_log_det(self.pixels * self.log_abs_det(), x)
 
+    def log_derivatives(self, x, context=None):
+        return self(x)[0], per_channel(self.log_scale, x).expand_as(x)
+
     def inverse(self, z, context=None):
         with full_precision(z):
             x = z * per_channel((-self.log_scale).exp(), z) - per_channel(self.bias, z)
@@ -102,11 +105,18 @@ class BatchNorm(Bijection):
         self.running = RunningMoments(self.shape[0], momentum)
 
     def forward(self, x, context=None):
+        z, log_scale = self._normalize(x)
+        return z, constant_log_det(self.pixels * log_scale.sum(), x)
+
+    def log_derivatives(self, x, context=None):
+        z, log_scale = self._normalize(x)
+        return z, per_channel(log_scale, x).expand_as(x)
+
+    def _normalize(self, x):
         with full_precision(x):
             mean, var = self.running(x)
             log_scale = -0.5 * (var + self.eps).log()
-            z = (x - per_channel(mean, x)) * per_channel(log_scale.exp(), x)
-            return z, constant_log_det(self.pixels * log_scale.sum(), x)
+            return (x - per_channel(mean, x)) * per_channel(log_scale.exp(), x), log_scale
 
     def inverse(self, z, context=None):
         with full_precision(z):

@@ -53,6 +53,10 @@ class Dequantize(Bijection):
         y = torch.where(x == x.floor().clamp(0, self.grey_levels - 1), y, math.nan)
         return y, zero_log_det(x) + self.log_det
 
+    def log_derivatives(self, x, context=None):
+        z, _ = self(x)
+        return z, torch.full_like(z, -math.log(self.grey_levels))
+
     def inverse(self, z, context=None):
         if modes.values_are_known() and z.isnan().any():
             raise FloatingPointError("integers of what is not a number")
@@ -71,6 +75,9 @@ class Center(Bijection):
 
     def forward(self, x, context=None):
         return x - 0.5, zero_log_det(x)
+
+    def log_derivatives(self, x, context=None):
+        return x - 0.5, torch.zeros_like(x)
 
     def inverse(self, z, context=None):
         return z + 0.5, zero_log_det(z)
@@ -98,10 +105,14 @@ class Logit(Bijection):
         self.alpha = alpha
 
     def forward(self, x, context=None):
+        z, log_derivative = self.log_derivatives(x)
+        return z, sum_event(log_derivative)
+
+    def log_derivatives(self, x, context=None):
         margin = torch.finfo(x.dtype).eps / 2
         p = (self.alpha + (1 - 2 * self.alpha) * x).clamp(margin, 1 - margin)
         z = torch.where((x >= 0) & (x <= 1), p.log() - torch.log1p(-p), math.nan)
-        return z, sum_event(self._log_derivative(z))
+        return z, self._log_derivative(z)
 
     def inverse(self, z, context=None):
         x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)

@@ -55,6 +55,9 @@ class StandardizeChannels(Bijection):
             z = (x - per_channel(self.mean, x)) / per_channel(self.std, x)
             return z, constant_log_det(-self.pixels * self.std.log().sum(), x)
 
+    def log_derivatives(self, x, context=None):
+        return self(x)[0], -per_channel(self.std, x).log().expand_as(x)
+
     def inverse(self, z, context=None):
         with full_precision(z):
             x = z * per_channel(self.std, z) + per_channel(self.mean, z)

@@ -89,6 +89,12 @@ class ScoreConfig(TrainConfig):
     ckpt: str
     input: str | None
     output: str | None
+    pvalue: bool
+    typicality: bool
+    calibration: str | None
+    level: float = number(above=0, below=1)
+    by_column: bool
+    outside: bool
     draws: int = number(least=1)
     batch: Literal["auto"] | int = number(least=1)
     label: int | str | None = number(least=0)

@@ -1,44 +1,28 @@
-"""``flowtrain score``: the log-likelihood of each row or image of a user's own."""
+"""``flowtrain score``: the log-likelihood of each row or image of a user's own, and how unusual it is."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowtrain.bijections.ode import exact_trace, needs_exact_trace
-from flowtrain.commands import ScoreConfig
+from flowtrain.commands import ScoreConfig, calibration
 from flowtrain.commands.outputs import open_table, progress, table_path
 from flowtrain.commands.restored import Restored, restore
-from flowtrain.data.image_sources import SUFFIXES
-from flowtrain.data.inputs import (
-    ARCHIVES,
-    TABLES,
-    Group,
-    ImageFiles,
-    Input,
-    TableRows,
-    input_path,
-    open_arrays,
-    unnamed_columns,
-)
-from flowtrain.data.labels import class_number, label_context, list_classes
-from flowtrain.data.spec import class_names
-from flowtrain.engine.evaluate import evaluation_mode, log_likelihoods
-from flowtrain.engine.memory_budget import few_rows, rows_within_budget
-from flowtrain.engine.out_of_memory import out_of_memory
-from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.commands.scoring import Scorer, Scores, find_label, open_input
+from flowtrain.data.inputs import TABLES, input_path
+from flowtrain.engine.evaluate import evaluation_mode
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
+from flowtrain.inference.chain_rule import ChainRule
 from flowtrain.runtime import distributed, files
-
-ARRAYS = "an array (npy, npz, h5, zarr)"
 
 
 @torch.no_grad()
@@ -46,34 +30,45 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
     """Score ``config.input`` into ``config.output`` and print a summary, also written as score.json into ``run_dir``.
 
     Raises:
-        UsageError: the input does not fit the model; nothing has been scored.
+        UsageError: the input does not fit the model, or the model has not what a key asks for; nothing has been scored.
         FlowtrainError: an example cannot be read or has no finite likelihood, and ``config.on_bad`` is not skip.
     """
     output = table_path(config.output, Path(run_dir) / "scores.csv")
-    if config.input and output.exists() and output.samefile(input_path(config.input)):
+    if not config.input:
+        raise UsageError(f"input=PATH is needed: {TABLES}, or a folder, .zip, .tar or array of images")
+    if output.exists() and output.samefile(input_path(config.input)):
         raise UsageError(f"output={config.output}: is the input itself")
+    compares = config.pvalue or config.typicality
+    if config.calibration is not None and not compares:
+        raise UsageError(f"calibration={config.calibration}: is for pvalue=true or typicality=true")
     restored = restore(config, config.ckpt, config.weights)
     flow = restored.flow.eval()
-    source = _source(config, restored)
-    label = _label(config, restored, source)
-    tally, scorer = Tally(), Scorer(config, flow, source, label)
-    groups = source.groups(distributed.rank(), distributed.world())
+    source = open_input(config, restored, config.input)
+    label = find_label(config, restored, source)
+    rule = _chain_rule(restored) if config.by_column else None
+    if config.outside:
+        _check_ranges(restored)
+    scorer = Scorer(config, restored, source, config.input, label, config.seed, rule, config.outside)
+    tally, outside = Tally(), Outside()
     with (
-        open_table(output) if distributed.is_main() else nullcontext() as write,
-        progress(None, source.label) as bar,
         evaluation_mode(next(flow.parameters()).device),
         exact_trace() if needs_exact_trace(flow) else nullcontext(),
     ):
-        while True:
-            group = next(groups, None)
-            turns = distributed.all_gather_object(None if group is None else scorer(group))
-            turns = [turn for turn in turns if turn is not None]
-            if not turns:
-                break
-            for names, log_probs, problems in turns if write else ():
-                tally.add(log_probs, problems)
-                write({source.label: names, **_figures(log_probs, flow, restored.has_bits)})
-                bar.update(len(names))
+        usual = calibration.calibrate(config, restored) if compares else None
+        with (
+            open_table(output) if distributed.is_main() else nullcontext() as write,
+            progress(None, source.label) as bar,
+        ):
+            for scores in scorer.scores():
+                if not write:
+                    continue
+                tally.add(scores.log_prob, scores.problems)
+                columns = {source.label: scores.names, **_figures(scores.log_prob, flow, restored.has_bits)}
+                columns |= usual.compare(scores) if usual else {}
+                columns |= outside.add(scores) if config.outside else {}
+                columns |= _by_column(scores, restored) if rule else {}
+                write(columns)
+                bar.update(len(scores.names))
     if not distributed.is_main():
         return {}
     report = {
@@ -84,6 +79,9 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
         "log_likelihood_stderr": _number(tally.stderr),
         "draws": config.draws,
         **({"lower_bound": True} if restored.dataset.spec.has_gaps else {}),
+        **(usual.report() if usual else {}),
+        **({"rows_outside": outside.rows, "outside": dict(outside.columns)} if config.outside else {}),
+        **({"order_of_columns": _order(rule, restored)} if rule else {}),
         "input": config.input,
         "output": str(output),
         "weights": restored.weights,
@@ -94,108 +92,69 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
     return report
 
 
-# ---- input ---------------------------------------------------------------------------------------------------------
-
-
-def _source(config: ScoreConfig, restored: Restored) -> Input:
-    """The reader of ``config.input``. Raises UsageError where that is not the model's kind of data."""
-    if not config.input:
-        raise UsageError(f"input=PATH is needed: {TABLES}, or a folder, .zip, .tar or array of images")
-    path, data = input_path(config.input), restored.dataset
-    grey_levels = data.spec.grey_levels
-    suffix = "" if path.is_dir() else path.suffix.lower()
-    if restored.columns is None and (arrays := open_arrays(path, data, config.on_bad)):
-        return arrays
-    if not data.spec.is_image:
-        columns = restored.columns or unnamed_columns(restored.flow.dimensions, grey_levels)
-        return TableRows(path, columns, config.on_bad, data)
-    if grey_levels is None:
-        raise UsageError(f"input={config.input}: this model takes real numbers: {ARRAYS}")
-    if suffix and suffix not in (*ARCHIVES, *SUFFIXES) or not suffix and not path.is_dir():
+def _chain_rule(restored: Restored) -> ChainRule:
+    """Raises UsageError where the flow has none."""
+    if restored.dataset.spec.is_image:
+        raise UsageError("by_column=true: is for the columns of a table; this model takes images")
+    try:
+        return ChainRule(restored.flow)
+    except ValueError as error:
         raise UsageError(
-            f"input={config.input}: this model takes a folder, .zip or .tar of images, an image, or {ARRAYS}"
-        )
-    if grey_levels & (grey_levels - 1) or grey_levels > 256:
+            f"by_column=true: log p of this flow does not split over columns: {error}; model=made and made_mog have one"
+            " order of columns, and so have maf, iaf, maf_mog and nsf_autoregressive with mixing=none"
+        ) from error
+
+
+def _check_ranges(restored: Restored) -> None:
+    """Raise UsageError where the checkpoint holds no ranges of columns."""
+    if restored.columns is None:
+        raise UsageError("outside=true: is for the columns of a table, which this model does not have")
+    if not restored.columns.has_ranges:
         raise UsageError(
-            f"input={config.input}: this model has {grey_levels} grey levels: give {ARRAYS}, of 0 … {grey_levels - 1}"
+            "outside=true: this checkpoint, of an earlier version, holds no ranges of its columns; train again"
         )
-    return ImageFiles(
-        path,
-        data.spec.shape,
-        8 - int(math.log2(grey_levels)),
-        config.on_bad,
-        getattr(data, "box", None),
-        getattr(data, "exact", False),
-        config.trainer.workers,
-    )
 
 
-def _label(config: ScoreConfig, restored: Restored, source: Input) -> Tensor | None:
-    """The context of all examples, (1, classes), or None where there is none or the file has it."""
-    shape, names = restored.flow.bijection.context_shape, class_names(restored.dataset.spec)
-    if shape is None or restored.columns:
-        if config.label is not None:
-            raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
-        return None
-    if config.label is not None:
-        return label_context(torch.tensor([class_number(config.label, shape[0], names)]), shape[0])
-    if names and isinstance(source, ImageFiles) and source.find_labels(names):
-        return None
-    folders = ", or a folder for each class" if isinstance(source, ImageFiles) else ""
-    raise UsageError(f"label=null: give the class, {list_classes(names) or f'0 to {shape[0] - 1}'}{folders}")
+def _names(restored: Restored) -> list[str]:
+    """The name of the column of each of a row's D numbers."""
+    columns = restored.columns.encoded if restored.columns else ()
+    return [column.name for column in columns] or [f"x{i}" for i in range(restored.flow.dimensions)]
 
 
-class Scorer:
-    """Scores groups of examples: (names, log-likelihoods, NaN where there is none, a line for each of those).
+def _order(rule: ChainRule, restored: Restored) -> list[str]:
+    """The names of the columns in the order of the flow; an indicator of missing values is a column too."""
+    names = _names(restored)
+    return [f"{names[i]} missing" if names[i] in names[:i] else names[i] for i in rule.order]
 
-    ``label`` is the context of all examples, or None.
+
+def _by_column(scores: Scores, restored: Restored) -> dict[str, np.ndarray]:
+    """The share of each column in the log-likelihood; an indicator of missing values counts to its column."""
+    shares: dict[str, np.ndarray] = {}
+    for name, term in zip(_names(restored), scores.terms.T):
+        heading = f"log_likelihood.{name}"
+        shares[heading] = shares[heading] + term if heading in shares else term
+    return shares
+
+
+class Outside:
+    """Counts rows outside the range of the train split, and by column.
+
+    Attributes:
+        rows, columns: so many so far.
     """
 
-    def __init__(self, config: ScoreConfig, flow: Flow, source: Input, label: Tensor | None):
-        self.config, self.flow, self.source, self.label = config, flow, source, label
-        self.batch = None if config.batch == "auto" else config.batch
+    def __init__(self):
+        self.rows, self.columns = 0, Counter()
 
-    def __call__(self, group: Group) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        where = f"{self.config.input}: from {self.source.label}"
-        try:
-            values = self._log_likelihoods(group)
-        except FloatingPointError as error:
-            raise FlowtrainError(f"{where} {group.names[0]} on: {error}") from error
-        values[list(group.bad)] = math.nan
-        problems = dict(group.bad)
-        for place in (~values.isfinite()).nonzero().flatten().tolist():
-            if place not in problems:
-                name = group.names[place]
-                name = f"row {name} (the first is 1)" if self.source.label == "row" else name
-                problems[place] = f"{name}: its log-likelihood is {values[place]:g}"
-                self.source.refuse(f"{self.config.input}: {problems[place]}")
-                values[place] = math.nan
-        return group.names, values.numpy(), [problems[place] for place in sorted(problems)]
-
-    def _log_likelihoods(self, group: Group) -> Tensor:
-        """float64 (B,) on the CPU; the noise of an example is that of its number."""
-        values, device = torch.empty(len(group.x), dtype=torch.float64), next(self.flow.parameters()).device
-        less = "a smaller batch=N would need less"
-        if self.batch is None and len(values):
-            few = min(few_rows(self.flow.dimensions), len(values))
-            work = self._batches(group, few)
-            with out_of_memory(device, f"{few} likelihoods at once", less):
-                self.batch = rows_within_budget(lambda: next(work), few, device)
-        size, start = self.batch or 1, 0
-        with out_of_memory(device, f"{min(size, len(values))} likelihoods at once", less):
-            for part in self._batches(group, size):
-                values[start : start + len(part)] = part
-                start += len(part)
-        return values
-
-    def _batches(self, group: Group, size: int) -> Iterator[Tensor]:
-        device = next(self.flow.parameters()).device
-        context = group.context if self.label is None else self.label.expand(len(group.x), -1)
-        for start in range(0, len(group.x), size):
-            part = slice(start, start + size)
-            x, given = group.x[part].to(device), None if context is None else context[part].to(device)
-            index = torch.arange(group.first + start, group.first + start + len(x), device=device)
-            yield log_likelihoods(self.flow, index, x, given, self.config.draws, self.config.seed)[0].cpu()
+    def add(self, scores: Scores) -> dict[str, np.ndarray]:
+        """Count rows, and return their column: the names of the columns in which each is outside; None: none."""
+        names, found = [*scores.outside], np.array([*scores.outside.values()], dtype=bool)
+        texts = np.full(len(scores.names), None, dtype=object)
+        for row in np.flatnonzero(found.any(0)) if names else ():
+            texts[row] = ", ".join(name for name, is_outside in zip(names, found[:, row]) if is_outside)
+            self.rows += 1
+        self.columns.update({name: int(each.sum()) for name, each in scores.outside.items() if each.any()})
+        return {"outside": texts}
 
 
 def _figures(log_prob, flow: Flow, has_bits: bool) -> dict:
@@ -247,6 +206,13 @@ def table(report: dict) -> str:
         rows.append(("bits/dim, mean", f"{report['bits_per_dim']:.4f}"))
     if "lower_bound" in report:
         rows.append(("lower bound", "values are missing"))
+    if "calibration" in report:
+        rows += calibration.lines(report)
+    if "outside" in report:
+        columns = ", ".join(f"{name} {count:,}" for name, count in report["outside"].items())
+        rows.append(("outside", f"{report['rows_outside']:,} rows" + (f": {columns}" if columns else "")))
+    if "order_of_columns" in report:
+        rows.append(("columns", f"each given those before it: {', '.join(report['order_of_columns'])}"))
     rows += [("noise draws", str(report["draws"])), ("weights", report["weights"]), ("scores", report["output"])]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

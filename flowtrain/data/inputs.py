@@ -25,6 +25,7 @@ from flowtrain.data.image_folders import common_folders, image_labels
 from flowtrain.data.image_sources import SUFFIXES, Source, find_images
 from flowtrain.data.labels import number_classes, printable
 from flowtrain.data.loader import evaluation_batches
+from flowtrain.data.split import Split
 from flowtrain.data.tables.block import Block, join_names, nearest
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
@@ -167,6 +168,22 @@ class ArrayRows(Input):
                 self.refuse(f"{printable(str(self.rows.path))}: {line}")
             x[torch.from_numpy(bad)] = 0
             yield Group(first, names, x, None, faults)
+
+
+class SplitRows(Input):
+    """The examples of a split; those that cannot be read and are skipped are in no group.
+
+    Args:
+        workers: number of processes that decode, for a split that streams.
+    """
+
+    def __init__(self, split: Split, on_bad: str = "stop", workers: int = 0):
+        self.split, self.on_bad, self.workers = split, on_bad, workers
+
+    def groups(self, rank=0, world=1):
+        size = _group_size(len(self.split), self.split.shape, world)
+        for index, x, context in evaluation_batches(self.split, size, "cpu", rank, world, workers=self.workers):
+            yield Group(int(index[0]), index.numpy() + 1, x, context, {})
 
 
 def open_arrays(path: Path, data: Dataset, on_bad: str) -> ArrayRows | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -129,13 +129,19 @@ def log_likelihoods(
     float64 (B,)."""
     mean = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     total = torch.full_like(mean, -math.inf)
-    for draw in range(draws):
-        torch.manual_seed(seed_from(seed, draw))  # for layers of the user's own
-        with global_batch.examples(index, seed, draw):
-            log_prob = flow(x, context).double()
+    for log_prob in over_draws(lambda: flow(x, context), index, draws, seed):
         mean += log_prob / draws
         total = torch.logaddexp(total, log_prob)
     return mean, total - math.log(draws)
+
+
+def over_draws(compute: Callable[[], Tensor], index: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
+    """What ``compute`` returns of the examples numbered ``index``, in float64, for each draw of their noise."""
+    for draw in range(draws):
+        torch.manual_seed(seed_from(seed, draw))  # for layers of the user's own
+        with global_batch.examples(index, seed, draw):
+            result = compute().double()
+        yield result
 
 
 @contextmanager

@@ -42,6 +42,9 @@ class Turns(ColumnBijection):
             period = self.high - self.low
             return (x - self.low) / period, constant_log_det(-period.log().sum(), x)
 
+    def log_derivatives(self, x, context=None):
+        return self(x)[0], -(self.high - self.low).log().expand_as(x)
+
     def inverse(self, z, context=None):
         with full_precision(z):
             period = self.high - self.low
@@ -62,6 +65,10 @@ class CircleToLine(Bijection):
     """
 
     def forward(self, x, context=None):
+        z, log_derivative = self.log_derivatives(x)
+        return z, log_derivative.sum(1)
+
+    def log_derivatives(self, x, context=None):
         with full_precision(x):
             margin = torch.finfo(x.dtype).eps / 2
             z = torch.special.ndtri((x - x.floor()).clamp(margin, 1 - margin))
@@ -69,8 +76,8 @@ class CircleToLine(Bijection):
 
     def inverse(self, z, context=None):
         with full_precision(z):
-            return torch.special.ndtr(z), _log_normal(z)
+            return torch.special.ndtr(z), _log_normal(z).sum(1)
 
 
 def _log_normal(z: Tensor) -> Tensor:
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+    return -0.5 * (z.square() + math.log(2 * math.pi))

@@ -79,6 +79,10 @@ class BoundColumns(ColumnBijection):
             )
 
     def forward(self, x, context=None):
+        z, log_derivative = self.log_derivatives(x)
+        return z, log_derivative.sum(1)
+
+    def log_derivatives(self, x, context=None):
         with full_precision(x):
             margin = torch.finfo(x.dtype).eps / 2
             t = torch.where(self.bounded, self.sign * (x - self.anchor) / self.scale, 0.5).clamp(min=margin)
@@ -87,7 +91,7 @@ class BoundColumns(ColumnBijection):
             inside = (x >= self.low) & (x <= self.high)
             z = torch.where(inside, self.sign * (log_t - log_rest), math.nan)
             log_derivative = -log_t - log_rest - self.scale.log()
-            return torch.where(self.bounded, z, x), torch.where(self.bounded, log_derivative, 0.0).sum(1)
+            return torch.where(self.bounded, z, x), torch.where(self.bounded, log_derivative, 0.0)
 
     def inverse(self, z, context=None):
         with full_precision(z):

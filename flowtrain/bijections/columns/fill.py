@@ -69,6 +69,10 @@ class FillMissing(ColumnBijection):
         return x.masked_fill(x.isnan() & self._is_missing(x), 0)
 
     def forward(self, x, context=None):
+        y, log_derivative = self.log_derivatives(x)
+        return y, log_derivative.sum(1)
+
+    def log_derivatives(self, x, context=None):
         with full_precision(x):
             missing = self._is_missing(x)
             noise = self._draw(x)
@@ -80,7 +84,7 @@ class FillMissing(ColumnBijection):
         with full_precision(z):
             missing = self._is_missing(z)
             noise = (z - self.shift) / self.scale
-            return torch.where(missing, math.nan, z), self._log_density(noise, missing)
+            return torch.where(missing, math.nan, z), self._log_density(noise, missing).sum(1)
 
     def _is_missing(self, x: Tensor) -> Tensor:
         """Where the indicators say that a value is missing, (B, D)."""
@@ -93,10 +97,10 @@ class FillMissing(ColumnBijection):
         return torch.where(self.noise == NORMAL, normal, torch.where(self.noise == UNIFORM, u, -torch.log1p(-u)))
 
     def _log_density(self, noise: Tensor, missing: Tensor) -> Tensor:
-        """Σ log q over the missing values of each row."""
+        """log q of each missing value, else 0: (B, D)."""
         normal = -0.5 * (noise.square() + math.log(2 * math.pi))
         log_q = torch.where(self.noise == NORMAL, normal, torch.where(self.noise == UNIFORM, 0.0, -noise))
-        return torch.where(missing, log_q - self.scale.abs().log(), 0.0).sum(1)
+        return torch.where(missing, log_q - self.scale.abs().log(), 0.0)
 
 
 def noise_of(column) -> tuple[int, float, float]:

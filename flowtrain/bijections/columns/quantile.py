@@ -58,11 +58,15 @@ class QuantileColumns(ColumnBijection):
                 self.fitted[i] = True
 
     def forward(self, x, context=None):
+        z, log_derivative = self.log_derivatives(x)
+        return z, log_derivative.sum(1)
+
+    def log_derivatives(self, x, context=None):
         with full_precision(x):
             inside, piece = self._find(x, self.x)
             rise, log_slope = piece.at((inside - piece.left) / piece.width)
             z = piece.bottom + piece.height * rise + (x - inside) * log_slope.exp()
-            return torch.where(self.fitted, z, x), torch.where(self.fitted, log_slope, 0.0).sum(1)
+            return torch.where(self.fitted, z, x), torch.where(self.fitted, log_slope, 0.0)
 
     def inverse(self, z, context=None):
         with full_precision(z):

@@ -38,6 +38,9 @@ class Standardize(ColumnBijection):
         with full_precision(x):
             return (x - self.mean) / self.std, constant_log_det(-self.std.log().sum(), x)
 
+    def log_derivatives(self, x, context=None):
+        return self(x)[0], -self.std.log().expand_as(x)
+
     def inverse(self, z, context=None):
         with full_precision(z):
             return z * self.std + self.mean, constant_log_det(self.std.log().sum(), z)

@@ -21,6 +21,7 @@ class Column:
         offset: a number that is subtracted from the values because float32 resolves 1.6e9 seconds only to two minutes:
             0 unless the values are far from 0 and close together. A whole number if the values are.
         mean, std: of the train split, minus the offset.
+        least, greatest: of the train split, minus the offset; None where a checkpoint does not hold them.
         low, high: bounds of a real column, in the units of the file and minus the offset; None: unbounded. Of an angle,
             the two values of the same point: −π and π, or 0 and 360.
         missing: whether values may be missing (``dataset.missing=model``): NaN in the rows.
@@ -34,6 +35,8 @@ class Column:
     offset: float = 0.0
     mean: float = 0.0
     std: float = 1.0
+    least: float | None = None
+    greatest: float | None = None
     low: float | None = None
     high: float | None = None
     missing: bool = False

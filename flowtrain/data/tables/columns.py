@@ -83,6 +83,11 @@ class Columns:
         return all(column.kind in ("integer", "categorical") and not column.missing for column in self.modelled)
 
     @property
+    def has_ranges(self) -> bool:
+        """Whether the ranges of the train split are known, as they are except in checkpoints of earlier versions."""
+        return all(column.least is not None for column in (*self.modelled, *self.context))
+
+    @property
     def context_names(self) -> list[str]:
         return [column.name for column in self.context]
 
@@ -131,6 +136,30 @@ class Columns:
             if column.missing:
                 parts.append(gaps[:, None].float())
         return torch.cat(parts, 1)
+
+    def outside(self, x: Tensor, context: Tensor | None = None) -> dict[str, Tensor]:
+        """Where rows, as :meth:`encode` returns them, lie outside the range of the train split: by name, bool (N,) for
+        each modelled and context column that has a range. Categories and angles have none; a missing value is in it.
+        Only where these columns have :attr:`has_ranges`.
+        """
+        found = {
+            column.name: (x[:, i] < column.least) | (x[:, i] > column.greatest)
+            for i, column in enumerate(self.modelled)
+            if column.kind not in ("categorical", "angle")
+        }
+        if not self.context:
+            return found
+        ends = np.array([[column.least, column.greatest] for column in self.context], dtype=np.float32).T
+        least, greatest = self.standardize_context(ends)  # rounded as the context is
+        place = 0
+        for column in self.context:
+            if column.kind not in ("categorical", "angle"):
+                values = context[:, place]
+                found[column.name] = (values < least[place]) | (values > greatest[place])
+                if column.missing:
+                    found[column.name] &= context[:, place + 1] == 0
+            place += _context_width(column)
+        return found
 
     def decode(self, x: Tensor) -> dict[str, np.ndarray]:
         """Rows (N, D) as the file would hold them, constant columns included: a mapping from names to N values,
@@ -321,7 +350,9 @@ def _with_moments(
     if not columns:
         return
     mean, std = moments(rows, weights)
-    constant = np.fmin.reduce(rows, 0) == np.fmax.reduce(rows, 0)  # which ignore NaN
+    counted = rows if weights is None else rows[weights > 0]
+    least, greatest = np.fmin.reduce(counted, 0), np.fmax.reduce(counted, 0)  # which ignore NaN
+    constant = least == greatest
     for i, column in enumerate(columns):
         width = column.width if dequantized else 0.0
         what = "has no values" if np.isnan(mean[i]) else "is constant" if constant[i] or std[i] == 0 else None
@@ -330,7 +361,13 @@ def _with_moments(
                 f"column '{column.name}' {what} in the {len(rows):,} rows of the train split, so it has no"
                 " density; leave it out with dataset.columns=[…]"
             )
-        yield replace(column, mean=float(mean[i] + width / 2), std=float(np.sqrt(std[i] ** 2 + width**2 / 12)))
+        yield replace(
+            column,
+            mean=float(mean[i] + width / 2),
+            std=float(np.sqrt(std[i] ** 2 + width**2 / 12)),
+            least=float(least[i]),
+            greatest=float(greatest[i]),
+        )
 
 
 def moments(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

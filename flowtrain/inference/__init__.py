@@ -1,0 +1,1 @@
+"""Flows for inference: fitting them to arrays, and scores with a meaning."""
