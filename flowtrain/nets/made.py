@@ -155,6 +155,10 @@ class _StepwiseLinear:
         self.outputs, self.before = outputs.stop, self.inputs
 
 
+def _connect_again(module: _Masked, _) -> None:  # a function of the module's, so that a network can be pickled
+    module._connect()
+
+
 class _Masked(nn.Module):
     """``depth`` masked hidden layers of units of the same degrees, run at once or in steps."""
 
@@ -178,7 +182,7 @@ class _Masked(nn.Module):
         self.context = context_layer(hidden, context_shape)
         self.activation, self.dropout = ACTIVATIONS[activation], Dropout(dropout)
         self._connect()
-        self.register_load_state_dict_post_hook(lambda module, _: module._connect())
+        self.register_load_state_dict_post_hook(_connect_again)
 
     def _connect(self):
         elements = torch.arange(1, self.dimensions + 1, device="cpu").repeat_interleave(self.numbers)
