@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-_MOST = 2**24  # numbers that a mixture of vectors holds at once
-
-
 class Noise(NamedTuple):
     """Independent random numbers for one event: "normal" (0, 1), "logistic" (0, 1) or "uniform" in [0, 1).
 
@@ -234,6 +231,9 @@ class Mixture(Distribution):
         return self.mean[index] + temperature * self.log_scale[index].exp() * z
 
 
+_MOST = 2**24  # numbers that a mixture of vectors holds at once
+
+
 class NormalMixture(Distribution):
     """Σₖ wₖ N(μₖ, Σₖ) of vectors, with learned weights, means and covariances Σₖ = (Pₖ Pₖᵀ)⁻¹.
 
@@ -265,7 +265,7 @@ class NormalMixture(Distribution):
             raise ValueError(f"spread={spread} must lie in [0, 1)")
         self.logits = nn.Parameter(torch.zeros(components))
         self.mean = nn.Parameter(spread * torch.randn(components, *self.shape))
-        start = torch.eye(*self.shape, self.shape[0]) / math.sqrt(1 - spread**2)
+        start = torch.eye(self.shape[0]) / math.sqrt(1 - spread**2)
         self.factor = nn.Parameter(start.repeat(1 if shared else components, 1, 1))
 
     def log_prob(self, z, context=None):

@@ -10,7 +10,9 @@ import flowtrain
 
 SOURCE = Path(flowtrain.__file__).parent
 FILES = [SOURCE / "flow.py", SOURCE / "distributions.py"]
-FILES += [file for room in ("flows", "bijections", "nets", "inference") for file in sorted((SOURCE / room).glob("*.py"))]
+FILES += [
+    file for room in ("flows", "bijections", "nets", "inference") for file in sorted((SOURCE / room).glob("*.py"))
+]
 WITH_EXAMPLES = [
     ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts) for file in FILES if ">>>" in file.read_text()
 ]

@@ -7,7 +7,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -70,7 +71,7 @@ class _Trial:
     candidate: Candidate
     trained: Trained
     mixture: Mixture | None = None
-    recipe: tuple[str, dict] | None = field(default=None)
+    recipe: tuple[str, dict] | None = None
 
     @property
     def mean(self) -> float:
@@ -119,9 +120,12 @@ class _Chooser:
         if data.spec.context or any(column.kind == "angle" for column in data.spec.columns):
             return
         until = time.monotonic() + MIXTURES * (self.deadline - time.monotonic())
-        flow, self.rows, val = standardized(data, self.seed)
+        _, self.rows, val = standardized(data, self.seed)
         config = training_config("maf", self.options, len(data.train), self.seed)
-        for find in (lambda: kernel_density(self.rows, val), lambda: gaussian_mixture(self.rows, val, self.seed, until)):
+        for find in (
+            partial(kernel_density, self.rows, val),
+            partial(gaussian_mixture, self.rows, val, self.seed, until),
+        ):
             began = time.monotonic()
             found = find() if began < until else None
             if found is None:
@@ -194,7 +198,10 @@ def _simplest(trials: list[_Trial]) -> tuple[_Trial, str]:
         gap, error = _difference(best, mixture)
         if gap < error:
             other = f"{best.candidate.name} is better by {gap:.3f} ± {error:.3f} nats, within its error"
-            return mixture, f"{mixture.candidate.name}, the simplest that validation does not tell from the best; {other}"
+            return (
+                mixture,
+                f"{mixture.candidate.name} is simple, and validation does not tell it from the best: {other}",
+            )
     why = f"{best.candidate.name} is the best on the rows for validation"
     if second is not None:
         why += ", by {:.3f} ± {:.3f} nats before ".format(*_difference(best, second)) + second.candidate.name

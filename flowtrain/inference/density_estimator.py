@@ -74,7 +74,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
     def score_samples(self, X) -> np.ndarray:
         """The log-density of each row of X (N, D), in nats: (N,) float64."""
         check_is_fitted(self)
-        rows = torch.from_numpy(validate_data(self, X, dtype=np.float64, reset=False))
+        rows = torch.from_numpy(np.ascontiguousarray(validate_data(self, X, dtype=np.float64, reset=False)))
         device, most = next(self.flow_.parameters()).device, few_rows(rows.shape[1])
         with torch.no_grad():
             return torch.cat([self.flow_.log_prob(part.to(device)).cpu() for part in rows.split(most)]).numpy()

@@ -112,9 +112,7 @@ def fit(
     deadline = math.inf if minutes is None else began + 60 * minutes
     device = _device(device)
     with borrowed_torch(), nullcontext() if progress else quiet(), _plain_errors():
-        data = given(
-            x, context, columns=columns, types=types, missing=missing, val_size=val_size, seed=seed
-        )
+        data = given(x, context, columns=columns, types=types, missing=missing, val_size=val_size, seed=seed)
         if model == AUTO:
             found = choose(data, options, seed, device, began, deadline, progress)
             trained, name, candidates, why = found.trained, found.name, found.candidates, found.why

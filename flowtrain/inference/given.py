@@ -95,9 +95,8 @@ def _frame(x, context, columns, types, missing, val_size, seed) -> Given:
         raise ValueError("context: of a DataFrame, the names of its columns to be conditional on, such as ['age']")
     _check_number(x)
     keys: dict[str, Any] = {"columns": columns, "types": types, "missing": missing}
-    frame = Frame(
-        x, context=context, split_seed=seed, val_size=validation_rows(len(x), val_size), **keys
-    )
+    share = validation_rows(len(x), val_size) / len(x)  # of the rows that are kept
+    frame = Frame(x, context=context, split_seed=seed, val_size=share, **keys)
     train, val = frame.split("train"), frame.split("val")
     return Given(frame.spec, train, val, columns=train.columns)
 

@@ -1,4 +1,4 @@
-"""Densities that need no training by gradients: Gaussian mixtures and kernel densities, as flows with a mixture base."""
+"""Gaussian mixtures and kernel densities, as bases of flows: densities that need no gradients."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def standardized(data: Given, seed: int) -> tuple[Flow, Tensor, Tensor]:
 
 
 def gaussian_mixture(train: Tensor, val: Tensor, seed: int, until: float) -> Mixture | None:
-    """The best mixture on ``val`` (n, D) that expectation-maximization finds for ``train``, ``until`` the clock says so.
+    """The best mixture on ``val`` (n, D) that expectation-maximization finds for ``train``; it ends at ``until``.
 
     scikit-learn's GaussianMixture, for growing numbers of components with full, tied and diagonal covariances.
     """

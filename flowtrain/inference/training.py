@@ -41,7 +41,12 @@ def training_config(model: str, options: dict, rows: int, seed: int) -> TrainCon
         UsageError: there is no such model or key, or none that can be set here.
     """
     choices, values = {"model": model, "dataset": "table"}, {"compile": False, "seed": seed}
-    values |= {"trainer.patience": PATIENCE, "trainer.sample_every": None, "trainer.save_every": None, "max_steps": None}
+    values |= {
+        "trainer.patience": PATIENCE,
+        "trainer.sample_every": None,
+        "trainer.save_every": None,
+        "max_steps": None,
+    }
     if rows < SMALL:
         values["trainer.val_every"] = VAL_EVERY
     for key, value in options.items():
@@ -51,7 +56,9 @@ def training_config(model: str, options: dict, rows: int, seed: int) -> TrainCon
         elif root in NODES or root in KEYS or is_part(root):
             values[key] = value
         else:
-            raise UsageError(f"options: {key} cannot be set here; {', '.join((*NODES, *KEYS))} and parts such as base can")
+            raise UsageError(
+                f"options: {key} cannot be set here; {', '.join((*NODES, *KEYS))} and parts such as base can"
+            )
     config = chosen_config(choices, values)
     if config.trainer.profile:
         raise UsageError("options: trainer.profile writes files; flowtrain train has it")
