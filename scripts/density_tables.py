@@ -18,7 +18,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 
 import flowtrain
-from flowtrain.data import Checkerboard, Spirals
+from flowtrain.data import Spirals
 from flowtrain.data.patches import Patches
 from flowtrain.inference.given import given
 
@@ -189,7 +189,11 @@ def budget(options) -> dict:
 
 def page(result: dict) -> str:
     """A Markdown table: nats a row of the test rows, and how far each rival is ahead of auto."""
-    titles = {"random_search": "random search", "gaussian_mixture": "Gaussian mixture", "kernel_density": "kernel density"}
+    titles = {
+        "random_search": "random search",
+        "gaussian_mixture": "Gaussian mixture",
+        "kernel_density": "kernel density",
+    }
     lines = ["| table | rows × columns | auto chose | auto, nats | " + " | ".join(titles.values()) + " |"]
     lines.append("|---" * 7 + "|")
     for name in TABLES:
@@ -198,7 +202,12 @@ def page(result: dict) -> str:
             lines.append(f"| {name} | not measured | | | | | |")
             continue
         own = table["methods"]["auto"]
-        cells = [name, f"{table['rows']:,} × {table['columns']}", own["chosen"], f"{own['nats']:.3f} ± {own['stderr']:.3f}"]
+        cells = [
+            name,
+            f"{table['rows']:,} × {table['columns']}",
+            own["chosen"],
+            f"{own['nats']:.3f} ± {own['stderr']:.3f}",
+        ]
         for method in titles:
             rival = table["methods"].get(method)
             if rival is None:

@@ -24,8 +24,8 @@ from flowtrain.runtime.borrowed import quiet
 log = logging.getLogger("flowtrain")
 
 AUTO = "auto"
-MIXTURES = 0.15  # of the time, for mixtures
-ROUNDS = ((0.3, 3), (0.3, 1), (0.4, 1))  # shares of the time that is left for flows, and how many go on
+MIXTURES = 0.2  # of the time, for mixtures
+ROUNDS = ((0.3, 3), (0.3, 1), (0.4, 0))  # shares of the time that is left for flows, and how many go on
 SECONDS = 4.0  # that a flow of the first round gets at least; fewer flows begin where there is less time
 SHORT = (  # tables: few parameters, or dropout
     ("nsf_autoregressive", {"steps": 2, "hidden": 32, "dropout": 0.2}),
@@ -119,15 +119,15 @@ class _Chooser:
         data = self.data
         if data.spec.context or any(column.kind == "angle" for column in data.spec.columns):
             return
-        until = time.monotonic() + MIXTURES * (self.deadline - time.monotonic())
         _, self.rows, val = standardized(data, self.seed)
+        seconds = MIXTURES * (self.deadline - time.monotonic())
         config = training_config("maf", self.options, len(data.train), self.seed)
         for find in (
             partial(kernel_density, self.rows, val),
-            partial(gaussian_mixture, self.rows, val, self.seed, until),
+            partial(gaussian_mixture, self.rows, val, self.seed, seconds),
         ):
             began = time.monotonic()
-            found = find() if began < until else None
+            found = find()
             if found is None:
                 continue
             own, _, _ = standardized(data, self.seed)
@@ -152,7 +152,7 @@ class _Chooser:
         number = max(1, int(ROUNDS[0][0] * left / SECONDS))
         field = [*(SHORT if short else LONG)][:number]
         for part, (_, keep) in enumerate(ROUNDS):
-            if len(field) == 1 and part < len(ROUNDS) - 1:
+            if len(field) <= keep and part < len(ROUNDS) - 1:  # all would go on
                 continue
             rest = sum(share for share, _ in ROUNDS[part:])
             ends = time.monotonic() + (self.deadline - time.monotonic()) * ROUNDS[part][0] / rest

@@ -18,9 +18,11 @@ from flowtrain.distributions import NormalMixture
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain, standardize
 from flowtrain.inference.given import Given
+from flowtrain.runtime.seeds import generator
 from flowtrain.training.start import fit_to_data
 
-COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of short tables
+MANY_COMPONENTS = (1, 4, 16, 32, 64, 100)  # of others
 MOST_ROWS = 20_000  # that a mixture is fitted to by expectation-maximization
 MOST_KERNELS = 50_000  # rows of which a kernel density is made
 MOST_COMPARED = 2**25  # pairs of rows for training and validation by which a bandwidth is chosen
@@ -53,52 +55,55 @@ def standardized(data: Given, seed: int) -> tuple[Flow, Tensor, Tensor]:
         return flow, *(flow.bijection(part.data)[0] for part in (data.train, data.val))
 
 
-def gaussian_mixture(train: Tensor, val: Tensor, seed: int, until: float) -> Mixture | None:
-    """The best mixture on ``val`` (n, D) that expectation-maximization finds for ``train``; it ends at ``until``.
+def gaussian_mixture(train: Tensor, val: Tensor, seed: int, seconds: float) -> Mixture | None:
+    """The best mixture on ``val`` (n, D) that expectation-maximization finds for ``train`` in so many ``seconds``.
 
     scikit-learn's GaussianMixture, for growing numbers of components with full, tied and diagonal covariances.
     """
-    best = None
-    for kind in ("full", "tied", "diag"):
-        worse = 0
-        for components, ridge in product(COMPONENTS, RIDGES if len(train) < SHORT else RIDGES[:1]):
-            if worse > 3 or 3 * components > len(train) or time.monotonic() > until:
-                break
-            fit = partial(_expectation_maximization, components=components, kind=kind, ridge=ridge, seed=seed)
-            found = fit(train)
-            score = -math.inf if found is None else found.score(val.double().numpy())
-            worse += 1
-            if best is None or score > best[0]:
-                name = f"gaussian_mixture(components={components}, {kind}{', regularized' if ridge > 1e-3 else ''})"
-                best, worse = (score, name, found, fit), 0
-    if best is None or best[2] is None:
-        return None
-    _, name, found, fit = best
-    return Mixture(name, _mixture_base(found), lambda rows: _mixture_base(fit(rows) or found))
-
-
-def _expectation_maximization(rows: Tensor, components: int, kind: str, ridge: float, seed: int):
+    from sklearn.base import clone
     from sklearn.mixture import GaussianMixture
 
+    best, until = None, time.monotonic() + seconds
+    numbers = [*product(COMPONENTS, RIDGES)] if len(train) < SHORT else [(many, RIDGES[0]) for many in MANY_COMPONENTS]
+    for kind in ("full", "tied", "diag"):
+        worse, own = 0, -math.inf  # since the best of this kind
+        for components, ridge in numbers:
+            late = best is not None and time.monotonic() > until
+            if late or worse > 3 or 3 * components > len(train):
+                break
+            model = GaussianMixture(components, covariance_type=kind, reg_covar=ridge, random_state=seed)
+            found = _fitted(model, train)
+            score = -math.inf if found is None else found.score(val.double().numpy())
+            worse, own = (0, score) if score > own else (worse + 1, own)
+            if best is None or score > best[0]:
+                name = f"gaussian_mixture(components={components}, {kind}{', regularized' if ridge > 1e-3 else ''})"
+                best = score, name, found
+    if best is None or best[2] is None:
+        return None
+    _, name, found = best
+    return Mixture(name, _base_of(found), lambda rows: _base_of(_fitted(clone(found), rows) or found))
+
+
+def _fitted(model, rows: Tensor):
+    """``model`` after expectation-maximization; None where that fails."""
     if len(rows) > MOST_ROWS:
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]]
+        rows = rows[torch.randperm(len(rows), generator=generator(model.random_state))[:MOST_ROWS]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has not converged: validation decides
         try:
-            model = GaussianMixture(components, covariance_type=kind, reg_covar=ridge, random_state=seed)
             return model.fit(rows.double().numpy())
         except ValueError:  # a covariance is not positive definite
             return None
 
 
-def _mixture_base(found) -> NormalMixture:
+def _base_of(found) -> NormalMixture:
     """scikit-learn's mixture as a base."""
-    mean = torch.from_numpy(found.means_)
-    factor = torch.from_numpy(found.precisions_cholesky_)
-    factor = {"full": factor, "tied": factor[None]}.get(found.covariance_type, None if factor.dim() > 2 else factor)
-    if found.covariance_type == "diag":
+    factor = torch.from_numpy(found.precisions_cholesky_)  # (K, D, D), of all components (D, D), or diagonals (K, D)
+    if found.covariance_type == "tied":
+        factor = factor[None]
+    elif found.covariance_type == "diag":
         factor = torch.diag_embed(factor)
-    return _base(torch.from_numpy(found.weights_).log(), mean, factor)
+    return _base(torch.from_numpy(found.weights_).log(), torch.from_numpy(found.means_), factor)
 
 
 def kernel_density(train: Tensor, val: Tensor) -> Mixture | None:
