@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import sys
@@ -119,7 +120,7 @@ class _Chooser:
         data = self.data
         if data.spec.context or any(column.kind == "angle" for column in data.spec.columns):
             return
-        _, self.rows, val = standardized(data, self.seed)
+        flow, self.rows, val = standardized(data, self.seed)
         seconds = MIXTURES * (self.deadline - time.monotonic())
         config = training_config("maf", self.options, len(data.train), self.seed)
         for find in (
@@ -130,12 +131,12 @@ class _Chooser:
             found = find()
             if found is None:
                 continue
-            own, _, _ = standardized(data, self.seed)
+            own = copy.deepcopy(flow)
             own.base = found.base
             own.to(self.device)
             evaluation = evaluate_split(own, data.val, config)
-            seconds = time.monotonic() - began
-            trained = Trained(own.eval(), evaluation, 0, seconds, ())
+            trained = Trained(own.eval(), evaluation, 0, time.monotonic() - began, ())
+            self.deadline -= found.seconds  # to fit it to all rows
             yield self._trial(found.name, trained, mixture=found)
 
     def refit(self, trial: _Trial):

@@ -24,8 +24,8 @@ from flowtrain.training.start import fit_to_data
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of short tables
 MANY_COMPONENTS = (1, 4, 16, 32, 64, 100)  # of others
 MOST_ROWS = 20_000  # that a mixture is fitted to by expectation-maximization
-MOST_KERNELS = 50_000  # rows of which a kernel density is made
-MOST_COMPARED = 2**25  # pairs of rows for training and validation by which a bandwidth is chosen
+MOST_KERNELS = 12_000  # rows of which a kernel density is made: its cost grows with them
+MOST_COMPARED = 2**22  # pairs of rows for training and validation by which a bandwidth is chosen
 RIDGES = (1e-6, 1e-2)  # added to variances; the second for short tables
 SHORT = 2_000  # rows
 
@@ -37,11 +37,13 @@ class Mixture:
     Attributes:
         base: fitted to the rows for training.
         refit: fits the same to other rows (N, D).
+        seconds: that it takes.
     """
 
     name: str
     base: NormalMixture
     refit: Callable[[Tensor], NormalMixture]
+    seconds: float
 
 
 def standardized(data: Given, seed: int) -> tuple[Flow, Tensor, Tensor]:
@@ -72,16 +74,18 @@ def gaussian_mixture(train: Tensor, val: Tensor, seed: int, seconds: float) -> M
             if late or worse > 3 or 3 * components > len(train):
                 break
             model = GaussianMixture(components, covariance_type=kind, reg_covar=ridge, random_state=seed)
+            began = time.monotonic()
             found = _fitted(model, train)
+            took = time.monotonic() - began
             score = -math.inf if found is None else found.score(val.double().numpy())
             worse, own = (0, score) if score > own else (worse + 1, own)
             if best is None or score > best[0]:
                 name = f"gaussian_mixture(components={components}, {kind}{', regularized' if ridge > 1e-3 else ''})"
-                best = score, name, found
+                best = score, name, found, took
     if best is None or best[2] is None:
         return None
-    _, name, found = best
-    return Mixture(name, _base_of(found), lambda rows: _base_of(_fitted(clone(found), rows) or found))
+    _, name, found, took = best
+    return Mixture(name, _base_of(found), lambda rows: _base_of(_fitted(clone(found), rows) or found), took)
 
 
 def _fitted(model, rows: Tensor):
@@ -134,7 +138,7 @@ def kernel_density(train: Tensor, val: Tensor) -> Mixture | None:
     def kernels(rows: Tensor) -> NormalMixture:
         return _base(torch.zeros(len(rows)), rows, scaled)
 
-    return Mixture(name, kernels(train), kernels)
+    return Mixture(name, kernels(train), kernels, 0.0)
 
 
 def _shapes(rows: Tensor) -> Iterator[tuple[str, Tensor]]:
