@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -109,6 +110,7 @@ def fit(
     began = time.monotonic()
     options = dict(options or {})
     _check(minutes, options, seed)
+    seed = int(seed)
     deadline = math.inf if minutes is None else began + 60 * minutes
     device = _device(device)
     with borrowed_torch(), nullcontext() if progress else quiet(), _plain_errors():
@@ -144,9 +146,9 @@ def _check(minutes, options: dict, seed) -> None:
         raise ValueError("fit trains in one process; flowtrain train takes several")
     if minutes is None and not {"max_steps", "trainer.max_epochs"} & options.keys():
         raise ValueError("minutes=None: then options must say the end: max_steps or trainer.max_epochs")
-    if minutes is not None and not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
+    if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
         raise ValueError(f"minutes={minutes}: must be a number above 0, or None")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed={seed}: must be a whole number of at least 0")
 
 

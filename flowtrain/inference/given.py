@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def validation_rows(rows: int, val_size: float | int | None) -> int:
     """
     if val_size is None:
         return min(max(rows // 10, min(rows // 4, 100)), MOST_VALIDATED)
-    if isinstance(val_size, bool) or not isinstance(val_size, int | float) or not 0 < val_size < rows:
+    if isinstance(val_size, bool) or not isinstance(val_size, Real) or not 0 < val_size < rows:
         raise ValueError(f"val_size={val_size}: must be a fraction below 1, or a number of rows below {rows}")
     return max(1, int(rows * val_size if val_size < 1 else val_size))
 

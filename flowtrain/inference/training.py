@@ -19,6 +19,7 @@ from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import Loggers, NullLogger, progress
 from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.saving import InMemory
+from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
 from flowtrain.inference.given import Given
@@ -29,7 +30,7 @@ from flowtrain.training.optimizer import build_optimizer, check_optimizer
 from flowtrain.training.setup import SetUp, objective_of, record_of, set_arithmetic, set_memory
 
 NODES = ("model", "objective", "optimizer", "scheduler", "trainer")  # whose keys a caller may set
-KEYS = ("batch_size", "compile", "deterministic", "max_steps", "memory", "precision")
+KEYS = ("batch_size", "deterministic", "max_steps", "memory", "precision")
 PATIENCE, VAL_EVERY = 20, 50  # validations without improvement; steps between those of a small table
 _building = threading.Lock()  # torch's generator belongs to the process
 
@@ -117,10 +118,7 @@ def train(config: TrainConfig, data: Given, device: torch.device, deadline: floa
         run = _set_up(config, data, device, Loggers([history, *([progress()] if show else [])]))
         trainer = run.ready_trainer()
     with leave_signals(), one_line_errors(run.config, trainer, device):
-        began = time.monotonic()
-        trainer.validation.evaluate(trainer.flow)
-        each, shown = time.monotonic() - began, config.trainer.val_examples or math.inf
-        left = deadline - time.monotonic() - each * (1 + max(1, len(data.val) / min(shown, len(data.val))))
+        left = deadline - time.monotonic() - _seconds_of_the_end(trainer, data)
         trainer.budget = replace(trainer.budget, minutes=max(left, 1e-3) / 60 if math.isfinite(left) else None)
         try:
             run.loggers.open(record_of(run, trainer))
@@ -134,6 +132,15 @@ def train(config: TrainConfig, data: Given, device: torch.device, deadline: floa
         evaluation = evaluate_split(flow, data.val, run.config, draws=config.trainer.val_draws)
     flow.zero_grad()
     return Trained(flow.eval(), evaluation, trainer.step, trainer.seconds, tuple(history.entries))
+
+
+def _seconds_of_the_end(trainer: Trainer, data: Given) -> float:
+    """How long the last validation and the evaluation of the best weights will take."""
+    for _ in range(2):  # the first is slower
+        began = time.monotonic()
+        trainer.validation.evaluate(trainer.flow)
+    validated = min(trainer.config.trainer.val_examples or len(data.val), len(data.val))
+    return (time.monotonic() - began) * (1 + len(data.val) / validated)
 
 
 def _set_up(config: TrainConfig, data: Given, device: torch.device, loggers: Loggers) -> SetUp:
