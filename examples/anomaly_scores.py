@@ -4,8 +4,8 @@ rule names the column. A few seconds on one core: python examples/anomaly_scores
 import torch
 
 from flowtrain import Flow, flows
-from flowtrain.inference.chain_rule import ChainRule
-from flowtrain.inference.conformal import Conformal
+from flowtrain.scores.chain_rule import ChainRule
+from flowtrain.scores.conformal import Conformal
 
 COLUMNS = ["load", "temperature", "vibration"]
 

@@ -1,4 +1,5 @@
-"""Normalizing flows: ``flow = flowtrain.load("outputs/…"); flow.log_prob(x)``, or build one by ``flowtrain.flows``."""
+"""Normalizing flows: ``flow = flowtrain.fit(x); flow.log_prob(x)``, ``flowtrain.load("outputs/…")`` for a run's, or one
+built by ``flowtrain.flows``."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -8,14 +9,28 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, __getattr__ imp
     from flowtrain.config.restore import load
     from flowtrain.flow import Flow
     from flowtrain.flow_distribution import LazyDistribution
+    from flowtrain.inference.density_estimator import DensityEstimator
+    from flowtrain.inference.fit import fit
 
 __version__ = "0.1.0"
 
-__all__ = ["Flow", "LazyDistribution", "bijections", "distributions", "flows", "load", "nets"]
+__all__ = [
+    "DensityEstimator",
+    "Flow",
+    "LazyDistribution",
+    "bijections",
+    "distributions",
+    "fit",
+    "flows",
+    "load",
+    "nets",
+]
 
 _MODULES = {
+    "DensityEstimator": "inference.density_estimator",
     "Flow": "flow",
     "LazyDistribution": "flow_distribution",
+    "fit": "inference.fit",
     "load": "config.restore",
 }  # others are modules themselves
 

@@ -240,9 +240,70 @@ class Mixture(Distribution):
 
     def from_noise(self, noise, temperature=1.0, context=None):
         u, z = (one.to(self.mean) for one in noise)
-        ends = self.logits.double().softmax(0).cumsum(0)[:-1]  # of each component's share of [0, 1]
-        index = torch.searchsorted(ends, u.double(), right=True)
+        index = _component(self.logits, u)
         return self.mean[index] + temperature * self.log_scale[index].exp() * z
+
+
+_MOST = 2**24  # numbers that a mixture of vectors holds at once
+
+
+class NormalMixture(Distribution):
+    """Σₖ wₖ N(μₖ, Σₖ) of vectors, with learned weights, means and covariances Σₖ = (Pₖ Pₖᵀ)⁻¹.
+
+    With ``shared``, all components have one P: with a mean at each row of data, a kernel density estimate. At the start
+    the means are drawn from N(0, spread²) and every covariance is (1 − spread²)·I, as in :class:`Mixture`. Temperature
+    scales a sample's distance from the mean of its component.
+
+    Args:
+        shape: of one event, (D,).
+        components: K, the number of normals.
+        shared: whether all have the same covariance.
+        spread: standard deviation of the means at the start.
+        context_shape: not used.
+
+    Raises:
+        ValueError: ``shape`` is not that of a vector, ``components`` below 1, or ``spread`` outside [0, 1).
+
+    >>> NormalMixture((2,), components=3).sample(5).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, shape, components: int = 10, shared: bool = False, spread: float = 0.8, context_shape=None):
+        super().__init__(shape, context_shape)
+        if len(self.shape) != 1:
+            raise ValueError(f"a mixture with covariances takes vectors, not shape {list(self.shape)}")
+        if components < 1:
+            raise ValueError(f"components={components} must be at least 1")
+        if not 0 <= spread < 1:
+            raise ValueError(f"spread={spread} must lie in [0, 1)")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.mean = nn.Parameter(spread * torch.randn(components, *self.shape))
+        start = torch.eye(self.shape[0]) / math.sqrt(1 - spread**2)
+        self.factor = nn.Parameter(start.repeat(1 if shared else components, 1, 1))
+
+    def log_prob(self, z, context=None):
+        rows = max(1, _MOST // (len(self.mean) * (1 if len(self.factor) == 1 else self.shape[0])))
+        return torch.cat([self._log_prob(part) for part in z.split(rows)])
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        if len(self.factor) == 1:
+            exact = "donot_use_mm_for_euclid_dist"
+            squares = torch.cdist(z @ self.factor[0], self.mean @ self.factor[0], compute_mode=exact).square()
+        else:
+            squares = torch.einsum("bkd,kde->bke", z[:, None] - self.mean, self.factor).square().sum(2)
+        log_det = self.factor.slogdet()[1]
+        each = -0.5 * squares + log_det - 0.5 * self.shape[0] * math.log(2 * math.pi)
+        return torch.logsumexp(each + self.logits.log_softmax(0), 1)
+
+    @property
+    def noise(self):
+        return Noise("uniform", ()), Noise("normal", self.shape)
+
+    def from_noise(self, noise, temperature=1.0, context=None):
+        u, z = (one.to(self.mean) for one in noise)
+        index = _component(self.logits, u)
+        factor = self.factor[index if len(self.factor) > 1 else index * 0]
+        return self.mean[index] + temperature * torch.linalg.solve(factor.mT, z[..., None])[..., 0]
 
 
 class Joint(Distribution):
@@ -283,6 +344,12 @@ class Joint(Distribution):
         left = iter(noise)
         drawn = [part.from_noise([next(left) for _ in part.noise], temperature, context) for part in self.parts]
         return torch.cat([part.to(drawn[0]) for part in drawn], 1)
+
+
+def _component(logits: Tensor, u: Tensor) -> Tensor:
+    """The component of a mixture that each of the uniform numbers ``u`` (n,) chooses: (n,)."""
+    ends = logits.double().softmax(0).cumsum(0)[:-1]  # of each component's share of [0, 1]
+    return torch.searchsorted(ends, u.double(), right=True)
 
 
 def _normal_log_density(z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ API = {  # page -> what it documents, beside the package of that name
     "nets": ["flowtrain.nets"],
     "distributions": ["flowtrain.distributions"],
     "load": ["flowtrain.load"],
-    "scores": [f"flowtrain.inference.{name}" for name in ("conformal", "typicality", "chain_rule")],
+    "scores": [f"flowtrain.scores.{name}" for name in ("conformal", "typicality", "chain_rule")],
+    "fit": ["flowtrain.fit", "flowtrain.inference.fit.Fitted", "flowtrain.DensityEstimator"],
 }
 
 

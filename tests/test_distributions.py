@@ -9,7 +9,7 @@ from audit import randomize
 from torch import distributions as reference
 
 from flowtrain import bijections as b
-from flowtrain.distributions import ConditionalNormal, Logistic, Mixture, StandardNormal
+from flowtrain.distributions import ConditionalNormal, Logistic, Mixture, NormalMixture, StandardNormal
 from flowtrain.flow import Flow
 
 BASES = {
@@ -130,6 +130,21 @@ def test_a_mixture_starts_as_components_that_differ_with_the_moments_of_a_normal
     torch.testing.assert_close(z.std(0), torch.ones(2), rtol=0, atol=0.04)
     few = Mixture((2,), components=8).mean
     assert torch.cdist(few, few).add(torch.eye(8) * 9).min() > 0.01
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_mixture_with_covariances_is_that_of_torch_distributions(shared, monkeypatch):
+    base = randomize(NormalMixture((3,), components=4, shared=shared), 0.5)
+    factor = base.factor.expand(4, 3, 3)
+    normals = reference.MultivariateNormal(base.mean, precision_matrix=factor @ factor.mT)
+    expected = reference.MixtureSameFamily(reference.Categorical(logits=base.logits), normals)
+    z = 2 * torch.randn(50, 3, dtype=torch.float64)
+    torch.testing.assert_close(base.log_prob(z), expected.log_prob(z))
+    drawn = base.sample(200_000, generator=seed())
+    torch.testing.assert_close(drawn.mean(0), expected.mean, rtol=0, atol=0.05 * drawn.std().item())
+    torch.testing.assert_close(drawn.var(0), expected.variance, rtol=0.05, atol=0)
+    monkeypatch.setattr("flowtrain.distributions._MOST", 25)  # in parts
+    torch.testing.assert_close(base.log_prob(z), expected.log_prob(z))
 
 
 def test_components_are_drawn_by_their_weights():
@@ -269,6 +284,8 @@ def test_a_seed_draws_the_same_on_every_device(name):
         (lambda: ConditionalNormal((2,), (3,)).log_prob(torch.zeros(1, 2)), r"needs a context \(B, 3\)"),
         (lambda: ConditionalNormal((2,), (3,)).sample(4, context=torch.eye(3)), "need a context of 4 rows, not 3"),
         (lambda: Mixture((2,), components=0), "components=0 must be at least 1"),
+        (lambda: NormalMixture((2,), components=0), "components=0 must be at least 1"),
+        (lambda: NormalMixture((2, 3)), r"takes vectors, not shape \[2, 3\]"),
         (lambda: Mixture((2,), spread=1.0), r"spread=1.0 must lie in \[0, 1\)"),
     ],
 )

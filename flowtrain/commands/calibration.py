@@ -14,9 +14,9 @@ from flowtrain.data.inputs import SplitRows, input_path
 from flowtrain.data.labels import list_classes
 from flowtrain.data.spec import class_names
 from flowtrain.errors import FlowtrainError, UsageError
-from flowtrain.inference.conformal import Conformal
-from flowtrain.inference.typicality import entropy, typicality
 from flowtrain.runtime.seeds import seed_from
+from flowtrain.scores.conformal import Conformal
+from flowtrain.scores.typicality import entropy, typicality
 
 DEFAULT = "test"
 CAVEATS = {

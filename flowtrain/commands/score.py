@@ -21,8 +21,8 @@ from flowtrain.data.inputs import TABLES, input_path
 from flowtrain.engine.evaluate import evaluation_mode
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.inference.chain_rule import ChainRule
 from flowtrain.runtime import distributed, files
+from flowtrain.scores.chain_rule import ChainRule
 
 
 @torch.no_grad()

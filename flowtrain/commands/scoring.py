@@ -30,8 +30,8 @@ from flowtrain.engine.evaluate import log_likelihoods, over_draws
 from flowtrain.engine.memory_budget import few_rows, rows_within_budget
 from flowtrain.engine.out_of_memory import out_of_memory
 from flowtrain.errors import FlowtrainError, UsageError
-from flowtrain.inference.chain_rule import ChainRule
 from flowtrain.runtime import distributed
+from flowtrain.scores.chain_rule import ChainRule
 
 ARRAYS = "an array (npy, npz, h5, zarr)"
 

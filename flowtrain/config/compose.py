@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.config import runs
 from flowtrain.config.conversion import key_names, to_dict, validate
 from flowtrain.config.schema import TrainConfig
-from flowtrain.errors import FlowtrainError
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime import status
+
+_composing = threading.Lock()
 
 
 def conf_dir() -> Path:
@@ -46,8 +56,52 @@ def make_config(cfg: DictConfig, schema=TrainConfig, *, restored: bool = False):
 
 def train_config(*overrides: str) -> TrainConfig:
     """What ``flowtrain train OVERRIDES`` receives, for callers outside the command line."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return make_config(compose("train", overrides=list(overrides)))
+    return make_config(_compose(*overrides))
+
+
+def chosen_config(choices: Mapping[str, str], values: Mapping[str, Any]) -> TrainConfig:
+    """What ``flowtrain train`` receives with an option of each group in ``choices`` and ``values`` of dotted keys.
+
+    Raises:
+        UsageError: there is no such option or key; the nearest one is named.
+    """
+    for group, option in choices.items():
+        known = sorted(file.stem for file in (conf_dir() / group).glob("[!_]*.yaml"))
+        if option not in known:
+            near = difflib.get_close_matches(str(option), known, 3) or known
+            raise UsageError(f"{group}={option}: there is no such {group}; there are {', '.join(near)}")
+    cfg = copy.deepcopy(_compose_once(*(f"{group}={option}" for group, option in choices.items())))
+    for key, value in values.items():
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        known = [one for one in node if not one.startswith("_")] if isinstance(node, DictConfig) else []
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3) or known or sorted(cfg)
+            where = f"{parent}." if parent and known else ""
+            raise UsageError(f"no key '{key}'; there are {', '.join(f'{where}{one}' for one in near)}")
+        OmegaConf.update(cfg, key, value, merge=False)
+    return make_config(cfg)
+
+
+def _compose(*overrides: str) -> DictConfig:
+    with _own_hydra(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+_compose_once = lru_cache(maxsize=64)(_compose)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Within it, Hydra's state is this thread's own; it belongs to the process, whose program may use Hydra too."""
+    with _composing:
+        hydra, base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = hydra
+            VersionBase.instance().version_base = base
 
 
 _run_dirs: dict[str, str] = {}

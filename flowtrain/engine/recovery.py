@@ -71,9 +71,10 @@ class Recovery(Stateful):
         return _copy(self.copy)
 
     def error(self, step: int, cause: str, file) -> FlowtrainError:
-        """What to stop with, where training cannot be rolled back; ``file`` holds the last good weights."""
+        """What to stop with, where training cannot be rolled back; ``file``, if any, holds the last good weights."""
+        kept = f"the weights before them are in {file}; " if file else ""
         return FlowtrainError(
-            f"stopped at step {step}: {self._problem()}; {cause}; the weights before them are in {file}; "
+            f"stopped at step {step}: {self._problem()}; {cause}; {kept}"
             "a lower optimizer.lr, a trainer.clip or trainer.rollback may help; trainer.layer_statistics=true shows "
             "how each layer's scale and log-determinant grow until then"
         )

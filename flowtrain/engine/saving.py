@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from flowtrain.engine.replay import Record
@@ -41,3 +42,25 @@ class Checkpoints:
             checkpoint.save({**self.description, **state}, path)
         distributed.barrier()  # an error in one process ends the others
         return path
+
+
+class InMemory:
+    """In place of :class:`Checkpoints`: keeps the best weights, and writes no file.
+
+    Attributes:
+        best: the weights that were validated, of the best validation; None before the first.
+    """
+
+    last = None
+
+    def __init__(self):
+        self.best: dict | None = None
+
+    def save_last(self, state: dict) -> None:
+        pass
+
+    def save_best(self, state: dict) -> None:
+        self.best = copy.deepcopy(state["ema"] or state["model"])
+
+    def save_divergence(self, flow: Flow, record: Record, rank: int) -> None:
+        """Keeps none."""

@@ -25,7 +25,7 @@ from flowtrain.engine.previews import Previews
 from flowtrain.engine.profile import profile_steps
 from flowtrain.engine.recovery import Recovery
 from flowtrain.engine.replay import Record, replay_command
-from flowtrain.engine.saving import Checkpoints
+from flowtrain.engine.saving import Checkpoints, InMemory
 from flowtrain.engine.state import Stateful
 from flowtrain.engine.statistics import LayerStatistics, counts
 from flowtrain.engine.threads import Threads
@@ -83,7 +83,7 @@ class Trainer(Stateful):
         schedule: Callable[[float, int], float],
         validation: Validation,
         previews: Previews,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | InMemory,
         loggers: Loggers,
         ema: EMA | None = None,
         training_pass: TrainingPass | None = None,
@@ -216,7 +216,8 @@ class Trainer(Stateful):
         examples = self.loader.examples(self.step)
         record, rank = Record.gather(own, self.batch, examples, self.step, self.training_pass)
         path = self.checkpoints.save_divergence(self.flow, record, rank)
-        return f"{record.describe(record.found)}; to see it again: {replay_command(path, self.config.allow)}"
+        again = f"; to see it again: {replay_command(path, self.config.allow)}" if path else ""
+        return f"{record.describe(record.found)}{again}"
 
     # ---- at intervals
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from flowtrain.bijections import Factored
+from flowtrain.bijections import Bijection, Factored
 from flowtrain.distributions import Joint, StandardNormal
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import Factory, chain, circular
@@ -42,6 +42,11 @@ def with_angles(
     if not others:
         return Flow(shape, chain(preprocess=preprocess, angles=angles), StandardNormal, context_shape)
     inner = make(shape=(others,), context_shape=context_shape)
-    both = partial(Factored, columns=columns, first=lambda **_: inner.bijection, second=angles)
+    both = partial(Factored, columns=columns, first=partial(_built, inner.bijection), second=angles)
     base = partial(Joint, parts=(inner.base, StandardNormal((len(columns),))))
     return Flow(shape, chain(preprocess=preprocess, factored=both), base, context_shape)
+
+
+def _built(bijection: Bijection, **_) -> Bijection:
+    """A factory of what is built already."""
+    return bijection

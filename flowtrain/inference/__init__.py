@@ -1,1 +1,1 @@
-"""Flows for inference: fitting them to arrays, and scores with a meaning."""
+"""Flows for inference from Python: fitted to arrays and tables, in the program that uses them."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 
@@ -37,15 +38,30 @@ class SignalNote:
 
 
 _note: SignalNote | None = None  # of the run in this process, if there is one
+_signals_are_theirs = ContextVar("flowtrain_signals_are_theirs", default=False)
+
+
+@contextmanager
+def leave_signals() -> Iterator[None]:
+    """Within it, signals stay with the program around, whose handlers know what to end: Ctrl-C is KeyboardInterrupt."""
+    token = _signals_are_theirs.set(True)
+    try:
+        yield
+    finally:
+        _signals_are_theirs.reset(token)
 
 
 @contextmanager
 def note_signals() -> Iterator[SignalNote]:
-    """Within it signals are only noted, for the training loop to act on between two steps.
+    """Within it signals are only noted, for the training loop to act on between two steps; within
+    :func:`leave_signals` none are.
 
     Another signal, a second or more after the first, ends the process at once, whatever it waits for.
     """
     global _note
+    if _signals_are_theirs.get():
+        yield SignalNote()
+        return
     end_if_signalled()
     _note = SignalNote()
     before = {signum: signal.signal(signum, _note.write) for signum in SIGNALS}

@@ -94,6 +94,9 @@ class SetUp:
         place = self.device, distributed.rank(), distributed.world()
         return Loader(self.train, config.batch_size, config.seed, self.data.augment, *place, config.trainer.workers)
 
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.run_dir, self.stored, self.train.columns.to_record() if self.train.columns else None)
+
     def trainer(
         self, flow: Flow, config: TrainConfig, choice: CompileChoice | None = None, ema: EMA | None = None
     ) -> Trainer:
@@ -107,7 +110,6 @@ class SetUp:
             with memory_of_validation(config, self.device):
                 return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws)
 
-        columns = self.train.columns.to_record() if self.train.columns else None
         return Trainer(
             flow,
             self.objective,
@@ -118,7 +120,7 @@ class SetUp:
             schedule=WarmUp(self.schedule, warmup_steps(config, loader.steps_per_epoch)),
             validation=Validation(evaluate, self.objective, config.trainer.patience),
             previews=Previews(self.preview),
-            checkpoints=Checkpoints(self.run_dir, self.stored, columns),
+            checkpoints=self.checkpoints(),
             loggers=self.loggers,
             ema=ema,
             training_pass=training_pass_of(config, flow, self.objective, self.device),

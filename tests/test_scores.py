@@ -10,9 +10,9 @@ import torch
 from flowtrain import bijections as b
 from flowtrain import distributions, flows
 from flowtrain.flows.angles import with_angles
-from flowtrain.inference.chain_rule import ChainRule
-from flowtrain.inference.conformal import Conformal
-from flowtrain.inference.typicality import entropy, typicality
+from flowtrain.scores.chain_rule import ChainRule
+from flowtrain.scores.conformal import Conformal
+from flowtrain.scores.typicality import entropy, typicality
 
 SMALL = {"hidden": 16}
 SPLIT = {

@@ -1,0 +1,1 @@
+"""Scores with a meaning: p-values, typicality, and log p by column."""
