@@ -1,4 +1,4 @@
-"""Every script of examples/ runs as it stands, in an empty folder, within a minute, and prints what it promises."""
+"""Every script of examples/ runs as it stands, in an empty folder, and prints what it promises."""
 
 import os
 import re
@@ -23,7 +23,7 @@ SAYS = {  # script -> lines of its output, as patterns
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_an_example_runs(script, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stderr
     assert done.stdout.strip() and not done.stderr, done.stderr
     for pattern in SAYS.get(script.stem, ()):
