@@ -256,7 +256,8 @@ def test_two_threads_fit_at_once(flow):
     assert all(abs(one.fitted.log_likelihood - alone) < 1 for one in found.values())
 
 
-def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_the_session_as_it_was():
+def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_the_session_as_it_was(flow):
+    """``flow``: so that nothing is being imported then."""
     handler, rng = signal.getsignal(signal.SIGINT), torch.get_rng_state()
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

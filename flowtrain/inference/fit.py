@@ -29,7 +29,8 @@ class Fitted:
 
     Attributes:
         model: its name and what differs from the defaults.
-        log_likelihood, log_likelihood_stderr: of the rows for validation, mean and standard error, in nats a row.
+        log_likelihood, log_likelihood_stderr: of the rows for validation, mean and standard error, in nats a row; of a
+            mixture that ``model="auto"`` chose, before it was fitted to those rows too.
         training_rows, validation_rows: their numbers.
         steps, seconds: of training.
         history: one mapping for each report: "step", "seconds" where known, and the mean log-likelihood of "train" or

@@ -22,7 +22,7 @@ from flowtrain.runtime.seeds import generator
 from flowtrain.training.start import fit_to_data
 
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of short tables
-MANY_COMPONENTS = (1, 4, 16, 32, 64, 100)  # of others
+MANY_COMPONENTS = (32, 100, 64, 8, 2)  # of others, in the order in which they are tried
 MOST_ROWS = 20_000  # that a mixture is fitted to by expectation-maximization
 MOST_KERNELS = 12_000  # rows of which a kernel density is made: its cost grows with them
 MOST_COMPARED = 2**22  # pairs of rows for training and validation by which a bandwidth is chosen
@@ -65,18 +65,20 @@ def gaussian_mixture(train: Tensor, val: Tensor, seed: int, seconds: float) -> M
     from sklearn.base import clone
     from sklearn.mixture import GaussianMixture
 
-    best, until = None, time.monotonic() + seconds
+    best, until, each = None, time.monotonic() + seconds, 0.0  # seconds for each component
     numbers = [*product(COMPONENTS, RIDGES)] if len(train) < SHORT else [(many, RIDGES[0]) for many in MANY_COMPONENTS]
     for kind in ("full", "tied", "diag"):
         worse, own = 0, -math.inf  # since the best of this kind
         for components, ridge in numbers:
-            late = best is not None and time.monotonic() > until
-            if late or worse > 3 or 3 * components > len(train):
+            if worse > 3 or 3 * components > len(train):
                 break
+            if time.monotonic() + each * components > until:
+                continue
             model = GaussianMixture(components, covariance_type=kind, reg_covar=ridge, random_state=seed)
             began = time.monotonic()
             found = _fitted(model, train)
             took = time.monotonic() - began
+            each = took / components
             score = -math.inf if found is None else found.score(val.double().numpy())
             worse, own = (0, score) if score > own else (worse + 1, own)
             if best is None or score > best[0]:
