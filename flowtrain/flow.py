@@ -14,6 +14,7 @@ from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
 from flowtrain.distributions import Distribution, StandardNormal
+from flowtrain.embedding import build_embedding
 from flowtrain.runtime import fusion, global_batch, modes
 
 
@@ -30,18 +31,28 @@ class Flow(nn.Module):
         bijection: factory called with ``shape`` and ``context_shape``.
         base: factory called with the bijection's ``out_shape`` as ``shape`` and with ``context_shape``.
         context_shape: of the context of each example, or None.
+        embedding: a network that the flow trains with its layers, a module or a factory called with ``context_shape``:
+            the layers and the base get ``embedding(context)`` for the context. :mod:`flowtrain.nets` has some.
 
     Raises:
-        ValueError: ``shape`` is not a sequence of positive integers. In the methods that check values: a wrong shape, a
-            context that is missing or that the flow does not take, or an input or result that is not finite. The
-            message names the shape or the first row (from 0) at fault. NaN is a missing value where the flow has a
-            :class:`flowtrain.bijections.FillMissing` and the row's indicator says so.
+        ValueError: ``shape`` is not a sequence of positive integers, or ``embedding`` does not take the contexts. In
+            the methods that check values: a wrong shape, a context that is missing or that the flow does not take, or
+            an input or result that is not finite. The message names the shape or the first row (from 0) at fault. NaN
+            is a missing value where the flow has a :class:`flowtrain.bijections.FillMissing` and the row's indicator
+            says so.
 
     >>> from functools import partial
     >>> from flowtrain import Flow, bijections as b, nets
     >>> flow = Flow((2,), partial(b.Autoregressive, univariate=b.ExpAffine, net=nets.MADE))
     >>> flow.log_prob(torch.randn(5, 2)).shape, flow.sample(3).shape
     (torch.Size([5]), torch.Size([3, 2]))
+
+    A density given a set of up to 20 points of the plane:
+
+    >>> flow = Flow((2,), partial(b.Coupling, univariate=b.ExpAffine, net=nets.MLP), context_shape=(20, 2),
+    ...             embedding=partial(nets.DeepSet, features=8))
+    >>> flow.log_prob(torch.randn(5, 2), torch.randn(5, 20, 2)).shape
+    torch.Size([5])
     """
 
     backpropagation = Backpropagation()
@@ -52,11 +63,14 @@ class Flow(nn.Module):
         bijection: Callable[..., Bijection],
         base: Callable[..., Distribution] = StandardNormal,
         context_shape=None,
+        embedding: Callable[..., nn.Module] | nn.Module | None = None,
     ):
         super().__init__()
         self.shape = check_shape(shape)
-        self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=context_shape)
-        self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
+        self.context_shape = None if context_shape is None else check_shape(context_shape)
+        self.embedding, embedded = build_embedding(embedding, self.context_shape)
+        self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=embedded)
+        self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=embedded)
         self._stacks = any(True for _ in dense_layers(self.bijection))
 
     @property
@@ -68,9 +82,23 @@ class Flow(nn.Module):
         """log p(x) in nats, (B,), in float32 or float64; a lower bound if x is dequantized."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
+        context = self.embed(context)
         with self._stacked_log_dets():
             z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
+
+    def embed(self, context: Tensor | None) -> Tensor | None:
+        """What the layers get for the context: the embedding's output, (B, n), or the context itself if there is none.
+
+        >>> from functools import partial
+        >>> from flowtrain import flows, nets
+        >>> flow = flows.maf((2,), context_shape=(1, 8, 8), embedding=partial(nets.ConvEmbedding, features=4))
+        >>> flow.embed(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 4])
+        """
+        if self.embedding is None or context is None:
+            return context
+        return self.embedding(context).to(at_least_float32(context.dtype))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (B,), finite; a lower bound if x is dequantized."""
@@ -85,6 +113,7 @@ class Flow(nn.Module):
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latents of x. Integers become the centres of their bins, so that ``decode`` returns the same integers."""
         x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
+        context = self.embed(context)
         with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
             return map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
 
@@ -92,6 +121,10 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of latents z."""
         z, context = self._check_events("z", z, self.bijection.out_shape, context)
+        return self._decode(z, self.embed(context))
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """The data of latents z, given the embedded context."""
         with states_only(), self._stacked_log_dets():
             return map_events(
                 "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
@@ -112,9 +145,10 @@ class Flow(nn.Module):
         device and at every temperature. A base distribution that depends on the context needs one, as ``sample`` does.
         """
         context, leading = self._repeat_context(n, context)
-        z = self.base_samples(math.prod(leading), temperature, context, generator)
+        z = self._base_samples(math.prod(leading), temperature, context, generator)
         return z.reshape(*leading, *z.shape[1:])
 
+    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -139,9 +173,11 @@ class Flow(nn.Module):
         >>> flow.sample(5, context=torch.zeros(3)).shape, flow.sample(5, context=torch.eye(3)).shape
         (torch.Size([5, 2]), torch.Size([5, 3, 2]))
         """
+        if context is None and self.context_shape is not None:
+            raise ValueError(f"samples of this flow need a context, {list(self.context_shape)}")
         context, leading = self._repeat_context(n, context)
-        z = self.base_samples(math.prod(leading), temperature, context, generator)
-        x = self.decode(z, context)
+        z = self._base_samples(math.prod(leading), temperature, context, generator)
+        x = self._decode(check_events("z", z, self.bijection.out_shape, z.dtype), context)
         return x.reshape(*leading, *x.shape[1:])
 
     @torch.no_grad()
@@ -153,12 +189,16 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n latents as :meth:`latents` draws them, but one for each row of ``context`` (n, *context_shape)."""
+        return self._base_samples(n, temperature, self.embed(context), generator)
+
+    def _base_samples(self, n, temperature, context, generator) -> Tensor:
+        """n latents, one for each row of the embedded context."""
         z = self.base.sample(n, temperature, context, generator)
         return z.to(self._weight.device, at_least_float32(self._weight.dtype))
 
     def _repeat_context(self, n: int, context: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-        """The context of each of n samples, or of n·m samples of m contexts, and the samples' leading shape."""
-        shape = self.bijection.context_shape
+        """The context of each of n samples, or of n·m samples of m contexts, embedded; the samples' leading shape."""
+        shape = self.context_shape
         if context is None:
             return None, (n,)
         if shape is None:
@@ -168,7 +208,9 @@ class Flow(nn.Module):
             raise ValueError(f"context has shape {list(context.shape)}; this flow takes {list(shape)} or [{many}]")
         context = context if context.dim() > len(shape) else context[None]
         m = len(context)
-        return context.expand(n, *context.shape).flatten(0, 1), (n,) if m == 1 else (n, m)
+        embedded = self.embed(self._check_context(context))
+        assert embedded is not None
+        return embedded.expand(n, *embedded.shape).flatten(0, 1), (n,) if m == 1 else (n, m)
 
     def _stacked_log_dets(self):
         stacks = self._stacks and self.backpropagation.together
@@ -190,15 +232,23 @@ class Flow(nn.Module):
         self, name: str, x: Tensor, shape: tuple, context: Tensor | None, hide: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x and its context in the flow's precision. ValueError where they cannot be used."""
-        dtype, context_shape = at_least_float32(self._weight.dtype), self.bijection.context_shape
-        x = check_events(name, x, shape, dtype, hide)
-        if context_shape is None:
+        x = check_events(name, x, shape, at_least_float32(self._weight.dtype), hide)
+        if self.context_shape is None:
             if context is not None:
                 raise ValueError("this flow takes no context")
             return x, None
         if context is None or len(context) != len(x):
-            raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(context_shape)} each")
-        return x, check_events("context", context, context_shape, dtype)
+            raise ValueError(f"{len(x)} rows need a context of {len(x)} rows, {list(self.context_shape)} each")
+        return x, self._check_context(context)
+
+    def _check_context(self, context: Tensor) -> Tensor:
+        """The context, before it is embedded, in the flow's precision. ValueError where it cannot be used."""
+        dtype, shape = at_least_float32(self._weight.dtype), self.context_shape or ()
+        return check_events("context", context, shape, dtype, self.hide_padding)
+
+    def hide_padding(self, context: Tensor) -> Tensor:
+        """The context with 0 in place of what the embedding takes for missing."""
+        return getattr(self.embedding, "hide_missing", lambda whole: whole)(context)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:

@@ -132,7 +132,7 @@ def _source(config: ScoreConfig, restored: Restored) -> Input:
 
 def _label(config: ScoreConfig, restored: Restored, source: Input) -> Tensor | None:
     """The context of all examples, (1, classes), or None where there is none or the file has it."""
-    shape, names = restored.flow.bijection.context_shape, class_names(restored.dataset.spec)
+    shape, names = restored.flow.context_shape, class_names(restored.dataset.spec)
     if shape is None or restored.columns:
         if config.label is not None:
             raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")

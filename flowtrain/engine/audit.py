@@ -204,7 +204,7 @@ class Trace:
 
 
 def _trace(flow: Flow, x: Tensor, context: Tensor | None) -> Trace:
-    x, context = _to_weights(flow, x), _to_weights(flow, context)
+    x, context = _to_weights(flow, x), _embedded(flow, context)
     segments: list[Piece] = []
     segment = None
     with record_calls(flow.bijection) as calls:
@@ -233,6 +233,11 @@ def _to_weights(flow: Flow, x: Tensor | None) -> Tensor | None:
     """x in the precision of the flow's weights; integers as they are."""
     like = next((tensor for tensor in flow.state_dict().values() if tensor.is_floating_point()), None)
     return x if x is None or like is None or not x.is_floating_point() else x.to(like.dtype)
+
+
+def _embedded(flow: Flow, context: Tensor | None) -> Tensor | None:
+    """The context as the flow's layers get it."""
+    return flow.embed(_to_weights(flow, context))
 
 
 def _tolerance(strict: float, layer: nn.Module, scale: float) -> float:
@@ -279,7 +284,7 @@ def _worst(found: dict[str, Tensor]) -> str | None:
 
 def _count_changes(flow: Flow, x: Tensor, context: Tensor | None) -> int:
     """The number of integers in the data that come back as another integer."""
-    x, context = _to_weights(flow, x), _to_weights(flow, context)
+    x, context = _to_weights(flow, x), _embedded(flow, context)
     try:
         with global_batch.bin_centres(), states_only():
             back, _ = flow.bijection.inverse(flow.bijection(x, context)[0], context)
@@ -385,7 +390,7 @@ def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> t
 
 def _check_large(flow: Flow, x: Tensor, context: Tensor | None, grey_levels: int | None) -> Iterator[Check]:
     """Samples, large latents, large real data and extreme integers must map to finite numbers, or raise an error."""
-    context = _to_weights(flow, context)
+    context = _embedded(flow, context)
     latents = _to_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
     if any(isinstance(layer, BoundColumns | FillMissing) for layer in flow.modules()):  # not all numbers are data
         extremes, _ = flow.bijection.inverse(LARGE * latents, context)
