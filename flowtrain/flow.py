@@ -13,6 +13,7 @@ from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at
 from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
+from flowtrain.bijections.support import support_of
 from flowtrain.distributions import Distribution, StandardNormal
 from flowtrain.embedding import build_embedding
 from flowtrain.runtime import fusion, global_batch, modes
@@ -103,7 +104,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (B,), finite; a lower bound if x is dequantized."""
         x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
-        return map_events("x", x, context, "log-likelihood", self)
+        return map_events("x", x, context, "log-likelihood", self, explain=self._explain)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (B,)."""
@@ -115,7 +116,9 @@ class Flow(nn.Module):
         x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
         context = self.embed(context)
         with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
-            return map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
+            return map_events(
+                "x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self._explain
+            )
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -228,6 +231,12 @@ class Flow(nn.Module):
                 return layer.hide(x)
         return x
 
+    def _explain(self, x: Tensor) -> str:
+        """Why there is no density at the event x: it is outside the support. Empty for one inside."""
+        support = support_of(self.bijection)
+        reason = support.explain(x) if support else None
+        return f": it is outside the support, for {reason}" if reason else ""
+
     def _check_events(
         self, name: str, x: Tensor, shape: tuple, context: Tensor | None, hide: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -336,9 +345,10 @@ def map_events(
     what: str,
     function: Callable[..., Tensor],
     hide: Callable[[Tensor], Tensor] | None = None,
+    explain: Callable[[Tensor], str] = lambda row: "",
 ) -> Tensor:
     """``function(x, context)``, each row of which is the ``what`` of a row of x. ``hide`` replaces the numbers of it
-    that need not be finite.
+    that need not be finite; ``explain`` says more of a row without a finite one.
 
     Raises:
         ValueError: a row of it is not finite, or ``function`` raised FloatingPointError.
@@ -349,7 +359,7 @@ def map_events(
         first = _first_failure(function, x, context)
         raise ValueError(f"{_row(name, x, first)} {what}: {error}") from error
     if (row := _first_not_finite(result if hide is None else hide(result))) is not None:
-        raise ValueError(f"{_row(name, x, row)} {what} that is finite")
+        raise ValueError(f"{_row(name, x, row)} {what} that is finite{explain(x[row])}")
     return result
 
 

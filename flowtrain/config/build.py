@@ -137,8 +137,9 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
         with torch.device("meta" if device.type == "meta" else "cpu"):
             flow = make()
     except (ValueError, TypeError, RuntimeError) as error:
-        text = str(error)
-        raise UsageError(text if text.startswith("embedding") else f"{_key_of(text, config.model)}: {text}") from error
+        text = str(error).removeprefix("bijection: ")
+        of_part = text.startswith(("embedding: ", "preprocess: "))
+        raise UsageError(text if of_part else f"{_key_of(text, config.model)}: {text}") from error
     return flow if device.type == "meta" else flow.to(device)
 
 
