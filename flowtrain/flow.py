@@ -104,7 +104,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats, (B,), finite; a lower bound if x is dequantized."""
         x, context = self._check_events("x", x, self.shape, context, self.hide_missing)
-        return map_events("x", x, context, "log-likelihood", self, explain=self._explain)
+        return map_events("x", x, context, "log-likelihood", self, explain=self.explain)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (B,)."""
@@ -117,7 +117,7 @@ class Flow(nn.Module):
         context = self.embed(context)
         with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
             return map_events(
-                "x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self._explain
+                "x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain
             )
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class Flow(nn.Module):
                 return layer.hide(x)
         return x
 
-    def _explain(self, x: Tensor) -> str:
+    def explain(self, x: Tensor) -> str:
         """Why there is no density at the event x: it is outside the support. Empty for one inside."""
         support = support_of(self.bijection)
         reason = support.explain(x) if support else None

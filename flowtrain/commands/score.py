@@ -167,7 +167,8 @@ class Scorer:
             if place not in problems:
                 name = group.names[place]
                 name = f"row {name} (the first is 1)" if self.source.label == "row" else name
-                problems[place] = f"{name}: its log-likelihood is {values[place]:g}"
+                why = self.flow.explain(group.x[place])
+                problems[place] = f"{name}: its log-likelihood is {values[place]:g}{why}"
                 self.source.refuse(f"{self.config.input}: {problems[place]}")
                 values[place] = math.nan
         return group.names, values.numpy(), [problems[place] for place in sorted(problems)]
