@@ -8,13 +8,15 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
+from torch.distributions import constraints
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import dense_layers, stacked_log_dets
 from flowtrain.bijections.ode import states_only
+from flowtrain.bijections.support import support_of
 from flowtrain.distributions import Distribution, StandardNormal
+from flowtrain.embedding import build_embedding
 from flowtrain.flow_distribution import FlowDistribution
 from flowtrain.runtime import fusion, global_batch
 from flowtrain.runtime.events import batch_shape, check_rows, map_events, repeat_events
@@ -38,18 +40,28 @@ class Flow(nn.Module):
         bijection: factory called with ``shape`` and ``context_shape``.
         base: factory called with the bijection's ``out_shape`` as ``shape`` and with ``context_shape``.
         context_shape: of the context of each example, or None.
+        embedding: a network that the flow trains with its layers, a module or a factory called with ``context_shape``:
+            the layers and the base get ``embedding(context)`` for the context. :mod:`flowtrain.nets` has some.
 
     Raises:
-        ValueError: ``shape`` is not a sequence of positive integers. In the methods that check values: a wrong shape, a
-            context that is missing or that the flow does not take, or an input or result that is not finite. The
-            message names the shape or the first row (from 0) at fault. NaN is a missing value where the flow has a
-            :class:`flowtrain.bijections.FillMissing` and the row's indicator says so.
+        ValueError: ``shape`` is not a sequence of positive integers, or ``embedding`` does not take the contexts. In
+            the methods that check values: a wrong shape, a context that is missing or that the flow does not take, or
+            an input or result that is not finite. The message names the shape or the first row (from 0) at fault. NaN
+            is a missing value where the flow has a :class:`flowtrain.bijections.FillMissing` and the row's indicator
+            says so.
 
     >>> from functools import partial
     >>> from flowtrain import Flow, bijections as b, nets
     >>> flow = Flow((2,), partial(b.Autoregressive, univariate=b.ExpAffine, net=nets.MADE))
     >>> flow.log_prob(torch.randn(5, 2)).shape, flow.sample(3).shape
     (torch.Size([5]), torch.Size([3, 2]))
+
+    A density given a set of up to 20 points of the plane:
+
+    >>> flow = Flow((2,), partial(b.Coupling, univariate=b.ExpAffine, net=nets.MLP), context_shape=(20, 2),
+    ...             embedding=partial(nets.DeepSet, features=8))
+    >>> flow.log_prob(torch.randn(5, 2), torch.randn(5, 20, 2)).shape
+    torch.Size([5])
     """
 
     backpropagation = Backpropagation()
@@ -60,18 +72,21 @@ class Flow(nn.Module):
         bijection: Callable[..., Bijection],
         base: Callable[..., Distribution] = StandardNormal,
         context_shape=None,
+        embedding: Callable[..., nn.Module] | nn.Module | None = None,
     ):
         super().__init__()
         self.shape = check_shape(shape)
         self.context_shape = None if context_shape is None else check_shape(context_shape)
-        self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=context_shape)
-        self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=context_shape)
+        self.embedding, embedded = build_embedding(embedding, self.context_shape)
+        self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=embedded)
+        self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=embedded)
         self._stacks = any(True for _ in dense_layers(self.bijection))
 
     @property
-    def support(self) -> Constraint:
+    def support(self) -> constraints.Constraint:
         """Of the data, as torch.distributions describes one."""
-        return self.bijection.support
+        support = support_of(self.bijection)
+        return support.constraint if support else constraints.independent(constraints.real, len(self.shape))
 
     @property
     def dimensions(self) -> int:
@@ -82,9 +97,24 @@ class Flow(nn.Module):
         """log p(x) in nats, (B,), in float32 or float64; a lower bound if x is dequantized."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
+        context = self.embed(context)
         with self._stacked_log_dets():
             z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
+
+    def embed(self, context: Tensor | None) -> Tensor | None:
+        """What the layers get for the context: the embedding's output, (B, n), or the context itself if there is none.
+
+        >>> from functools import partial
+        >>> from flowtrain import flows, nets
+        >>> flow = flows.maf((2,), context_shape=(1, 8, 8), embedding=partial(nets.ConvEmbedding, features=4))
+        >>> flow.embed(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 4])
+        """
+        return context if self.embedding is None or context is None else self._embed(context)
+
+    def _embed(self, context: Tensor) -> Tensor:
+        return self.embedding(context).to(at_least_float32(context.dtype))  # type: ignore[misc]
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats, (*batch), finite; a lower bound if x is dequantized.
@@ -97,7 +127,7 @@ class Flow(nn.Module):
         torch.Size([])
         """
         x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
-        return map_events("x", x, context, "log-likelihood", self).reshape(batch)
+        return map_events("x", x, context, "log-likelihood", self, explain=self.explain).reshape(batch)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (*batch)."""
@@ -108,20 +138,25 @@ class Flow(nn.Module):
         """The latents of x, (*batch, *out_shape). Integers become the centres of their bins, so that ``decode`` returns
         the same integers."""
         x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
+        context = self.embed(context)
         with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
-            z = map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0])
+            z = map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain)
         return z.reshape(*batch, *z.shape[1:])
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of latents z, (*batch, *shape)."""
         z, context, batch = self._check_events("z", z, self.bijection.out_shape, context)
+        return self._decode(z, self.embed(context)).reshape(*batch, *self.shape)
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """The data of the rows z, given embedded contexts."""
         with states_only(), self._stacked_log_dets():
-            x = map_events(
+            return map_events(
                 "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
-        return x.reshape(*batch, *self.shape)
 
+    @torch.no_grad()
     def latents(
         self,
         shape: int | Sequence[int] = (),
@@ -135,10 +170,11 @@ class Flow(nn.Module):
         Their noise is drawn on the CPU and does not depend on ``temperature``. So a seed gives the same noise on every
         device and at every temperature. A base distribution that depends on the context needs one, as ``sample`` does.
         """
-        context, batch = self._context_of_each(shape, context)
-        z = self.base_samples(math.prod(batch), temperature, context, generator)
+        context, batch = self._context_of_each(shape, context, self._check_context)
+        z = self._latents(math.prod(batch), temperature, context, generator)
         return z.reshape(*batch, *z.shape[1:])
 
+    @torch.no_grad()
     def sample(
         self,
         shape: int | Sequence[int] = (),
@@ -161,9 +197,9 @@ class Flow(nn.Module):
         >>> flow.sample(5, torch.zeros(3)).shape, flow.sample((5, 4), torch.eye(3)).shape
         (torch.Size([5, 2]), torch.Size([5, 4, 3, 2]))
         """
-        context, batch = self._context_of_each(shape, context)
-        x = self.decode(self.base_samples(math.prod(batch), temperature, context, generator), context)
-        return x.reshape(*batch, *self.shape)
+        context, batch = self._context_of_each(shape, context, self._check_context)
+        z = self._latents(math.prod(batch), temperature, context, generator)
+        return self._decode(check_rows("z", z, z.dtype), context).reshape(*batch, *self.shape)
 
     def rsample_and_log_prob(
         self,
@@ -219,21 +255,26 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """n latents as :meth:`latents` draws them, but one for each row of ``context`` (n, *context_shape)."""
-        return self._latents(n, temperature, context, generator)
+        return self._latents(n, temperature, self.embed(context), generator)
 
     def _latents(self, n, temperature, context, generator) -> Tensor:
+        """n latents, one for each row of the embedded context."""
         z = self.base.sample(n, temperature, context, generator)
         return z.to(self._weight.device, at_least_float32(self._weight.dtype))
 
-    def _context_of_each(self, shape: int | Sequence[int], context: Tensor | None) -> tuple[Tensor | None, torch.Size]:
-        """The context of each of the samples, as rows, and the samples' batch."""
+    def _context_of_each(
+        self, shape: int | Sequence[int], context: Tensor | None, check: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> tuple[Tensor | None, torch.Size]:
+        """The embedded context of each of the samples, as rows, and the samples' batch. Each given context is checked
+        and embedded once."""
         leading, given = tuple(shape) if isinstance(shape, Sequence) else (shape,), self.context_batch(context)
         batch = torch.Size((*leading, *given))
         if context is None:
             return None, batch
-        return repeat_events(
-            context.to(at_least_float32(self._weight.dtype)), batch, context.shape[len(given) :]
-        ), batch
+        context = context.to(at_least_float32(self._weight.dtype))
+        context = check(context.reshape(math.prod(given), *context.shape[len(given) :]))
+        embedded = context if self.embedding is None else self._embed(context)
+        return repeat_events(embedded.reshape(*given, *embedded.shape[1:]), batch, embedded.shape[1:]), batch
 
     def context_batch(self, context: Tensor | None) -> torch.Size:
         """The batch of a context (*batch, *context_shape). ValueError where it does not fit the flow."""
@@ -261,6 +302,12 @@ class Flow(nn.Module):
                 return layer.hide(x)
         return x
 
+    def explain(self, x: Tensor) -> str:
+        """Why there is no density at the event x: it is outside the support. Empty for one inside."""
+        support = support_of(self.bijection)
+        reason = support.explain(x) if support else None
+        return f": it is outside the support, for {reason}" if reason else ""
+
     def _check_events(
         self, name: str, x: Tensor, shape: tuple, context: Tensor | None, hide: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, torch.Size]:
@@ -279,8 +326,15 @@ class Flow(nn.Module):
             ) from error
         x = check_rows(name, repeat_events(x, batch, shape), dtype, hide)
         if context is not None:
-            context = check_rows("context", repeat_events(context, batch, context.shape[len(given) :]), dtype)
+            context = self._check_context(repeat_events(context, batch, context.shape[len(given) :]))
         return x, context, batch
+
+    def _check_context(self, rows: Tensor) -> Tensor:
+        return check_rows("context", rows, at_least_float32(self._weight.dtype), self.hide_padding)
+
+    def hide_padding(self, context: Tensor) -> Tensor:
+        """The context with 0 in place of what the embedding takes for missing."""
+        return getattr(self.embedding, "hide_missing", lambda whole: whole)(context)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:

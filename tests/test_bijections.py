@@ -152,7 +152,7 @@ def test_the_table_is_complete():
     Not the base, nor those that start from integers, gaps, bounds or circles.
     """
     elsewhere = {b.Bijection, b.BoundColumns, b.CircleToLine, b.Dequantize, b.DequantizeColumns, b.FillMissing}
-    elsewhere |= {b.Logit, b.Turns}
+    elsewhere |= {b.Logit, b.Turns, b.Support, b.Box, b.Positive, b.Simplex}
     found = {type(module) for make in LAYERS.values() for module in make().modules()}
     public = {kind for kind in vars(b).values() if isinstance(kind, type) and issubclass(kind, b.Bijection)}
     assert public - elsewhere <= found

@@ -28,6 +28,7 @@ from flowtrain.bijections.spline import (
     SoftClippedRationalQuadratic,
 )
 from flowtrain.bijections.standardize import StandardizeChannels
+from flowtrain.bijections.support import Box, Positive, Simplex, Support
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShift, SigmoidAffine, TanhAffine
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "BatchNorm",
     "Bijection",
     "BoundColumns",
+    "Box",
     "Center",
     "Chain",
     "Checkerboard",
@@ -64,6 +66,7 @@ __all__ = [
     "MultiScale",
     "Permutation",
     "PiecewiseLinear",
+    "Positive",
     "QuantileColumns",
     "RationalQuadratic",
     "Reverse",
@@ -71,10 +74,12 @@ __all__ = [
     "ScaleShift",
     "Shuffle",
     "SigmoidAffine",
+    "Simplex",
     "SoftClippedRationalQuadratic",
     "Squeeze",
     "Standardize",
     "StandardizeChannels",
+    "Support",
     "TanhAffine",
     "Turns",
     "Unsqueeze",

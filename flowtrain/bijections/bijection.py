@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from flowtrain.runtime import fusion
 
@@ -71,11 +70,6 @@ class Bijection(nn.Module):
         self.shape = check_shape(shape)
         self.out_shape = self.shape
         self.context_shape = None if context_shape is None else tuple(int(n) for n in context_shape)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Of the data that it takes: here all real numbers."""
-        return constraints.independent(constraints.real, len(self.shape))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z (B, *out_shape) and log|det ∂z/∂x| (B,) of x (B, *shape)."""
@@ -257,10 +251,6 @@ class Chain(Bijection):
 
     def layers(self):
         return self._modules
-
-    @property
-    def support(self):
-        return next((layer.support for layer in self), super().support)
 
     def forward(self, x, context=None):
         return self.backpropagation.run(self, x, context)  # unless one is set that saves memory: apply_in_turn

@@ -302,7 +302,7 @@ def _picture(run: ComparedRun, config: CompareConfig) -> np.ndarray | None:
             return None
         keys = {"split": "test", "draws": 1, "weights": config.weights, "json": False, "examples": None}
         restored = restore(command_config(EvalConfig, file, config, ckpt=str(file), **keys), str(file), config.weights)
-        if not restored.dataset.spec.is_image or restored.flow.bijection.context_shape:
+        if not restored.dataset.spec.is_image or restored.flow.context_shape:
             return None
         image = image_grid(draw_samples(restored.flow, SAMPLES, 1), restored.dataset.spec.grey_levels)
         return np.moveaxis(image.numpy(), 0, 2)

@@ -58,7 +58,7 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises UsageError where
     they do not fit the flow.
     """
-    shape, columns = restored.flow.bijection.context_shape, restored.columns
+    shape, columns = restored.flow.context_shape, restored.columns
     if config.label is not None and (shape is None or columns):
         raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
     if config.context is not None and not (shape and columns):

@@ -122,7 +122,7 @@ def _fix_steps(flow, config: ExportConfig) -> list[str]:
             )
         return []
     generator = torch.Generator().manual_seed(0)
-    z = flow.base.sample(100, 1.0, None, generator) if flow.bijection.context_shape is None else None
+    z = flow.base.sample(100, 1.0, None, generator) if flow.context_shape is None else None
     before = None if z is None else flow.decode(z)
     for layer in layers:
         layer.solver, layer.steps = config.solver, config.solver_steps
@@ -166,7 +166,7 @@ def _weights(config: ExportConfig, restored: Restored) -> dict[str, bytes]:
     row = {"what": "weights", "file": name, "bytes": len(data), "greatest_difference": 0.0}
     report = {"to": config.to, "checkpoint": config.ckpt, "weights": restored.weights, "programs": [row], "notes": []}
     code = f'import flowtrain\n\nflow = flowtrain.load("{name}")\nprint(flow.sample(5'
-    code += "))" if restored.flow.bijection.context_shape is None else ", context=context))"
+    code += "))" if restored.flow.context_shape is None else ", context=context))"
     return {name: data} | _documents(config, restored, report, code, [])
 
 

@@ -67,7 +67,7 @@ def open_input(config: ScoreConfig, restored: Restored, given: str, key: str = "
 
 def find_label(config: ScoreConfig, restored: Restored, source: Input) -> Tensor | None:
     """The context of all examples, (1, classes), or None where there is none or ``source`` has it."""
-    shape, names = restored.flow.bijection.context_shape, class_names(restored.dataset.spec)
+    shape, names = restored.flow.context_shape, class_names(restored.dataset.spec)
     if shape is None or restored.columns:
         if config.label is not None:
             raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
@@ -153,7 +153,8 @@ class Scorer:
             if place not in problems:
                 name = group.names[place]
                 name = f"row {name} (the first is 1)" if self.source.label == "row" else name
-                problems[place] = f"{name}: its log-likelihood is {values[place]:g}"
+                why = self.flow.explain(group.x[place])
+                problems[place] = f"{name}: its log-likelihood is {values[place]:g}{why}"
                 self.source.refuse(f"{self.where}: {problems[place]}")
                 values[place] = math.nan
         terms[values.isnan()] = math.nan

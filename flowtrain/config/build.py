@@ -121,12 +121,15 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
     for name, node in parts.items():  # preprocess and angles come with the data; layers may refer to any part
         if node and name not in takes and name not in ("preprocess", "angles") and "layers" not in takes:
             raise UsageError(f"{name}: nothing in this model reads it; leave it out")
+    if parts.get("embedding") and spec.context is None:
+        raise UsageError("embedding: there is no context to embed; set dataset.context, or leave embedding=none")
     columns = spec.columns or ()
     if any(column.missing for column in columns) and not parts.get("preprocess"):
         raise UsageError("preprocess=none: nothing fills missing values; use preprocess=standardize or quantile")
     if angles := [i for i, column in enumerate(columns) if column.kind == "angle"]:
-        others = partial(make, preprocess=None) if "preprocess" in takes else make
-        given = {name: factories[name] for name in ("preprocess", "angles") if factories.get(name)}
+        of_all = ("preprocess", "embedding")  # the angles too
+        others = partial(make, **{name: None for name in of_all if name in takes})
+        given = {name: factories[name] for name in (*of_all, "angles") if factories.get(name)}
         make = partial(with_angles, others, spec.shape, columns=angles, context_shape=spec.context_shape, **given)
     if device.type != "meta":
         torch.manual_seed(config.seed)
@@ -134,7 +137,9 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
         with torch.device("meta" if device.type == "meta" else "cpu"):
             flow = make()
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"{_key_of(str(error), config.model)}: {error}") from error
+        text = str(error).removeprefix("bijection: ")
+        of_part = text.startswith(("embedding: ", "preprocess: "))
+        raise UsageError(text if of_part else f"{_key_of(text, config.model)}: {text}") from error
     return flow if device.type == "meta" else flow.to(device)
 
 

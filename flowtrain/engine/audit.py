@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import Bijection, BoundColumns, DequantizeColumns, FillMissing
+from flowtrain.bijections import Bijection, BoundColumns, DequantizeColumns, FillMissing, Support
 from flowtrain.bijections.bijection import is_sequence, size
 from flowtrain.bijections.ode import continuous_layers, exact_trace, needs_exact_trace, states_only
+from flowtrain.bijections.support import support_of
 from flowtrain.engine.jacobian import Piece, log_det_errors, max_dimensions, shrink
 from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow
@@ -166,6 +167,12 @@ class Segment(nn.Module):
     def shape(self):
         return self.layers[0].shape
 
+    @property
+    def support(self) -> Support | None:
+        """The first layer, if it bounds the data."""
+        first = self.layers[0]
+        return first if isinstance(first, Support) else None
+
     def append(self, name: str, layer: Bijection) -> None:
         self.names.append(name)
         self.layers.append(layer)
@@ -204,7 +211,9 @@ class Trace:
 
 
 def _trace(flow: Flow, x: Tensor, context: Tensor | None) -> Trace:
-    x, context = _to_weights(flow, x), _to_weights(flow, context)
+    x, context = _to_weights(flow, x), _embedded(flow, context)
+    if support := support_of(flow.bijection):
+        x = support.mend(x)
     segments: list[Piece] = []
     segment = None
     with record_calls(flow.bijection) as calls:
@@ -233,6 +242,11 @@ def _to_weights(flow: Flow, x: Tensor | None) -> Tensor | None:
     """x in the precision of the flow's weights; integers as they are."""
     like = next((tensor for tensor in flow.state_dict().values() if tensor.is_floating_point()), None)
     return x if x is None or like is None or not x.is_floating_point() else x.to(like.dtype)
+
+
+def _embedded(flow: Flow, context: Tensor | None) -> Tensor | None:
+    """The context as the flow's layers get it."""
+    return flow.embed(_to_weights(flow, context))
 
 
 def _tolerance(strict: float, layer: nn.Module, scale: float) -> float:
@@ -279,7 +293,7 @@ def _worst(found: dict[str, Tensor]) -> str | None:
 
 def _count_changes(flow: Flow, x: Tensor, context: Tensor | None) -> int:
     """The number of integers in the data that come back as another integer."""
-    x, context = _to_weights(flow, x), _to_weights(flow, context)
+    x, context = _to_weights(flow, x), _embedded(flow, context)
     try:
         with global_batch.bin_centres(), states_only():
             back, _ = flow.bijection.inverse(flow.bijection(x, context)[0], context)
@@ -350,12 +364,19 @@ def _check_mass(flow: Flow, segment: Piece, tolerance: float) -> Check:
     def contexts(n: int) -> Tensor | None:
         return None if context is None else context.expand(n, *context.shape[1:])
 
+    support = segment.layer.support
+
     def density(x: Tensor) -> Tensor:
+        """Of data, or of what a support maps them to: at the edges of one, a density of data may be infinite."""
+        change = 0.0
+        if support is not None:
+            x, change = support.inverse(x.view(-1, *support.out_shape))
         z, log_det = segment.layer.forward(x.view(-1, *segment.layer.shape), contexts(len(x)))
-        return (flow.base.log_prob(z, contexts(len(x))) + log_det).exp()
+        return (flow.base.log_prob(z, contexts(len(x))) + log_det + change).exp()
 
     z = flow.base.sample(_SAMPLES, context=contexts(_SAMPLES)).to(segment.x)
-    samples = segment.layer.inverse(z, contexts(len(z)))[0].flatten(1)
+    samples = segment.layer.inverse(z, contexts(len(z)))[0]
+    samples = (samples if support is None else support(samples)[0]).flatten(1)
     low, high = samples.quantile(torch.tensor([_OUTSIDE, 1 - _OUTSIDE]).to(samples), 0)
     share = ((samples >= low) & (samples <= high)).all(1).double().mean().item()
     with exact_trace():
@@ -385,9 +406,11 @@ def _integral(function: Callable, low: Tensor, high: Tensor, enough: float) -> t
 
 def _check_large(flow: Flow, x: Tensor, context: Tensor | None, grey_levels: int | None) -> Iterator[Check]:
     """Samples, large latents, large real data and extreme integers must map to finite numbers, or raise an error."""
-    context = _to_weights(flow, context)
+    context = _embedded(flow, context)
     latents = _to_weights(flow, flow.base.sample(len(x), context=context).to(x.device))
-    if any(isinstance(layer, BoundColumns | FillMissing) for layer in flow.modules()):  # not all numbers are data
+    if any(
+        isinstance(layer, BoundColumns | FillMissing | Support) for layer in flow.modules()
+    ):  # not all numbers are data
         extremes, _ = flow.bijection.inverse(LARGE * latents, context)
     elif grey_levels is None:
         extremes = _to_weights(flow, LARGE * torch.randn(x.shape, device=x.device))

@@ -101,7 +101,7 @@ def _watch(flow: Flow) -> Iterator[tuple[list[Finding], dict[str, int]]]:
         calls = count()
         for name, tensor in zip(("data", "context"), inputs):
             if tensor is not None and tensor.is_floating_point():
-                shown = flow.hide_missing(tensor) if name == "data" else tensor
+                shown = flow.hide_missing(tensor) if name == "data" else flow.hide_padding(tensor)
                 look((_FORWARD, -1), name, f"the {name}", global_batch.first_row(), shown)
 
     def enter(name: str, _layer, inputs):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Bijection, Support
 from flowtrain.bijections.bijection import size
 from flowtrain.bijections.ode import EXACT_LIMIT, continuous_layers, exact_trace
 
@@ -38,30 +38,37 @@ class Piece:
         return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
 
 
-def log_abs_det(function: Callable, x: Tensor, context: Tensor | None = None, at_once: int = _AT_ONCE) -> Tensor:
+def log_abs_det(
+    function: Callable,
+    x: Tensor,
+    context: Tensor | None = None,
+    at_once: int = _AT_ONCE,
+    project: Callable[[Tensor], Tensor] = lambda jacobian: jacobian,
+) -> Tensor:
     """log|det ∂y/∂x| of ``y, _ = function(x, context)`` for each example, (B,), by autograd and LU.
 
     The Jacobian's rows are computed in chunks: a batch holds copies of one example, ``at_once`` numbers together, and
-    each copy gives the gradient of another output. A singular Jacobian gives −inf.
+    each copy gives the gradient of another output. A singular Jacobian gives −inf. ``project`` makes it square.
     """
     contexts = [None] * len(x) if context is None else context
-    return torch.stack([_log_abs_det(function, *pair, at_once) for pair in zip(x, contexts)])
+    return torch.stack([_log_abs_det(function, *pair, at_once, project) for pair in zip(x, contexts)])
 
 
-def _log_abs_det(function: Callable, x: Tensor, context: Tensor | None, at_once: int) -> Tensor:
-    dims = x.numel()
-    copies = max(1, min(dims, at_once // dims))
+def _log_abs_det(
+    function: Callable, x: Tensor, context: Tensor | None, at_once: int, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    copies = max(1, min(x.numel(), at_once // x.numel()))
     at = x.expand(copies, *x.shape).clone().requires_grad_()
     with torch.enable_grad():
         y = function(at, None if context is None else context.expand(copies, *context.shape))[0].flatten(1)
-    rows = []
+    dims, rows = y.shape[1], []
     for first in range(0, dims, copies):
         here = min(copies, dims - first)
         one_hot = torch.zeros_like(y)
         one_hot[range(here), range(first, first + here)] = 1
         (gradient,) = torch.autograd.grad(y, at, one_hot, retain_graph=first + here < dims)
         rows.append(gradient.flatten(1)[:here])
-    return torch.linalg.slogdet(torch.cat(rows))[1]
+    return torch.linalg.slogdet(project(torch.cat(rows)))[1]
 
 
 def log_det_errors(piece: Piece) -> tuple[Tensor, Tensor]:
@@ -71,16 +78,33 @@ def log_det_errors(piece: Piece) -> tuple[Tensor, Tensor]:
     inverse. An ODE's trace is exact, and its Jacobian that of the solver's steps.
     """
     layer, x, context, dims = piece.layer, piece.x, piece.context, piece.dimensions
+    support = layer if isinstance(layer, Support) else getattr(layer, "support", None)
+    if support is not None and support.out_shape == support.shape:
+        support = None
     with exact_trace():
         z, log_det = layer.forward(x, context)
         _, inverse_log_det = layer.inverse(z, context)
     weights = sum(parameter.numel() for parameter in layer.parameters())
     at_once = _AT_ONCE * _WEIGHTS // max(weights, _WEIGHTS)
     if dims > 64 and 4 * _seconds(layer.inverse, z, context) < _seconds(layer.forward, x, context):
-        true = -log_abs_det(layer.inverse, z, context, at_once)
+        true = -log_abs_det(layer.inverse, z, context, at_once, lambda jacobian: _rows(support, jacobian))
     else:
-        true = log_abs_det(layer.forward, x, context, at_once)
+        true = log_abs_det(layer.forward, x, context, at_once, lambda jacobian: _columns(support, jacobian))
     return (log_det - true).abs() / dims, (inverse_log_det + true).abs() / dims
+
+
+def _rows(support: Support | None, jacobian: Tensor) -> Tensor:
+    """The Jacobian of the free coordinates of points that have more numbers, in z."""
+    return jacobian if support is None else support.free(jacobian.T).T
+
+
+def _columns(support: Support | None, jacobian: Tensor) -> Tensor:
+    """The Jacobian of z in the free coordinates of points that have more numbers."""
+    if support is None:
+        return jacobian
+    free = support.free(torch.eye(jacobian.shape[1]).to(jacobian)).shape[1]
+    ones = torch.eye(free).to(jacobian)
+    return jacobian @ (support.lift(ones) - support.lift(torch.zeros_like(ones))).T
 
 
 def _seconds(function: Callable, x: Tensor, context: Tensor | None) -> float:

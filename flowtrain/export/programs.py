@@ -52,8 +52,8 @@ class Program(nn.Module):
         super().__init__()
         self.flow, self.what = flow, what
         self.inputs, self.output = getattr(self, f"_describe_{what}")()
-        if flow.bijection.context_shape is not None:
-            self.inputs["context"] = Tensors(flow.bijection.context_shape, "what each example is conditional on")
+        if flow.context_shape is not None:
+            self.inputs["context"] = Tensors(flow.context_shape, "what each example is conditional on")
         self.has_context = "context" in self.inputs
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Program(nn.Module):
                 shapes.append(tuple(shape[1:]))
                 return torch.full(shape, 0.5, dtype=dtype)
 
-        kind, context_shape = next(self.flow.parameters()).dtype, self.flow.bijection.context_shape
+        kind, context_shape = next(self.flow.parameters()).dtype, self.flow.context_shape
         context = None if context_shape is None else torch.zeros(1, *context_shape, dtype=kind)
         with torch.no_grad(), modes.using(noise=Recorder()), self._trace():
             self.flow(torch.zeros(1, *self.flow.shape, dtype=kind), context)
@@ -113,7 +113,7 @@ class Program(nn.Module):
 
     def _encode(self, given, context):
         with torch.no_grad(), global_batch.bin_centres(), states_only():
-            return self.flow.bijection(*given, context)[0]
+            return self.flow.bijection(*given, self.flow.embed(context))[0]
 
     def _describe_sample(self):
         try:
@@ -131,5 +131,6 @@ class Program(nn.Module):
 
     def _sample(self, given, context):
         with torch.no_grad(), states_only():
+            context = self.flow.embed(context)
             z = self.flow.base.from_noise(given, 1.0, context)
             return self.flow.bijection.inverse(z, context)[0]

@@ -55,6 +55,7 @@ def _noise_and_data(
     flow: Flow, context: Tensor | None, rows: int, generator: torch.Generator
 ) -> tuple[list[Tensor], Tensor]:
     """The base's noise at each temperature, and what :func:`_invert` makes of it."""
+    context = flow.embed(context)
     near = [one.draw(rows, generator) for one in flow.base.noise]
     temperatures = torch.tensor(FAR)[torch.arange(rows) % len(FAR)]
     far = [z if one.kind == "uniform" else z * per_row(temperatures, z.dim()) for one, z in zip(flow.base.noise, near)]
@@ -69,8 +70,8 @@ def per_row(values: Tensor, dimensions: int) -> Tensor:
 
 
 def _invert(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
-    """Data, as float32: NaN where a value is missing, infinity where it was not finite, or a pixel too large, before it
-    was rounded."""
+    """Data given the embedded context, as float32: NaN where a value is missing, infinity where it was not finite, or a
+    pixel too large, before it was rounded."""
     unknown = math.nan if any(isinstance(layer, FillMissing) for layer in flow.modules()) else math.inf
     size = batch_size(flow.dimensions)
     parts = zip(z.split(size), [None] * len(z) if context is None else context.split(size))

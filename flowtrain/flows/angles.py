@@ -7,6 +7,7 @@ from functools import partial
 
 from flowtrain.bijections import Bijection, Factored
 from flowtrain.distributions import Joint, StandardNormal
+from flowtrain.embedding import build_embedding
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import Factory, chain, circular
 
@@ -19,6 +20,7 @@ def with_angles(
     angles: Factory = circular,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """p(x) = p(others)·p(angles | others): any flow of the other columns, and circular splines of the angles.
 
@@ -33,6 +35,7 @@ def with_angles(
             its latents are standard normal.
         preprocess: factory of the first layer, for all columns; it leaves angles as they are.
         context_shape: of the context of each row, or None.
+        embedding: see :mod:`flowtrain.flows`.
 
     >>> from flowtrain import flows
     >>> with_angles(partial(flows.maf, hidden=16), (3,), columns=[1]).sample(5).shape
@@ -40,11 +43,12 @@ def with_angles(
     """
     others = shape[0] - len(columns)
     if not others:
-        return Flow(shape, chain(preprocess=preprocess, angles=angles), StandardNormal, context_shape)
-    inner = make(shape=(others,), context_shape=context_shape)
+        return Flow(shape, chain(preprocess=preprocess, angles=angles), StandardNormal, context_shape, embedding)
+    net, embedded = build_embedding(embedding, context_shape)
+    inner = make(shape=(others,), context_shape=embedded)
     both = partial(Factored, columns=columns, first=partial(_built, inner.bijection), second=angles)
     base = partial(Joint, parts=(inner.base, StandardNormal((len(columns),))))
-    return Flow(shape, chain(preprocess=preprocess, factored=both), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, factored=both), base, context_shape, net)
 
 
 def _built(bijection: Bijection, **_) -> Bijection:

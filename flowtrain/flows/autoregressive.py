@@ -23,6 +23,7 @@ def autoregressive(
     offsets: list[int] | None = None,
     base: Factory = Logistic,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Causal attention gives each pixel a histogram, with one bin for each grey level, from the pixels before it.
 
@@ -35,7 +36,7 @@ def autoregressive(
         hidden, depth, heads: channels, blocks and heads of attention.
         dropout: in the attention.
         offsets: how far back the pixels lie that enter each token; None: the pixel to the left and the one above.
-        base, context_shape: see :mod:`flowtrain.flows`.
+        base, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> autoregressive((1, 4, 4), grey_levels=5, hidden=8).sample(5).dtype
     torch.uint8
@@ -58,4 +59,4 @@ def autoregressive(
         autoregressive=partial(Autoregressive, univariate=histogram, net=net),
         logit=partial(Logit, alpha=0.0),  # from uniform to logistic
     )
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)

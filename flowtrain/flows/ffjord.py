@@ -25,6 +25,7 @@ def ffjord(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Ordinary differential equations as layers (Grathwohl et al. 2019, section 3).
 
@@ -37,7 +38,7 @@ def ffjord(
         whiten: the first batch starts two layers before the first equation, which give the data mean 0, variance 1 and
             no correlations: correlated data make the equation steep.
         ode: factory of the layer, with its solver; see :class:`flowtrain.bijections.Continuous`.
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> ffjord((2,), hidden=16, depth=1).sample(5).shape
     torch.Size([5, 2])
@@ -50,7 +51,7 @@ def ffjord(
         mixing=partial(LULinear, start="whitening") if whiten else None,
         blocks=chain(repeat=blocks, ode=partial(ode, net=net)),
     )
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)
 
 
 def ffjord_image(
@@ -67,6 +68,7 @@ def ffjord_image(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Convolutional equations at several scales (Grathwohl et al. 2019, section 4.2 and reference code).
 
@@ -82,7 +84,7 @@ def ffjord_image(
         activation: softplus or tanh.
         actnorm: of the data, before the first equation.
         ode: factory of the layer, with its solver; see :class:`flowtrain.bijections.Continuous`.
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> ffjord_image((1, 4, 4), levels=1, hidden=4, depth=1).sample(5).shape
     torch.Size([5, 1, 4, 4])
@@ -96,4 +98,4 @@ def ffjord_image(
         last=block,
     )
     layers = chain(preprocess=preprocess, norm=ActNorm if actnorm else None, scales=scales)
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)

@@ -41,6 +41,7 @@ def glow(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Steps of actnorm, 1×1 convolution and coupling at several scales (Kingma and Dhariwal 2018, figure 2).
 
@@ -57,7 +58,7 @@ def glow(
             learned for each channel, as in the reference code; else all latents are standard.
         univariate, mixing, norm: factories of the couplings' map and of the two layers before each coupling (None: no
             such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> import torch
     >>> flow = glow((3, 8, 8), levels=2, steps=1, hidden=8)
@@ -75,7 +76,7 @@ def glow(
         last=chain(level=level, top=top),
         split_prior=split_prior if learned_prior else None,
     )
-    return Flow(shape, chain(preprocess=preprocess, scales=scales), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, scales=scales), base, context_shape, embedding)
 
 
 def glow_vector(
@@ -91,6 +92,7 @@ def glow_vector(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Glow's steps on a vector: actnorm, a linear layer, a coupling of its two halves.
 
@@ -101,11 +103,11 @@ def glow_vector(
         dropout: in the conditioners.
         univariate, mixing, norm: factories of the couplings' map and of the two layers before each coupling (None: no
             such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> glow_vector((2,), steps=2, hidden=16).sample(5).shape
     torch.Size([5, 2])
     """
     net = partial(nets.MLP, hidden=hidden, depth=depth, dropout=dropout)
     step = chain(repeat=steps, norm=norm, mixing=mixing, coupling=partial(Coupling, univariate=univariate, net=net))
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step), base, context_shape, embedding)

@@ -40,6 +40,7 @@ def hybrid(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Couplings and autoregressive layers of splines, then continuous-time layers, on whitened data.
 
@@ -54,7 +55,7 @@ def hybrid(
         univariate: factory of the map of couplings and autoregressive layers.
         mixing, norm: factories of the layer before each pair of couplings, and of the layer before each autoregressive
             and continuous-time layer (None: no such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> hybrid((2,), hidden=8).sample(5).shape
     torch.Size([5, 2])
@@ -73,7 +74,7 @@ def hybrid(
         maf=chain(repeat=steps, norm=norm, autoregressive=autoregressive, mixing=Reverse),
         equations=chain(repeat=blocks, norm=norm, ode=ode),
     )
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)
 
 
 def hybrid_image(
@@ -89,6 +90,7 @@ def hybrid_image(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Glow, whose last and smallest scale goes on with a short continuous-time layer and an autoregressive one.
 
@@ -102,7 +104,7 @@ def hybrid_image(
         dropout: in the couplings' conditioners.
         univariate, mixing, norm: factories of the couplings' map and of the two layers before each coupling (None: no
             such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> hybrid_image((3, 8, 8), levels=2, steps=1, hidden=8).sample(5).shape
     torch.Size([5, 3, 8, 8])
@@ -124,4 +126,4 @@ def hybrid_image(
         last=last,
         split_prior=split_prior,
     )
-    return Flow(shape, chain(preprocess=preprocess, scales=scales), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, scales=scales), base, context_shape, embedding)

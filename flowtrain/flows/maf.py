@@ -25,6 +25,7 @@ def made(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """One masked autoregressive layer: a Gaussian for each element, given the elements before it (Germain et al. 2015).
 
@@ -38,14 +39,16 @@ def made(
         activation: relu or tanh.
         dropout: in the network.
         univariate: factory of the map of each element; MAF's affine one makes the conditionals Gaussian.
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> made((3,), hidden=16).sample(5).shape
     torch.Size([5, 3])
     """
     net = partial(MADE, hidden=hidden, depth=depth, degrees=degrees, activation=activation, dropout=dropout)
     layer = partial(Autoregressive, univariate=univariate, net=net, order=order)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, autoregressive=layer), base, context_shape)
+    return Flow(
+        shape, chain(preprocess=preprocess, flatten=Flatten, autoregressive=layer), base, context_shape, embedding
+    )
 
 
 def maf(
@@ -64,6 +67,7 @@ def maf(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Masked autoregressive layers, a norm after each, the order of the elements reversed between them.
 
@@ -90,7 +94,7 @@ def maf(
         order, hidden, depth, degrees, activation, dropout: of each layer; see :func:`made`.
         univariate, mixing, norm: factories of the layers' map, of the permutation and of the norm after each layer
             (None: no such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> import torch
     >>> maf((3,), hidden=16, context_shape=(2,)).log_prob(torch.zeros(5, 3), torch.zeros(5, 2)).shape
@@ -99,7 +103,7 @@ def maf(
     net = partial(MADE, hidden=hidden, depth=depth, degrees=degrees, activation=activation, dropout=dropout)
     layer = partial(Autoregressive, univariate=univariate, net=net, order=order)
     step = chain(repeat=steps, autoregressive=layer, norm=norm, mixing=mixing)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step), base, context_shape, embedding)
 
 
 def maf_mog(
@@ -119,6 +123,7 @@ def maf_mog(
     base: Factory = Logistic,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """MAF on a base that is a MADE of mixtures of Gaussians (Papamakarios et al. 2017, section 4).
 
@@ -137,7 +142,9 @@ def maf_mog(
     layer = partial(Autoregressive, univariate=univariate, net=net, order=order)
     step = chain(repeat=steps, autoregressive=layer, norm=norm, mixing=mixing)
     last = partial(Autoregressive, univariate=partial(MixtureNormal, components=components), net=net, order=order)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step, last=last), base, context_shape)
+    return Flow(
+        shape, chain(preprocess=preprocess, flatten=Flatten, steps=step, last=last), base, context_shape, embedding
+    )
 
 
 def iaf(
@@ -156,6 +163,7 @@ def iaf(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """MAF with each autoregressive layer inverted (Kingma et al. 2016).
 
@@ -170,4 +178,4 @@ def iaf(
     net = partial(MADE, hidden=hidden, depth=depth, degrees=degrees, activation=activation, dropout=dropout)
     layer = partial(Autoregressive, univariate=univariate, net=net, order=order)
     step = chain(repeat=steps, autoregressive=partial(Inverse, bijection=layer), norm=norm, mixing=mixing)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step), base, context_shape, embedding)

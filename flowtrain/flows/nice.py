@@ -23,6 +23,7 @@ def nice(
     base: Factory = Logistic,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Additive couplings on alternating dimensions, then a diagonal scaling (Dinh et al. 2015, section 5).
 
@@ -32,7 +33,7 @@ def nice(
         hidden, depth: units of a hidden layer of a conditioner, and hidden layers.
         dropout: in the conditioners.
         univariate: factory of the couplings' map.
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> import torch
     >>> flow = nice((2,), pairs=1, hidden=16)
@@ -48,4 +49,4 @@ def nice(
         couplings=chain(repeat=pairs, even=even, odd=odd),
         scaling=partial(Elementwise, univariate=Scale),
     )
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)

@@ -36,6 +36,7 @@ def nsf_coupling(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """RQ-NSF(C): couplings of splines on alternating dimensions, a linear layer before each and at the end.
 
@@ -46,7 +47,7 @@ def nsf_coupling(
         dropout: in the conditioners.
         unconditional: the conditioning half has a spline of its own (Durkan et al. 2019, appendix B.1).
         univariate, mixing: factories of the couplings' map and of the linear layer (None: no such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> nsf_coupling((3,), hidden=16).sample(5).shape
     torch.Size([5, 3])
@@ -61,7 +62,7 @@ def nsf_coupling(
     odd = partial(coupling, partition=partial(Alternate, first=1))
     pair = chain(repeat=pairs, mixing_even=mixing, even=even, mixing_odd=mixing, odd=odd)
     layers = chain(preprocess=preprocess, flatten=Flatten, couplings=pair, mixing=mixing)
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)
 
 
 def nsf_autoregressive(
@@ -76,6 +77,7 @@ def nsf_autoregressive(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """RQ-NSF(AR): masked autoregressive layers of splines, a linear layer before each and at the end.
 
@@ -85,7 +87,7 @@ def nsf_autoregressive(
         hidden, blocks: units of a hidden layer of a conditioner, and residual blocks.
         dropout: in the conditioners.
         univariate, mixing: factories of the layers' map and of the linear layer (None: no such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> import torch
     >>> flow = nsf_autoregressive((3,), hidden=16, context_shape=(2,))
@@ -95,7 +97,9 @@ def nsf_autoregressive(
     net = partial(nets.ResidualMADE, hidden=hidden, blocks=blocks, dropout=dropout)
     layer = partial(Autoregressive, univariate=univariate, net=net)
     step = chain(repeat=steps, mixing=mixing, autoregressive=layer)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, steps=step, mixing=mixing), base, context_shape)
+    return Flow(
+        shape, chain(preprocess=preprocess, flatten=Flatten, steps=step, mixing=mixing), base, context_shape, embedding
+    )
 
 
 def nsf_image(
@@ -114,6 +118,7 @@ def nsf_image(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """RQ-NSF(C) for images: Glow's steps with splines, and one more linear layer at the end of each scale.
 
@@ -130,7 +135,7 @@ def nsf_image(
             such layer).
         scales: ``MultiScale`` factors half of the channels out after each scale,
             :func:`flowtrain.flows.parts.single_scale` keeps all of them.
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> nsf_image((3, 8, 8), levels=2, steps=1, hidden=8).sample(5).shape
     torch.Size([5, 3, 8, 8])
@@ -146,4 +151,4 @@ def nsf_image(
     step = chain(repeat=steps, norm=norm, mixing=mixing, coupling=coupling)
     level = chain(squeeze=Squeeze, steps=step, mixing=mixing)
     layers = chain(preprocess=preprocess, scales=partial(scales, levels=count_scales(shape, levels), level=level))
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)

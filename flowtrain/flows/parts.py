@@ -13,6 +13,7 @@ from flowtrain.bijections import (
     BatchNorm,
     Bijection,
     BoundColumns,
+    Box,
     Center,
     Chain,
     CircleToLine,
@@ -26,8 +27,10 @@ from flowtrain.bijections import (
     Flatten,
     Logit,
     LULinear,
+    Positive,
     QuantileColumns,
     Shuffle,
+    Simplex,
     Standardize,
     StandardizeChannels,
     Turns,
@@ -151,6 +154,36 @@ def quantile(shape, columns=None, bins: int = 32, context_shape=None) -> Bijecti
     :func:`column_links` for what comes first."""
     layers = {**column_links(columns), "quantile": partial(QuantileColumns, bins=bins)}
     return Chain(shape, layers, context_shape=context_shape)
+
+
+def box(shape, low=0.0, high=1.0, columns=None, grey_levels: int | None = None, context_shape=None) -> Bijection:
+    """Real numbers between ``low`` and ``high``, as all samples are, to the real line, then standardized by the train
+    split; see :class:`flowtrain.bijections.Box`."""
+    return _bounded("box", partial(Box, low=low, high=high), shape, columns, grey_levels, context_shape)
+
+
+def positive(shape, columns=None, grey_levels: int | None = None, context_shape=None) -> Bijection:
+    """Positive numbers, as all samples are, to their logarithms, then standardized by the train split."""
+    return _bounded("positive", Positive, shape, columns, grey_levels, context_shape)
+
+
+def simplex(shape, columns=None, grey_levels: int | None = None, context_shape=None) -> Bijection:
+    """Vectors of shares that sum to 1, as all samples do, to logarithms of ratios, then standardized by the train
+    split; see :class:`flowtrain.bijections.Simplex`."""
+    return _bounded("simplex", Simplex, shape, columns, grey_levels, context_shape)
+
+
+def _bounded(name: str, support: Factory, shape, columns, grey_levels: int | None, context_shape) -> Bijection:
+    if grey_levels is not None:
+        raise ValueError(f"{name} takes real numbers; these are integers from 0 to {grey_levels - 1}")
+    for column in columns or ():
+        if column.kind != "real" or column.missing:
+            kind = "real with missing values" if column.missing else column.kind
+            raise ValueError(
+                f"{name} takes real columns; '{column.name}' is {kind}. preprocess=standardize takes it, and"
+                " bounds of columns as dataset.types={x: [0, 1]}"
+            )
+    return chain(support=support, standardize=StandardizeChannels)(shape=shape, context_shape=context_shape)
 
 
 def column_links(columns=None) -> dict[str, Factory | None]:

@@ -36,6 +36,7 @@ def realnvp(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Checkerboard and channel couplings at several scales (Dinh et al. 2017, figures 2 and 3, section 3.6).
 
@@ -50,7 +51,7 @@ def realnvp(
         dropout: in the conditioners.
         net_norm: batch normalization in the conditioners.
         univariate, norm: factories of the couplings' map and of the layer after each coupling (None: no such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> import torch
     >>> flow = realnvp((3, 8, 8), levels=2, hidden=4)
@@ -89,7 +90,7 @@ def realnvp(
         preprocess=preprocess,
         scales=partial(MultiScale, levels=count_scales(shape, levels, halves_last=False), level=level, last=last),
     )
-    return Flow(shape, layers, base, context_shape)
+    return Flow(shape, layers, base, context_shape, embedding)
 
 
 def realnvp_vector(
@@ -104,6 +105,7 @@ def realnvp_vector(
     base: Factory = StandardNormal,
     preprocess: Factory | None = None,
     context_shape: Sequence[int] | None = None,
+    embedding: Factory | None = None,
 ) -> Flow:
     """Couplings on alternating dimensions, a norm after each: the baseline of Papamakarios et al. 2017, section 4.
 
@@ -115,7 +117,7 @@ def realnvp_vector(
         hidden, depth: units of a hidden layer of a conditioner, and hidden layers.
         dropout: in the conditioners.
         univariate, norm: factories of the couplings' map and of the layer after each coupling (None: no such layer).
-        base, preprocess, context_shape: see :mod:`flowtrain.flows`.
+        base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     >>> import torch
     >>> realnvp_vector((2,), hidden=16).log_prob(torch.zeros(5, 2)).shape
@@ -125,4 +127,4 @@ def realnvp_vector(
     even = partial(Coupling, univariate=univariate, net=net, partition=partial(Alternate, first=0))
     odd = partial(Coupling, univariate=univariate, net=net, partition=partial(Alternate, first=1))
     pair = chain(repeat=pairs, even=even, norm_even=norm, odd=odd, norm_odd=norm)
-    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, couplings=pair), base, context_shape)
+    return Flow(shape, chain(preprocess=preprocess, flatten=Flatten, couplings=pair), base, context_shape, embedding)

@@ -48,9 +48,10 @@ def map_events(
     what: str,
     function: Callable[..., Tensor],
     hide: Callable[[Tensor], Tensor] | None = None,
+    explain: Callable[[Tensor], str] = lambda row: "",
 ) -> Tensor:
     """``function(x, context)``, each row of which is the ``what`` of a row of x. ``hide`` replaces the numbers of it
-    that need not be finite.
+    that need not be finite; ``explain`` says more of a row without a finite one.
 
     Raises:
         ValueError: a row of it is not finite, or ``function`` raised FloatingPointError.
@@ -61,7 +62,7 @@ def map_events(
         first = _first_failure(function, x, context)
         raise ValueError(f"{_row(name, x, first)} {what}: {error}") from error
     if (row := _first_not_finite(result if hide is None else hide(result))) is not None:
-        raise ValueError(f"{_row(name, x, row)} {what} that is finite")
+        raise ValueError(f"{_row(name, x, row)} {what} that is finite{explain(x[row])}")
     return result
 
 

@@ -88,7 +88,7 @@ class ChainRule:
         """log p(xᵢ | the columns before xᵢ), in nats, float64 (B, D), in the order of the columns of x, (B, D)."""
         if self.flow.dimensions == 1:
             return self.flow(x, context)[:, None].double()
-        total = x.new_zeros(x.shape, dtype=torch.float64)
+        context, total = self.flow.embed(context), x.new_zeros(x.shape, dtype=torch.float64)
         columns = torch.arange(x.shape[1], device=x.device)
         z, columns = self._add(self.flow.bijection, x, columns, context, total)
         return total.index_add_(1, columns, self.flow.base.log_density(z, context).double())

@@ -36,7 +36,8 @@ def log_description(run: SetUp, trainer: Trainer) -> None:
     count = sum(parameter.numel() for parameter in flow.parameters())
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())
-        for name, part in [*flow.bijection.named_children(), ("base", flow.base)]
+        for name, part in [*flow.bijection.named_children(), ("base", flow.base), ("embedding", flow.embedding)]
+        if part is not None
     }
     spread = ", ".join(f"{name} {n:,}" for name, n in parts.items() if n)
     log.info("device: %s × %d, precision %s", device_name(run.device), world, config.precision)

@@ -34,6 +34,8 @@ def model_tree(flow: Flow) -> list[str]:
     nodes = [_node(name, part, DEPTH) for name, part in flow.bijection.named_children()]
     if not nodes:
         nodes = [_node("bijection", flow.bijection, DEPTH)]
+    if flow.embedding is not None:
+        nodes.insert(0, _node("embedding", flow.embedding, DEPTH))
     nodes.append(_node("base", flow.base, DEPTH))
     rows = [("model", "", "shape", "parameters"), *_rows(nodes, 1)]
     rows.append(("in all", "", "", f"{sum(node.parameters for node in nodes):,}"))
