@@ -127,6 +127,8 @@ def test_points_outside_have_no_density():
         assert z.isfinite().all() and log_det.isfinite().all() and layer(outside)[0].isnan().any(1).all()
         assert [layer.explain(x) for x in inside] == [None] * len(inside)
         assert all(layer.explain(x) for x in outside)
+        assert layer.constraint.check(inside).all()
+    assert not b.Positive((2,)).constraint.check(torch.tensor([[0.0, 1.0]]))
 
 
 def test_values_next_to_a_bound_keep_all_their_digits():

@@ -180,6 +180,10 @@ class Positive(Box):
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, low=0.0, high=None, context_shape=context_shape)
 
+    @property
+    def constraint(self):
+        return constraints.independent(constraints.positive, len(self.shape))
+
 
 class Simplex(Support):
     """K numbers of at least 0 with the sum 1 to K − 1 real numbers: zₖ = log(xₖ/x_K) (Aitchison 1982, section 2.1: the

@@ -6,6 +6,8 @@ knobs of ``flowtrain train model=…`` and factories of what can be exchanged. A
     base: factory of the base distribution, called with the latent's ``shape`` and with ``context_shape``.
     preprocess: factory of the first layer, which maps raw data to what the other layers work on; None for real numbers
         as they are. For integers: ``partial(parts.logit, grey_levels=256, alpha=0.05)``, or ``parts.center``.
+        For bounded numbers: ``bijections.Positive``, ``bijections.Simplex`` or
+        ``partial(bijections.Box, low=0, high=1)``.
     context_shape: shape of the context of each example, on which the density depends; None if there is none.
     embedding: network that the flow trains with its layers, which get its output for the context: a torch module, or a
         factory called with ``context_shape``, such as ``partial(nets.DeepSet, features=16)``; None: they get the
