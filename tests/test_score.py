@@ -405,7 +405,7 @@ def test_classes_are_compared_with_their_own(tmp_path):
     threes = int((Digits(context="label").split("test").take(torch.arange(359))[1].argmax(1) == 3).sum())
     p = np.array([row[rows[0].index("pvalue")] for row in rows[1:]], dtype=float)
     np.testing.assert_allclose((p * (threes + 1)).round(), p * (threes + 1), atol=1e-6)
-    assert summary["calibration_rows"] == 359 and 20 < summary["calibration_rows_of_a_class"] <= threes
+    assert summary["calibration_rows"] == threes and "calibration_rows_of_a_class" not in summary
     assert 0 < summary["false_alarm_rates"][0] < 0.1 < summary["false_alarm_rates"][1]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from flowtrain.commands import ScoreConfig
+from flowtrain.commands.outputs import progress
 from flowtrain.commands.restored import Restored
 from flowtrain.commands.scoring import Scorer, Scores, find_label, open_input
 from flowtrain.data.inputs import SplitRows, input_path
@@ -55,7 +56,12 @@ def calibrate(config: ScoreConfig, restored: Restored) -> Calibration:
         source = open_input(config, restored, given, "calibration")
         label = find_label(config, restored, source)
     scorer = Scorer(config, restored, source, f"calibration={given}", label, seed_from(config.seed, 1))
-    return Calibration(config, class_names(restored.dataset.spec), scorer.scores())
+    scores = []
+    with progress(None, "calibration row") as bar:
+        for group in scorer.scores():
+            scores.append(group)
+            bar.update(len(group.names))
+    return Calibration(config, class_names(restored.dataset.spec), scores)
 
 
 class Calibration:
@@ -67,7 +73,7 @@ class Calibration:
         scores: of the calibration rows.
     """
 
-    def __init__(self, config: ScoreConfig, classes: tuple[str, ...], scores: Iterable[Scores]):
+    def __init__(self, config: ScoreConfig, classes: tuple[str, ...], scores: Sequence[Scores]):
         self.config, self.classes = config, classes
         self.given = config.calibration or DEFAULT
         found = [(one.log_prob, np.zeros(len(one.log_prob)) if one.classes is None else one.classes) for one in scores]
@@ -75,12 +81,12 @@ class Calibration:
         usable = ~np.isnan(log_prob)
         if not usable.any():
             raise FlowtrainError(f"calibration={self.given}: no row has a likelihood")
-        self.rows = int(usable.sum())
         self.reference = {
             int(one): _Reference(torch.from_numpy(log_prob[usable & (of_class == one)]))
             for one in np.unique(of_class[usable])
         }
         self.compared, self.unusual, self.atypical = 0, 0.0, 0.0
+        self.seen: set[int] = set()  # classes of new rows
         self.alarms = {"pvalue": 0, "pvalue_two_sided": 0}
 
     def compare(self, scores: Scores) -> dict[str, np.ndarray]:
@@ -93,6 +99,7 @@ class Calibration:
             if one not in self.reference:
                 name = list_classes(self.classes[one : one + 1]) or one
                 raise FlowtrainError(f"calibration={self.given}: has no row of the class {name}")
+            self.seen.add(one)
             reference, rows = self.reference[one], usable & (of_class == one)
             log_prob = torch.from_numpy(scores.log_prob[rows])
             measured = {}
@@ -113,11 +120,12 @@ class Calibration:
 
     def report(self) -> dict:
         """What the summary says of the rows compared so far."""
-        smallest = min((one.density for one in self.reference.values()), key=len)
+        used = [one for name, one in self.reference.items() if name in self.seen or not self.seen]
+        smallest = min((one.density for one in used), key=len)
         report = {
             "calibration": self.given,
-            "calibration_rows": self.rows,
-            **({"calibration_rows_of_a_class": len(smallest)} if len(self.reference) > 1 else {}),
+            "calibration_rows": sum(len(one.density) for one in used),
+            **({"calibration_rows_of_a_class": len(smallest)} if len(used) > 1 else {}),
             "level": self.config.level,
         }
         if self.config.pvalue:
@@ -125,8 +133,8 @@ class Calibration:
             report["false_alarm_rates"] = list(smallest.alarm_rates(self.config.level))
         if self.config.typicality:
             report["alarms_two_sided"] = self.alarms["pvalue_two_sided"]
-            if len(self.reference) == 1:
-                report["entropy"] = next(iter(self.reference.values())).entropy
+            if len(used) == 1:
+                report["entropy"] = used[0].entropy
         if self.compared:
             report["auroc_log_likelihood"] = self.unusual / self.compared
             if self.config.typicality:
