@@ -174,6 +174,7 @@ def measure(name: str, found: dict, options) -> None:
         log_prob, about = run(fitting, options)
         nats = log_prob(testing)
         np.save(each, nats)
+        about |= {"load": round(os.getloadavg()[1], 1), "cores": os.cpu_count()}  # what else ran then
         table["methods"][method] = about | {"nats": float(nats.mean()), "stderr": float(nats.std() / len(nats) ** 0.5)}
         print(f"{name}: {method} {table['methods'][method]}", file=sys.stderr, flush=True)
         _compare(table["methods"], lambda method: np.load(folder / f"{name}-{method}.npy"))
@@ -222,7 +223,19 @@ def page(result: dict) -> str:
                 within = rival["ahead_of_auto"] <= 2 * rival["ahead_stderr"]
                 cells.append(ahead if within else f"**{ahead}**")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", conditions(result)])
+
+
+def conditions(result: dict) -> str:
+    """With what budgets, and beside how much other work, the figures were measured."""
+    found = [method for table in result["tables"].values() for method in table["methods"].values()]
+    loads, own = sorted(method["load"] for method in found), result["budget"]
+    return (
+        f"auto had {own['auto_minutes']:g} minutes for each table, the random search {own['search_runs']} runs of"
+        f" {own['search_seconds_each']:g} s each, the mixtures and kernel densities as long as they took. The load"
+        f" average of the machine's {found[0]['cores']} cores was {loads[0]:g} to {loads[-1]:g}: where that exceeds the"
+        " cores, flows had a share of one."
+    )
 
 
 def main() -> None:

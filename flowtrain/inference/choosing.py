@@ -79,9 +79,7 @@ class _Trial:
         return self.candidate.log_likelihood
 
 
-def choose(
-    data: Given, options: dict, seed: int, device: torch.device, began: float, deadline: float, show: bool
-) -> Choice:
+def choose(data: Given, options: dict, seed: int, device: torch.device, deadline: float, show: bool) -> Choice:
     """Choose by successive halving (Jamieson and Talwalkar 2016): in each of three rounds the best go on, with more
     time, from the start. Mixtures come first, in a share of the time.
 
@@ -106,6 +104,8 @@ def choose(
 
 
 class _Chooser:
+    """Tries one density after another; its deadline leaves time to fit a mixture once more."""
+
     def __init__(self, data, options, seed, device, deadline, show):
         self.data, self.options, self.seed, self.device = data, options, seed, device
         self.deadline, self.show = deadline, show

@@ -117,7 +117,7 @@ def fit(
     with borrowed_torch(), nullcontext() if progress else quiet(), _plain_errors():
         data = given(x, context, columns=columns, types=types, missing=missing, val_size=val_size, seed=seed)
         if model == AUTO:
-            found = choose(data, options, seed, device, began, deadline, progress)
+            found = choose(data, options, seed, device, deadline, progress)
             trained, name, candidates, why = found.trained, found.name, found.candidates, found.why
         else:
             config = training_config(model, options, len(data.train), seed)
