@@ -179,13 +179,13 @@ def _plots(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]
 
 
 def _train_rows(restored: Restored) -> tuple[Tensor | None, Tensor | None]:
-    """Rows of the train split and their context; None where the data are not there."""
+    """Rows of the train split and their context; None where there are none to show."""
     try:
         split = restored.split("train").to(next(restored.flow.parameters()).device)
     except UsageError as error:
         log.info("the plot shows the samples alone: %s", error)
         return None, None
-    return split.take(torch.arange(min(POINTS, len(split))))
+    return split.shown(POINTS)
 
 
 def _matrix(table: dict) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,8 @@ from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.runtime.seeds import seed_from
+
+Measure = Callable[[Flow, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def evaluate(
     draws: int = 1,
     seed: int = 0,
     weights: Tensor | None = None,
+    measure: Measure = Flow.__call__,
 ) -> Evaluation:
     """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
     most once.
@@ -70,7 +73,7 @@ def evaluate(
     with evaluation_mode(device):
         for index, x, context in interruptible_batches(batches):
             index = index.to(device)
-            mean[index], weighted[index] = log_likelihoods(flow, index, x, context, draws, seed)
+            mean[index], weighted[index] = log_likelihoods(flow, index, x, context, draws, seed, measure)
             evaluated[index] = 1
     flow.train(was_training)
     if dist.is_initialized():
@@ -123,7 +126,13 @@ def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
 
 
 def log_likelihoods(
-    flow: Flow, index: Tensor, x: Tensor, context: Tensor | None = None, draws: int = 1, seed: int = 0
+    flow: Flow,
+    index: Tensor,
+    x: Tensor,
+    context: Tensor | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    measure: Measure = Flow.__call__,
 ) -> tuple[Tensor, Tensor]:
     """log p of the examples numbered ``index``, and the logarithm of p, each averaged over the draws of their noise:
     float64 (B,)."""
@@ -132,7 +141,7 @@ def log_likelihoods(
     for draw in range(draws):
         torch.manual_seed(seed_from(seed, draw))  # for layers of the user's own
         with global_batch.examples(index, seed, draw):
-            log_prob = flow(x, context).double()
+            log_prob = measure(flow, x, context).double()
         mean += log_prob / draws
         total = torch.logaddexp(total, log_prob)
     return mean, total - math.log(draws)

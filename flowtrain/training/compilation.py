@@ -85,6 +85,7 @@ def choose_compilation(run, flow: Flow, config: TrainConfig, budget: Budget) -> 
     """
     auto = config.compile == "auto"
     never = config.compile is False or auto and (config.deterministic or config.memory == "reversible")
+    never = never or run.spec.target is not None  # which needs the layers' inverses
     if never or auto and run.compiled is False:
         return CompileChoice(gain=_gain_before(run))
     batch, whole = next(run.loader(config).batches()), config.memory == "none"

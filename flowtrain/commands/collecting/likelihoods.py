@@ -110,7 +110,7 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
 
     def work(index: Tensor) -> None:
         x, context = split.take(index)
-        mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed)
+        mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed, split.measure)
         sums[:, index] = torch.stack([mean, weighted, torch.ones_like(mean)]).cpu()
 
     with torch.no_grad(), evaluation_mode(source.device):
