@@ -71,8 +71,8 @@ class TrainConfig(JobConfig):
     """A flow, its data and how it is trained: what a checkpoint contains.
 
     The nodes ``model``, ``dataset``, ``target``, ``optimizer``, ``objective``, ``scheduler`` and ``logger`` are plain
-    dicts, which their constructors check. So are the ``parts``: ``univariate``, ``norm``, ``preprocess`` and the other root nodes
-    that models and data choose.
+    dicts, which their constructors check. So are the ``parts``: ``univariate``, ``norm``, ``preprocess`` and the other
+    root nodes that models and data choose.
     """
 
     seed: int = number(least=0)

@@ -18,14 +18,11 @@ def check_flow(config: TrainConfig, flow: Flow) -> None:
             "learned; use norm=actnorm or norm=none"
         )
     if not flow.base.reparameterized:
-        raise UsageError(
-            f"base: samples of a {type(flow.base).__name__} have no gradient, which a target needs; use base=normal"
-        )
+        kind = type(flow.base).__name__
+        raise UsageError(f"base: samples of a {kind} have no gradient, which a target needs; use base=normal")
     if config.compile is True:
         raise UsageError("compile=true: a target needs the layers' inverses, which are not compiled; use auto or false")
     if config.objective["_target_"].endswith(".Alpha2") and config.trainer.accumulate > 1:
         raise UsageError("trainer.accumulate: objective=alpha2 compares all samples of a batch at once; it must be 1")
     if config.objective.get("path_gradient") and config.model.get("dropout"):
-        raise UsageError(
-            "objective.path_gradient=true: dropout would change the flow between its two passes; use model.dropout=0"
-        )
+        raise UsageError("objective.path_gradient=true: its two passes must not differ by dropout; use model.dropout=0")
