@@ -88,3 +88,20 @@ class TargetSplit(ArraySplit):
         random = generator(self.seed)
         chosen = points[density.multinomial(most, replacement=True, generator=random)]
         return chosen + (torch.rand(chosen.shape, generator=random) - 0.5) * (2 * side / CELLS)
+
+    def reference(self, n: int) -> ReferenceSplit | None:
+        """n exact samples of the target; None where there are none."""
+        points = self.target.sample(n, generator(self.seed))
+        return None if points is None else ReferenceSplit(self.target, points)
+
+
+class ReferenceSplit(ArraySplit):
+    """Exact samples of a target."""
+
+    def __init__(self, target, points: Tensor):
+        super().__init__(points, f"{target.name}: exact samples")
+        self.target = target
+
+    def measure(self, flow, x: Tensor, context: Tensor | None) -> Tensor:
+        """log p(x) − log q(x), (B,), of exact samples x."""
+        return self.target.log_prob(x) - flow(x, context)
