@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.runtime import modes
+
 
 class Noise(NamedTuple):
     """Independent random numbers for one event: "normal" (0, 1), "logistic" (0, 1) or "uniform" in [0, 1).
@@ -23,20 +25,34 @@ class Noise(NamedTuple):
     shape: tuple[int, ...]
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Numbers for n events, (n, *shape), on the CPU."""
+        """Numbers for n events, (n, *shape), on the CPU. Without a ``generator``, those of the rows of a global batch
+        or of the examples at hand: see :mod:`flowtrain.runtime.global_batch`."""
         if torch.compiler.is_compiling() and generator is None:
             return torch.ops.flowtrain.noise(self.kind, (n, *self.shape))
         return _draw(self.kind, (n, *self.shape), generator)
 
 
 def _draw(kind: str, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    mode = modes.current()
+    if generator is None and mode.noise is not None:
+        u = mode.noise.uniform(shape, dtype=torch.float64)
+        return (u if kind == "uniform" else _quantile(kind, u.clamp(min=2.0**-54))).float()
+    if generator is None and mode.global_rows is not None:
+        rows = slice(mode.first_row, mode.first_row + shape[0])
+        return _random(kind, (mode.global_rows, *shape[1:]), None)[rows]
+    return _random(kind, shape, generator)
+
+
+def _random(kind: str, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
     if kind == "normal":
         return torch.randn(shape, generator=generator, device="cpu")
     u = torch.rand(shape, generator=generator, device="cpu")
-    if kind == "uniform":
-        return u
-    u = u.clamp(min=torch.finfo(torch.float32).tiny)  # rand can return 0, whose logit is infinite
-    return u.log() - torch.log1p(-u)
+    # rand can return 0, whose logit is infinite
+    return u if kind == "uniform" else _quantile(kind, u.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _quantile(kind: str, u: Tensor) -> Tensor:
+    return u.log() - torch.log1p(-u) if kind == "logistic" else torch.special.ndtri(u)
 
 
 @torch.library.custom_op("flowtrain::noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -27,11 +27,11 @@ from flowtrain.runtime import distributed
 
 # keys of a run that every command reads; the others of TrainConfig matter to training alone
 READ_BY_ALL = ("seed", "devices", "threads", "on_bad", "trainer.workers", "allow", "dist.timeout_s", "job_timeout")
-OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset", "objective"}
+OF_TRAINING = {*key_names(TrainConfig)} - {*READ_BY_ALL, "dist", "model", "dataset", "target", "objective"}
 # keys of the data set that a checkpoint does not decide: where the data lie
 PLACES = ("dataset.root", "dataset.path", "dataset.download")
 # groups of which a checkpoint has chosen an option
-CHOSEN = ("model", "dataset", "objective", "experiment", "optimizer", "scheduler", "logger")
+CHOSEN = ("model", "dataset", "target", "objective", "experiment", "optimizer", "scheduler", "logger")
 
 
 def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> bool:
@@ -206,7 +206,7 @@ def _is_fixed(command: Command, key: str) -> bool:
     if command.repeats:  # a new run, of the same data
         return root == "dataset" and key not in PLACES
     of_training = not command.trains and root in ("optimizer", "scheduler", "logger")
-    return (root in ("model", "dataset", "objective") or is_part(root) or of_training) and key not in PLACES
+    return (root in ("model", "dataset", "target", "objective") or is_part(root) or of_training) and key not in PLACES
 
 
 def _changes_nothing(command: Command, key: str) -> bool:

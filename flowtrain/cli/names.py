@@ -24,9 +24,14 @@ FROM_FILE = (*LISTS, *OPEN)  # KEY=@FILE
 
 
 def prepare(words: list[str]) -> list[str]:
-    """The words as Hydra takes them: ``KEY=@FILE`` replaced by what the file holds, and mappings to which any key may
-    be added marked as such. Raises UsageError for a file that cannot be read."""
-    words = [_read_files(word) for word in words]
+    """The words as Hydra takes them: ``KEY=@FILE`` replaced by what the file holds, ``target=MODULE:FUNCTION`` by the
+    option that takes a function, and mappings to which any key may be added marked as such. Raises UsageError for a
+    file that cannot be read.
+
+    >>> prepare(["target=my.module:log_prob"])
+    ['target=function', 'target.function._target_=my.module.log_prob']
+    """
+    words = [part for word in words for part in _name_function(_read_files(word))]
     return [f"++{word}" if re.match(rf"({'|'.join(map(re.escape, OPEN))})[.=]", word) else word for word in words]
 
 
@@ -51,6 +56,11 @@ def name_paths(command: Command, words: list[str]) -> list[str]:
 
 def _is_path(word: str) -> bool:
     return "=" not in word and not re.match(r"[~+](?!/)", word) or os.path.exists(os.path.expanduser(word))
+
+
+def _name_function(word: str) -> list[str]:
+    found = re.fullmatch(r"target=([\w.]+):(\w+)", word)
+    return ["target=function", f"target.function._target_={found[1]}.{found[2]}"] if found else [word]
 
 
 def _read_files(word: str) -> str:

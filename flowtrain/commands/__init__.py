@@ -32,9 +32,10 @@ class SampleConfig(TrainConfig):
     temperature: float | list[float] = number(least=0)
     label: int | str | list[int | str] | None = number(least=0)
     context: Any
+    mcmc: bool
     output: str | None
     plot: bool
-    weights: Literal["auto", "ema", "raw"]
+    weights: Literal["auto", "ema", "raw"] | bool
 
 
 @dataclass(frozen=True, kw_only=True)

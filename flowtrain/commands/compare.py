@@ -273,6 +273,8 @@ def _evaluate(file: Path, config: CompareConfig, seed: int, draws: int) -> Evalu
     own = {"split": config.split, "draws": draws, "weights": config.weights, "json": False, "seed": seed}
     examples = config.examples if config.examples is not None else "auto"
     keys = command_config(EvalConfig, file, config, ckpt=str(file), examples=examples, **own)
+    if keys.target is not None:
+        raise FlowtrainError("it learned from a target, of which there are no examples; flowtrain eval has its figures")
     folder = Path(run_directories.output_path(str(file), "eval")) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(distributed.broadcast_object(run_directories.claim(str(folder)) if distributed.is_main() else None))
     try:

@@ -12,6 +12,7 @@ import torch
 from flowtrain.bijections import Logit
 from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
 from flowtrain.commands import EvalConfig
+from flowtrain.commands.eval_target import evaluate_target, target_table
 from flowtrain.commands.evaluation import data_digest, evaluate_split, split_batches
 from flowtrain.commands.outputs import open_array
 from flowtrain.commands.restored import restore
@@ -29,7 +30,8 @@ def main(config: EvalConfig, run_dir: str) -> dict:
     """Evaluate ``config.ckpt`` and print a table, or JSON; see :func:`evaluate`."""
     report = evaluate(config, run_dir)
     if distributed.is_main():
-        print(json.dumps(report, indent=2) if config.json else table(report))
+        in_lines = target_table if "target" in report else table
+        print(json.dumps(report, indent=2) if config.json else in_lines(report))
     return report
 
 
@@ -40,9 +42,13 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
     what decides between two models is the mean of the differences on the same examples. If these are weighted,
     example_weights.npy holds their weights.
 
+    A run that learned from a target has other figures: :func:`flowtrain.commands.eval_target.evaluate_target`.
+
     Returns the content of eval.json.
     """
     restored = restore(config, config.ckpt, config.weights)
+    if restored.dataset.spec.target is not None:
+        return evaluate_target(config, run_dir, restored)
     flow = restored.flow
     split = restored.split(config.split)
     has_ode = bool(continuous_layers(flow))

@@ -34,7 +34,7 @@ def evaluate_split(
         with exact_trace() if exact else nullcontext():
             rows = _batch_size(flow, split.to(device), total)
             batches = split_batches(split, config, device, examples, rows)
-            return evaluate(flow, batches, len(split), draws, config.seed, split.weights)
+            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, split.measure)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 
@@ -64,6 +64,9 @@ def _batch_size(flow: Flow, split: Split, total: int) -> int:
     was_training = flow.training
     flow.eval()
     with evaluation_mode(x.device):
-        most = rows_within_budget(lambda: log_likelihoods(flow, torch.arange(few), x, context), few, x.device)
+        index = torch.arange(few)
+        most = rows_within_budget(
+            lambda: log_likelihoods(flow, index, x, context, measure=split.measure), few, x.device
+        )
     flow.train(was_training)
     return distributed.broadcast_object(even_batches(total, most, distributed.world()))

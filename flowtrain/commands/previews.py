@@ -35,7 +35,7 @@ class Preview:
             self.count, self.seed = config.trainer.sample_n, config.seed
             _, self.context = val.take(torch.arange(self.count) % len(val))
         else:
-            self.points, self.context = val.take(torch.arange(min(POINTS, len(val))))
+            self.points, self.context = val.shown(POINTS)
 
     def __call__(self, flow: Flow) -> Tensor | None:
         device = next(flow.parameters()).device
@@ -43,7 +43,7 @@ class Preview:
             with out_of_memory(device, f"{self.count} samples", "a smaller trainer.sample_n would need less"):
                 samples = draw_samples(flow, self.count, self.seed, self.context)
             return image_grid(samples, self.grey_levels)
-        if flow.dimensions > 2 or self.points.isnan().any():
+        if flow.dimensions > 2 or self.points is None or self.points.isnan().any():
             return None
         with out_of_memory(device, f"the density on a grid of {CELLS} × {CELLS} points"):
             return density_of(flow, self.points, self.context)

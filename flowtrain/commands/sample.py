@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from flowtrain.commands import SampleConfig
 from flowtrain.commands.contexts import Contexts, contexts
 from flowtrain.commands.draws import sample_batches
+from flowtrain.commands.metropolis import Metropolis, log_weights
 from flowtrain.commands.outputs import free_name, open_array, open_table, progress, table_path
 from flowtrain.commands.previews import POINTS, density_of
 from flowtrain.commands.restored import Restored, restore
@@ -40,10 +42,11 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     become samples.png; lists of classes or temperatures have a row for each class at each temperature. Vectors of an
     array, such as spectra, become curves.png with ``config.plot``. Rows of a table become samples.csv (or
     ``config.output``), in the columns and units of the data's file, and with ``config.plot`` pairs.png, and for two
-    columns density.png too. All become samples.npy.
+    columns density.png too. All become samples.npy. With ``config.weights`` true, log_weights.npy and a column of the
+    table hold the logarithms of importance weights; with ``config.mcmc`` the samples are states of Metropolis chains.
     """
     folder = Path(run_dir)
-    restored = restore(config, config.ckpt, config.weights)
+    restored = restore(config, config.ckpt, "auto" if isinstance(config.weights, bool) else config.weights)
     spec = restored.dataset.spec
     if config.output and not restored.columns:
         raise UsageError(f"output={config.output}: only a table has rows to write; arrays become samples.npy")
@@ -52,14 +55,21 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     if not temperatures:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
     context = contexts(config, restored)
-    turns = _turns(config, context, temperatures)
-    batches = _batches(restored, turns, config.seed)
+    weighs = _weighs(config, spec.target)
+    chains = Metropolis(config.seed) if config.mcmc else None
+    n = chains.proposals(config.n) if chains else config.n
+    turns = _turns(n, config, context, temperatures)
+    batches = _batches(
+        restored, turns, config.seed, partial(log_weights, restored.flow, spec.target) if weighs else None
+    )
     if not distributed.is_main():
         for _ in batches:  # its share of the work
             pass
         return {}
     columns = restored.columns
-    total, done = sum(turn.n for turn in turns), 0
+    if chains:
+        batches = _states(batches, config.n, chains)
+    total, done = config.n if chains else sum(turn.n for turn in turns), 0
     shown: list[list[Tensor]] = [[] for _ in turns]
     in_rows = isinstance(config.temperature, list) or isinstance(config.label, list)
     most = ROW if in_rows else IMAGES  # images of a turn in the grid
@@ -67,15 +77,23 @@ def main(config: SampleConfig, run_dir: str) -> dict:
     paths = {"npy": folder / "samples.npy"}
     with ExitStack() as stack:
         write = stack.enter_context(open_array(paths["npy"], total))
+        if weights_are_written := weighs and not chains:
+            paths["log_weights"] = folder / "log_weights.npy"
+            write_weights = stack.enter_context(open_array(paths["log_weights"], total))
         if columns:
             paths["csv"] = output
             write_rows = stack.enter_context(open_table(output))
         bar = stack.enter_context(progress(total, "sample"))
-        for number, first, samples in batches:
+        for number, first, samples, log_w in batches:
             write(samples.numpy())
+            if weights_are_written:
+                write_weights(log_w.numpy())
             shown[number].append(samples[: max(0, most - first)] if spec.is_image else samples[-done % step :: step])
             if columns:
-                write_rows(_table(columns, context, first, samples))
+                table = _table(columns, context, first, samples)
+                if weights_are_written:
+                    table[free_name("log_weight", table)] = log_w.numpy()
+                write_rows(table)
             done += len(samples)
             bar.update(len(samples))
     if spec.is_image:
@@ -91,7 +109,37 @@ def main(config: SampleConfig, run_dir: str) -> dict:
         paths |= plot(restored, torch.cat([part for parts in shown for part in parts]), folder)
     for path in paths.values():
         print(path)
+    if chains:
+        log.info("independence Metropolis: %.1f %% of the proposals were accepted", 100 * chains.acceptance)
     return {name: str(path) for name, path in paths.items()}
+
+
+def _weighs(config: SampleConfig, target) -> bool:
+    """Whether samples need importance weights. Raises UsageError where they cannot have any."""
+    words = [word for word, wanted in (("weights=true", config.weights is True), ("mcmc=true", config.mcmc)) if wanted]
+    if not words:
+        return False
+    if target is None:
+        raise UsageError(f"{words[0]}: only a run that learned from a target, target=NAME, has importance weights")
+    if len(words) == 2:
+        raise UsageError("weights=true: the states of mcmc=true all have the same weight; choose one")
+    if config.temperature != 1:
+        raise UsageError(f"{words[0]}: the density of samples is known at temperature=1.0 alone")
+    return True
+
+
+def _states(batches, n: int, chains: Metropolis):
+    """n states of Metropolis chains, in batches as their proposals come."""
+    first, rest = 0, None
+    for number, _, samples, log_w in batches:
+        if rest is not None:
+            samples, log_w = torch.cat([rest[0], samples]), torch.cat([rest[1], log_w])
+        whole = len(samples) // chains.chains * chains.chains
+        rest = samples[whole:], log_w[whole:]
+        states = chains.feed(samples[:whole], log_w[:whole])[: n - first]
+        if len(states):
+            yield number, first, states, None
+        first += len(states)
 
 
 def _plot_curves(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]:
@@ -116,29 +164,33 @@ class Turn:
     labels: tuple[str, str]
 
 
-def _turns(config: SampleConfig, context: Contexts | None, temperatures: list[float]) -> list[Turn]:
+def _turns(n: int, config: SampleConfig, context: Contexts | None, temperatures: list[float]) -> list[Turn]:
     """The turns in the order of samples.npy: all classes at a temperature, then at the next."""
     contexts = [None] if context is None else context.turns()
     classes = (context and context.classes) or [""] * len(contexts)
     listed = isinstance(config.temperature, list)
     return [
-        Turn(config.n if of is None else len(of), temperature, of, (name, f"T = {temperature}" if listed else ""))
+        Turn(n if of is None else len(of), temperature, of, (name, f"T = {temperature}" if listed else ""))
         for temperature in temperatures
         for of, name in zip(contexts, classes, strict=True)
     ]
 
 
-def _batches(restored: Restored, turns: list[Turn], seed: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the batches of all processes in order: (number of the turn, number of the first sample in it, samples)."""
+def _batches(
+    restored: Restored, turns: list[Turn], seed: int, weigh: Callable[[Tensor], Tensor] | None
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """Yield the batches of all processes in order: (number of the turn, number of the first sample in it, samples, what
+    ``weigh`` returns for them)."""
     for number, turn in enumerate(turns):
         of = None if turn.context is None else turn.context.__getitem__
         place = distributed.rank(), distributed.world()
         mine = sample_batches(restored.flow, turn.n, seed, of, turn.temperature, *place)
-        while drawn := [part for part in distributed.all_gather_object(_next(mine, turn.n)) if part is not None]:
-            yield from ((number, first, samples) for first, samples in drawn)
+        parts = ((first, samples, weigh and weigh(samples)) for first, samples in mine)
+        while drawn := [part for part in distributed.all_gather_object(_next(parts, turn.n)) if part is not None]:
+            yield from ((number, *part) for part in drawn)
 
 
-def _next(batches: Iterator[tuple[int, Tensor]], n: int) -> tuple[int, Tensor] | None:
+def _next(batches: Iterator[tuple], n: int) -> tuple | None:
     device = distributed.device()
     with out_of_memory(
         device, f"{n} samples, a batch at a time", f"a smaller n would need less; {more_memory(device)}"
@@ -179,13 +231,13 @@ def _plots(restored: Restored, samples: Tensor, folder: Path) -> dict[str, Path]
 
 
 def _train_rows(restored: Restored) -> tuple[Tensor | None, Tensor | None]:
-    """Rows of the train split and their context; None where the data are not there."""
+    """Rows of the train split and their context; None where there are none to show."""
     try:
         split = restored.split("train").to(next(restored.flow.parameters()).device)
     except UsageError as error:
         log.info("the plot shows the samples alone: %s", error)
         return None, None
-    return split.take(torch.arange(min(POINTS, len(split))))
+    return split.shown(POINTS)
 
 
 def _matrix(table: dict) -> np.ndarray:

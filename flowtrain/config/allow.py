@@ -24,6 +24,7 @@ MODULES = (
     "flowtrain.distributions",
     "flowtrain.flow",
     "flowtrain.data",
+    "flowtrain.targets",
     "flowtrain.engine.schedules",
     "flowtrain.engine.objectives",
     "flowtrain.engine.loggers",

@@ -85,10 +85,21 @@ def build_dataset(config: TrainConfig, columns: dict | None = None) -> Dataset:
     Raises:
         UsageError: a key that the data set does not take, or the value of one.
     """
-    data = build(config.dataset, "dataset", allow=config.allow, on_bad=config.on_bad)
+    data = build(config.dataset, "dataset", allow=config.allow, on_bad=config.on_bad, **_target_of(config))
     if columns:
         data.use_columns(Columns.from_record(columns))
     return data
+
+
+def _target_of(config: TrainConfig) -> dict:
+    """The target of ``config`` as an argument of its data set; {} where it learns from data."""
+    kind, target = config.dataset["_target_"], config.target
+    takes_target = isinstance(kind, str) and kind == "flowtrain.data.TargetData"
+    if takes_target and not target:
+        raise UsageError("target: give one, such as target=funnel, or your own as target=my_module:log_prob")
+    if target and not takes_target:
+        raise UsageError("target: only objective=reverse_kl and objective=alpha2 learn from a target; choose one")
+    return {"target": build(target, "target", allow=config.allow)} if target else {}
 
 
 def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) -> Flow:
@@ -162,7 +173,15 @@ def _key_of(text: str, model: dict) -> str:
 
 def build_objective(config: TrainConfig, spec: DataSpec):
     """What a step of ``config`` minimizes on the data that ``spec`` describes."""
-    make = _constructor(config.objective, "objective", config.allow, {"grey_levels": spec.grey_levels})
+    offered = {"grey_levels": spec.grey_levels, "target": spec.target}
+    make = _constructor(config.objective, "objective", config.allow, offered)
+    if (spec.target is not None) != ("target" in inspect.signature(make.func).parameters):
+        name = make.func.__name__
+        raise UsageError(
+            f"objective: {name} learns from data, not from a target; use reverse_kl or alpha2"
+            if spec.target is not None
+            else f"objective: {name} learns from a target, not from data: leave dataset= out and give target=NAME"
+        )
     try:
         return make()
     except (ValueError, TypeError, RuntimeError) as error:

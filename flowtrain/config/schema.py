@@ -70,9 +70,9 @@ class JobConfig:
 class TrainConfig(JobConfig):
     """A flow, its data and how it is trained: what a checkpoint contains.
 
-    The nodes ``model``, ``dataset``, ``optimizer``, ``objective``, ``scheduler`` and ``logger`` are plain dicts, which
-    their constructors check. So are the ``parts``: ``univariate``, ``norm``, ``preprocess`` and the other root nodes
-    that models and data choose.
+    The nodes ``model``, ``dataset``, ``target``, ``optimizer``, ``objective``, ``scheduler`` and ``logger`` are plain
+    dicts, which their constructors check. So are the ``parts``: ``univariate``, ``norm``, ``preprocess`` and the other
+    root nodes that models and data choose.
     """
 
     seed: int = number(least=0)
@@ -91,6 +91,7 @@ class TrainConfig(JobConfig):
     on_bad: Literal["stop", "skip"]
     model: Any
     dataset: Any
+    target: Any
     optimizer: Any
     objective: Any
     scheduler: Any

@@ -13,6 +13,7 @@ from flowtrain.data.split import ArraySplit, Split
 from flowtrain.data.synthetic import Synthetic
 from flowtrain.data.tables.columns import Columns
 from flowtrain.data.tables.table import Table
+from flowtrain.data.target_data import TargetData
 from flowtrain.data.torchvision_sets import CIFAR10, KMNIST, MNIST, SVHN, FashionMNIST
 from flowtrain.data.toys import Checkerboard, EightGaussians, Moons, Pinwheel, Rings, Spirals
 
@@ -48,5 +49,6 @@ __all__ = [
     "Split",
     "Synthetic",
     "Table",
+    "TargetData",
     "evaluation_batches",
 ]

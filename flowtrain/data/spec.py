@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from flowtrain.data.tables.column import Column
 
@@ -49,6 +50,7 @@ class DataSpec:
         context: what a conditional flow is given with each example, or None.
         columns: of a user's table, what each of the D numbers of a row is (``Columns.encoded``), which decides the
             links of its preprocessing; else None. Their moments are not yet known.
+        target: of a flow that learns from a density in place of data, a :class:`flowtrain.targets.Target`; else None.
     """
 
     name: str
@@ -56,6 +58,7 @@ class DataSpec:
     grey_levels: int | None = None
     context: LabelContext | ColumnContext | None = None
     columns: tuple[Column, ...] | None = None
+    target: Any = None
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:

@@ -49,6 +49,14 @@ class Split:
     def to(self, device) -> "Split":
         raise NotImplementedError
 
+    def measure(self, flow, x: Tensor, context: Tensor | None) -> Tensor:
+        """What an evaluation of ``flow`` averages over examples, (B,): their log-likelihoods in nats."""
+        return flow(x, context)
+
+    def shown(self, most: int) -> tuple[Tensor | None, Tensor | None]:
+        """At most ``most`` examples to draw beside a flow's samples, with their contexts; None where there are none."""
+        return self.take(torch.arange(min(most, len(self))))
+
 
 class ArraySplit(Split):
     """Examples in one tensor (N, *shape), on the device if they fill at most half of its free memory, otherwise on the

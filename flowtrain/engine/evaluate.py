@@ -17,6 +17,8 @@ from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
 from flowtrain.runtime.seeds import seed_from
 
+Measure = Callable[[Flow, Tensor, Tensor | None], Tensor]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -53,6 +55,7 @@ def evaluate(
     draws: int = 1,
     seed: int = 0,
     weights: Tensor | None = None,
+    measure: Measure = Flow.__call__,
 ) -> Evaluation:
     """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
     most once.
@@ -70,7 +73,7 @@ def evaluate(
     with evaluation_mode(device):
         for index, x, context in interruptible_batches(batches):
             index = index.to(device)
-            mean[index], weighted[index] = log_likelihoods(flow, index, x, context, draws, seed)
+            mean[index], weighted[index] = log_likelihoods(flow, index, x, context, draws, seed, measure)
             evaluated[index] = 1
     flow.train(was_training)
     if dist.is_initialized():
@@ -123,13 +126,19 @@ def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
 
 
 def log_likelihoods(
-    flow: Flow, index: Tensor, x: Tensor, context: Tensor | None = None, draws: int = 1, seed: int = 0
+    flow: Flow,
+    index: Tensor,
+    x: Tensor,
+    context: Tensor | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    measure: Measure = Flow.__call__,
 ) -> tuple[Tensor, Tensor]:
     """log p of the examples numbered ``index``, and the logarithm of p, each averaged over the draws of their noise:
     float64 (B,)."""
     mean = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     total = torch.full_like(mean, -math.inf)
-    for log_prob in over_draws(lambda: flow(x, context), index, draws, seed):
+    for log_prob in over_draws(lambda: measure(flow, x, context), index, draws, seed):
         mean += log_prob / draws
         total = torch.logaddexp(total, log_prob)
     return mean, total - math.log(draws)

@@ -97,6 +97,7 @@ class Trainer(Stateful):
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
         self.weights = Weights(flow, optimizer, ema)
+        self.begin_step = getattr(objective, "begin_step", lambda spent: None)
         self.parameters = [*flow.parameters()]  # to find them takes as long as to launch a step of the optimizer
         self.training_pass = training_pass or TrainingPass(flow, objective, config.seed, config.trainer.accumulate)
         if distributed.world() > 1:
@@ -173,6 +174,7 @@ class Trainer(Stateful):
             self.flow.train()
         for parameter in self.parameters:
             parameter.grad = None
+        self.begin_step(self.progress())
         place = self.step, distributed.rank(), distributed.world()
         loss, reasons = self.training_pass.backpropagate(self.batch, *place)
         if reasons and not self.recovery.skipped:

@@ -149,6 +149,7 @@ class Material:
     has_bits: whether bits per dimension mean something.
     grey_levels: of integers, else None.
     is_image: whether an example is an image or a field.
+    has_target: whether the flow learned from a target; ``likelihoods`` then hold log p(x) − log q(x) of its samples.
     sizes: examples of each split that was opened.
     published: the published figure with ours in its unit, as eval.json has it, or None.
     likelihoods: by split.
@@ -162,6 +163,7 @@ class Material:
     grey_levels: int | None
     is_image: bool
     lower_bound: bool = False
+    has_target: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
     published: dict | None = None
     likelihoods: dict[str, SplitLikelihoods] = field(default_factory=dict)

@@ -31,12 +31,14 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
     with memory_of_validation(config, run.device):
         result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
     score = trainer.objective.score(result)
+    name = "log_likelihood" if spec.target is None else "elbo"
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     bad = {part: _unreadable(split) for part, split in (("train", trainer.loader.split), ("validation", val))}
     summary = {
         **(bits if has_bits(spec, trainer.loader.split.columns) else {}),
-        "log_likelihood": result.log_likelihood,
-        "log_likelihood_stderr": result.log_likelihood_stderr,
+        name: result.log_likelihood,
+        f"{name}_stderr": result.log_likelihood_stderr,
+        trainer.objective.key: score.figure,
         "steps": trainer.step,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "seconds": round(trainer.seconds, 3),

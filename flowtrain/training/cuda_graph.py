@@ -38,6 +38,7 @@ def obstacle(config: TrainConfig, flow: Flow, device: torch.device) -> str | Non
         "it needs a single device": distributed.world() > 1,
         "it needs trainer.accumulate=1": config.trainer.accumulate > 1,
         "it needs memory=none": config.memory != "none",  # what is computed again sets the generator back on the host
+        "with a target, noise is drawn on the host": config.target is not None,
         "a solver of ODEs reads values on the host": bool(continuous_layers(flow)),
         "this flow trains through one element after another": bool(sequential_layers(flow.bijection)),
         "before torch 2.13 a run could not go on after a failure": (

@@ -329,7 +329,7 @@ class _Others:
         cost, found = self.measured.cost, []
         found.append(("as it is", self._figures(cost, self.config.batch_size)))
         compiled = self.trainer.compilation is not None
-        if self.config.compile == "auto" and not compiled:
+        if self.config.compile == "auto" and not compiled and self.run.spec.target is None:
             found.append(("compile=true", self._compiled_before()))
         with self.trainer.pause_compilation():
             for words, change, slower in self._changes(compiled):

@@ -39,6 +39,7 @@ from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
+from flowtrain.targets.checks import check_target
 from flowtrain.training.batch_size import batch_size_of
 from flowtrain.training.compilation import choose_compilation, gradient_of, threads_of
 from flowtrain.training.cuda_graph import check_cuda_graph, training_pass_of
@@ -46,6 +47,7 @@ from flowtrain.training.memory import memory_of_steps, memory_of_validation, mem
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
 from flowtrain.training.recorded import Recorded
 from flowtrain.training.start import average_of, start
+from flowtrain.training.target import STARTING_POINTS, check_flow
 
 log = logging.getLogger("flowtrain")
 
@@ -155,6 +157,8 @@ def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> 
     flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
     build_optimizer(config, flow, 0, spec)
     set_memory(config, flow)
+    if config.target is not None:
+        check_flow(config, flow)
     objective, loggers = objective_of(config, spec), build_loggers(config)
     schedule = build(config.scheduler, "scheduler", allow=config.allow)
     device = distributed.device()
@@ -166,6 +170,8 @@ def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> 
     if config.resume and distributed.is_main():
         places.announce(runs.run_of(Path(config.resume)), data)
     train, val = data.split("train"), data.split("val")
+    if spec.target is not None:
+        check_target(spec.target, train.to(device).take(torch.arange(STARTING_POINTS))[0])
     state = checkpoint.read(config.resume) if config.resume else None
     stored = stored_config(config, state)
     if state:
@@ -254,6 +260,8 @@ def chosen_threads(
 
 def set_memory(config: TrainConfig, flow: Flow) -> None:
     """Set which activations the flow keeps in training, as ``memory`` says; to be called after compilation."""
+    if config.target is not None and config.memory != "none":
+        raise UsageError(f"memory={config.memory}: a target needs the layers' inverses, whose activations are all kept")
     if config.memory == "reversible" and config.compile is True:
         raise UsageError("compile=true: what memory=reversible runs backwards is not compiled; use memory=checkpoint")
     try:

@@ -23,11 +23,13 @@ def collect(source: Source, record: RunRecord) -> Material:
         grey_levels=spec.grey_levels,
         is_image=spec.is_image,
         lower_bound=spec.has_gaps,
+        has_target=spec.target is not None,
     )
     likelihoods.gather(material, source, record)
     with attempt(material, "samples"):
         (images if spec.is_image else rows).gather(material, source)
-    with attempt(material, "extremes"):
-        likelihoods.gather_extremes(material, source)
+    if not material.has_target:
+        with attempt(material, "extremes"):
+            likelihoods.gather_extremes(material, source)
     material.seconds = source.seconds
     return material

@@ -29,7 +29,8 @@ EXTREMES = 12  # images; rows half as many
 
 def gather(material: Material, source: Source, record: RunRecord) -> None:
     """Fill in likelihoods and the published figure."""
-    for name, share in SHARES.items():
+    shares = {"val": SHARES["val"]} if material.has_target else SHARES  # all its splits are samples of the flow
+    for name, share in shares.items():
         with attempt(material, "likelihoods"):
             known = _of_evaluation(source, record, name)
             split = source.split(name)
@@ -94,7 +95,8 @@ def _of_training(found: SplitLikelihoods, record: RunRecord) -> SplitLikelihoods
     summary = record.summary
     if Path(str(summary.get("checkpoint"))).name != record.checkpoint.name:
         return found
-    mean, stderr = summary["log_likelihood"], summary["log_likelihood_stderr"]
+    key = "elbo" if "elbo" in summary else "log_likelihood"
+    mean, stderr = summary[key], summary[f"{key}_stderr"]
     return replace(found, mean=mean, stderr=stderr, examples=found.total, source="summary.json")
 
 
@@ -110,7 +112,7 @@ def _evaluate(source: Source, name: str, seconds: float) -> SplitLikelihoods:
 
     def work(index: Tensor) -> None:
         x, context = split.take(index)
-        mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed)
+        mean, weighted = log_likelihoods(flow, index.to(x.device), x, context, 1, source.config.seed, split.measure)
         sums[:, index] = torch.stack([mean, weighted, torch.ones_like(mean)]).cpu()
 
     with torch.no_grad(), evaluation_mode(source.device):

@@ -25,7 +25,10 @@ MOST_DENSITY = 0.25  # of the budget of time
 def gather(material: Material, source: Source) -> None:
     """Fill in the rows, curves and density of vectors."""
     split = "val" if len(source.split("val")) >= FEW else "train"
-    x, context = source.split(split).take(spread(len(source.split(split)), ROWS))
+    x, context = _real_rows(material, source, split, ROWS)
+    if x is None:
+        material.leave_out("samples", "The target has no exact samples to show beside the flow's.")
+        return
     x, context = x.cpu(), None if context is None else context.cpu()
     with attempt(material, "samples"):
         samples = source.draw(len(x), source.share(0.3), 1.0, context)
@@ -37,7 +40,7 @@ def gather(material: Material, source: Source) -> None:
             material.curves = Curves(x.double().numpy(), samples.double().numpy())
     if source.flow.dimensions <= 2:
         with attempt(material, "density"):
-            material.density = _density(source)
+            material.density = _density(material, source)
 
 
 def _rows(material: Material, source: Source, split: str, x: Tensor, samples: Tensor, context: Tensor | None) -> Rows:
@@ -138,10 +141,15 @@ def _context_text(column: Column, values: list[float]) -> str:
     return f"{number:.5g}"
 
 
-def _density(source: Source) -> np.ndarray:
+def _real_rows(material: Material, source: Source, split: str, most: int):
+    """Rows of a split, evenly spaced, with their contexts; of a target, what it can show."""
+    rows = source.split(split)
+    return rows.shown(most) if material.has_target else rows.take(spread(len(rows), most))
+
+
+def _density(material: Material, source: Source) -> np.ndarray:
     """The data beside the model's density, (H, W, 3) uint8."""
-    train = source.split("train")
-    points, context = train.take(spread(len(train), POINTS))
+    points, context = _real_rows(material, source, "train", POINTS)
     if points.isnan().any():
         raise FlowtrainError("the density of rows with missing values has no picture")
     some, few = points[:FEW], None if context is None else context[:FEW]

@@ -24,6 +24,8 @@ class Score:
 class Objective(Protocol):
     """What training minimizes and what a run reports.
 
+    One with a method ``begin_step(spent)`` is told, before each step, the share of the run's budget that is spent.
+
     Attributes:
         key: names the figure in metrics.jsonl and TensorBoard, as in ``train/<key>`` and ``val/<key>``.
         unit: of the figure.

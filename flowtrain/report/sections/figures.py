@@ -63,7 +63,13 @@ def _reading(material: Material) -> list[str]:
         return ["No likelihood was computed for this report."]
     name, one = next(iter(found.items()))
     value, lines = material.to_unit(one.mean), []
-    if material.has_bits:
+    if material.has_target:
+        lines.append(
+            "The mean of log p(x) − log q(x) over samples x of the flow q, the evidence lower bound of the target p, is"
+            f" {_plain(value, 4)} nats. It is log Z less the reverse Kullback-Leibler divergence."
+            " flowtrain eval estimates log Z and the effective sample size."
+        )
+    elif material.has_bits:
         lines.append(
             f"On the {NAMES[name]} split the model needs {value:.3f} bits for each of the {material.dimensions:,}"
             " numbers of an example: −log₂ of its probability, divided by their number, so less is better."

@@ -8,17 +8,19 @@ from flowtrain.report.page import Page, Scale, Section, Series
 from flowtrain.report.run import Curve, RunRecord
 
 POINTS = 400  # most of a curve; more become means of neighbours
+UNITS = {"bits_per_dim": "bits/dim", "log_likelihood": "nats", "elbo": "nats", "cubo": "nats"}
+TITLES = {"elbo": "Evidence lower bound", "cubo": "Upper bound of log Z"}
 CUT = 5  # times as wide as the rest: then the first tenth of the steps is left out
 
 
 def add(page: Page, record: RunRecord) -> None:
     section = page.section("Learning")
     metrics = record.metrics
-    for key, unit in (("bits_per_dim", "bits/dim"), ("log_likelihood", "nats")):
+    for key, unit in UNITS.items():
         curves = {"train": metrics.get(f"train/{key}"), "validation": metrics.get(f"val/{key}")}
         found = {name: curve for name, curve in curves.items() if curve is not None}
         if found:
-            _likelihood(section, found, unit, record)
+            _likelihood(section, TITLES.get(key, "Likelihood"), found, unit)
     rate, norm = metrics.get("train/lr"), metrics.get("train/gradient_norm")
     if rate is not None:
         _one(section, "Learning rate", "learning rate", rate, "learning rate")
@@ -37,7 +39,7 @@ def add(page: Page, record: RunRecord) -> None:
         section.note(text)
 
 
-def _likelihood(section: Section, found: dict[str, Curve], unit: str, record: RunRecord) -> None:
+def _likelihood(section: Section, title: str, found: dict[str, Curve], unit: str) -> None:
     """Both curves. A wild start, which would flatten the rest, is left out with a word."""
     last = max(curve.steps[-1] for curve in found.values())
     rest = np.concatenate([curve.values[curve.steps > 0.1 * last] for curve in found.values()])
@@ -53,7 +55,7 @@ def _likelihood(section: Section, found: dict[str, Curve], unit: str, record: Ru
     if missing:
         note += f" Not finite, which leaves gaps: {missing} of {len(every)} values."
     series = [Series(name, *_thin(curve)) for name, curve in found.items()]
-    section.lines("Likelihood", series, x="step", y=unit, note=note.strip())
+    section.lines(title, series, x="step", y=unit, note=note.strip())
 
 
 def _one(section: Section, title: str, name: str, curve: Curve, y: str) -> None:

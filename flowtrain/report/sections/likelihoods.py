@@ -12,7 +12,7 @@ BINS = 40
 
 
 def add(page: Page, material: Material) -> None:
-    section = page.section("Likelihood of each example")
+    section = page.section("log p − log q of each sample" if material.has_target else "Likelihood of each example")
     found = {name: material.likelihoods[name] for name in ("train", "val", "test") if name in material.likelihoods}
     if found:
         values = {NAMES[name]: material.to_unit(one.each) for name, one in found.items()}
@@ -27,7 +27,8 @@ def add(page: Page, material: Material) -> None:
         if outside:
             note += f" Beyond the axis: {outside:,} example{'s' * (outside > 1)}."
         x = "bits/dim" if material.has_bits else "nats"
-        section.histogram("Train, validation and test", edges, counts, x=x, marks=marks, note=note)
+        title = "Logarithms of importance weights" if material.has_target else "Train, validation and test"
+        section.histogram(title, edges, counts, x=x, marks=marks, note=note)
 
 
 def add_extremes(page: Page, material: Material) -> None:

@@ -19,9 +19,10 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}
 def add(page: Page, material: Material) -> None:
     if material.density is not None:
         section = page.section("Density")
-        which = "a histogram of the training data on the left, the density of the model on the right"
+        data = "points of the target" if material.has_target else "the training data"
+        which = f"a histogram of {data} on the left, the density of the model on the right"
         if material.dimensions == 1:
-            which = "a histogram of the training data as bars, the density of the model as a curve"
+            which = f"a histogram of {data} as bars, the density of the model as a curve"
         section.pictures(
             [Picture(material.density, f"{material.name}: {which}", width=806)], f"{which[0].upper()}{which[1:]}."
         )
@@ -29,7 +30,7 @@ def add(page: Page, material: Material) -> None:
         page.section("Density").note(note)
     section = page.section("Columns" if material.rows else "Samples")
     if material.rows:
-        _columns(section, material.rows)
+        _columns(section, material.rows, material.has_target)
         _pairs(page.section("Pairs of columns"), material.rows)
         _answers(page.section("Samples for single contexts"), material.rows)
     if material.curves:
@@ -39,12 +40,11 @@ def add(page: Page, material: Material) -> None:
             section.note(note)
 
 
-def _columns(section: Section, rows: Rows) -> None:
+def _columns(section: Section, rows: Rows, has_target: bool) -> None:
     count, drawn = len(rows.columns[0].real), len(rows.columns[0].samples)
     given = f" Each sample has the {', '.join(rows.context)} of a real row." if rows.context else ""
-    section.text(
-        f"{count:,} rows of the {NAMES[rows.split]} split beside {drawn:,} samples, in the file's units.{given}"
-    )
+    of_split = f"{count:,} rows of the {NAMES[rows.split]} split beside {drawn:,} samples, in the file's units.{given}"
+    section.text(f"{count:,} points of the target beside {drawn:,} samples." if has_target else of_split)
     for column in rows.columns:
         (_bars if column.words else _histogram)(section, column)
     if rows.left_out:

@@ -1,0 +1,154 @@
+"""Objectives of flows that learn from a target, a density known up to a constant, by their own samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor
+
+from flowtrain.engine.evaluate import Evaluation, plus_minus
+from flowtrain.engine.objectives.objective import Score
+from flowtrain.flow import Flow
+from flowtrain.targets.target import Target
+
+
+class FromTarget:
+    """What both objectives share: samples of the flow, and the logarithms of their importance weights.
+
+    A step draws as many samples x ~ q as a batch has examples; log w = β log p(x) − log q(x), where β is 1 unless the
+    target is annealed. Losses are per dimension, so that rates and clipping suit any number of them.
+
+    Args:
+        target: log p, up to a constant.
+        path_gradient: leave out the part of the gradient that weights have through log q at fixed x, whose mean is
+            known: 0, or for α = 2 a multiple of the rest. What is left vanishes where q is p (Roeder et al. 2017;
+            Vaitl et al. 2022). It takes one pass of the likelihood more.
+        anneal: share of the run over which β rises in a straight line from ``anneal_from`` to 1; None: it is 1.
+
+    Raises:
+        ValueError: ``anneal`` or ``anneal_from`` outside (0, 1].
+    """
+
+    unit = "nats"
+
+    def __init__(
+        self, target: Target, path_gradient: bool = False, anneal: float | None = None, anneal_from: float = 0.01
+    ):
+        for name, value in (("anneal", anneal), ("anneal_from", anneal_from)):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be above 0 and at most 1")
+        self.target, self.path_gradient = target, path_gradient
+        self.anneal, self.anneal_from = anneal, anneal_from
+        self.spent = 1.0
+
+    def begin_step(self, spent: float) -> None:
+        """Note the share of the run's budget that is spent, which annealing depends on."""
+        self.spent = spent
+
+    @property
+    def power(self) -> float:
+        """β, of the target in the step at hand."""
+        share = 1.0 if self.anneal is None else min(1.0, self.spent / self.anneal)
+        return self.anneal_from + (1 - self.anneal_from) * share
+
+    def log_weights(self, flow: Flow, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+        """log w of as many samples as ``batch`` has examples, (B,), with gradients."""
+        x, context = batch
+        samples, log_q = flow.rsample_and_log_prob(() if context is not None else len(x), context)
+        if self.path_gradient:
+            with frozen(flow):
+                log_q = flow(samples, context)
+        return self.power * self.target.log_prob(samples) - log_q
+
+    def figure(self, flow, loss):
+        return loss * flow.dimensions
+
+
+class ReverseKL(FromTarget):
+    """The reverse Kullback-Leibler divergence KL(q‖p) up to log Z: E_q[log q(x) − log p(x)], whose negative, the
+    evidence lower bound (ELBO), is what a run reports, in nats. It is at most log Z.
+
+    With ``path_gradient`` the gradient is E[∂x/∂θ · ∇ₓ(log q − log p)(x)], equation 8 of Roeder et al. 2017: it is 0
+    for each sample, not on average alone, where q is p.
+
+    >>> from flowtrain import flows, targets
+    >>> flow, objective = flows.nsf_coupling((2,), hidden=8), ReverseKL(targets.DoubleWell())
+    >>> objective.loss(flow, (torch.zeros(16, 2), None)).shape
+    torch.Size([16])
+    """
+
+    key = "elbo"
+
+    def loss(self, flow, batch):
+        return -self.log_weights(flow, batch) / flow.dimensions
+
+    def figure(self, flow, loss):
+        return -super().figure(flow, loss)
+
+    def score(self, evaluation: Evaluation) -> Score:
+        value, stderr = evaluation.log_likelihood, evaluation.log_likelihood_stderr
+        text = f"ELBO {plus_minus(value, stderr)} nats{_exact(self.target)}"
+        return Score(-value, value, text)
+
+
+class Alpha2(FromTarget):
+    """Half the logarithm of E_q[w²], an upper bound of log Z (CUBO with n = 2, equation 2 of Dieng et al. 2017); less
+    log Z it is half the Rényi divergence of order 2, D₂(p‖q) = log(1 + χ²(p‖q)). It punishes a flow that misses a part
+    of the target, where the reverse divergence does not.
+
+    The estimate of a step is ½ log of the mean of w² over the global batch. By default its gradient is that through the
+    samples and through log q, as in that paper's algorithm 1. With ``path_gradient`` it is
+    −Σ w² ∇ log w along the samples' paths / Σ w²: the mean of the part at fixed x is minus twice as much (Tucker et al.
+    2019, section 4), and it vanishes where q is p.
+
+    >>> from flowtrain import flows, targets
+    >>> flow, objective = flows.nsf_coupling((2,), hidden=8), Alpha2(targets.DoubleWell(), path_gradient=True)
+    >>> objective.loss(flow, (torch.zeros(16, 2), None)).shape
+    torch.Size([16])
+    """
+
+    key = "cubo"
+
+    def loss(self, flow, batch):
+        log_w = self.log_weights(flow, batch)
+        log_mean = log_mean_of_all(2 * log_w.detach())
+        shares = (2 * log_w.detach() - log_mean).exp()  # of mean 1 over the global batch
+        slope = -shares * log_w if self.path_gradient else shares * log_w
+        return (0.5 * log_mean + slope - slope.detach()) / flow.dimensions
+
+    def score(self, evaluation: Evaluation) -> Score:
+        log_w = evaluation.each[~evaluation.each.isnan()]
+        value = 0.5 * ((2 * log_w).logsumexp(0) - math.log(len(log_w))).item()
+        text = f"upper bound of log Z {value:.4f} nats{_exact(self.target)}, ELBO {evaluation.log_likelihood:.4f}"
+        return Score(value, value, text)
+
+
+def log_mean_of_all(values: Tensor) -> Tensor:
+    """log of the mean of exp(values) over all processes, each of which has as many, without gradients."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values.logsumexp(0) - math.log(len(values))
+    top = values.max()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    total = (values - top).exp().sum()
+    dist.all_reduce(total)
+    return top + total.log() - math.log(len(values) * dist.get_world_size())
+
+
+@contextmanager
+def frozen(flow: Flow) -> Iterator[None]:
+    """Within it, no gradient reaches the flow's weights; one reaches what passes through the flow."""
+    trained = [parameter for parameter in flow.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _exact(target: Target) -> str:
+    return "" if target.log_z is None else f" (log Z = {target.log_z:.4f})"
