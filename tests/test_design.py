@@ -40,12 +40,13 @@ PARTS = {  # a package or a module -> what it may import beside itself
         "export",
         "importers",
     },
+    "inference": {"bijections", "flow", "flows", "data"},
     "training": {"errors", "runtime", "bijections", "flow", "data", "engine", "config", "commands"},
     "train": {"runtime", "engine", "config", "training"},
     "rerun": {"runtime", "config", "commands", "training", "train"},
     "benchmarks": {"errors", "runtime", "bijections", "flow", "flows", "data", "engine"},
     "cli": {"errors", "runtime", "config", "commands", "plots"},
-    "__init__": {"flow", "flow_distribution", "flows", "bijections", "nets", "distributions", "config"},
+    "__init__": {"flow", "flow_distribution", "flows", "bijections", "nets", "distributions", "config", "inference"},
     "__main__": {"cli"},
 }
 

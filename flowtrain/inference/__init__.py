@@ -1,0 +1,1 @@
+"""Flows for inference, from Python."""
