@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
 from flowtrain import flows
 from flowtrain.bijections import BoundColumns, Standardize
 from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.data import Columns
+from flowtrain.data.simulations.prior import broadcast_ends, each_end, support_ends
 from flowtrain.data.tables.column import Column
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain
@@ -80,7 +81,7 @@ def estimator(
         if z_score == "transform_to_unconstrained":
             raise ValueError("z_score='transform_to_unconstrained': give prior= or bounds= instead")
         z_score_parser(z_score)
-    prior_ends = None if prior is None else list(_ends(prior.support))
+    prior_ends = None if prior is None else _prior_ends(prior)
 
     def build(batch_theta: Tensor, batch_x: Tensor) -> FlowEstimator:
         """The estimator for simulations θ (N, *) and x (N, *), whose moments and shapes it takes."""
@@ -94,12 +95,8 @@ def estimator(
         if rows.dim() != 2:
             raise ValueError(f"what is modelled has shape {list(rows.shape[1:])} for each simulation: it must be a row")
         if bounds is not None:
-            own_ends = [*zip(*(_each(end, rows.shape[1]) for end in bounds))]
-        own_ends = own_ends or [(None, None)]
-        if len(own_ends) == 1:
-            own_ends = own_ends * rows.shape[1]
-        if len(own_ends) != rows.shape[1]:
-            raise ValueError(f"bounds of {len(own_ends)} dimensions for rows of {rows.shape[1]}")
+            own_ends = [*zip(*(each_end(end, rows.shape[1]) for end in bounds))]
+        own_ends = broadcast_ends(own_ends or [(None, None)], rows.shape[1])
 
         embedding = [standardizing_net(conditions, scores[1] == "structured")] if z_score_parser(scores[1])[0] else []
         embedding = nn.Sequential(*embedding, *(() if embedding_net is None else (embedding_net,)), nn.Flatten())
@@ -188,6 +185,13 @@ def _features(embedding: nn.Module, conditions: Tensor) -> Tensor:
     return features
 
 
+def _prior_ends(prior: Distribution) -> list[tuple[float | None, float | None]]:
+    try:
+        return list(support_ends(prior.support))
+    except ValueError as error:
+        raise ValueError(f"prior: {error}") from error
+
+
 def _columns(rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> Columns:
     """What the flow's first layers need to know of each dimension."""
     z_scored, structured = z_score_parser(z_score)
@@ -198,27 +202,3 @@ def _columns(rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> Columns:
         for i, (low, high) in enumerate(ends)
     ]
     return Columns(tuple(columns))
-
-
-def _ends(support: constraints.Constraint) -> Iterator[tuple[float | None, float | None]]:
-    """(low, high) of each dimension of a support, None where it has no bound."""
-    if isinstance(support, constraints.independent):
-        yield from _ends(support.base_constraint)
-    elif isinstance(support, constraints.cat):
-        for part, length in zip(support.cseq, support.lengths):
-            ends = list(_ends(part))
-            yield from ends * (length // len(ends))
-    else:
-        low, high = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
-        if support.is_discrete or support is not constraints.real and low is high is None:
-            raise ValueError(f"prior: its support, {support}, is not an interval or a half-line in each dimension")
-        count = max(torch.as_tensor(0.0 if end is None else end).numel() for end in (low, high))
-        yield from zip(_each(low, count), _each(high, count))
-
-
-def _each(end: Any, count: int) -> list[float | None]:
-    """One bound for each of ``count`` dimensions."""
-    if end is None:
-        return [None] * count
-    values = torch.as_tensor(end, dtype=torch.float64).flatten().expand(count).tolist()
-    return [value if abs(value) < torch.inf else None for value in values]
