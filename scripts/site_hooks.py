@@ -20,6 +20,7 @@ API = {  # page -> what it documents, beside the package of that name
     "nets": ["flowtrain.nets"],
     "distributions": ["flowtrain.distributions"],
     "load": ["flowtrain.load"],
+    "sbi": ["flowtrain.inference.sbi"],
 }
 
 

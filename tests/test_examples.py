@@ -1,0 +1,33 @@
+"""Every script of examples/ runs as it stands, in an empty folder, within a minute, and prints what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+SAYS = {  # script -> lines of its output, as patterns
+    "sbi": [
+        r"^mean: 0\.[34]\d 0\.[67]\d, exact 0\.39 0\.74$",
+        r"^deviation: 0\.(2|3)\d 0\.(2|3)\d, exact 0\.29 0\.29$",
+        r"^coverage: p = 0\.[^0]",
+    ],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_runs(script, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert not done.returncode, done.stderr
+    assert done.stdout.strip() and not done.stderr, done.stderr
+    for pattern in SAYS.get(script.stem, ()):
+        assert re.search(pattern, done.stdout, re.M), f"{pattern}\n{done.stdout}"
+
+
+def test_each_promise_belongs_to_a_script():
+    assert {*SAYS} <= {script.stem for script in SCRIPTS}
