@@ -274,8 +274,42 @@ def test_an_interrupt_keeps_what_is_simulated(tmp_path, module):
     (folder,) = tmp_path.glob("data/simulations/*")
     kept = {path.name for path in folder.iterdir()}
     assert len(kept) >= 2 and not any(name.endswith(".tmp") for name in kept)
-    before = Store(folder).missing(2000)
-    assert before and before != [(0, 2000)]
+    assert Store(folder).missing(2000) not in ([], [(0, 2000)])
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text(
+        "import os, time\n"
+        "def simulate(theta):\n"
+        "    open(f'pid{os.getpid()}', 'w').close()\n"
+        "    time.sleep(0.01)\n"
+        "    return theta\n"
+    )
+    words = f"dataset.simulate={module}:simulate", "dataset.prior={a: [0, 1]}", f"allow=[{module}]", "dataset.rows=9000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowtrain", "train", *SMALL, *words, "dataset.workers=2", "hydra.run.dir=run"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    end = time.monotonic() + 90
+    while len([*tmp_path.glob("pid*")]) < 3 and time.monotonic() < end:  # the process's own, and its workers'
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    workers = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
+    assert len(workers) >= 3
+    while any(map(_runs, workers)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not any(map(_runs, workers))
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended as a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_the_posterior_of_a_run_is_the_true_one(tmp_path, module):

@@ -17,7 +17,13 @@ import torch
 from flowtrain.data.download import on_first_rank
 from flowtrain.data.simulations.prior import HOW, Made, Product, make_prior
 from flowtrain.data.simulations.store import Store, gather
-from flowtrain.data.simulations.workers import draw_parameters, seed_everything, simulate_into, simulate_row
+from flowtrain.data.simulations.workers import (
+    draw_parameters,
+    same_random_state,
+    seed_everything,
+    simulate_into,
+    simulate_row,
+)
 from flowtrain.data.spec import ColumnContext, DataSpec
 from flowtrain.data.split import ArraySplit, split_indices
 from flowtrain.data.tables.column import Column
@@ -135,16 +141,13 @@ class Simulator(Vectors):
             if len(theta):
                 return x.shape[1]
         theta, why = draw_parameters(prior, 0, TRIES, self.split_seed), ""
-        state = torch.get_rng_state()
-        try:
+        with same_random_state():
             for number, row in enumerate(theta):
                 seed_everything(self.split_seed, 1, number)
                 x, reason = simulate_row(simulate, row[None] if self.batched else row)
                 if x is not None and len(x):
                     return len(x)
                 why = why or reason or "it returned no numbers"
-        finally:
-            torch.set_rng_state(state)
         raise FlowtrainError(f"dataset.simulate={self.simulate}: the first {TRIES} simulations failed: {why}")
 
     def _store(self, folder: str) -> Store:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -59,7 +62,7 @@ def simulate_into(
     tasks.reverse()
     context = multiprocessing.get_context("fork")
     bar = tqdm(total=sum(stop - first for first, stop in tasks), unit="simulation", unit_scale=True, disable=None)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (simulate,))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (simulate, os.getpid()))
     running: dict[Future, tuple[int, int]] = {}
     try:
         with bar:
@@ -90,12 +93,20 @@ def simulate_into(
 _simulate: Callable  # of a worker process
 
 
-def _start_worker(simulate: Callable) -> None:
+def _start_worker(simulate: Callable, parent: int) -> None:
     global _simulate
     _simulate = simulate
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+
+
+def _follow(parent: int) -> None:
+    """End this process when its parent has ended, which a kill leaves no time to end it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def seed_everything(*numbers: int) -> None:
@@ -104,6 +115,18 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Give the random numbers of torch, numpy and Python back the state that they had before this block."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 def _run_rows(theta: Tensor, first: int, seed: int, width: int) -> Block:
