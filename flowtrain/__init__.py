@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, __getattr__ imp
     from flowtrain.config.restore import load
     from flowtrain.flow import Flow
     from flowtrain.flow_distribution import LazyDistribution
+    from flowtrain.inference import sbi as sbi
     from flowtrain.inference.density_estimator import DensityEstimator
     from flowtrain.inference.fit import fit
 
@@ -32,16 +33,17 @@ _MODULES = {
     "LazyDistribution": "flow_distribution",
     "fit": "inference.fit",
     "load": "config.restore",
-}  # others are modules themselves
+    "sbi": "inference.sbi",
+}  # others are modules themselves, as sbi is, which needs an extra package
 
 
 def __getattr__(name: str):
     """Import on first use, so that the command line answers ``--help`` without PyTorch."""
-    if name not in __all__:
+    if name not in (*__all__, *_MODULES):
         raise AttributeError(f"module 'flowtrain' has no attribute '{name}'")
     module = importlib.import_module(f"flowtrain.{_MODULES.get(name, name)}")
-    return getattr(module, name) if name in _MODULES else module
+    return getattr(module, name, module)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+    return sorted([*__all__, "sbi", *(name for name in globals() if name.startswith("__"))])

@@ -22,6 +22,7 @@ API = {  # page -> what it documents, beside the package of that name
     "load": ["flowtrain.load"],
     "scores": [f"flowtrain.scores.{name}" for name in ("conformal", "typicality", "chain_rule")],
     "fit": ["flowtrain.fit", "flowtrain.inference.fit.Fitted", "flowtrain.DensityEstimator"],
+    "sbi": ["flowtrain.inference.sbi"],
 }
 
 

@@ -9,9 +9,12 @@ import pytest
 import flowtrain
 
 SOURCE = Path(flowtrain.__file__).parent
-FILES = [SOURCE / "flow.py", SOURCE / "distributions.py"]
+FILES = [SOURCE / "flow.py", SOURCE / "flow_distribution.py", SOURCE / "distributions.py"]
+FILES += [SOURCE / "engine" / "calibration.py"]
 FILES += [
-    file for room in ("flows", "bijections", "nets", "inference") for file in sorted((SOURCE / room).glob("*.py"))
+    file
+    for room in ("flows", "bijections", "nets", "inference", "scores", "targets", "data/simulations")
+    for file in sorted((SOURCE / room).glob("*.py"))
 ]
 WITH_EXAMPLES = [
     ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts) for file in FILES if ">>>" in file.read_text()
@@ -20,5 +23,7 @@ WITH_EXAMPLES = [
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples(name):
+    if name == "flowtrain.inference.sbi":
+        pytest.importorskip("sbi")
     found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert found.attempted and not found.failed, "the differences are in the captured output"

@@ -17,6 +17,11 @@ SAYS = {  # script -> lines of its output, as patterns
         r"^row 20: .*least likely: vibration",
         r"^row 30: .*outside: load",
     ],
+    "sbi": [
+        r"^mean: 0\.[34]\d 0\.[67]\d, exact 0\.39 0\.74$",
+        r"^deviation: 0\.(2|3)\d 0\.(2|3)\d, exact 0\.29 0\.29$",
+        r"^coverage: p = 0\.[^0]",
+    ],
 }
 
 

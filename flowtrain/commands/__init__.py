@@ -81,6 +81,10 @@ class CheckConfig(TrainConfig):
     examples: int = number(least=1)
     jacobian: int = number(least=1)
     tolerance: float = number(above=0)
+    calibration: bool
+    simulations: int = number(least=2)
+    draws: int = number(least=1)
+    reference: str | None
     weights: Literal["auto", "ema", "raw"]
     json: bool
 

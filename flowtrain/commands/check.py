@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowtrain.commands import CheckConfig
 from flowtrain.commands.draws import draw_samples
+from flowtrain.commands.posterior_calibration import calibrate
 from flowtrain.commands.restored import restore
 from flowtrain.config.build import build_dataset, build_flow, build_objective, model_name
 from flowtrain.data.labels import label_context
@@ -21,7 +22,7 @@ from flowtrain.engine.audit import Check, audit, perturb
 from flowtrain.engine.out_of_memory import out_of_memory
 from flowtrain.engine.precision import autocast_dtype, tf32_as
 from flowtrain.engine.replay import Record
-from flowtrain.errors import FlowtrainError
+from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, files
 
@@ -37,6 +38,10 @@ def main(config: CheckConfig, run_dir: str) -> dict:
     if not distributed.is_main():
         return {}
     start = time.monotonic()
+    if config.calibration:
+        if not config.ckpt:
+            raise UsageError("calibration=true: needs a run, ckpt=PATH, and takes no model and no replay")
+        return calibrate(config, run_dir)
     if config.replay:
         return replay(config, run_dir)
     if config.ckpt:

@@ -10,7 +10,9 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch.optim
 
@@ -64,6 +66,20 @@ def find_targets(config, key: str):
         yield from find_targets(value, f"{key}.{name}" if key else str(name))
 
 
+def find_function(key: str, given: str, allow=()) -> Callable:
+    """The function that ``key=module:function`` names, of a module in ``allow``. Raises UsageError."""
+    module, _, name = given.partition(":")
+    if module not in allow:
+        raise UsageError(f"{key}={given}: imports {module} only with allow=[{module}]")
+    found = getattr(_import(module), name, None)
+    if not callable(found):
+        near = difflib.get_close_matches(name, vars(_import(module)), 1)
+        raise UsageError(
+            f"{key}={given}: {module} has no function {name}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return found
+
+
 def _public(module) -> list[str]:
     """``__all__``, else the classes and functions that the module itself defines."""
     if hasattr(module, "__all__"):
@@ -77,14 +93,18 @@ def _public(module) -> list[str]:
 
 def _own_names(name: str) -> set[str]:
     """The names that a user's module itself defines, not those that it imports."""
+    return {
+        f"{name}.{public}"
+        for public, item in vars(_import(name)).items()
+        if callable(item) and getattr(item, "__module__", None) == name
+    }
+
+
+def _import(name: str) -> ModuleType:
+    """A module of the user's own, which may lie in the working directory. Raises UsageError."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as with python -m
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise UsageError(f"allow=[{name}]: cannot be imported ({error})") from error
-    return {
-        f"{name}.{public}"
-        for public, item in vars(module).items()
-        if callable(item) and getattr(item, "__module__", None) == name
-    }

@@ -13,7 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from flowtrain.config.allow import check_targets, find_targets
+from flowtrain.config.allow import check_targets, find_function, find_targets
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Columns
 from flowtrain.data.dataset import Dataset
@@ -86,6 +86,7 @@ def build_dataset(config: TrainConfig, columns: dict | None = None) -> Dataset:
         UsageError: a key that the data set does not take, or the value of one.
     """
     data = build(config.dataset, "dataset", allow=config.allow, on_bad=config.on_bad, **_target_of(config))
+    data.use_functions(partial(find_function, allow=config.allow))
     if columns:
         data.use_columns(Columns.from_record(columns))
     return data

@@ -40,7 +40,7 @@ NODES = ("model", "dataset", "trainer", "objective", "optimizer", "scheduler", "
 LOCAL = {"root": "${oc.env:FLOWTRAIN_DATA,data}", "path": None, "download": True}
 DROPPED = ("devices", "threads", "allow", "dist", "job_timeout")
 UNSET = {"init": None, "resume": False, "dry_run": False}
-NAMING = ("types", "read")  # mappings of dataset that have names of columns as keys
+NAMING = ("types", "read", "prior")  # mappings of dataset that have names of columns as keys
 SPECIAL = ("_recursive_", "_convert_", "_args_")  # keys that Hydra obeys, besides _target_ and _partial_
 
 

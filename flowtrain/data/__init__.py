@@ -9,6 +9,7 @@ from flowtrain.data.imagenet import DownsampledImageNet
 from flowtrain.data.loader import Loader, evaluation_batches
 from flowtrain.data.maf_tables import BSDS300, Gas, Hepmass, Miniboone, Power
 from flowtrain.data.patches import Patches
+from flowtrain.data.simulator import Simulator
 from flowtrain.data.split import ArraySplit, Split
 from flowtrain.data.synthetic import Synthetic
 from flowtrain.data.tables.columns import Columns
@@ -45,6 +46,7 @@ __all__ = [
     "Pinwheel",
     "Power",
     "Rings",
+    "Simulator",
     "Spirals",
     "Split",
     "Synthetic",

@@ -1,6 +1,7 @@
 """The base class of all datasets: the keys that their YAML files share, checked, and three splits."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from flowtrain.data.spec import DataSpec
@@ -98,6 +99,9 @@ class Dataset:
     def use_columns(self, columns) -> None:
         """Encode rows by the columns of a checkpoint (a :class:`Columns`) instead of those found in the file. Call it
         before :meth:`split`. Only a user's table uses it."""
+
+    def use_functions(self, find: Callable[[str, str], Callable]) -> None:
+        """Find functions of the user's own by ``find(key, "module:function")``. Only a simulator has any."""
 
     def _open(self, name: str) -> Split:
         raise NotImplementedError

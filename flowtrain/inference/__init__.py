@@ -1,1 +1,1 @@
-"""Flows for inference from Python: fitted to arrays and tables, in the program that uses them."""
+"""Flows for inference from Python: fitted to arrays, tables and simulations, in the program that uses them."""

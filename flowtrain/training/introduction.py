@@ -58,7 +58,11 @@ def log_description(run: SetUp, trainer: Trainer) -> None:
         bound = ", lower bounds of those of the values that are not missing" if spec.has_gaps else ""
         log.info("shape %s, D = %d, real numbers: likelihoods in nats%s", shape, flow.dimensions, bound)
     if spec.context:
-        log.info("context: %s, shape %s", config.dataset["context"], "×".join(map(str, spec.context_shape)))
+        log.info(
+            "context: %s, shape %s",
+            config.dataset.get("context", "a simulation"),
+            "×".join(map(str, spec.context_shape)),
+        )
     log.info("model: %s parameters (%s)", f"{count:,}", spread)
     if spec.columns and all(column.kind == "angle" for column in spec.columns):
         log.info("every column is an angle: circular splines are the whole flow, and model= has no part in it")

@@ -1,0 +1,204 @@
+"""Flows as density estimators of the package sbi."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from flowtrain import flows
+from flowtrain.bijections import BoundColumns, Standardize
+from flowtrain.bijections.columns import fit_to_columns
+from flowtrain.data import Columns
+from flowtrain.data.simulations.prior import broadcast_ends, each_end, support_ends
+from flowtrain.data.tables.column import Column
+from flowtrain.flow import Flow
+from flowtrain.flows.parts import chain
+
+try:
+    from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
+    from sbi.neural_nets.estimators import ConditionalDensityEstimator
+    from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardization
+except ModuleNotFoundError as error:
+    raise ImportError("flowtrain.sbi needs the package sbi: pip install 'flowtrain[sbi]'") from error
+
+Scores = Literal["independent", "structured", "none"] | None
+MOST_ROWS = 4096  # of the first batch that the flow starts from
+
+__all__ = ["FlowEstimator", "estimator"]
+
+
+def estimator(
+    model: str | Callable[..., Flow] = "nsf_autoregressive",
+    *,
+    density: Literal["posterior", "likelihood"] | None = None,
+    prior: Distribution | None = None,
+    bounds: tuple[Any, Any] | None = None,
+    embedding_net: nn.Module | None = None,
+    z_score_theta: Scores = "independent",
+    z_score_x: Scores = "independent",
+    **knobs,
+) -> Callable[[Tensor, Tensor], FlowEstimator]:
+    """A builder for the ``density_estimator`` of sbi's NPE and NLE: it makes a flow that fits the first simulations.
+
+    Args:
+        model: the name of a function of :mod:`flowtrain.flows` that takes vectors, or such a function.
+        density: whose density it is: p(θ | x), the posterior, or p(x | θ), the likelihood. None: the likelihood where
+            sbi's NLE calls the builder, else the posterior.
+        prior: bounds θ by its support, an interval or a half-line in each dimension: no sample of the posterior lies
+            outside, and the density there is 0.
+        bounds: (low, high) of what is modelled instead, two numbers or tensors; None for no bound.
+        embedding_net: maps what is conditional on, (B, *shape), z-scored, to features, (B, n); trained with the flow.
+        z_score_theta, z_score_x: whether each dimension is standardized ("independent"), all by one mean and
+            deviation ("structured": series and images), or none.
+        knobs: of the model, such as ``steps=5, hidden=50``.
+
+    Raises:
+        ValueError: an unknown model; both ``prior`` and ``bounds``; a prior of another support, such as a simplex.
+            From the builder: ``prior`` for a likelihood.
+        ImportError: sbi is not installed.
+
+    >>> import flowtrain
+    >>> build = flowtrain.sbi.estimator("nsf_coupling", hidden=16)
+    >>> theta, x = torch.randn(100, 2), torch.randn(100, 3)
+    >>> posterior = build(theta, x)
+    >>> posterior.sample((5,), x[:4]).shape, posterior.log_prob(theta[:4], x[:4]).shape
+    (torch.Size([5, 4, 2]), torch.Size([1, 4]))
+    """
+    if isinstance(model, str):
+        if model not in flows.__all__:
+            raise ValueError(f"model='{model}': must be one of {', '.join(flows.__all__)}")
+        model = getattr(flows, model)
+    if density not in (None, "posterior", "likelihood"):
+        raise ValueError(f"density='{density}': must be 'posterior' or 'likelihood'")
+    if prior is not None and bounds is not None:
+        raise ValueError("prior and bounds: give one of them")
+    for z_score in (z_score_theta, z_score_x):
+        if z_score == "transform_to_unconstrained":
+            raise ValueError("z_score='transform_to_unconstrained': give prior= or bounds= instead")
+        z_score_parser(z_score)
+    prior_ends = None if prior is None else _prior_ends(prior)
+
+    def build(batch_theta: Tensor, batch_x: Tensor) -> FlowEstimator:
+        """The estimator for simulations θ (N, *) and x (N, *), whose moments and shapes it takes."""
+        caller = sys._getframe(1).f_locals.get("self")
+        if density == "likelihood" or density is None and isinstance(caller, LikelihoodEstimatorTrainer):
+            if prior is not None:
+                raise ValueError("prior: it bounds θ, and a likelihood is a density of x; give bounds= for x")
+            rows, conditions, scores, own_ends = batch_x, batch_theta, (z_score_x, z_score_theta), None
+        else:
+            rows, conditions, scores, own_ends = batch_theta, batch_x, (z_score_theta, z_score_x), prior_ends
+        if rows.dim() != 2:
+            raise ValueError(f"what is modelled has shape {list(rows.shape[1:])} for each simulation: it must be a row")
+        if bounds is not None:
+            own_ends = [*zip(*(each_end(end, rows.shape[1]) for end in bounds))]
+        own_ends = broadcast_ends(own_ends or [(None, None)], rows.shape[1])
+
+        embedding = [standardizing_net(conditions, scores[1] == "structured")] if z_score_parser(scores[1])[0] else []
+        embedding = nn.Sequential(*embedding, *(() if embedding_net is None else (embedding_net,)), nn.Flatten())
+        features = _features(embedding, conditions)
+        flow = model(
+            tuple(rows.shape[1:]),
+            context_shape=tuple(features.shape[1:]),
+            preprocess=chain(bound=BoundColumns, standardize=Standardize),
+            **knobs,
+        )
+        fit_to_columns(flow.bijection, _columns(rows, own_ends, scores[0]), rows)
+        flow.initialize(rows[:MOST_ROWS], features)
+        return FlowEstimator(flow, embedding, rows.shape[1:], conditions.shape[1:], own_ends)
+
+    return build
+
+
+class FlowEstimator(ConditionalDensityEstimator):
+    """A flow with sbi's contract of a conditional density estimator, whose shapes are those of sbi:
+
+    inputs (samples, batch, *input_shape) or (batch, *input_shape), conditions (batch, *condition_shape) or with a
+    sample dimension in front. Outside the bounds the density is 0.
+
+    Args:
+        flow: of rows, with the embedding's features as context.
+        embedding: from conditions to features, (B, n).
+        input_shape, condition_shape: of one simulation.
+        ends: (low, high) of each dimension of the input, None where it has no bound.
+    """
+
+    def __init__(self, flow: Flow, embedding: nn.Module, input_shape, condition_shape, ends):
+        super().__init__(flow, torch.Size(input_shape), torch.Size(condition_shape))
+        self._embedding = embedding
+        for name, none, own in zip(("low", "high"), (-torch.inf, torch.inf), zip(*ends)):
+            self.register_buffer(name, torch.tensor([none if end is None else end for end in own]))
+
+    @property
+    def embedding_net(self) -> nn.Module:
+        """From conditions to the flow's context, z-scoring included."""
+        return self._embedding
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        """log p(input | condition) in nats, (samples, batch); −∞ outside the bounds."""
+        self._check_input_shape(input)
+        self._check_condition_shape(condition)
+        input, _, batch = self._broadcast_and_align(input, condition)
+        # each condition is embedded once, then repeated for all samples
+        features = self._embed(condition).expand(len(input), batch, -1)
+        inside = ((input >= self.low) & (input <= self.high)).all(-1)
+        rows = input.clamp(self.low, self.high)  # a value of NaN would give gradients of NaN
+        log_prob = self.net(rows.flatten(0, 1), features.flatten(0, 1)).unflatten(0, (len(input), batch))
+        return torch.where(inside, log_prob, -torch.inf)
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        """−log p(input | condition) of rows (batch, *input_shape), (batch,)."""
+        return -self.log_prob(input[None], condition)[0]
+
+    def sample(self, sample_shape: Sequence[int], condition: Tensor, **kwargs) -> Tensor:
+        """Samples for each of a batch of conditions, (*sample_shape, batch, *input_shape), without gradients."""
+        self._check_condition_shape(condition)
+        with torch.no_grad():
+            return self.net.sample(tuple(sample_shape), self._embed(condition))
+
+    def sample_and_log_prob(self, sample_shape: Sequence[int], condition: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Samples as :meth:`sample` draws them, with gradients, and their log-densities, in one pass."""
+        self._check_condition_shape(condition)
+        return self.net.rsample_and_log_prob(tuple(sample_shape), self._embed(condition))
+
+    def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
+        """The latents of inputs, in the broadcast batch of both."""
+        self._check_condition_shape(condition)
+        return self.net.encode(input, self._embed(condition))
+
+    def _embed(self, condition: Tensor) -> Tensor:
+        """The features of conditions (*batch, *condition_shape): (*batch, n)."""
+        batch = condition.shape[: condition.dim() - len(self.condition_shape)]
+        return self._embedding(condition.reshape(-1, *self.condition_shape)).unflatten(0, batch)
+
+
+def _features(embedding: nn.Module, conditions: Tensor) -> Tensor:
+    """The embedding of the first conditions, as in evaluation: dropout and running statistics stay as they are."""
+    was_training = embedding.training
+    with torch.no_grad():
+        features = embedding.eval()(conditions[:MOST_ROWS])
+    embedding.train(was_training)
+    return features
+
+
+def _prior_ends(prior: Distribution) -> list[tuple[float | None, float | None]]:
+    try:
+        return list(support_ends(prior.support))
+    except ValueError as error:
+        raise ValueError(f"prior: {error}") from error
+
+
+def _columns(rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> Columns:
+    """What the flow's first layers need to know of each dimension."""
+    z_scored, structured = z_score_parser(z_score)
+    mean, std = z_standardization(rows, structured) if z_scored else (torch.zeros(()), torch.ones(()))
+    mean, std = mean.expand(rows.shape[1]), std.expand(rows.shape[1])
+    columns = [
+        Column(f"x{i}", "real", mean=float(mean[i]), std=float(std[i]), low=low, high=high)
+        for i, (low, high) in enumerate(ends)
+    ]
+    return Columns(tuple(columns))
