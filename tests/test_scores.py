@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowtrain import bijections as b
-from flowtrain import distributions, flows
+from flowtrain import distributions, flows, nets
 from flowtrain.flows.angles import with_angles
 from flowtrain.scores.chain_rule import ChainRule
 from flowtrain.scores.conformal import Conformal
@@ -26,6 +26,8 @@ SPLIT = {
     "nsf": partial(flows.nsf_autoregressive, **SMALL, mixing=None),
     "shuffled": partial(flows.nsf_autoregressive, **SMALL, steps=1, mixing=b.Shuffle),
     "angles": partial(with_angles, partial(flows.maf, **SMALL, mixing=None), columns=[2, 0]),
+    "bounded": partial(flows.made, **SMALL, preprocess=partial(b.Box, low=-9, high=[9, None, 9, 9])),
+    "embedded": partial(flows.made, **SMALL, context_shape=(2,), embedding=nets.MLPEmbedding),
     "context": partial(flows.made, **SMALL, base=distributions.ConditionalNormal, context_shape=(2,)),
 }
 MIXED = {
@@ -50,7 +52,7 @@ def random_flow(make, shape):
 def test_the_columns_sum_to_log_p_and_follow_the_order(name):
     flow = random_flow(SPLIT[name], (4,))
     rule, x = ChainRule(flow), torch.randn(5, 4, dtype=torch.float64)
-    context = torch.randn(5, 2, dtype=torch.float64) if flow.bijection.context_shape else None
+    context = torch.randn(5, 2, dtype=torch.float64) if flow.context_shape else None
     terms = rule.terms(x, context)
     torch.testing.assert_close(terms.sum(1), flow.log_prob(x, context), rtol=1e-9, atol=1e-9)
     assert sorted(rule.order) == [0, 1, 2, 3]

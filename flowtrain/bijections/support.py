@@ -146,6 +146,10 @@ class Box(Support):
         return constraints.independent(constraints.interval(*both), len(self.shape))
 
     def forward(self, x, context=None):
+        z, log_derivatives = self.log_derivatives(x)
+        return z, sum_event(log_derivatives)
+
+    def log_derivatives(self, x, context=None):
         with full_precision(x):
             two_sided = self.has_low & self.has_high
             margin = torch.finfo(x.dtype).eps / 2 * self.width
@@ -155,7 +159,7 @@ class Box(Support):
             inside = (above > 0) & (below > 0)
             log_above, log_below = (torch.where(inside, gap, 1.0).log() for gap in (above, below))
             z = torch.where(self.has_low | self.has_high, log_above - log_below, x)
-            return z.where(inside, math.nan), sum_event(self.width.log() - log_above - log_below)
+            return z.where(inside, math.nan), self.width.log() - log_above - log_below
 
     def inverse(self, z, context=None):
         with full_precision(z):
