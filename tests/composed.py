@@ -47,7 +47,7 @@ def spec_of(dataset: str):
     return get_class(target)().spec
 
 
-DATASETS = [name for name in options("dataset") if name not in ("table", "arrays", "simulator")]  # they need yours
+DATASETS = [name for name in options("dataset") if name not in ("table", "arrays", "simulator", "target")]  # need yours
 IMAGES = [name for name in DATASETS if spec_of(name).is_image]
 VECTORS = [name for name in DATASETS if not spec_of(name).is_image]
 ONLY_IMAGES = (

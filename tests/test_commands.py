@@ -26,7 +26,16 @@ from flowtrain.runtime import status
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["smoke=true", "logger=none", "report=false"]
 EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
-SAMPLE = {"n": 6, "temperature": 1.0, "label": None, "context": None, "output": None, "plot": True, "weights": "auto"}
+SAMPLE = {
+    "n": 6,
+    "temperature": 1.0,
+    "label": None,
+    "context": None,
+    "output": None,
+    "plot": True,
+    "weights": "auto",
+    "mcmc": False,
+}
 
 
 def train_run(run_dir, *overrides):

@@ -65,7 +65,7 @@ def folder(tmp_path):
 # ------------------------------------------------------------------ YAML
 
 
-@pytest.mark.parametrize("name", sorted({*options("dataset")} - {"arrays", "simulator"}))  # they have files of tests
+@pytest.mark.parametrize("name", sorted({*options("dataset")} - {"arrays", "simulator", "target"}))  # have their own
 def test_every_dataset_has_the_shared_keys_and_builds_without_data(name, tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1.5,2\n2.5,1\n")
     file = [f"dataset.path={tmp_path}/t.csv"] if name == "table" else []

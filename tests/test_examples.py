@@ -22,6 +22,11 @@ SAYS = {  # script -> lines of its output, as patterns
         r"^deviation: 0\.(2|3)\d 0\.(2|3)\d, exact 0\.29 0\.29$",
         r"^coverage: p = 0\.[^0]",
     ],
+    "variational": [
+        r"^log Z: 10\.\d+ ± 0\.\d+, exact 10\.293$",
+        r"^effective sample size: \d\d\.\d %$",
+        r"^modes found: 2 of 2$",
+    ],
 }
 
 

@@ -207,7 +207,7 @@ def test_the_path_gradient_has_no_variance_where_the_flow_is_the_target():
 
 @pytest.mark.parametrize("path", [False, True])
 def test_alpha_two_is_half_the_second_moment_and_so_is_its_gradient(path):
-    """For q = N(m, I) and p = N(0, I): ½ log E_q[w²] = m²/2 for each dimension, and the mean moves by −m."""
+    """For q = N(m, I) and p = N(0, I): ½ log E_q[w²] = m²/2 for each dimension, and its gradient in m is m."""
     flow, objective = affine_flow(0.4), Alpha2(Normal(), path_gradient=path)
     torch.manual_seed(0)
     losses = objective.loss(flow, (torch.zeros(200_000, 2), None))

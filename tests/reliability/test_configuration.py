@@ -219,8 +219,9 @@ def train_lines() -> list[list[str]]:
     ]
     lines += [["model=realnvp", f"norm={name}"] for name in options("norm")]
     lines += [[f"base={name}", "dataset.context=label"] for name in options("base")]
+    lines += [[f"objective={name}", "target=funnel"] for name in ("reverse_kl", "alpha2")]
     for name in options("dataset"):
-        if name != "table":
+        if name not in ("table", "target"):
             lines.append([f"dataset={name}", *(["model=maf"] if name in VECTORS else [])])
     return lines
 
