@@ -1,7 +1,9 @@
 """flowtrain check calibration=true: calibrated posteriors pass, others fail in the way that they are wrong."""
 
 import csv
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,3 +164,23 @@ def test_what_has_no_ranks_is_refused(tmp_path, words, line):
 def test_a_new_flow_has_no_posteriors(tmp_path):
     with pytest.raises(WorkerError, match="needs a run"):
         flowtrain(tmp_path, "check", "model=maf", "dataset=moons", "calibration=true")
+
+
+def test_the_table_of_the_benchmark_says_what_is_not_measured(monkeypatch):
+    scripts = Path(__file__).parent.parent / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    spec = importlib.util.spec_from_file_location("benchmark", scripts / "sbibm.py")
+    spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
+    row = {"task": "slcp", "simulations": 1000, "estimator": "zuko", "c2st": 0.7, "train_seconds": 12.4}
+    rows = benchmark.table([row | {"observation": 1}, row | {"observation": 2, "c2st": 0.8}]).splitlines()
+    assert len(rows) == 2 + 6 * 3
+    (line,) = [line for line in rows if line.startswith("| slcp | 1,000 ")]
+    assert line.split(" | ")[2:] == [
+        "not measured yet",
+        "not measured yet",
+        "0.750 (2 of 10)",
+        "0.975",
+        "–",
+        "–",
+        "12 s |",
+    ]
