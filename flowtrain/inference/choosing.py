@@ -27,13 +27,13 @@ log = logging.getLogger("flowtrain")
 AUTO = "auto"
 MIXTURES = 0.2  # of the time, for mixtures
 ROUNDS = ((0.3, 3), (0.3, 1), (0.4, 0))  # shares of the time that is left for flows, and how many go on
-SECONDS = 4.0  # that a flow of the first round gets at least; fewer flows begin where there is less time
+SECONDS = 3.0  # that a flow of the first round gets at least; fewer flows begin where there is less time
 SHORT = (  # tables: few parameters, or dropout
     ("nsf_autoregressive", {"steps": 2, "hidden": 32, "dropout": 0.2}),
-    ("maf", {"steps": 3, "hidden": 64, "dropout": 0.2}),
+    ("maf", {"steps": 6, "hidden": 64, "dropout": 0.0}),
     ("nsf_coupling", {"pairs": 2, "hidden": 32, "dropout": 0.2}),
     ("nsf_autoregressive", {"steps": 1, "hidden": 64, "dropout": 0.5}),
-    ("maf", {"steps": 2, "hidden": 32, "dropout": 0.0}),
+    ("maf", {"steps": 3, "hidden": 64, "dropout": 0.2}),
     ("maf", {"steps": 5, "hidden": 128, "dropout": 0.2}),
 )
 LONG = (
@@ -96,7 +96,7 @@ def choose(data: Given, options: dict, seed: int, device: torch.device, deadline
     if not trials:
         raise FlowtrainError("model='auto': none of its flows could be trained")
     trials.sort(key=lambda trial: trial.mean, reverse=True)
-    chosen, why = _simplest(trials)
+    chosen, why = trials[0], _why(trials)
     if chosen.mixture is not None:
         chosen.trained.flow.base = chooser.refit(chosen)
     chooser.say(f"model=auto: {why}")
@@ -189,24 +189,14 @@ class _Chooser:
         return _Trial(Candidate(name, mean, error, trained.seconds, parameters), trained, **more)
 
 
-def _simplest(trials: list[_Trial]) -> tuple[_Trial, str]:
-    """The best of the ``trials``, which are sorted; or the best mixture where the rows for validation do not tell it
-    from the best: where their paired difference is below its standard error."""
-    best = trials[0]
-    mixture = next((trial for trial in trials if trial.mixture is not None), None)
-    second = next((trial for trial in trials if trial.candidate.name != best.candidate.name), None)
-    if mixture is not None and mixture is not best:
-        gap, error = _difference(best, mixture)
-        if gap < error:
-            other = f"{best.candidate.name} is better by {gap:.3f} ± {error:.3f} nats, within its error"
-            return (
-                mixture,
-                f"{mixture.candidate.name} is simple, and validation does not tell it from the best: {other}",
-            )
+def _why(trials: list[_Trial]) -> str:
+    """Why the first of the ``trials``, which are sorted."""
+    best, *others = trials
     why = f"{best.candidate.name} is the best on the rows for validation"
-    if second is not None:
-        why += ", by {:.3f} ± {:.3f} nats before ".format(*_difference(best, second)) + second.candidate.name
-    return best, why
+    second = next((trial for trial in others if trial.candidate.name != best.candidate.name), None)
+    if second is None:
+        return why
+    return f"{why}, by {plus_minus(*_difference(best, second), 3)} nats before {second.candidate.name}"
 
 
 def _difference(one: _Trial, other: _Trial) -> tuple[float, float]:
