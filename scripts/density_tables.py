@@ -231,7 +231,7 @@ def conditions(result: dict) -> str:
     found = [method for table in result["tables"].values() for method in table["methods"].values()]
     loads, own = sorted(method["load"] for method in found), result["budget"]
     return (
-        f"auto had {own['auto_minutes']:g} minutes for each table, the random search {own['search_runs']} runs of"
+        f"auto had {60 * own['auto_minutes']:g} s for each table, the random search {own['search_runs']} runs of"
         f" {own['search_seconds_each']:g} s each, the mixtures and kernel densities as long as they took. The load"
         f" average of the machine's {found[0]['cores']} cores was {loads[0]:g} to {loads[-1]:g}: where that exceeds the"
         " cores, flows had a share of one."
