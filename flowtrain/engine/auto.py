@@ -32,7 +32,7 @@ def choose_learning_rate(given: float | str, rows: int, spec: DataSpec) -> float
         raise UsageError(f"optimizer.lr={given}: must be a number or auto")
     if given != "auto":
         return given
-    return 1e-3 if is_small_table(rows, spec) else 3e-3
+    return 1e-3 if is_small_table(rows, spec) or spec.target is not None else 3e-3  # fast, a flow drops modes
 
 
 def choose_batch_size(given: int | str, rows: int, spec: DataSpec, processes: int, accumulate: int) -> int:
