@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default=str(ROOT))
     args = parser.parse_args()
     minutes = 0.03 if args.smoke else args.minutes
-    path = Path(args.folder) / "docs" / "targets.json"
+    path = Path(args.folder) / "results" / "targets.json"
     path.parent.mkdir(exist_ok=True, parents=True)
     found = json.loads(path.read_text()) if path.is_file() else {"minutes": minutes, "machine": platform.machine()}
     torch.set_num_threads(1)
