@@ -217,7 +217,24 @@ class ConditionalNormal(Distribution):
         return mean + temperature * log_scale.exp() * z.to(mean)
 
 
-class Mixture(Distribution):
+class _Mixture(Distribution):
+    """Weights and means of the components of a mixture."""
+
+    def __init__(self, shape, components: int, spread: float):
+        super().__init__(shape)
+        if components < 1:
+            raise ValueError(f"components={components} must be at least 1")
+        if not 0 <= spread < 1:
+            raise ValueError(f"spread={spread} must lie in [0, 1)")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.mean = nn.Parameter(spread * torch.randn(components, *self.shape))
+
+    @property
+    def noise(self):
+        return Noise("uniform", ()), Noise("normal", self.shape)
+
+
+class Mixture(_Mixture):
     """Σₖ wₖ N(μₖ, diag σₖ²) with learned weights, means and scales.
 
     At the start the means are drawn from N(0, spread²) and every variance is 1 − spread². So the components differ, and
@@ -237,22 +254,12 @@ class Mixture(Distribution):
     """
 
     def __init__(self, shape, components: int = 10, spread: float = 0.8, context_shape=None):
-        super().__init__(shape, context_shape)
-        if components < 1:
-            raise ValueError(f"components={components} must be at least 1")
-        if not 0 <= spread < 1:
-            raise ValueError(f"spread={spread} must lie in [0, 1)")
-        self.logits = nn.Parameter(torch.zeros(components))
-        self.mean = nn.Parameter(spread * torch.randn(components, *self.shape))
+        super().__init__(shape, components, spread)
         self.log_scale = nn.Parameter(torch.full((components, *self.shape), 0.5 * math.log1p(-(spread**2))))
 
     def log_prob(self, z, context=None):
         each = _normal_log_density(z[:, None], self.mean, self.log_scale).flatten(2).sum(2)
         return torch.logsumexp(each + self.logits.log_softmax(0), 1)
-
-    @property
-    def noise(self):
-        return Noise("uniform", ()), Noise("normal", self.shape)
 
     def from_noise(self, noise, temperature=1.0, context=None):
         u, z = (one.to(self.mean) for one in noise)
@@ -263,7 +270,7 @@ class Mixture(Distribution):
 _MOST = 2**24  # numbers that a mixture of vectors holds at once
 
 
-class NormalMixture(Distribution):
+class NormalMixture(_Mixture):
     """Σₖ wₖ N(μₖ, Σₖ) of vectors, with learned weights, means and covariances Σₖ = (Pₖ Pₖᵀ)⁻¹.
 
     With ``shared``, all components have one P: with a mean at each row of data, a kernel density estimate. At the start
@@ -285,15 +292,9 @@ class NormalMixture(Distribution):
     """
 
     def __init__(self, shape, components: int = 10, shared: bool = False, spread: float = 0.8, context_shape=None):
-        super().__init__(shape, context_shape)
+        super().__init__(shape, components, spread)
         if len(self.shape) != 1:
             raise ValueError(f"a mixture with covariances takes vectors, not shape {list(self.shape)}")
-        if components < 1:
-            raise ValueError(f"components={components} must be at least 1")
-        if not 0 <= spread < 1:
-            raise ValueError(f"spread={spread} must lie in [0, 1)")
-        self.logits = nn.Parameter(torch.zeros(components))
-        self.mean = nn.Parameter(spread * torch.randn(components, *self.shape))
         start = torch.eye(self.shape[0]) / math.sqrt(1 - spread**2)
         self.factor = nn.Parameter(start.repeat(1 if shared else components, 1, 1))
 
@@ -310,10 +311,6 @@ class NormalMixture(Distribution):
         log_det = self.factor.slogdet()[1]
         each = -0.5 * squares + log_det - 0.5 * self.shape[0] * math.log(2 * math.pi)
         return torch.logsumexp(each + self.logits.log_softmax(0), 1)
-
-    @property
-    def noise(self):
-        return Noise("uniform", ()), Noise("normal", self.shape)
 
     def from_noise(self, noise, temperature=1.0, context=None):
         u, z = (one.to(self.mean) for one in noise)
