@@ -91,6 +91,7 @@ FAULTS = [
 
 def replay_config(config, file):
     keys = {"examples": 8, "jacobian": 4096, "tolerance": 1.0, "weights": "auto", "json": False}
+    keys |= {"calibration": False, "simulations": 1000, "draws": 1000, "reference": None}
     return checkpoint_command_config("check", config, ckpt=None, replay=str(file), **keys)
 
 
