@@ -7,12 +7,14 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from layers import LAYERS
 from torch.distributions import Normal, constraints, kl_divergence
 from torch.func import functional_call
 
+import flowtrain
 from flowtrain import Flow, flows
 from flowtrain import bijections as b
 from flowtrain.distributions import Joint, Logistic, Mixture, StandardNormal
@@ -242,3 +244,11 @@ def test_a_distribution_is_pickled_copied_and_used_by_threads():
         for found in threads.map(lambda _: density.log_prob(x), range(8)):
             torch.testing.assert_close(found, expected)
     assert copy.deepcopy(flow).float().log_prob(x[:, 0].float(), c[0].float()).dtype == torch.float32
+
+
+def test_a_distribution_with_missing_values_has_any_batch():
+    frame = pd.DataFrame({"a": [1.0, float("nan"), 2.0, 0.5] * 30, "b": [0.1, 0.2, float("nan"), 0.3] * 30})
+    flow = flowtrain.fit(frame, missing="model", model="made", minutes=1.0, progress=False, options={"max_steps": 2})
+    x = flow.sample((2, 5))
+    density = flow.to_distribution(validate_args=True)
+    assert density.log_prob(x).shape == (2, 5) and density.log_prob(x[0, 0]).shape == ()

@@ -390,3 +390,18 @@ def test_points_to_show_of_a_target_without_samples_are_drawn_on_a_grid():
     ring = targets.Function(lambda x: -0.5 * ((x.norm(dim=1) - 2) / 0.3) ** 2, dimensions=2)
     points, _ = TargetData(target=ring).split("val").shown(5000)
     assert (points.norm(dim=1) - 2).abs().mean().item() == pytest.approx(0.3 * math.sqrt(2 / math.pi), abs=0.02)
+
+
+def test_callables_of_every_kind_are_targets():
+    def log_prob(x, beta=1.0):
+        return -0.5 * beta * x.square().sum(1)
+
+    x = torch.ones(2, 3)
+    assert targets.Function(partial(log_prob), dimensions=3).log_prob(x).tolist() == [-1.5, -1.5]
+    assert targets.Function(partial(log_prob, beta=4.0), dimensions=3).log_prob(x).tolist() == [-6.0, -6.0]
+    module = torch.nn.Linear(3, 1)
+    assert targets.Function(module, dimensions=3).name.endswith("Linear")
+
+
+def test_the_modes_of_very_many_wells_are_not_counted():
+    assert targets.ManyWell(40).modes == 2**20 and targets.ManyWell(130).modes is None

@@ -16,6 +16,7 @@ from flowtrain.data.labels import list_classes
 from flowtrain.data.spec import class_names
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.runtime.seeds import seed_from
+from flowtrain.scores.chain_rule import ChainRule
 from flowtrain.scores.conformal import Conformal
 from flowtrain.scores.typicality import entropy, typicality
 
@@ -26,10 +27,11 @@ CAVEATS = {
 }
 
 
-def calibrate(config: ScoreConfig, restored: Restored) -> Calibration:
+def calibrate(config: ScoreConfig, restored: Restored, rule: ChainRule | None = None) -> Calibration:
     """Score the calibration rows, on every process.
 
-    Their noise is drawn as often as that of new rows, but from another seed: each example's noise is its own.
+    Their noise is drawn as often as that of new rows, but from another seed: each example's noise is its own. With
+    ``rule`` their log-likelihoods are sums over columns, as new rows' are then: other roundings would part ties.
 
     Raises:
         UsageError: there are no such rows, or they are the input, count by weights, or were fitted.
@@ -55,7 +57,7 @@ def calibrate(config: ScoreConfig, restored: Restored) -> Calibration:
             raise UsageError(f"calibration={given}: is the input itself; take rows that are known to be usual")
         source = open_input(config, restored, given, "calibration")
         label = find_label(config, restored, source)
-    scorer = Scorer(config, restored, source, f"calibration={given}", label, seed_from(config.seed, 1))
+    scorer = Scorer(config, restored, source, f"calibration={given}", label, seed_from(config.seed, 1), rule)
     scores = []
     with progress(None, "calibration row") as bar:
         for group in scorer.scores():

@@ -54,7 +54,7 @@ def main(config: ScoreConfig, run_dir: str) -> dict:
         evaluation_mode(next(flow.parameters()).device),
         exact_trace() if needs_exact_trace(flow) else nullcontext(),
     ):
-        usual = calibration.calibrate(config, restored) if compares else None
+        usual = calibration.calibrate(config, restored, rule) if compares else None
         with (
             open_table(output) if distributed.is_main() else nullcontext() as write,
             progress(None, source.label) as bar,

@@ -159,13 +159,15 @@ class Scorer:
                 values[place] = math.nan
         terms[values.isnan()] = math.nan
         outside = {} if self.columns is None else self.columns.outside(group.x, context)
+        readable = torch.ones(len(values), dtype=torch.bool)
+        readable[list(group.bad)] = False
         return Scores(
             group.names,
             values.numpy(),
             [problems[place] for place in sorted(problems)],
             context.argmax(1).numpy() if self.has_classes and context is not None else None,
             terms.numpy() if self.rule else None,
-            {name: (found & ~values.isnan()).numpy() for name, found in outside.items()},
+            {name: (found & readable).numpy() for name, found in outside.items()},
         )
 
     def _terms(self, group: Group, context: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,8 +32,11 @@ class Function(Target):
     """
 
     def __init__(self, function: Callable, dimensions: int | None = None, scale: float | None = None):
-        function = getattr(function, "func", function) if not getattr(function, "args", ()) else function
-        self.name = f"{function.__module__}:{function.__qualname__}"
+        if isinstance(function, partial) and not function.args and not function.keywords:
+            function = function.func  # as a configuration names it
+        named = function.func if isinstance(function, partial) else function
+        named = named if hasattr(named, "__qualname__") else type(named)
+        self.name = f"{named.__module__}:{named.__qualname__}"
         if inspect.isclass(function):
             function = function()
         given = dimensions if dimensions is not None else getattr(function, "dimensions", None)
@@ -46,7 +50,8 @@ class Function(Target):
         self.function = getattr(function, "log_prob", function)
         self.dimensions = given
         self.scale = float(scale if scale is not None else getattr(function, "scale", 1.0))
-        self.log_z, self.names = getattr(function, "log_z", None), getattr(function, "names", None)
+        log_z, self.names = getattr(function, "log_z", None), getattr(function, "names", None)
+        self.log_z = None if log_z is None else float(log_z)
         self._sample = getattr(function, "sample", None)
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} of {self.name} must be above 0")

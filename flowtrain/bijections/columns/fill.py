@@ -65,7 +65,7 @@ class FillMissing(ColumnBijection):
         )
 
     def hide(self, x: Tensor) -> Tensor:
-        """Rows x (B, D) with 0 in place of each value that is missing and whose indicator says so."""
+        """Rows x (…, D) with 0 in place of each value that is missing and whose indicator says so."""
         return x.masked_fill(x.isnan() & self._is_missing(x), 0)
 
     def forward(self, x, context=None):
@@ -87,8 +87,8 @@ class FillMissing(ColumnBijection):
             return torch.where(missing, math.nan, z), self._log_density(noise, missing).sum(1)
 
     def _is_missing(self, x: Tensor) -> Tensor:
-        """Where the indicators say that a value is missing, (B, D)."""
-        return (x.index_select(1, self.indicator.clamp(min=0)) >= 1) & (self.indicator >= 0)
+        """Where the indicators say that a value is missing, (…, D)."""
+        return (x.index_select(-1, self.indicator.clamp(min=0)) >= 1) & (self.indicator >= 0)
 
     def _draw(self, x: Tensor) -> Tensor:
         """Noise before ``shift`` and ``scale``, (B, D), from uniform numbers."""
