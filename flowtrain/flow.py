@@ -313,18 +313,14 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor | None, torch.Size]:
         """The rows of x and their contexts in the flow's precision, and their batch. ValueError where they cannot be
         used."""
-        dtype, own, given = (
-            at_least_float32(self._weight.dtype),
-            batch_shape(name, x, shape),
-            self.context_batch(context),
-        )
+        own, given = batch_shape(name, x, shape), self.context_batch(context)
         try:
             batch = torch.broadcast_shapes(own, given)
         except RuntimeError as error:
             raise ValueError(
                 f"{name} has a batch of {list(own)} and context one of {list(given)}: they do not broadcast"
             ) from error
-        x = check_rows(name, repeat_events(x, batch, shape), dtype, hide)
+        x = check_rows(name, repeat_events(x, batch, shape), at_least_float32(self._weight.dtype), hide)
         if context is not None:
             context = self._check_context(repeat_events(context, batch, context.shape[len(given) :]))
         return x, context, batch

@@ -12,7 +12,7 @@ from torch import distributions as td
 from torch import nn
 
 import flowtrain
-from flowtrain.inference.box import Box
+from flowtrain.inference.edges import StretchedEdges
 
 sbi_inference = pytest.importorskip("sbi.inference")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -203,7 +203,7 @@ def test_the_density_outside_is_zero_and_its_gradients_are_numbers():
 
 
 def test_the_box_is_a_bijection_onto_the_line():
-    box = Box((3,), [(-1.0, 2.0), (None, None), (0.0, 1e-3)])
+    box = StretchedEdges((3,), [(-1.0, 2.0), (None, None), (0.0, 1e-3)])
     x = torch.stack(
         [torch.linspace(-0.9999, 1.9999, 301), torch.linspace(-9, 9, 301), torch.linspace(1e-7, 9e-4, 301)], 1
     )
@@ -217,7 +217,7 @@ def test_the_box_is_a_bijection_onto_the_line():
     assert torch.equal(z[120:180, 0], x[120:180, 0])  # the inside stays as it is
     far, _ = box.inverse(torch.tensor([[-1e9, 0.0, 1e9], [1e9, 0.0, -1e9]]))
     assert far[:, 0].tolist() == [-1, 2] and far[:, 2].min() == 0
-    narrow = Box((1,), [(0.7, 0.9)])  # neither is a float32
+    narrow = StretchedEdges((1,), [(0.7, 0.9)])  # neither is a float32
     far = narrow.inverse(torch.tensor([[-1e9], [1e9]]))[0].double()
     assert far.min() >= 0.7 and far.max() <= 0.9
 

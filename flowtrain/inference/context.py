@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from flowtrain.flow import Flow
 
 
-class Standardize(nn.Module):
+class StandardizeContext(nn.Module):
     """(c − mean)/std of contexts c (B, C)."""
 
     mean: Tensor
@@ -25,5 +25,5 @@ class Standardize(nn.Module):
 def take_raw_contexts(flow: Flow, moments: Tensor) -> None:
     """From now on, ``flow``, which takes standardized contexts, takes them in the units of ``moments``: mean and
     standard deviation, (2, C)."""
-    standardize = Standardize(*moments.to(next(flow.parameters())).unbind())
-    flow.embedding = nn.Sequential(standardize, *filter(None, [flow.embedding]))
+    standardize = StandardizeContext(*moments.to(next(flow.parameters())).unbind())
+    flow.embedding = standardize if flow.embedding is None else nn.Sequential(standardize, flow.embedding)

@@ -15,11 +15,11 @@ from flowtrain import flows
 from flowtrain.bijections import BoundColumns, Standardize
 from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.data import Columns
-from flowtrain.data.simulations.prior import broadcast_ends, each_end, support_ends
+from flowtrain.data.simulations.prior import broadcast_ends, each_end, limits, support_ends
 from flowtrain.data.tables.column import Column
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain
-from flowtrain.inference.box import Box
+from flowtrain.inference.edges import StretchedEdges
 
 try:
     from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
@@ -100,10 +100,7 @@ def estimator(
             own_ends = [*zip(*(each_end(end, rows.shape[1]) for end in bounds))]
         own_ends = broadcast_ends(own_ends or [(None, None)], rows.shape[1])
 
-        low, high = (
-            torch.tensor([none if end is None else end for end in each])
-            for each, none in zip(zip(*own_ends), (-torch.inf, torch.inf))
-        )
+        low, high = limits(own_ends)
         if ((rows < low) | (rows > high)).any():
             raise ValueError("some of the simulations lie beyond the bounds")
         embedding = [standardizing_net(conditions, scores[1] == "structured")] if z_score_parser(scores[1])[0] else []
@@ -112,7 +109,7 @@ def estimator(
         flow = model(
             tuple(rows.shape[1:]),
             context_shape=tuple(features.shape[1:]),
-            preprocess=chain(bound=BoundColumns, box=partial(Box, ends=own_ends), standardize=Standardize),
+            preprocess=chain(bound=BoundColumns, edges=partial(StretchedEdges, ends=own_ends), standardize=Standardize),
             **knobs,
         )
         fit_to_columns(flow.bijection, _columns(rows, own_ends, scores[0]), rows)
@@ -138,8 +135,8 @@ class FlowEstimator(ConditionalDensityEstimator):
     def __init__(self, flow: Flow, embedding: nn.Module, input_shape, condition_shape, ends):
         super().__init__(flow, torch.Size(input_shape), torch.Size(condition_shape))
         self._embedding = embedding
-        for name, none, own in zip(("low", "high"), (-torch.inf, torch.inf), zip(*ends)):
-            self.register_buffer(name, torch.tensor([none if end is None else end for end in own]))
+        for name, limit in zip(("low", "high"), limits(ends)):
+            self.register_buffer(name, limit)
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -207,6 +204,6 @@ def _columns(rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> Columns:
     mean, std = mean.expand(rows.shape[1]), std.expand(rows.shape[1])
     columns = []
     for i, (low, high) in enumerate(ends):
-        low, high = (None, None) if None not in (low, high) else (low, high)  # of a box: see Box
+        low, high = (None, None) if None not in (low, high) else (low, high)  # those of a box: StretchedEdges
         columns.append(Column(f"x{i}", "real", mean=float(mean[i]), std=float(std[i]), low=low, high=high))
     return Columns(tuple(columns))

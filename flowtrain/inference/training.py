@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from flowtrain.commands.evaluation import evaluate_split
-from flowtrain.config.build import build, build_flow
 from flowtrain.config.compose import chosen_config, is_part
 from flowtrain.config.schema import TrainConfig
 from flowtrain.engine.auto import SMALL
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.loggers import Loggers, NullLogger, progress
-from flowtrain.engine.precision import autocast_dtype
 from flowtrain.engine.saving import InMemory
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError, UsageError
@@ -26,8 +24,7 @@ from flowtrain.inference.given import Given
 from flowtrain.runtime.interrupts import leave_signals
 from flowtrain.training.batch_size import batch_size_of
 from flowtrain.training.errors import one_line_errors
-from flowtrain.training.optimizer import build_optimizer, check_optimizer
-from flowtrain.training.setup import SetUp, objective_of, record_of, set_arithmetic, set_memory
+from flowtrain.training.setup import SetUp, prepare, record_of
 
 NODES = ("model", "objective", "optimizer", "scheduler", "trainer")  # whose keys a caller may set
 KEYS = ("batch_size", "deterministic", "max_steps", "memory", "precision")
@@ -144,15 +141,8 @@ def _seconds_of_the_end(trainer: Trainer, data: Given) -> float:
 
 
 def _set_up(config: TrainConfig, data: Given, device: torch.device, loggers: Loggers) -> SetUp:
-    flow = build_flow(config, data.spec, "meta")
-    build_optimizer(config, flow, 0, data.spec)
-    set_memory(config, flow)
-    schedule = build(config.scheduler, "scheduler")
-    autocast_dtype(config.precision, device)
-    set_arithmetic(config)
-    check_optimizer(config, data.spec, device)
+    _, objective, schedule = prepare(config, data.spec, device)
     splits = copy.copy(data.train), copy.copy(data.val)
-    objective = objective_of(config, data.spec)
     config = replace(config, max_minutes=math.inf)  # the deadline says when
     run = _InMemoryRun(config, "", data, *splits, device, objective, schedule, loggers, {}, None)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))

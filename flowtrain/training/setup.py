@@ -51,6 +51,8 @@ from flowtrain.training.target import STARTING_POINTS, check_flow
 
 log = logging.getLogger("flowtrain")
 
+Schedule = Callable[[float, int], float]  # the factor of the learning rates, of the share of the budget and the step
+
 
 @dataclass(frozen=True)
 class SetUp:
@@ -70,7 +72,7 @@ class SetUp:
     val: Split
     device: torch.device
     objective: Objective
-    schedule: Callable[[float, int], float]
+    schedule: Schedule
     loggers: Loggers
     stored: dict
     state: dict | None
@@ -154,19 +156,12 @@ def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> 
     spec = data.spec
     if (found := data.find()) is not None:  # a checkpoint then describes its data without them
         config = replace(config, dataset=config.dataset | {"found": found})
-    flow = build_flow(config, spec, "meta")  # any usage error comes before data are opened
-    build_optimizer(config, flow, 0, spec)
-    set_memory(config, flow)
+    device = distributed.device()
+    flow, objective, schedule = prepare(config, spec, device)  # any usage error comes before data are opened
+    loggers = build_loggers(config)
     if config.target is not None:
         check_flow(config, flow)
-    objective, loggers = objective_of(config, spec), build_loggers(config)
-    schedule = build(config.scheduler, "scheduler", allow=config.allow)
-    device = distributed.device()
-    autocast_dtype(config.precision, device)
     check_cuda_graph(config, flow, device)
-    set_arithmetic(config)
-    with memory_of_weights(config, device):
-        check_optimizer(config, spec, device)
     if config.resume and distributed.is_main():
         places.announce(runs.run_of(Path(config.resume)), data)
     train, val = data.split("train"), data.split("val")
@@ -178,6 +173,25 @@ def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> 
         before = replace(Recorded.of(state), turns=())  # where they are, the Trainer's state says
     run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, before)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
+
+
+def prepare(config: TrainConfig, spec: DataSpec, device: torch.device) -> tuple[Flow, Objective, Schedule]:
+    """A flow without numbers, on the meta device, the objective and the learning rates' schedule of a run. What
+    ``config`` asks for and cannot be is refused. Sets torch's switches.
+
+    Raises:
+        UsageError: a part cannot be built, or not for this device.
+    """
+    flow = build_flow(config, spec, "meta")
+    build_optimizer(config, flow, 0, spec)
+    set_memory(config, flow)
+    objective = objective_of(config, spec)
+    schedule = build(config.scheduler, "scheduler", allow=config.allow)
+    autocast_dtype(config.precision, device)
+    set_arithmetic(config)
+    with memory_of_weights(config, device):
+        check_optimizer(config, spec, device)
+    return flow, objective, schedule
 
 
 def set_arithmetic(config: TrainConfig) -> None:

@@ -50,10 +50,7 @@ class Product:
             raise UsageError("dataset.prior={}: it has no parameters")
         self.low, self.width = torch.tensor([low, width], dtype=torch.float64)
         self.normal = torch.tensor(normal)
-        self.least, self.greatest = (
-            torch.tensor([none if end is None else end for end in each])
-            for each, none in zip(zip(*self.ends), (-math.inf, math.inf))
-        )
+        self.least, self.greatest = limits(self.ends)
 
     def sample(self, shape: tuple[int]) -> Tensor:
         shape = (*shape, len(self.names))
@@ -128,6 +125,19 @@ def support_ends(support: constraints.Constraint) -> Iterator[tuple[float | None
             raise ValueError(f"its support, {support}, is not an interval or a half-line in each dimension")
         count = max(torch.as_tensor(0.0 if end is None else end).numel() for end in (low, high))
         yield from zip(each_end(low, count), each_end(high, count))
+
+
+def limits(ends: Sequence[tuple[float | None, float | None]]) -> tuple[Tensor, Tensor]:
+    """The lower and the upper ends, (D,) each; ±∞ where there is none.
+
+    >>> limits([(0.0, 1.0), (None, None)])
+    (tensor([0., -inf]), tensor([1., inf]))
+    """
+    low, high = zip(*ends)
+    return (
+        torch.tensor([-math.inf if end is None else end for end in low]),
+        torch.tensor([math.inf if end is None else end for end in high]),
+    )
 
 
 def broadcast_ends(ends, count: int) -> list[tuple[float | None, float | None]]:

@@ -12,7 +12,7 @@ from flowtrain.bijections.bijection import Bijection, full_precision
 SHARE = 0.1  # of the width, at each end, that is stretched to infinity
 
 
-class Box(Bijection):
+class StretchedEdges(Bijection):
     """z = x inside a box, and logarithms of the distance in its outer tenths; x in dimensions without two bounds.
 
     At the lower end, for d = x − low below e = 0.1·(high − low), z = low + e + e·log(d/e), whose slope is 1 at d = e;
