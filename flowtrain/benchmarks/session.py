@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -120,7 +120,7 @@ class Session:
             torch.cuda.synchronize(self.device)
 
 
-def ratios(suite: str, work: str, times: Times, theirs: str, targets: dict[str, float]) -> Iterator[Row]:
+def ratios(suite: str, work: str, times: Times, theirs: str, targets: Mapping[str, float | None]) -> Iterator[Row]:
     """A row for each variant against ``theirs``, rows with targets first."""
     for name in [*targets, *(name for name in times if name not in targets)]:
         if name in times and name != theirs:

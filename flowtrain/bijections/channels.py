@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
+from flowtrain.bijections.bijection import Bijection, apply_in_turn, constant_log_det, full_precision
+from flowtrain.bijections.native import vector_affine
 from flowtrain.runtime import fusion
 from flowtrain.runtime.kept import from_weights
 
@@ -47,10 +48,52 @@ class ChannelAffine(Bijection):
         """log|det W|, a scalar."""
         raise NotImplementedError
 
+    def step(self) -> vector_affine.Step | None:
+        """This map of vectors as a step of a C++ function, if there is one."""
+        return None
+
     def fuse(self, following):
-        # not a vector's layers: a vector is no larger than their matrices
-        fusible = _fusible(self) and _fusible(following) and len(self.shape) > 1
-        return FusedChannelAffine([self, following]) if fusible else None
+        if not (_fusible(self) and _fusible(following)):
+            return None
+        if len(self.shape) > 1:
+            return FusedChannelAffine([self, following])
+        # a vector is no larger than the layers' matrices, so that their product would cost more
+        return FusedVectorAffine.of([self, following])
+
+
+class FusedVectorAffine:
+    """Affine maps of short vectors in turn, by one C++ function. Its parameters are those of its layers."""
+
+    def __init__(self, layers: list[ChannelAffine], steps: list[vector_affine.Step]):
+        self.layers, self.steps = layers, steps
+
+    @classmethod
+    def of(cls, layers: list[ChannelAffine]) -> FusedVectorAffine | None:
+        """The ``layers`` as one; None where a layer is no step of a C++ function, or vectors are too long."""
+        if torch.compiler.is_compiling() or not vector_affine.may_apply(layers[0].channels):
+            return None
+        steps = [step for layer in layers if (step := layer.step())]
+        return cls(layers, steps) if len(steps) == len(layers) else None
+
+    def fuse(self, following: Bijection) -> FusedVectorAffine | None:
+        # never beyond a product, so that the numbers do not depend on how a chain is divided
+        whole = self.steps[-1].kind == vector_affine.TRIANGULAR or not _fusible(following)
+        return None if whole else FusedVectorAffine.of([*self.layers, following])
+
+    def __call__(self, x, context=None):
+        with full_precision(x):
+            return vector_affine.affine(x, self.steps, self._in_turn) or self._in_turn(x)
+
+    def inverse(self, z, context=None):
+        return apply_in_turn([layer.inverse for layer in reversed(self.layers)], z, context)
+
+    exact_inputs, recompute = Bijection.exact_inputs, Bijection.recompute
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain.from_iterable(layer.parameters() for layer in self.layers)
+
+    def _in_turn(self, x):
+        return apply_in_turn(self.layers, x, None)
 
 
 class FusedChannelAffine:

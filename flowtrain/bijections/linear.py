@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision, zero_log_det
 from flowtrain.bijections.channels import ChannelAffine, inverse_matrix, mix_exactly, mixer
+from flowtrain.bijections.native.vector_affine import PERMUTE, TRIANGULAR, Step
 from flowtrain.runtime import modes
 from flowtrain.runtime.kept import from_weights
 
@@ -214,6 +215,9 @@ class LULinear(_Linear):
     def log_abs_det(self):
         return self.lu.diagonal().sum()
 
+    def step(self):
+        return Step(TRIANGULAR, self.order, self.lu, self.sign)
+
     # a vector is multiplied by one factor after the other, which needs no product and no inverse of matrices; an image,
     # with its many pixels, is multiplied by their product
 
@@ -279,6 +283,9 @@ class Permutation(ChannelAffine):
     def log_abs_det(self):
         return torch.zeros((), device=self.order.device)
 
+    def step(self):
+        return Step(PERMUTE, self.order)
+
 
 class Reverse(Permutation):
     """The channels in reverse order.
@@ -287,8 +294,15 @@ class Reverse(Permutation):
     tensor([[3., 2., 1.]])
     """
 
+    fusible = reversible = True
+
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, range(shape[0] - 1, -1, -1), context_shape)
+
+    def forward(self, x, context=None):
+        return x.flip(1), zero_log_det(x)
+
+    inverse = forward
 
 
 class Shuffle(Permutation):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
 from flowtrain.bijections.channels import ChannelAffine
+from flowtrain.bijections.native.vector_affine import SCALE, Step
 from flowtrain.runtime.global_batch import RunningMoments
 
 
@@ -74,6 +75,9 @@ class ActNorm(ChannelAffine):
 
     def log_abs_det(self):
         return self.log_scale.sum()
+
+    def step(self):
+        return Step(SCALE, first=self.bias, second=self.log_scale)
 
 
 class BatchNorm(Bijection):

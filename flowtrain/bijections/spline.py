@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from ctypes import Structure, c_double, c_int64
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowtrain.bijections.native.elements import RATIONAL_QUADRATIC, map_elements
 from flowtrain.bijections.univariate import Univariate, soft_clip
 
 
@@ -68,6 +70,20 @@ class PiecewiseLinear(Univariate):
         return weight.cumsum(-1).gather(-1, index)[..., 0] - own, own
 
 
+class _Settings(Structure):
+    """Of a :class:`RationalQuadratic`, for its C++ function."""
+
+    _fields_ = [
+        ("bins", c_int64),
+        ("bound", c_double),
+        ("least", c_double * 2),
+        ("share", c_double * 2),
+        ("shift", c_double),
+        ("min_derivative", c_double),
+        ("max_derivative", c_double),
+    ]
+
+
 class RationalQuadratic(Univariate):
     """A monotone rational-quadratic spline on [−bound, bound]; the identity outside (Durkan et al. 2019, section 3.1).
 
@@ -116,13 +132,35 @@ class RationalQuadratic(Univariate):
         self.shift = math.log(math.expm1(1 - min_derivative))  # its softplus makes a slope of 1
 
     def forward(self, x, theta):
+        return self._by_native(x, theta, False, self._forward) or self._forward(x, theta)
+
+    def inverse(self, y, theta):
+        return self._by_native(y, theta, True, self._inverse) or self._inverse(y, theta)
+
+    def _by_native(self, values, theta, inverse, by_torch):
+        """The map by a C++ function; None where that does not apply."""
+        if torch.compiler.is_compiling() or type(self) is not RationalQuadratic:  # a subclass has a map of its own
+            return None
+        pair = c_double * 2
+        settings = _Settings(
+            self.bins,
+            self.bound,
+            pair(*self.least),
+            pair(*self.share),
+            self.shift,
+            self.min_derivative,
+            self.max_derivative,
+        )
+        return map_elements(RATIONAL_QUADRATIC, values, theta, settings, inverse, by_torch)
+
+    def _forward(self, x, theta):
         inside = x.clamp(-self.bound, self.bound)
         piece = self._find(inside, theta, axis=0)
         rise, log_slope = piece.at(((inside - piece.left) / piece.width).clamp(0, 1))
         is_inside = x == inside
         return torch.where(is_inside, piece.bottom + piece.height * rise, x), torch.where(is_inside, log_slope, 0.0)
 
-    def inverse(self, y, theta):
+    def _inverse(self, y, theta):
         inside = y.clamp(-self.bound, self.bound)
         piece = self._find(inside, theta, axis=1)
         t = piece.position(((inside - piece.bottom) / piece.height).clamp(0, 1))

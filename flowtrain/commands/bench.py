@@ -18,7 +18,7 @@ from flowtrain.benchmarks import SUITES, peers, report
 from flowtrain.benchmarks.session import Session
 from flowtrain.commands import BenchConfig
 from flowtrain.engine.precision import set_tf32
-from flowtrain.runtime import distributed, files
+from flowtrain.runtime import distributed, files, native
 
 
 def main(config: BenchConfig, run_dir: str) -> dict:
@@ -42,6 +42,7 @@ def main(config: BenchConfig, run_dir: str) -> dict:
     cores = distributed.cores()
     short = "" if cores >= config.threads else ": fewer cores than threads, so the figures are of no use"
     session.say(f"load {before:.2f}, {config.threads} threads on {cores} core{'s' * (cores > 1)}{short}")
+    session.say(f"C++ functions for the CPU: {native.status()}")
     rows = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.\w+ is deprecated")  # in peers
@@ -61,6 +62,7 @@ def main(config: BenchConfig, run_dir: str) -> dict:
         "platform": platform.platform(),
         "cores": cores,
         "threads": config.threads,
+        "c++": native.status(),
         "precision": "float32",
         "rounds": config.rounds,
         "seconds_a_comparison": config.seconds,

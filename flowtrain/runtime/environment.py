@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from flowtrain import __version__
-from flowtrain.runtime import distributed, files
+from flowtrain.runtime import distributed, files, native
 
 NAME = "environment.json"
 PACKAGES = ("hydra-core", "numpy", "omegaconf", "pillow", "scikit-learn", "torch", "torchdiffeq", "torchvision")
@@ -50,6 +50,7 @@ def describe(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
+        "c++": native.status(),
         "host": platform.node(),
         "platform": platform.platform(),
         "command": sys.argv,

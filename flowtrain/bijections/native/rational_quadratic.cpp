@@ -1,0 +1,303 @@
+// Monotone rational-quadratic splines of many numbers: both directions, and their gradients.
+//
+// Numbers are processed in blocks. Within a block every quantity is a row of WIDTH numbers, so that each inner loop
+// becomes vector instructions. The formulas, and their names, are those of spline.py.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int WIDTH = 64;
+
+struct Settings {
+  int64_t bins;
+  double bound, least[2], share[2], shift, min_derivative, max_derivative;
+};
+
+// Where θ lies: number i of row r has its parameter p at r·row + i·element + p·parameter.
+struct Layout {
+  int64_t columns, row, element, parameter;
+};
+
+// exp for x ≤ 88 and log for positive normal x, in arithmetic that vectorizes: errors below 2 units in the last place.
+inline float exp_of(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  float n = std::nearbyintf(x * 1.44269504f);
+  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+inline float log_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest lies in [√½, √2)
+  bits -= exponent << 23;
+  float f, e = static_cast<float>(exponent);
+  std::memcpy(&f, &bits, sizeof f);
+  f -= 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  float square = f * f;
+  float rest = p * f * square - e * 2.12194440e-4f - 0.5f * square;
+  float found = f + rest + e * 0.693359375f;
+  return x == x && x < INFINITY ? found : x;
+}
+
+inline double exp_of(double x) { return std::exp(x); }
+inline double log_of(double x) { return std::log(x); }
+
+// log(1 + u) for u ≥ 0, exact for small u too (Kahan).
+template <class T>
+inline T log1p_of(T u) {
+  T w = T(1) + u;
+  T ratio = u / (w == T(1) ? T(1) : w - T(1));
+  return w == T(1) ? u : log_of(w) * ratio;
+}
+
+// One block: the bin of each number, and what backward needs of the softmaxes.
+template <class T>
+struct Block {
+  std::vector<T> theta;          // (3·bins − 1, WIDTH); the logits become the shares of the softmaxes
+  int64_t address[WIDTH];
+  T index[WIDTH], before[2][WIDTH], own[2][WIDTH], number[2][WIDTH], slope[2][WIDTH];
+  T start[2][WIDTH], size[2][WIDTH], t[WIDTH], value[WIDTH];
+
+  explicit Block(const Settings& s) : theta((3 * s.bins - 1) * WIDTH) {}
+
+  void load(const T* from, int64_t first, int count, int64_t parameters, const Layout& at) {
+    int64_t row = first / at.columns, column = first % at.columns;
+    for (int i = 0; i < WIDTH; i++) {
+      address[i] = row * at.row + column * at.element;
+      if (i + 1 < count && ++column == at.columns) column = 0, row++;
+    }
+    if (at.parameter == 1) {
+      for (int i = 0; i < WIDTH; i++)
+        for (int64_t p = 0; p < parameters; p++) theta[p * WIDTH + i] = from[address[i] + p];
+    } else {
+      for (int64_t p = 0; p < parameters; p++)
+        for (int i = 0; i < WIDTH; i++) theta[p * WIDTH + i] = from[address[i] + p * at.parameter];
+    }
+  }
+
+  void find(const Settings& s, const T* values, int count, int axis) {
+    const int64_t bins = s.bins;
+    const T bound = T(s.bound);
+    for (int i = 0; i < WIDTH; i++) {
+      T v = values[i < count ? i : 0];
+      value[i] = v < -bound ? -bound : v > bound ? bound : v;
+    }
+    for (int side = 0; side < 2; side++) {
+      T* z = &theta[side * bins * WIDTH];
+      T most[WIDTH], sum[WIDTH];
+      for (int i = 0; i < WIDTH; i++) most[i] = z[i], sum[i] = 0;
+      for (int64_t k = 1; k < bins; k++)
+        for (int i = 0; i < WIDTH; i++) most[i] = z[k * WIDTH + i] > most[i] ? z[k * WIDTH + i] : most[i];
+      for (int64_t k = 0; k < bins; k++)
+        for (int i = 0; i < WIDTH; i++) sum[i] += z[k * WIDTH + i] = exp_of(z[k * WIDTH + i] - most[i]);
+      for (int i = 0; i < WIDTH; i++) sum[i] = T(1) / sum[i];
+      for (int64_t k = 0; k < bins; k++)
+        for (int i = 0; i < WIDTH; i++) z[k * WIDTH + i] *= sum[i];
+    }
+    const T *w = &theta[0], *h = &theta[bins * WIDTH], *slopes = &theta[2 * bins * WIDTH];
+    const T *along = axis ? h : w;
+    const T share = T(s.share[axis]), least = T(s.least[axis]);
+    T end[WIDTH];
+    for (int i = 0; i < WIDTH; i++) {
+      end[i] = -bound, index[i] = before[0][i] = before[1][i] = number[0][i] = 0;
+      own[0][i] = w[i], own[1][i] = h[i], number[1][i] = slopes[i];
+    }
+    for (int64_t k = 1; k < bins; k++) {
+      const T *w0 = w + (k - 1) * WIDTH, *h0 = h + (k - 1) * WIDTH, *w1 = w + k * WIDTH, *h1 = h + k * WIDTH;
+      const T *last = along + (k - 1) * WIDTH, *low = slopes + (k - 1) * WIDTH;
+      const T* high = k + 1 < bins ? slopes + k * WIDTH : nullptr;
+      for (int i = 0; i < WIDTH; i++) {
+        end[i] += share * last[i] + least;
+        const bool reached = value[i] >= end[i];
+        index[i] += reached ? T(1) : T(0);
+        before[0][i] += reached ? w0[i] : T(0);
+        before[1][i] += reached ? h0[i] : T(0);
+        own[0][i] = reached ? w1[i] : own[0][i];
+        own[1][i] = reached ? h1[i] : own[1][i];
+        number[0][i] = reached ? low[i] : number[0][i];
+      }
+      if (high)
+        for (int i = 0; i < WIDTH; i++) number[1][i] = value[i] >= end[i] ? high[i] : number[1][i];
+    }
+    const T last = T(bins - 1), shift = T(s.shift), floor = T(s.min_derivative), most = T(s.max_derivative);
+    for (int side = 0; side < 2; side++)
+      for (int i = 0; i < WIDTH; i++) {
+        start[side][i] = T(s.share[side]) * before[side][i] + (T(s.least[side]) * index[i] - bound);
+        size[side][i] = T(s.share[side]) * own[side][i] + T(s.least[side]);
+        const bool at_end = index[i] == (side ? last : T(0));
+        const T x = number[side][i] + shift, far = x > T(20) ? T(20) : x;
+        T found = (x > T(20) ? x : log1p_of(exp_of(far))) + floor;
+        found = found > most ? most : found;
+        slope[side][i] = at_end ? T(1) : found;
+      }
+    for (int i = 0; i < WIDTH; i++) {
+      T part = (value[i] - start[axis][i]) / size[axis][i];
+      t[i] = part < T(0) ? T(0) : part > T(1) ? T(1) : part;
+    }
+    if (!axis) return;
+    for (int i = 0; i < WIDTH; i++) {  // t holds the rise: solve for the position
+      const T rise = t[i], mean = size[1][i] / size[0][i];
+      const T tilt = slope[0][i] * (T(1) - rise) - slope[1][i] * rise;
+      const T root = std::sqrt(tilt * tilt + T(4) * mean * mean * rise * (T(1) - rise));
+      const T sum = root + (tilt >= T(0) ? tilt : -tilt);
+      const T done = tilt >= T(0) ? T(2) * mean * rise : sum;
+      const T rest = tilt >= T(0) ? sum : T(2) * mean * (T(1) - rise);
+      t[i] = done / (done + rest);
+    }
+  }
+};
+
+template <class T>
+void run(const T* values, const T* theta, T* out, T* log_slope, int64_t first, int64_t last, const Layout& at,
+         const Settings& s, int inverse) {
+  Block<T> block(s);
+  for (int64_t from = first; from < last; from += WIDTH) {
+    const int count = last - from < WIDTH ? int(last - from) : WIDTH;
+    block.load(theta, from, count, 3 * s.bins - 1, at);
+    block.find(s, values + from, count, inverse);
+    T y[WIDTH], slope[WIDTH];
+    for (int i = 0; i < WIDTH; i++) {
+      const T t = block.t[i], u = T(1) - t, mean = block.size[1][i] / block.size[0][i];
+      const T first = mean * t + block.slope[0][i] * u, second = mean * u + block.slope[1][i] * t;
+      const T done = t * first, whole = done + u * second, ratio = mean / whole;
+      slope[i] = log_of(ratio * ratio * (u * first + t * second));
+      y[i] = inverse ? block.start[0][i] + block.size[0][i] * t : block.start[1][i] + block.size[1][i] * (done / whole);
+    }
+    for (int i = 0; i < count; i++) {
+      const bool inside = values[from + i] == block.value[i];
+      out[from + i] = inside ? y[i] : values[from + i];
+      log_slope[from + i] = inside ? (inverse ? -slope[i] : slope[i]) : T(0);
+    }
+  }
+}
+
+// The gradients of values and θ, given those of both results. θ that all rows share adds up: its gradient starts at 0.
+template <class T>
+void run_backward(const T* values, const T* theta, const T* grad_out, const T* grad_log, T* grad_values, T* grad_theta,
+                  int64_t first, int64_t last, const Layout& at, const Settings& s, int inverse) {
+  const int64_t bins = s.bins, parameters = 3 * bins - 1;
+  Block<T> block(s);
+  std::vector<T> grad(parameters * WIDTH);
+  for (int64_t from = first; from < last; from += WIDTH) {
+    const int count = last - from < WIDTH ? int(last - from) : WIDTH;
+    block.load(theta, from, count, parameters, at);
+    block.find(s, values + from, count, inverse);
+    T of_start[2][WIDTH], of_size[2][WIDTH], of_number[2][WIDTH], dot[2][WIDTH], of_value[WIDTH];
+    bool inside[WIDTH];
+    T a_out[WIDTH], a_log[WIDTH];
+    for (int i = 0; i < WIDTH; i++) {
+      const int j = i < count ? i : 0;
+      inside[i] = i < count && values[from + j] == block.value[j];
+      a_out[i] = grad_out[from + j], a_log[i] = grad_log[from + j];
+    }
+    for (int i = 0; i < WIDTH; i++) {
+      const T t = block.t[i], u = T(1) - t, w = block.size[0][i], h = block.size[1][i], mean = h / w;
+      const T s0 = block.slope[0][i], s1 = block.slope[1][i];
+      const T low = mean * t + s0 * u, high = mean * u + s1 * t, whole = t * low + u * high, q = u * low + t * high;
+      const T rise = t * low / whole, per_q = T(1) / q, per_whole = T(1) / whole, per_w = T(1) / w;
+      // derivatives of the rise, and of the logarithm of the slope, in t, mean, s0 and s1
+      const T whole_t = (u - t) * (s0 + s1 - T(2) * mean), whole_mean = t * t + u * u, tu = t * u;
+      const T log_t = T(2) * (s1 * t - s0 * u + mean * (u - t)) * per_q - T(2) * whole_t * per_whole;
+      const T log_mean = T(2) * (tu * per_q - whole_mean * per_whole + T(1) / mean);
+      const T log_s0 = u * u * per_q - T(2) * tu * per_whole, log_s1 = t * t * per_q - T(2) * tu * per_whole;
+      const T rise_t = q * mean * per_whole * per_whole;
+      const T rise_mean = (t * t - rise * whole_mean) * per_whole;
+      const T rise_s0 = tu * (T(1) - rise) * per_whole, rise_s1 = -tu * rise * per_whole;
+      T a = a_out[i], b = a_log[i];
+      if (inverse) {  // x moves against what moves y at x: dx = (dy − ∂y/∂θ dθ)/slope, and the logarithm is −log slope
+        const T slope = mean * rise_t;
+        a = -(a - b * log_t * per_w) / slope;
+        b = -b;
+      }
+      const T of_t = a * h * rise_t + b * log_t, of_mean = a * h * rise_mean + b * log_mean;
+      of_value[i] = inverse ? -a : of_t * per_w;
+      of_start[0][i] = -of_t * per_w;
+      of_size[0][i] = -(of_t * t + of_mean * mean) * per_w;
+      of_start[1][i] = a;
+      of_size[1][i] = a * rise + of_mean * per_w;
+      of_number[0][i] = a * h * rise_s0 + b * log_s0;
+      of_number[1][i] = a * h * rise_s1 + b * log_s1;
+    }
+    const T shift = T(s.shift), most = T(s.max_derivative), last_bin = T(bins - 1);
+    for (int side = 0; side < 2; side++)
+      for (int i = 0; i < WIDTH; i++) {
+        const T x = block.number[side][i] + shift;
+        const T clipped = x > T(80) ? T(80) : x < T(-80) ? T(-80) : x;
+        const bool fixed = block.index[i] == (side ? last_bin : T(0)) || block.slope[side][i] >= most || !inside[i];
+        of_number[side][i] = fixed ? T(0) : of_number[side][i] / (T(1) + exp_of(-clipped));
+        const T share = T(s.share[side]);
+        of_start[side][i] = inside[i] ? share * of_start[side][i] : T(0);
+        of_size[side][i] = inside[i] ? share * of_size[side][i] : T(0);
+        dot[side][i] = of_start[side][i] * block.before[side][i] + of_size[side][i] * block.own[side][i];
+      }
+    for (int64_t k = 0; k < bins; k++) {
+      const T at_bin = T(k);
+      for (int side = 0; side < 2; side++) {
+        const T* share = &block.theta[(side * bins + k) * WIDTH];
+        T* to = &grad[(side * bins + k) * WIDTH];
+        for (int i = 0; i < WIDTH; i++) {
+          const T past = block.index[i] > at_bin ? of_start[side][i] : T(0);
+          const T here = block.index[i] == at_bin ? of_size[side][i] : past;
+          to[i] = share[i] * (here - dot[side][i]);
+        }
+      }
+      if (k + 1 == bins) break;
+      T* to = &grad[(2 * bins + k) * WIDTH];
+      for (int i = 0; i < WIDTH; i++) {
+        const T low = block.index[i] == at_bin + T(1) ? of_number[0][i] : T(0);
+        to[i] = block.index[i] == at_bin ? of_number[1][i] : low;
+      }
+    }
+    for (int i = 0; i < count; i++) grad_values[from + i] = inside[i] ? of_value[i] : a_out[i];
+    if (at.row == 0) {
+      for (int i = 0; i < count; i++)
+        for (int64_t p = 0; p < parameters; p++) grad_theta[block.address[i] + p * at.parameter] += grad[p * WIDTH + i];
+    } else if (at.parameter == 1) {
+      for (int i = 0; i < count; i++)
+        for (int64_t p = 0; p < parameters; p++) grad_theta[block.address[i] + p] = grad[p * WIDTH + i];
+    } else {
+      for (int64_t p = 0; p < parameters; p++)
+        for (int i = 0; i < count; i++) grad_theta[block.address[i] + p * at.parameter] = grad[p * WIDTH + i];
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                               \
+  extern "C" void forward_##NAME(const T* values, const T* theta, T* out, T* log_slope, int64_t first, int64_t last,  \
+                                 const Layout* at, const Settings* settings, int inverse) {                           \
+    run<T>(values, theta, out, log_slope, first, last, *at, *settings, inverse);                                      \
+  }                                                                                                                   \
+  extern "C" void backward_##NAME(const T* values, const T* theta, const T* grad_out, const T* grad_log,              \
+                                  T* grad_values, T* grad_theta, int64_t first, int64_t last, const Layout* at,       \
+                                  const Settings* settings, int inverse) {                                            \
+    run_backward<T>(values, theta, grad_out, grad_log, grad_values, grad_theta, first, last, *at, *settings, inverse); \
+  }
+
+EXPORT(float32, float)
+EXPORT(float64, double)

@@ -1,0 +1,142 @@
+"""C++ functions for the CPU, built by the machine's compiler on first use and kept in the user's cache directory.
+
+They are plain functions of pointers, called by ctypes, so that they build in a second or two: torch's own headers alone
+take half a minute. Where there is no compiler, or ``FLOWTRAIN_NATIVE=0``, there are none, and layers compute with
+torch's operations: :func:`load` returns None, and :func:`status` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flowtrain.runtime import modes
+
+log = logging.getLogger(__name__)
+FLAGS = "-O3 -std=c++17 -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math".split()
+PART = 1 << 14  # numbers of work, below which a thread costs more than it saves
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The functions of a C++ file; None where it cannot be built."""
+    compiler, _ = find_compiler()
+    if not compiler:
+        return None
+    try:
+        target = _directory() / f"{source.stem}-{_key(source, compiler)}.so"
+        if not target.exists():
+            _compile(compiler, source, target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = [line for line in str(getattr(error, "stderr", None) or error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        log.warning("%s cannot be built (%s): torch's operations take its place, slower", source.name, reason)
+        return None
+
+
+def status() -> str:
+    """The compiler of C++ functions, or why there are none."""
+    compiler, why = find_compiler()
+    return " ".join(compiler) or f"none: {why}"
+
+
+@cache
+def find_compiler() -> tuple[list[str], str]:
+    """The command that compiles; nothing, and why, where it does not work."""
+    if os.environ.get("FLOWTRAIN_NATIVE", "1") == "0":
+        return [], "FLOWTRAIN_NATIVE=0"
+    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
+    if not shutil.which(command[0]):
+        return [], "no compiler (CXX, c++ or g++)"
+    return command, ""
+
+
+def _directory() -> Path:
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowtrain" / "native"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="flowtrain-native-"))
+
+
+def _key(source: Path, compiler: list[str]) -> str:
+    """Differs where the code, the compiler or the instructions of the processor do."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    parts = [source.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), processor.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
+    """Build ``target``, whole or not at all, for this processor if the compiler can, else for all of its kind."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        built = Path(directory) / target.name
+        for tuning in (["-march=native"], []):
+            command = [*compiler, *FLAGS, *tuning, str(source), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.replace(built, target)
+
+
+def applies(*tensors: Tensor) -> bool:
+    """Whether a C++ function may compute with ``tensors``: real numbers in memory that nothing but autograd watches."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(map(_is_plain, tensors))
+        and not modes.current().tracing
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, jacrev, …
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # of a Jacobian by vectorized gradients
+    )
+
+
+def parts(count: int, work: int) -> int:
+    """The number of parts in which :func:`in_parts` computes ``count`` elements of ``work`` numbers each."""
+    return max(1, min(torch.get_num_threads(), count * work // PART))
+
+
+def in_parts(function: Callable[[int, int, int], object], count: int, work: int) -> None:
+    """``function(part, first, last)`` for each part of ``range(count)``, in as many threads as torch has."""
+    last = parts(count, work)
+    edges = [count * part // last for part in range(last + 1)]
+    others = [_threads(os.getpid()).submit(function, part, *edges[part : part + 2]) for part in range(1, last)]
+    function(0, 0, edges[1])
+    for other in others:
+        other.result()
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of a process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "flowtrain-native")

@@ -1,0 +1,184 @@
+"""C++ functions give what torch's operations give, in every layout, and their absence changes nothing but the speed."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from flowtrain import bijections as b
+from flowtrain.bijections.bijection import apply_in_turn, fuse
+from flowtrain.bijections.channels import FusedVectorAffine
+from flowtrain.bijections.native import elements, vector_affine
+from flowtrain.flows.parts import permuted_lu_actnorm
+from flowtrain.runtime import native
+
+SOURCES = elements.RATIONAL_QUADRATIC, vector_affine.SOURCE
+needs_compiler = pytest.mark.skipif(not native.load(SOURCES[0]), reason="no C++ compiler")
+ROWS, SIZE, PARAMS = 70, 5, 23  # more than a block of numbers, and no multiple of one
+
+
+def thetas(dtype):
+    """θ (B, D, parameters) as conditioners return it, or (D, parameters) where all rows share it."""
+    random = partial(torch.randn, dtype=dtype)
+    return {
+        "by element": random(ROWS, SIZE, PARAMS),
+        "by parameter": random(ROWS, PARAMS, SIZE).movedim(1, -1),
+        "shared": random(SIZE, PARAMS),
+        "expanded": random(1, SIZE, PARAMS).expand(ROWS, -1, -1),
+        "part of more": random(ROWS, SIZE, PARAMS + 2)[..., 1:-1],
+    }
+
+
+def gradients(function, *inputs):
+    """The results of ``function``, and the gradients of a random sum of them."""
+    torch.manual_seed(1)
+    results = function(*inputs)
+    return *results, *torch.autograd.grad(results, inputs, [torch.randn_like(one) for one in results])
+
+
+@needs_compiler
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("layout", list(thetas(torch.float32)))
+def test_a_spline_by_cpp_is_the_spline_by_torch(layout, inverse):
+    torch.manual_seed(0)
+    spline = b.RationalQuadratic((SIZE,))
+    by_cpp, by_torch = (spline.inverse, spline._inverse) if inverse else (spline.forward, spline._forward)
+    x = (3 * torch.randn(ROWS, 2 * SIZE, dtype=torch.float64))[:, ::2].requires_grad_()  # a third lies outside
+    theta = (3 * thetas(torch.float64)[layout]).requires_grad_()
+    found, expected = gradients(by_cpp, x, theta), gradients(by_torch, x, theta)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    x, theta = (one.detach().float().requires_grad_() for one in (x, theta))
+    found = [one.double() for one in gradients(by_cpp, x, theta)[:2]]
+    exact, rough = by_torch(x.double(), theta.double()), by_torch(x, theta)
+    for one, true, other in zip(found, exact, rough):  # as near to the exact numbers as torch's operations come
+        assert (one - true).abs().max() <= 4 * (other - true).abs().max() + 1e-6
+
+
+@needs_compiler
+def test_a_spline_takes_what_is_not_finite_and_the_ends_of_its_interval():
+    spline = b.RationalQuadratic((5,))
+    x = torch.tensor([[float("nan"), float("inf"), -3.0, 3.0, -1e30]])
+    theta = torch.randn(1, 5, PARAMS)
+    y, log_slope = spline(x, theta)
+    torch.testing.assert_close(y, x, equal_nan=True, rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_slope, spline._forward(x, theta)[1], rtol=0, atol=1e-5)
+    assert spline(torch.zeros(1, 5), torch.full_like(theta, float("nan")))[0].isnan().all()
+    big = 1e4 * torch.randn(1, 5, PARAMS)
+    assert all(one.isfinite().all() for one in spline(torch.randn(1, 5), big))
+
+
+@needs_compiler
+def test_images_with_channels_last():
+    spline = b.RationalQuadratic((2, 3, 4))
+    x = torch.randn(6, 2, 3, 4, dtype=torch.float64)
+    h = torch.randn(6, 2 * PARAMS, 3, 4, dtype=torch.float64)
+    theta = h.to(memory_format=torch.channels_last).unflatten(1, (PARAMS, 2)).movedim(1, -1)
+    for one, other in zip(
+        gradients(spline, x.requires_grad_(), theta.requires_grad_()), gradients(spline._forward, x, theta)
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 2, 7, vector_affine.LONGEST])
+def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
+    torch.manual_seed(0)
+    layers = permuted_lu_actnorm((size,)).double()
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    (fused,) = fuse(layers)
+    assert isinstance(fused, FusedVectorAffine)
+    x = torch.randn(37, size, dtype=torch.float64).requires_grad_()
+    numbers = [x, *layers.parameters()]
+
+    def run(function):
+        return gradients(lambda *_: function(x), *numbers)
+
+    for one, other in zip(run(fused), run(lambda x: apply_in_turn(layers, x, None))):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(fused.inverse(fused(x)[0])[0], x)
+    longer = permuted_lu_actnorm((vector_affine.LONGEST + 1,))
+    assert len(fuse(longer)) == 3
+
+
+@needs_compiler
+def test_derivatives_that_cpp_lacks_come_from_torch():
+    spline, theta = b.RationalQuadratic((2,), bins=3), torch.randn(3, 2, 8, dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(spline, (x.clone().requires_grad_(), theta.clone().requires_grad_()))
+    _, (tangent, _) = torch.func.jvp(lambda x: spline(x, theta), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, spline(x, theta)[1].exp())
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda x, theta: spline(x[None], theta[None])[0][0]))(x, theta)
+    torch.testing.assert_close(jacobian.diagonal(dim1=1, dim2=2), tangent)
+    layers = permuted_lu_actnorm((2,)).double()
+
+    def run(x, *_):
+        return fuse(layers)[0](x)
+
+    assert torch.autograd.gradgradcheck(run, (x.clone().requires_grad_(), *layers.parameters()))
+
+
+@needs_compiler
+def test_threads_share_the_work():
+    spline, x = b.RationalQuadratic((4,)), torch.randn(3001, 4).requires_grad_()
+    theta, shared = torch.randn(3001, 4, PARAMS).requires_grad_(), torch.randn(4, PARAMS).requires_grad_()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = gradients(spline, x, theta), gradients(spline, x, shared)
+        torch.set_num_threads(3)
+        assert native.parts(x.numel(), PARAMS) == 3
+        together = gradients(spline, x, theta), gradients(spline, x, shared)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(alone[0], together[0]))
+    for pair in zip(alone[1], together[1]):  # a sum over rows, in another order
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "variables, why",
+    [
+        ({"FLOWTRAIN_NATIVE": "0"}, "none: FLOWTRAIN_NATIVE=0"),
+        ({"CXX": "no-such-compiler"}, "none: no compiler (CXX, c++ or g++)"),
+        ({"CXX": "false"}, "rational_quadratic.cpp cannot be built (Command '['false', '--version']'"),
+    ],
+)
+def test_without_a_compiler_torch_computes_it(variables, why, tmp_path, monkeypatch, caplog):
+    for name, value in {"XDG_CACHE_HOME": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(native, "find_compiler", native.find_compiler.__wrapped__)
+    assert native.load.__wrapped__(SOURCES[0]) is None
+    assert why in native.status() + caplog.text
+    monkeypatch.setattr(native, "load", lambda source: None)
+    spline, x, theta = b.RationalQuadratic((3,)), torch.randn(8, 3), torch.randn(8, 3, PARAMS)
+    assert all(torch.equal(*pair) for pair in zip(spline(x, theta), spline._forward(x, theta)))
+    assert len(fuse(permuted_lu_actnorm((3,)))) == 3
+
+
+@needs_compiler
+def test_processes_that_build_at_once_share_one_file(tmp_path):
+    code = (
+        "from flowtrain.runtime import native; from flowtrain.bijections.native import vector_affine as v;"
+        " print(native.load(v.SOURCE))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert all(run.communicate()[0].startswith("<CDLL") for run in runs)
+    (library,) = (tmp_path / "flowtrain" / "native").iterdir()
+    assert library.suffix == ".so"
+
+
+@needs_compiler
+def test_a_home_that_cannot_be_written_has_a_folder_for_the_moment(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert native.load.__wrapped__(SOURCES[1])
