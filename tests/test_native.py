@@ -11,11 +11,11 @@ import torch
 from flowtrain import bijections as b
 from flowtrain.bijections.bijection import apply_in_turn, fuse
 from flowtrain.bijections.channels import FusedVectorAffine
-from flowtrain.bijections.native import elements, vector_affine
+from flowtrain.bijections.native import rational_quadratic, vector_affine
 from flowtrain.flows.parts import permuted_lu_actnorm
 from flowtrain.runtime import native
 
-SOURCES = elements.RATIONAL_QUADRATIC, vector_affine.SOURCE
+SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE
 needs_compiler = pytest.mark.skipif(not native.load(SOURCES[0]), reason="no C++ compiler")
 ROWS, SIZE, PARAMS = 70, 5, 23  # more than a block of numbers, and no multiple of one
 

@@ -77,8 +77,9 @@ class FusedVectorAffine:
 
     def fuse(self, following: Bijection) -> FusedVectorAffine | None:
         # never beyond a product, so that the numbers do not depend on how a chain is divided
-        whole = self.steps[-1].kind == vector_affine.TRIANGULAR or not _fusible(following)
-        return None if whole else FusedVectorAffine.of([*self.layers, following])
+        if self.steps[-1].kind == vector_affine.TRIANGULAR or not _fusible(following):
+            return None
+        return FusedVectorAffine.of([*self.layers, following])
 
     def __call__(self, x, context=None):
         with full_precision(x):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from ctypes import Structure, c_double, c_int64
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowtrain.bijections.native.elements import RATIONAL_QUADRATIC, map_elements
+from flowtrain.bijections.native.rational_quadratic import spline as native_spline
 from flowtrain.bijections.univariate import Univariate, soft_clip
 
 
@@ -70,20 +69,6 @@ class PiecewiseLinear(Univariate):
         return weight.cumsum(-1).gather(-1, index)[..., 0] - own, own
 
 
-class _Settings(Structure):
-    """Of a :class:`RationalQuadratic`, for its C++ function."""
-
-    _fields_ = [
-        ("bins", c_int64),
-        ("bound", c_double),
-        ("least", c_double * 2),
-        ("share", c_double * 2),
-        ("shift", c_double),
-        ("min_derivative", c_double),
-        ("max_derivative", c_double),
-    ]
-
-
 class RationalQuadratic(Univariate):
     """A monotone rational-quadratic spline on [−bound, bound]; the identity outside (Durkan et al. 2019, section 3.1).
 
@@ -139,19 +124,11 @@ class RationalQuadratic(Univariate):
 
     def _by_native(self, values, theta, inverse, by_torch):
         """The map by a C++ function; None where that does not apply."""
-        if torch.compiler.is_compiling() or type(self) is not RationalQuadratic:  # a subclass has a map of its own
+        if type(self) is not RationalQuadratic:  # a subclass has a map of its own
             return None
-        pair = c_double * 2
-        settings = _Settings(
-            self.bins,
-            self.bound,
-            pair(*self.least),
-            pair(*self.share),
-            self.shift,
-            self.min_derivative,
-            self.max_derivative,
-        )
-        return map_elements(RATIONAL_QUADRATIC, values, theta, settings, inverse, by_torch)
+        ends = self.shift, self.min_derivative, self.max_derivative
+        settings = float(self.bins), float(self.bound), *self.least, *self.share, *ends
+        return native_spline(values, theta, settings, inverse, by_torch)
 
     def _forward(self, x, theta):
         inside = x.clamp(-self.bound, self.bound)

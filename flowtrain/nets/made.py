@@ -22,28 +22,59 @@ from torch.nn import functional as F
 
 from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import Dropout
+from flowtrain.runtime import native
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class _Staircase(torch.autograd.Function):
-    """x·Wᵀ + b, where each block of rows of W is zero from some column on: blocks of sizes ``rows``, zero from
-    ``columns`` on.
+    """x·(weight·mask)ᵀ + bias, where each block of rows of the mask is zero from some column on: blocks of sizes
+    ``rows``, zero from ``columns`` on.
 
-    Autograd would pad the gradient of each block to a whole matrix; this function does not.
+    The blocks' products are written to their places. Autograd would copy them, and pad the gradients of each.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, rows, columns):
+        masked, out, top = weight * mask, x.new_empty(x.shape[0], len(weight)), 0
+        for size, right in zip(rows, columns):
+            block = slice(top, top + size)
+            torch.addmm(bias[block], x[:, :right], masked[block, :right].T, out=out[:, block])
+            top += size
+        ctx.save_for_backward(x, weight, masked, mask)
+        ctx.blocks = rows, columns
+        return out
 
     @staticmethod
-    def forward(x, weight, bias, rows, columns):
+    def backward(ctx, grad):
+        x, weight, masked, mask = ctx.saved_tensors
+        needed = ctx.needs_input_grad[0]
+        if torch.is_grad_enabled() or not native.in_memory(grad):  # for derivatives of the gradient, or many at once
+            grad_x = grad @ (weight * mask) if needed else None
+            return grad_x, (grad.T @ x) * mask, grad.sum(0), None, None, None
+        grad_weight, grad_x = torch.empty_like(masked), torch.empty_like(x) if needed else None
+        top = left = 0
+        for size, right in zip(*ctx.blocks):
+            block, seen = slice(top, top + size), slice(left, right)
+            torch.mm(grad[:, block].T, x[:, :right], out=grad_weight[block, :right])
+            grad_weight[block, right:] = 0
+            if needed:
+                torch.mm(grad[:, top:], masked[top:, seen], out=grad_x[:, seen])
+            top, left = top + size, right
+        if needed:
+            grad_x[:, left:] = 0
+        return grad_x, grad_weight.mul_(mask), grad.sum(0), None, None, None
+
+
+class _CompiledStaircase(torch.autograd.Function):
+    """:class:`_Staircase` of a masked weight, in operations that torch.compile can trace."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows, columns):
+        ctx.save_for_backward(x, weight)
+        ctx.blocks = rows, columns
         parts = zip(weight.split(rows), bias.split(rows), columns)
         return torch.cat([torch.addmm(b, x[:, :right], w[:, :right].T) for w, b, right in parts], 1)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.rows, ctx.columns = inputs
-        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
@@ -51,32 +82,13 @@ class _Staircase(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         grad_weight, grad_x = grad.new_zeros(weight.shape), []
         top = left = 0
-        for size, right in zip(ctx.rows, ctx.columns):
+        for size, right in zip(*ctx.blocks):
             grad_weight[top : top + size, :right] = grad[:, top : top + size].T @ x[:, :right]
             if needed:
                 grad_x.append(grad[:, top:] @ weight[top:, left:right])
             top, left = top + size, right
         unseen = x.new_zeros(x.shape[0], x.shape[1] - left)
         return torch.cat([*grad_x, unseen], 1) if needed else None, grad_weight, grad.sum(0), None, None
-
-
-class _StaircaseWithForwardMode(_Staircase):
-    """With forward-mode derivatives too, which torch.compile does not support."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _Staircase.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:2])
-
-    @staticmethod
-    def jvp(ctx, tangent_x, tangent_weight, tangent_bias, *_):
-        x, weight = ctx.saved_tensors
-        tangent = x.new_zeros(x.shape[0], len(weight))
-        if tangent_x is not None:
-            tangent = tangent + F.linear(tangent_x, weight)
-        if tangent_weight is not None:
-            tangent = tangent + F.linear(x, tangent_weight)
-        return tangent if tangent_bias is None else tangent + tangent_bias
 
 
 class MaskedLinear(nn.Linear):
@@ -104,13 +116,17 @@ class MaskedLinear(nn.Linear):
         self.columns = [min(_align(int((before <= block[-1]).sum())), len(before)) for block in blocks]
 
     def forward(self, x):
-        weight, bias = self.weight * self.mask, self.bias
+        # elsewhere it costs more to start a product than to do it
         if len(self.rows) == 1 or (device := x.device.type) != "cpu":
-            return F.linear(x, weight, bias)  # elsewhere it costs more to start a product than to do it
+            return F.linear(x, self.weight * self.mask, self.bias)
+        weight, bias, mask = self.weight, self.bias, self.mask
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x, weight, bias = (part.to(torch.get_autocast_dtype(device)) for part in (x, weight, bias))
-        function = _Staircase if torch.compiler.is_compiling() else _StaircaseWithForwardMode
-        return function.apply(x, weight, bias, self.rows, self.columns)
+            x, weight, bias, mask = (part.to(torch.get_autocast_dtype(device)) for part in (x, weight, bias, mask))
+        if torch.compiler.is_compiling():
+            return _CompiledStaircase.apply(x, weight * mask, bias, self.rows, self.columns)
+        if native.in_memory(x, weight, bias):
+            return _Staircase.apply(x, weight, bias, mask, self.rows, self.columns)
+        return F.linear(x, weight * mask, bias)
 
 
 class _StepwiseLinear:

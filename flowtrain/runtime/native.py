@@ -102,7 +102,12 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
 
 
 def applies(*tensors: Tensor) -> bool:
-    """Whether a C++ function may compute with ``tensors``: real numbers in memory that nothing but autograd watches."""
+    """Whether a C++ function may compute with ``tensors``."""
+    return all(one.dtype in (torch.float32, torch.float64) for one in tensors) and in_memory(*tensors)
+
+
+def in_memory(*tensors: Tensor) -> bool:
+    """Whether ``tensors`` are numbers in the CPU's memory, which nothing but autograd watches."""
     return (
         not torch.compiler.is_compiling()
         and all(map(_is_plain, tensors))
@@ -116,7 +121,6 @@ def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.float64)
         and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # of a Jacobian by vectorized gradients
     )
 

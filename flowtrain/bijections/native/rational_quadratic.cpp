@@ -13,9 +13,10 @@ namespace {
 constexpr int WIDTH = 64;
 
 struct Settings {
-  int64_t bins;
-  double bound, least[2], share[2], shift, min_derivative, max_derivative;
+  double bins, bound, least[2], share[2], shift, min_derivative, max_derivative;
 };
+
+inline int64_t parameters_of(const Settings& s) { return 3 * int64_t(s.bins) - 1; }
 
 // Where θ lies: number i of row r has its parameter p at r·row + i·element + p·parameter.
 struct Layout {
@@ -82,7 +83,7 @@ struct Block {
   T index[WIDTH], before[2][WIDTH], own[2][WIDTH], number[2][WIDTH], slope[2][WIDTH];
   T start[2][WIDTH], size[2][WIDTH], t[WIDTH], value[WIDTH];
 
-  explicit Block(const Settings& s) : theta((3 * s.bins - 1) * WIDTH) {}
+  explicit Block(const Settings& s) : theta(parameters_of(s) * WIDTH) {}
 
   void load(const T* from, int64_t first, int count, int64_t parameters, const Layout& at) {
     int64_t row = first / at.columns, column = first % at.columns;
@@ -100,7 +101,7 @@ struct Block {
   }
 
   void find(const Settings& s, const T* values, int count, int axis) {
-    const int64_t bins = s.bins;
+    const int64_t bins = int64_t(s.bins);
     const T bound = T(s.bound);
     for (int i = 0; i < WIDTH; i++) {
       T v = values[i < count ? i : 0];
@@ -177,7 +178,7 @@ void run(const T* values, const T* theta, T* out, T* log_slope, int64_t first, i
   Block<T> block(s);
   for (int64_t from = first; from < last; from += WIDTH) {
     const int count = last - from < WIDTH ? int(last - from) : WIDTH;
-    block.load(theta, from, count, 3 * s.bins - 1, at);
+    block.load(theta, from, count, parameters_of(s), at);
     block.find(s, values + from, count, inverse);
     T y[WIDTH], slope[WIDTH];
     for (int i = 0; i < WIDTH; i++) {
@@ -199,7 +200,7 @@ void run(const T* values, const T* theta, T* out, T* log_slope, int64_t first, i
 template <class T>
 void run_backward(const T* values, const T* theta, const T* grad_out, const T* grad_log, T* grad_values, T* grad_theta,
                   int64_t first, int64_t last, const Layout& at, const Settings& s, int inverse) {
-  const int64_t bins = s.bins, parameters = 3 * bins - 1;
+  const int64_t bins = int64_t(s.bins), parameters = parameters_of(s);
   Block<T> block(s);
   std::vector<T> grad(parameters * WIDTH);
   for (int64_t from = first; from < last; from += WIDTH) {
