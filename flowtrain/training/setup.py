@@ -170,7 +170,7 @@ def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> 
     state = checkpoint.read(config.resume) if config.resume else None
     stored = stored_config(config, state)
     if state:
-        before = replace(Recorded.of(state), turns=())  # where they are, the Trainer's state says
+        before = Recorded.of(state).resumed()
     run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, before)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
 
