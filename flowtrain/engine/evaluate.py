@@ -15,7 +15,7 @@ from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
-from flowtrain.runtime.seeds import seed_from
+from flowtrain.runtime.seeds import TURN, seed_from
 
 Measure = Callable[[Flow, Tensor, Tensor | None], Tensor]
 
@@ -165,7 +165,7 @@ def over_draws(compute: Callable[[], Tensor], index: Tensor, draws: int, seed: i
 
 @contextmanager
 def evaluation_mode(device: torch.device):
-    """Within it, arithmetic is exact, what follows from weights alone is kept, and torch's generators stay as they
-    were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
+    """Within it, arithmetic is exact, what follows from weights alone is kept, and torch's generators are this thread's
+    alone and stay as they were."""
+    with TURN, torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
         yield
