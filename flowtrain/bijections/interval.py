@@ -1,4 +1,4 @@
-"""From bounded numbers to the real line: the link of everything that lies between two bounds, or above one."""
+"""From a distance to a bound to the real line: the link of all data that have bounds."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ class BoundColumns(ColumnBijection):
     Between two bounds z is a line, and the logarithm of the distance to the bound in the outer tenths; see
     :func:`flowtrain.bijections.interval.to_line`. With one bound z = log(t) with t = (x − low)/(mean − low), or
     z = −log(t) with t = (high − x)/(high − mean). A value on a bound would map to ±∞: it is kept half a rounding of the
-    width, or of t, inside. A value outside becomes NaN, since it has no density. ``inverse`` stays within
-    the bounds.
+    width, or of t, inside. A value outside becomes NaN, since it has no density. ``inverse`` stays within the bounds.
 
     Raises:
         ValueError: ``shape`` is not that of a row; in ``fit``, rows beyond the bounds of a column, which is named.
