@@ -70,8 +70,9 @@ class Support(Bijection):
 
 
 class Box(Support):
-    """Numbers between bounds to all real numbers: z is a line inside, and the logarithm of the distance to the bound in
-    the outer tenths; see :func:`flowtrain.bijections.interval.to_line`.
+    """Numbers between bounds to all real numbers. With t = (x − low)/(high − low), z = 3.25·(t − ½) for 0.1 ≤ t ≤ 0.9,
+    z = 3.25·(0.1·log(10·t) − 0.4) below, which has the same slope at 0.1, and likewise above: so z has mean 0 and
+    deviation 1 where x is uniform. See :func:`flowtrain.bijections.interval.to_line`.
 
     With one bound z = log(x − low) or z = −log(high − x); without any, z = x. A value on one of two bounds, which would
     map to ±∞, counts as half a rounding of the width inside. A value on an only bound is outside.
