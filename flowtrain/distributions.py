@@ -24,29 +24,29 @@ class Noise(NamedTuple):
     kind: str
     shape: tuple[int, ...]
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Numbers for n events, (n, *shape), on the CPU. Without a ``generator``, those of the rows of a global batch
         or of the examples at hand: see :mod:`flowtrain.runtime.global_batch`."""
         if torch.compiler.is_compiling() and generator is None:
-            return torch.ops.flowtrain.noise(self.kind, (n, *self.shape))
-        return _draw(self.kind, (n, *self.shape), generator)
+            return torch.ops.flowtrain.noise(self.kind, (n, *self.shape), dtype)
+        return _draw(self.kind, (n, *self.shape), dtype, generator)
 
 
-def _draw(kind: str, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+def _draw(kind: str, shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     mode = modes.current()
     if generator is None and mode.noise is not None:
         u = mode.noise.uniform(shape, dtype=torch.float64)
-        return (u if kind == "uniform" else _quantile(kind, u.clamp(min=2.0**-54))).float()
+        return (u if kind == "uniform" else _quantile(kind, u.clamp(min=2.0**-54))).to(dtype)
     if generator is None and mode.global_rows is not None:
         rows = slice(mode.first_row, mode.first_row + shape[0])
-        return _random(kind, (mode.global_rows, *shape[1:]), None)[rows]
-    return _random(kind, shape, generator)
+        return _random(kind, (mode.global_rows, *shape[1:]), dtype, None)[rows]
+    return _random(kind, shape, dtype, generator)
 
 
-def _random(kind: str, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+def _random(kind: str, shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
     if kind == "normal":
-        return torch.randn(shape, generator=generator, device="cpu")
-    u = torch.rand(shape, generator=generator, device="cpu")
+        return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+    u = torch.rand(shape, generator=generator, dtype=dtype, device="cpu")
     # rand can return 0, whose logit is infinite
     return u if kind == "uniform" else _quantile(kind, u.clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -56,14 +56,14 @@ def _quantile(kind: str, u: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("flowtrain::noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _opaque(kind: str, shape: Sequence[int]) -> Tensor:
+def _opaque(kind: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Opaque to a compiler, which would draw other numbers from the same seed."""
-    return _draw(kind, shape)
+    return _draw(kind, shape, dtype)
 
 
 @_opaque.register_fake
-def _(kind, shape):
-    return torch.empty(shape, device="cpu")
+def _(kind, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class Distribution(nn.Module):
@@ -82,11 +82,13 @@ class Distribution(nn.Module):
     """
 
     reparameterized = False
+    _like: Tensor
 
     def __init__(self, shape, context_shape=None):
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
         self.context_shape = None if context_shape is None else tuple(int(n) for n in context_shape)
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # whose dtype follows that of the flow
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats, (B,), of ``z`` (B, *shape) given ``context`` (B, *context_shape)."""
@@ -116,9 +118,11 @@ class Distribution(nn.Module):
         """n samples, (n, *shape), one for each row of ``context`` (n, *context_shape) if they depend on it.
 
         ``temperature`` multiplies each sample's distance from its mean. The noise does not depend on it, and is drawn
-        on the CPU from ``generator``: a seed gives the same noise at every temperature and on every device.
+        on the CPU from ``generator``, in the dtype of the flow: a seed gives the same noise at every temperature and on
+        every device.
         """
-        return self.from_noise([noise.draw(n, generator) for noise in self.noise], temperature, context)
+        dtype = torch.promote_types(self._like.dtype, torch.float32)
+        return self.from_noise([noise.draw(n, generator, dtype) for noise in self.noise], temperature, context)
 
 
 class Standard(Distribution):

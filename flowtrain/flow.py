@@ -19,7 +19,7 @@ from flowtrain.distributions import Distribution, StandardNormal
 from flowtrain.embedding import build_embedding
 from flowtrain.flow_distribution import FlowDistribution
 from flowtrain.runtime import fusion, global_batch
-from flowtrain.runtime.events import batch_shape, check_rows, map_events, repeat_events
+from flowtrain.runtime.events import as_tensor, batch_shape, check_rows, distinct, map_events, repeat_events
 
 
 class Flow(nn.Module):
@@ -27,13 +27,14 @@ class Flow(nn.Module):
 
     ``forward`` is the log-likelihood of a batch (B, *shape), so that what wraps a module (DDP, compile, hooks) wraps
     that. It does not check values. ``log_prob``, ``bits_per_dim``, ``encode``, ``decode`` and ``sample`` do, for which
-    the host waits for the device. They accept real numbers of any dtype and compute in the precision of the flow's
-    weights. Compiled, ``log_prob``, ``decode`` and ``sample`` are one graph each and check shapes alone: a result may
-    not be finite.
+    the host waits for the device. They accept tensors, arrays and nested lists of real numbers of any dtype, and
+    compute in the precision of the flow's weights. Compiled, ``log_prob``, ``decode`` and ``sample`` are one graph each
+    and check shapes alone: a result may not be finite.
 
     Batches broadcast as in torch.distributions: events (*batch, *shape) and contexts (*batch, *context_shape) give
     results (*batch, …), where either batch may lack dimensions or have some of size 1. Rows of a batch are counted
-    from 0 and, of more than one dimension, in the order of memory.
+    from 0 and, of more than one dimension, in the order of memory. Each context is embedded once, for however many
+    events.
 
     Args:
         shape: of one example, as the data hold it (raw integers for images).
@@ -97,10 +98,14 @@ class Flow(nn.Module):
         """log p(x) in nats, (B,), in float32 or float64; a lower bound if x is dequantized."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
-        context = self.embed(context)
+        return self.log_prob_given(x, self.embed(context))
+
+    def log_prob_given(self, x: Tensor, features: Tensor | None) -> Tensor:
+        """log p(x) of rows x (B, *shape), given what :meth:`embed` returns for their contexts: (B,). As in ``forward``,
+        values are not checked."""
         with self._stacked_log_dets():
-            z, log_det = self.bijection(x, context)
-        return self.base.log_prob(z, context) + log_det
+            z, log_det = self.bijection(x, features)
+        return self.base.log_prob(z, features) + log_det
 
     def embed(self, context: Tensor | None) -> Tensor | None:
         """What the layers get for the context: the embedding's output, (B, n), or the context itself if there is none.
@@ -111,10 +116,10 @@ class Flow(nn.Module):
         >>> flow.embed(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 4])
         """
-        return context if self.embedding is None or context is None else self._embed(context)
+        return None if context is None else self._embed(context)
 
     def _embed(self, context: Tensor) -> Tensor:
-        return self.embedding(context).to(at_least_float32(context.dtype))  # type: ignore[misc]
+        return context if self.embedding is None else self.embedding(context).to(at_least_float32(context.dtype))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats, (*batch), finite; a lower bound if x is dequantized.
@@ -126,8 +131,9 @@ class Flow(nn.Module):
         >>> flow.log_prob(torch.randn(3), torch.randn(2)).shape
         torch.Size([])
         """
-        x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
-        return map_events("x", x, context, "log-likelihood", self, explain=self.explain).reshape(batch)
+        x, features, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
+        density = self if self.embedding is None else self.log_prob_given
+        return map_events("x", x, features, "log-likelihood", density, explain=self.explain).reshape(batch)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (*batch)."""
@@ -137,23 +143,22 @@ class Flow(nn.Module):
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latents of x, (*batch, *out_shape). Integers become the centres of their bins, so that ``decode`` returns
         the same integers."""
-        x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
-        context = self.embed(context)
+        x, features, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
         with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
-            z = map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain)
+            z = map_events("x", x, features, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain)
         return z.reshape(*batch, *z.shape[1:])
 
     @torch.no_grad()
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data of latents z, (*batch, *shape)."""
-        z, context, batch = self._check_events("z", z, self.bijection.out_shape, context)
-        return self._decode(z, self.embed(context)).reshape(*batch, *self.shape)
+        z, features, batch = self._check_events("z", z, self.bijection.out_shape, context)
+        return self._decode(z, features).reshape(*batch, *self.shape)
 
-    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+    def _decode(self, z: Tensor, features: Tensor | None) -> Tensor:
         """The data of the rows z, given embedded contexts."""
         with states_only(), self._stacked_log_dets():
             return map_events(
-                "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
+                "z", z, features, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
 
     @torch.no_grad()
@@ -170,8 +175,8 @@ class Flow(nn.Module):
         Their noise is drawn on the CPU and does not depend on ``temperature``. So a seed gives the same noise on every
         device and at every temperature. A base distribution that depends on the context needs one, as ``sample`` does.
         """
-        context, batch = self._context_of_each(shape, context, self._check_context)
-        z = self._latents(math.prod(batch), temperature, context, generator)
+        features, batch = self._features_of_samples(shape, context)
+        z = self._latents(math.prod(batch), temperature, features, generator)
         return z.reshape(*batch, *z.shape[1:])
 
     @torch.no_grad()
@@ -197,9 +202,9 @@ class Flow(nn.Module):
         >>> flow.sample(5, torch.zeros(3)).shape, flow.sample((5, 4), torch.eye(3)).shape
         (torch.Size([5, 2]), torch.Size([5, 4, 3, 2]))
         """
-        context, batch = self._context_of_each(shape, context, self._check_context)
-        z = self._latents(math.prod(batch), temperature, context, generator)
-        return self._decode(check_rows("z", z, z.dtype), context).reshape(*batch, *self.shape)
+        features, batch = self._features_of_samples(shape, context)
+        z = self._latents(math.prod(batch), temperature, features, generator)
+        return self._decode(check_rows("z", z, z.dtype), features).reshape(*batch, *self.shape)
 
     def rsample_and_log_prob(
         self,
@@ -228,11 +233,11 @@ class Flow(nn.Module):
             raise ValueError("the samples of this flow are rounded: they have neither a gradient nor a density")
         if not self.base.reparameterized:
             raise ValueError(f"samples of a {type(self.base).__name__} base have no gradient; use base=normal")
-        context, batch = self._context_of_each(shape, context)
-        z = self._latents(math.prod(batch), 1.0, context, generator)
+        features, batch = self._features_of_samples(shape, context, checked=False)
+        z = self._latents(math.prod(batch), 1.0, features, generator)
         with self._stacked_log_dets():
-            x, log_det = self.bijection.inverse(z, context)
-        log_prob = self.base.log_prob(z, context) - log_det
+            x, log_det = self.bijection.inverse(z, features)
+        log_prob = self.base.log_prob(z, features) - log_det
         return x.reshape(*batch, *self.shape), log_prob.reshape(batch)
 
     def to_distribution(self, context: Tensor | None = None, validate_args: bool | None = None) -> FlowDistribution:
@@ -257,24 +262,36 @@ class Flow(nn.Module):
         """n latents as :meth:`latents` draws them, but one for each row of ``context`` (n, *context_shape)."""
         return self._latents(n, temperature, self.embed(context), generator)
 
-    def _latents(self, n, temperature, context, generator) -> Tensor:
+    def _latents(self, n, temperature, features, generator) -> Tensor:
         """n latents, one for each row of the embedded context."""
-        z = self.base.sample(n, temperature, context, generator)
+        z = self.base.sample(n, temperature, features, generator)
         return z.to(self._weight.device, at_least_float32(self._weight.dtype))
 
-    def _context_of_each(
-        self, shape: int | Sequence[int], context: Tensor | None, check: Callable[[Tensor], Tensor] = lambda rows: rows
+    def _features_of_samples(
+        self, shape: int | Sequence[int], context: Tensor | None, checked: bool = True
     ) -> tuple[Tensor | None, torch.Size]:
-        """The embedded context of each of the samples, as rows, and the samples' batch. Each given context is checked
-        and embedded once."""
-        leading, given = tuple(shape) if isinstance(shape, Sequence) else (shape,), self.context_batch(context)
-        batch = torch.Size((*leading, *given))
+        """The embedded context of each of the samples, as rows, and the samples' batch."""
+        context = self.as_context(context)
+        leading = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+        batch = torch.Size((*leading, *self.context_batch(context)))
+        return self._features(context, batch, checked), batch
+
+    def _features(self, context: Tensor | None, batch: torch.Size, checked: bool = True) -> Tensor | None:
+        """The embedded context of each row of ``batch``, to which the contexts' own batch broadcasts. Each context is
+        checked and embedded once."""
         if context is None:
-            return None, batch
-        context = context.to(at_least_float32(self._weight.dtype))
-        context = check(context.reshape(math.prod(given), *context.shape[len(given) :]))
-        embedded = context if self.embedding is None else self._embed(context)
-        return repeat_events(embedded.reshape(*given, *embedded.shape[1:]), batch, embedded.shape[1:]), batch
+            return None
+        dimensions = len(self.context_batch(context))
+        context, dtype = distinct(context, dimensions), at_least_float32(self._weight.dtype)
+        own, event = context.shape[:dimensions], context.shape[dimensions:]
+        rows = context.reshape(math.prod(own), *event)
+        rows = check_rows("context", rows, dtype, self.hide_padding) if checked else rows.to(dtype)
+        features = self._embed(rows)
+        return repeat_events(features.reshape(*own, *features.shape[1:]), batch, features.shape[1:])
+
+    def as_context(self, context) -> Tensor | None:
+        """A context as a tensor, where it is given as an array or nested lists."""
+        return None if context is None else as_tensor("context", context, self._weight.device)
 
     def context_batch(self, context: Tensor | None) -> torch.Size:
         """The batch of a context (*batch, *context_shape). ValueError where it does not fit the flow."""
@@ -311,8 +328,9 @@ class Flow(nn.Module):
     def _check_events(
         self, name: str, x: Tensor, shape: tuple, context: Tensor | None, hide: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, torch.Size]:
-        """The rows of x and their contexts in the flow's precision, and their batch. ValueError where they cannot be
-        used."""
+        """The rows of x in the flow's precision, their embedded contexts, and their batch. ValueError where they cannot
+        be used."""
+        x, context = as_tensor(name, x, self._weight.device), self.as_context(context)
         own, given = batch_shape(name, x, shape), self.context_batch(context)
         try:
             batch = torch.broadcast_shapes(own, given)
@@ -321,12 +339,7 @@ class Flow(nn.Module):
                 f"{name} has a batch of {list(own)} and context one of {list(given)}: they do not broadcast"
             ) from error
         x = check_rows(name, repeat_events(x, batch, shape), at_least_float32(self._weight.dtype), hide)
-        if context is not None:
-            context = self._check_context(repeat_events(context, batch, context.shape[len(given) :]))
-        return x, context, batch
-
-    def _check_context(self, rows: Tensor) -> Tensor:
-        return check_rows("context", rows, at_least_float32(self._weight.dtype), self.hide_padding)
+        return x, self._features(context, batch), batch
 
     def hide_padding(self, context: Tensor) -> Tensor:
         """The context with 0 in place of what the embedding takes for missing."""

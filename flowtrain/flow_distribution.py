@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from flowtrain.runtime import global_batch
+
 
 class FlowDistribution(Distribution):
     """p(x | context) for a batch of contexts; see :meth:`flowtrain.Flow.to_distribution`.
+
+    Its density is one function, in training mode too: batch normalization takes its stored moments, in ``log_prob`` as
+    in samples, and leaves them as they are. To train it by the moments of batches, call the flow itself.
 
     Args:
         flow: a :class:`flowtrain.Flow`, whose weights it shares.
@@ -30,8 +35,8 @@ class FlowDistribution(Distribution):
     arg_constraints: dict = {}
 
     def __init__(self, flow: Any, context: Tensor | None = None, validate_args: bool | None = None):
-        self.flow, self.context = flow, context
-        super().__init__(flow.context_batch(context), torch.Size(flow.shape), validate_args)
+        self.flow, self.context = flow, flow.as_context(context)
+        super().__init__(flow.context_batch(self.context), torch.Size(flow.shape), validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -54,7 +59,8 @@ class FlowDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(self.flow.hide_missing(value))
-        log_prob = self.flow.log_prob(value, self.context)
+        with global_batch.stored_moments():
+            log_prob = self.flow.log_prob(value, self.context)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def expand(self, batch_shape, _instance=None) -> FlowDistribution:

@@ -12,8 +12,10 @@ import zarr
 from composed import ONLY_IMAGES, configuration
 from inprocess import flowtrain
 
+import flowtrain as library
 from flowtrain import data, flows, train
 from flowtrain.bijections import Flatten, StandardizeChannels
+from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.config.build import build_dataset, build_flow
 from flowtrain.data import arrays
 from flowtrain.data.array_files import Rows, find_layout, open_rows
@@ -180,6 +182,47 @@ def test_labels_are_classes_with_names(tmp_path):
             _, context = split.take(torch.arange(len(split)))
             chosen = np.random.default_rng(0).permutation(N)[4:8]
             assert [names[i] for i in context.argmax(1)] == [str(w) for w in (LABELS if key == "y" else words)[chosen]]
+
+
+def test_images_are_contexts_of_vectors(tmp_path):
+    random = np.random.default_rng(0)
+    images = (50 + 20 * random.normal(size=(N, 2, 8, 8))).astype(np.float32)
+    images[:, 1] = 3.0
+    theta = images[:, 0].mean((1, 2))[:, None] + random.normal(size=(N, 2))
+    np.savez(tmp_path / "x.npz", theta=theta, image=images, y=LABELS)
+    dataset = data.Arrays(path=str(tmp_path / "x.npz"), key="theta", context="image")
+    assert dataset.spec.shape == (2,) and dataset.spec.context_shape == (2, 8, 8)
+    x, context = dataset.split("train").take(torch.arange(32))
+    chosen = np.random.default_rng(0).permutation(N)[8:]
+    torch.testing.assert_close(x[:, 0].sort().values, torch.tensor(theta[chosen, 0]).float().sort().values)
+    place = [int(np.flatnonzero(np.float32(theta[:, 0]) == value)[0]) for value in x[:, 0].numpy()]
+    expected = (images[place, 0] - images[:, 0].mean()) / images[:, 0].std()
+    torch.testing.assert_close(context[:, 0], torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
+    assert (context[:, 1] == 0).all()  # a channel that is constant
+    words = ["dataset=arrays", "dataset.path=x.npz", "dataset.key=theta", "dataset.context=image", "embedding=conv"]
+    run(tmp_path, "train", *words, "embedding.hidden=4", "model=nsf_coupling", *SMALL)
+    (tmp_path / "x.npz").rename(tmp_path / "other.npz")
+    np.save(tmp_path / "observed.npy", images[:3])
+    run(tmp_path, "sample", "ckpt=run", "n=5", "context=observed.npy", "plot=false")
+    samples = np.load(made(tmp_path, "run/sample/*/samples.npy"))
+    assert samples.shape == (15, 2)
+    flow = library.load(tmp_path / "run")
+    given = dataset.spec.context.read(open_rows(tmp_path / "observed.npy"))
+    log_prob = flow.log_prob(torch.from_numpy(samples).reshape(3, 5, 2), given[:, None])
+    assert log_prob.shape == (3, 5)
+    for words, says in (
+        (["sample"], r"conditional on 'image': give context=FILE with an array of shape \[N, 2, 8, 8\]"),
+        (["sample", "context=other.npz", "label=1"], "not class-conditional"),
+        (["score", "input=other.npz"], "conditional on an array, which score does not read"),
+    ):
+        with pytest.raises(WorkerError, match=says):
+            run(tmp_path, *words, "ckpt=run")
+    for context, says in (("y", "context=y: is int64"), ("theta0", "has no such array")):
+        with pytest.raises(UsageError, match=says):
+            data.Arrays(path=str(tmp_path / "other.npz"), key="theta", context=context).find()
+    record = dataset.find() | {"context": {"name": "image", "shape": [2, 8, 8], "mean": [0.0], "std": [1.0, 1.0]}}
+    with pytest.raises(UsageError, match="record of the context is damaged"):
+        data.Arrays(found=record, key="theta", context="image").spec  # noqa: B018
 
 
 @pytest.mark.parametrize(

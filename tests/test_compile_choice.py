@@ -215,7 +215,7 @@ def test_a_run_of_some_seconds_is_compiled_for_beside_it(tmp_path, cache, soon, 
 
     monkeypatch.setattr(background, "start_process", lambda job, lock: jobs.append(job) or PROCESS)
     state = two_threads(tmp_path, *words, "hydra.run.dir=run")
-    assert state["compilation"] == {"compiled": False, "since": 0, "gain": None}
+    assert state["compilation"] == {"compiled": False, "since": 0, "gain": None, "open": True}
     assert "compile=auto: process 7 compiles this flow beside the run" in log_of(tmp_path)
     assert "compile=auto: process 7 is still at work" in log_of(tmp_path)
     (job,) = jobs
@@ -356,6 +356,21 @@ def test_a_repetition_that_is_interrupted_before_it_compiles_is_recorded_as_one_
     assert Recorded.of(state) == Recorded((2, 1, 2), True, 3, FAST)
     choice.after_step(3)
     assert not choice.state_dict()["compiled"]  # it failed
+
+
+def test_a_run_that_stopped_before_it_could_choose_does_when_it_goes_on(tmp_path, known_after):
+    known_after(99, FAST)
+    assert not train(tmp_path, "max_steps=3")["compiled"]
+    state = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["compilation"] == {"compiled": False, "since": 0, "gain": None, "open": True}
+    before = Recorded.of(state)
+    assert before.compiled is False  # as a repetition of these steps must be
+    assert before.resumed().compiled is None and Recorded(compiled=False).resumed().compiled is False
+    known_after(3, FAST)
+    assert flowtrain(tmp_path, "train", "resume=run", "max_steps=9") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["compiled"]
+    choice = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")["compilation"]
+    assert choice["compiled"] and choice["since"] == 6 and "open" not in choice
 
 
 def test_records_of_older_versions_and_damaged_ones_are_read():

@@ -15,7 +15,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "distributions": {"runtime"},
     "nets": {"runtime"},
     "bijections": {"runtime"},
-    "flow_distribution": set(),
+    "flow_distribution": {"runtime"},
     "embedding": {"bijections"},
     "flow": {"runtime", "bijections", "distributions", "embedding", "flow_distribution"},
     "flows": {"flow", "embedding", "bijections", "nets", "distributions"},

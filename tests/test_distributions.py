@@ -223,8 +223,7 @@ def test_a_flow_draws_from_its_base_as_it_is_now(name):
     assert torch.equal(flow.sample(40, temperature=0.7, context=context, generator=seed()), x)
     flow = randomize(flow)
     moved = flow.latents(40, temperature=0.7, context=context, generator=seed())
-    assert moved.dtype == torch.float64
-    assert torch.equal(moved, z.double()) == (name in ("normal", "logistic"))
+    assert moved.dtype == torch.float64 and (moved != moved.float()).all()  # drawn with all its digits
     assert flow.bfloat16().latents(40, temperature=0.7, context=context, generator=seed()).dtype == torch.float32
 
 

@@ -154,6 +154,12 @@ def test_a_context_is_embedded_once():
         (lambda: flow.sample(100, context=c[0]), 1),
         (lambda: flow.sample(100, context=c), 4),
         (lambda: flow.latents(100, context=c), 4),
+        (lambda: flow.log_prob(x[:, None], c), 4),
+        (lambda: flow.log_prob(x, c[0]), 1),
+        (lambda: flow.log_prob(x, c[:1].expand(4, 3)), 1),
+        (lambda: flow.encode(x, c[0].expand(4, 3)), 1),
+        (lambda: flow.decode(x[:, None], c), 4),
+        (lambda: flow.to_distribution(c[0]).expand((100,)).log_prob(x[0]), 1),
     ):
         net.calls.clear()
         call()

@@ -87,6 +87,26 @@ def test_what_does_not_fit_is_refused(call, says):
         call(make("maf", (2,)))
 
 
+def test_arrays_and_lists_are_as_good_as_tensors():
+    flow = make("maf", (2,))
+    x, c = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    frozen = x.numpy()[::-1]
+    frozen.flags.writeable = False
+    for method in (flow.log_prob, flow.encode, flow.decode):
+        expected = method(x, c)
+        torch.testing.assert_close(method(x.numpy(), c.tolist()), expected, rtol=0, atol=0)
+        torch.testing.assert_close(method([*x], c.numpy()), expected, rtol=0, atol=0)
+        torch.testing.assert_close(method(frozen, c.flip(0)), expected.flip(0), rtol=0, atol=0)
+    assert flow.sample(4, [0.5, 1]).shape == (4, 3) and flow.to_distribution([[0, 1]]).batch_shape == (1,)
+    for wrong in ([[1.0, 2.0], [3.0]], [["a", "b", "c"]], None, {1: 2}):
+        for name, method in (("x", flow.log_prob), ("x", flow.encode), ("z", flow.decode)):
+            with pytest.raises(
+                ValueError, match=f"^{name} must be a tensor, an array or nested lists of numbers"
+            ) as found:
+                method(wrong, c)
+            assert "\n" not in str(found.value)
+
+
 # ---- samples with gradients
 
 
@@ -197,6 +217,19 @@ def test_a_distribution_keeps_the_contract_of_torch():
     assert constraints.independent(constraints.real, 1).check(x).all() and density.support.check(x).all()
     x, log_prob = density.rsample_and_log_prob((7,))
     torch.testing.assert_close(log_prob, density.log_prob(x))
+
+
+@pytest.mark.parametrize("name", ["maf", "iaf", "realnvp_vector"])
+def test_a_density_is_one_function_in_training_mode_too(name):
+    flow = make(name).train()
+    flow(2 + torch.randn(64, 3).double())  # moments that a batch of samples does not have
+    before, density = copy.deepcopy(flow.state_dict()), flow.to_distribution()
+    x, log_prob = density.rsample_and_log_prob((7,))
+    torch.testing.assert_close(density.log_prob(x), log_prob)
+    torch.testing.assert_close(density.log_prob(x[:2]), log_prob[:2])
+    torch.testing.assert_close(flow.state_dict(), before, rtol=0, atol=0)
+    density.log_prob(x.detach()).sum().backward()
+    assert all(parameter.grad is not None for parameter in flow.parameters())
 
 
 def test_a_distribution_validates():

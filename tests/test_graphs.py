@@ -1,4 +1,5 @@
-"""Every family without an ODE is one graph without a break: training as the Trainer runs it, log_prob, the sampler."""
+"""Every family without an ODE is one graph without a break: training as the Trainer runs it, log_prob, the sampler, and
+samples with gradients."""
 
 from functools import partial
 
@@ -33,10 +34,11 @@ SOLVED = {"ffjord", "ffjord_image", "hybrid", "hybrid_image"}
 TYPED = {"custom"}  # composed in YAML
 
 
-def make(name):
+def make(name, **changes):
     constructor, shape, knobs = FAMILIES[name]
+    knobs = knobs | changes
     flow = constructor(shape, hidden=4, **knobs)
-    integers = len(shape) == 3 or "grey_levels" in knobs
+    integers = knobs.get("preprocess") is not None or "grey_levels" in knobs
     x = torch.randint(0, 17, (BATCH, *shape)) if integers else torch.randn(BATCH, *shape)
     flow.initialize(x)
     with torch.no_grad():
@@ -125,4 +127,28 @@ def test_the_sampler_is_one_graph_for_any_number_of_samples(name):
         expected = flow.sample(size)
         torch.manual_seed(size)
         torch.testing.assert_close(compiled(size), expected, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 1
+
+
+DIFFERENTIABLE = [name for name in FAMILIES if name != "autoregressive"]  # whose samples are rounded
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "maf_mog" else name for name in DIFFERENTIABLE]
+)
+def test_samples_with_gradients_are_one_graph_with_their_density(name):
+    flow, _ = make(name, preprocess=None)
+    flow.eval()
+    compiled, graphs = counted(flow.rsample_and_log_prob)
+
+    def results(draw, size):
+        torch.manual_seed(size)
+        flow.zero_grad()
+        x, log_prob = draw(size)
+        (x.sin().sum() + log_prob.sum()).backward()
+        return x, log_prob, [parameter.grad for parameter in flow.parameters()]
+
+    for size in (BATCH, 5):
+        expected = results(flow.rsample_and_log_prob, size)
+        torch.testing.assert_close(results(compiled, size), expected, atol=1e-4, rtol=1e-4)
     assert len(graphs) == 1

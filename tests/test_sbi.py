@@ -12,7 +12,6 @@ from torch import distributions as td
 from torch import nn
 
 import flowtrain
-from flowtrain.inference.edges import StretchedEdges
 
 sbi_inference = pytest.importorskip("sbi.inference")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -202,26 +201,6 @@ def test_the_density_outside_is_zero_and_its_gradients_are_numbers():
     assert estimator.log_prob(on_the_edge, x[:2]).isfinite().all()
 
 
-def test_the_box_is_a_bijection_onto_the_line():
-    box = StretchedEdges((3,), [(-1.0, 2.0), (None, None), (0.0, 1e-3)])
-    x = torch.stack(
-        [torch.linspace(-0.9999, 1.9999, 301), torch.linspace(-9, 9, 301), torch.linspace(1e-7, 9e-4, 301)], 1
-    )
-    for row in x[::60].double():
-        jacobian = torch.func.jacrev(lambda v: box.double()(v[None])[0][0])(row)
-        assert torch.allclose(jacobian.slogdet()[1], box(row[None])[1][0])
-    box = box.float()
-    z, log_det = box(x)
-    back, inverse = box.inverse(z)
-    assert torch.allclose(back, x, atol=1e-5) and torch.allclose(inverse, -log_det, atol=1e-3)
-    assert torch.equal(z[120:180, 0], x[120:180, 0])  # the inside stays as it is
-    far, _ = box.inverse(torch.tensor([[-1e9, 0.0, 1e9], [1e9, 0.0, -1e9]]))
-    assert far[:, 0].tolist() == [-1, 2] and far[:, 2].min() == 0
-    narrow = StretchedEdges((1,), [(0.7, 0.9)])  # neither is a float32
-    far = narrow.inverse(torch.tensor([[-1e9], [1e9]]))[0].double()
-    assert far.min() >= 0.7 and far.max() <= 0.9
-
-
 def test_a_prior_of_a_list_has_the_bounds_of_each():
     from sbi.utils import process_prior
 
@@ -256,6 +235,7 @@ def test_bounds_of_a_likelihood():
         ({"z_score_x": "zscore"}, "z-scoring"),
         ({"z_score_theta": "transform_to_unconstrained"}, "prior="),
         ({"prior": td.Normal(0.0, 1.0), "bounds": (0, 1)}, "one of them"),
+        ({"prior": td.Normal(0.0, 1.0), "density": "likelihood"}, "give bounds= for x"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(keys, word):
@@ -267,8 +247,6 @@ def test_what_does_not_fit_the_simulations_is_refused():
     theta, x = torch.rand(50, 2), torch.randn(50, 3)
     with pytest.raises(ValueError, match="bounds of 3 dimensions"):
         flowtrain.sbi.estimator(prior=td.Independent(td.Uniform(torch.zeros(3), torch.ones(3)), 1))(theta, x)
-    with pytest.raises(ValueError, match="likelihood"):
-        flowtrain.sbi.estimator(density="likelihood", prior=td.Independent(td.Uniform(torch.zeros(2), 1), 1))(theta, x)
     with pytest.raises(ValueError, match="must be a row"):
         flowtrain.sbi.estimator(density="likelihood")(theta, torch.randn(50, 3, 3))
     with pytest.raises(ValueError, match="beyond the bounds"):
@@ -339,13 +317,38 @@ def test_sequential_posterior_estimation_by_sbi():
 
 def test_likelihood_estimation_by_sbi():
     prior, theta, x = simulations()
-    inference = quiet(sbi_inference.NLE, flowtrain.sbi.estimator("maf", steps=2, hidden=24, norm=None), prior)
+    build = flowtrain.sbi.estimator("maf", density="likelihood", steps=2, hidden=24, norm=None)
+    inference = quiet(sbi_inference.NLE, build, prior)
     estimator = inference.append_simulations(theta, x).train(max_num_epochs=10, learning_rate=3e-3)
     assert estimator.input_shape == (3,) and estimator.condition_shape == (2,)
     grid = torch.cartesian_prod(*[torch.linspace(-1, 1, 41)] * 2)
     weights = estimator.log_prob(OBSERVED[None].expand(len(grid), 1, 3), grid[:, None])[:, 0].softmax(0).detach()
     mean = (weights[:, None] * grid).sum(0)
     assert torch.allclose(mean, OBSERVED[0, :2], atol=0.08)
+
+
+def test_each_condition_is_embedded_once_for_all_samples():
+    rows = []
+
+    class Noted(nn.Flatten):
+        def forward(self, x):
+            rows.append(len(x))
+            return super().forward(x)
+
+    estimator = build(embedding_net=Noted())
+    rows.clear()
+    estimator.log_prob(torch.randn(50, 3, 4), torch.randn(3, 7))
+    estimator.log_prob(torch.randn(50, 1, 4), torch.randn(3, 7))
+    estimator.sample((50,), torch.randn(3, 7))
+    estimator.sample_and_log_prob((50,), torch.randn(3, 7))
+    assert rows == [3, 3, 3, 3]
+
+
+def test_z_scores_of_bounded_dimensions_are_those_of_their_map_to_the_line():
+    theta, x = 0.4 + 0.01 * torch.rand(300, 2), torch.randn(300, 3)
+    estimator = flowtrain.sbi.estimator(bounds=(0, 1), hidden=8)(theta, x)
+    z = estimator.net.bijection.layers()["preprocess"](theta)[0]
+    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
 
 
 def test_a_missing_package_is_named():

@@ -1,6 +1,7 @@
 """dataset=simulator: simulations of a user's own function, kept on disk, and the posterior that is fitted to them."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -107,7 +108,54 @@ def test_more_rows_need_only_those_that_are_missing(module, tmp_path, caplog):
     rows_of(simulator(module, rows=500))
     assert "simulating" not in caplog.text
     (folder,) = (tmp_path / "data" / "simulations").iterdir()
-    assert [path.name for path in folder.iterdir()] == ["000000000-000000500.npz"]
+    assert [path.name for path in folder.glob("*.npz")] == ["000000000-000000500.npz"]
+
+
+def test_two_runs_at_once_share_their_simulations(module, tmp_path):
+    (tmp_path / f"{module}.py").write_text(
+        "import os\ndef simulate(theta):\n    with open('calls', 'a') as file:\n"
+        "        print(os.getppid(), file=file)\n    return theta\n"
+    )
+    made = {"prior": {"a": [0, 1]}, "workers": 1}
+
+    def run(rows, barrier):
+        data = simulator(module, rows=rows, **made)
+        data.find()
+        barrier.wait()
+        torch.save(rows_of(data), f"{rows}.pt")
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    runs = [context.Process(target=run, args=(rows, barrier)) for rows in (300, 400)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join(60)
+        assert process.exitcode == 0
+    calls = (tmp_path / "calls").read_text().split()
+    assert sum(calls.count(str(process.pid)) for process in runs) == 400
+    for rows in (300, 400):
+        alone = rows_of(simulator(module, rows=rows, root=f"alone{rows}", **made))
+        assert all(map(torch.equal, torch.load(f"{rows}.pt"), alone))
+
+
+def test_what_another_run_merges_can_still_be_read(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    for first in (0, 10, 20):
+        x = np.arange(first, first + 10, dtype=np.float32)[:, None]
+        store.write(Block(first, x, x, ""))
+    read = Store._read
+
+    def merged_meanwhile(self, first, stop):
+        monkeypatch.setattr(Store, "_read", read)
+        Store(store.folder).merge(30)
+        return read(self, first, stop)
+
+    monkeypatch.setattr(Store, "_read", merged_meanwhile)
+    assert gather(store.read(25))[0].flatten().tolist() == [*range(25)]
+    assert [path.name for path in store.folder.glob("*.npz")] == ["000000000-000000030.npz"]
+    with pytest.raises(FlowtrainError, match="lacks simulations"):
+        store.read(31)
 
 
 def test_another_source_or_prior_is_simulated_anew(module, tmp_path):

@@ -1,6 +1,7 @@
 """Bounded data: exact densities, and no sample outside, in Python and from the command line."""
 
 import copy
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,12 +12,13 @@ import torch
 from audit import jacobian_log_det, randomize
 from composed import flow_of
 from inprocess import flowtrain
-from torch.distributions import Dirichlet, LogisticNormal, LogNormal, SigmoidTransform, biject_to, constraints
+from torch.distributions import Dirichlet, LogisticNormal, LogNormal, biject_to, constraints
 
 import flowtrain as library
 from flowtrain import bijections as b
 from flowtrain import flows, nets
 from flowtrain.bijections.backpropagation import MEMORY_MODES
+from flowtrain.bijections.interval import SLOPE
 from flowtrain.bijections.support import support_of
 from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.data.spec import DataSpec
@@ -158,17 +160,23 @@ def test_wrong_arguments(make, message):
 # ---- against torch.distributions
 
 
-def test_a_box_is_torchs_sigmoid_transform():
-    x = torch.rand(50, 3).double()
-    z, log_det = b.Box((3,)).double()(x)
-    torch.testing.assert_close(z, SigmoidTransform().inv(x))
-    torch.testing.assert_close(log_det, -SigmoidTransform().log_abs_det_jacobian(z, x).sum(1))
-    low, high = torch.tensor([-1.0, 2.0]).double(), torch.tensor([3.0, 2.5]).double()
-    transform = biject_to(constraints.interval(low, high))
-    layer = b.Box((2,), low.tolist(), high.tolist()).double()
-    z = torch.randn(50, 2).double()
-    torch.testing.assert_close(layer.inverse(z)[0], transform(z))
-    torch.testing.assert_close(layer.inverse(z)[1], transform.log_abs_det_jacobian(z, transform(z)).sum(1))
+def test_the_inside_of_a_box_is_a_line_and_its_edges_are_logarithms():
+    ends = [1e-3, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.999]
+    x = torch.tensor(ends, dtype=torch.float64)[:, None].requires_grad_()
+    layer = b.Box((1,)).double()
+    z, log_det = layer(x)
+    below = [0.1 + 0.1 * math.log(gap / 0.1) - 0.5 for gap in (1e-3, 0.05)]
+    expected = [*below, -0.4, -0.2, 0, 0.2, 0.4, -below[1], -below[0]]
+    torch.testing.assert_close(z.flatten() / SLOPE, torch.tensor(expected, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(z.sum(), x)  # also where the pieces meet
+    torch.testing.assert_close(slope.log().flatten(), log_det)
+    z = z.detach().requires_grad_()
+    back, log_det = layer.inverse(z)
+    torch.testing.assert_close(back, x, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(back.sum(), z)[0].log().flatten(), log_det)
+    with torch.no_grad():
+        z, _ = layer(torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0)).double())
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
 
 
 def test_a_normal_of_logarithms_is_torchs_log_normal():

@@ -13,6 +13,7 @@ from ranks import run_on_two_ranks
 
 from flowtrain import Flow, flows, targets
 from flowtrain import bijections as b
+from flowtrain.cli.exit_codes import WorkerError
 from flowtrain.commands.eval_target import count_modes
 from flowtrain.commands.metropolis import Metropolis
 from flowtrain.data import TargetData
@@ -125,6 +126,42 @@ def test_a_bad_target_is_refused_by_its_name(words):
     with pytest.raises(UsageError, match=words) as error:
         check_target(target, torch.randn(50, 3))
     assert target.name in str(error.value) and "\n" not in str(error.value)
+
+
+def good(x):
+    return -x.square().sum(1)
+
+
+class Sampled(targets.Target):
+    name, dimensions, log_prob = "sampled", 3, staticmethod(good)
+
+    def __init__(self, sample):
+        self.sample = sample
+
+
+@pytest.mark.parametrize(
+    ("sample", "says"),
+    [
+        (lambda n: torch.zeros(n, 3), r"sample\(4, generator\) fails: TypeError"),
+        (lambda n, generator: torch.zeros(n, 3).numpy(), "must return a tensor, not a ndarray"),
+        (lambda n, generator: torch.zeros(n, 3).double(), r"\[4, 3\] of float32 on the CPU, not \[4, 3\] of float64"),
+        (lambda n, generator: torch.zeros(3, n), r"not \[3, 4\] of float32 on cpu"),
+        (lambda n, generator: torch.full((n, 3), torch.nan), "not finite"),
+    ],
+)
+def test_samples_of_a_target_are_tried_before_training(sample, says):
+    with pytest.raises(UsageError, match=says) as error:
+        check_target(Sampled(sample), torch.randn(50, 3))
+    assert "target sampled" in str(error.value) and "\n" not in str(error.value)
+    check_target(Sampled(lambda n, generator: torch.randn(n, 3, generator=generator)), torch.randn(50, 3))
+
+
+def test_a_target_has_a_name_for_each_coordinate():
+    for names in (("a", "b"), ("a", "b", "a"), "abc"):
+        target = targets.Function(good, dimensions=3)
+        target.names = names
+        with pytest.raises(UsageError, match="target .*good: names=.* must be 3 different names"):
+            TargetData(target=target)
 
 
 def test_a_function_says_its_dimensions_or_is_refused():
@@ -384,6 +421,45 @@ def test_a_function_of_ones_own_by_the_command_line(tmp_path, monkeypatch):
     assert flowtrain(tmp_path, "train", "objective=alpha2", *own, *SMALL) == 0
     assert flowtrain(tmp_path, "eval", "ckpt=run", "allow=[ring_of_mine]", "examples=500") == 0
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_samples_where_the_density_is_zero_have_weight_zero(tmp_path, monkeypatch, capsys):
+    """A normal that after training is cut off; any other value that is no density ends the evaluation."""
+    (tmp_path / "cut_of_mine.py").write_text(
+        "import torch\n\nAT, WITH = torch.inf, -torch.inf\n\n\ndef log_prob(x):\n"
+        "    return torch.where(x[:, 0] < AT, -0.5 * x.square().sum(1), WITH)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["target=cut_of_mine:log_prob", "target.dimensions=1", "model=maf", "norm=none", "model.hidden=4"]
+    allow = "allow=[cut_of_mine]"
+    words = [*own, "max_steps=1", "hydra.run.dir=run", "logger=none", "report=false", allow]
+    assert flowtrain(tmp_path, "train", "objective=reverse_kl", *words) == 0
+    import cut_of_mine
+
+    cut_of_mine.AT = 1.0
+    capsys.readouterr()
+    assert flowtrain(tmp_path, "eval", "ckpt=run", "examples=2000", allow) == 0
+    report = json.loads(max(tmp_path.glob("run/eval/*/eval.json")).read_text())
+    log_w = np.load(max(tmp_path.glob("run/eval/*/log_weights.npy")))
+    share = 1 - report["zero_weights"] / 2000
+    assert report["elbo"] is None and report["zero_weights"] == np.isneginf(log_w).sum()
+    assert share == pytest.approx(0.841, abs=0.05) and report["ess"] <= share + 1e-6
+    exact = 0.5 * math.log(2 * math.pi) + math.log(0.8413)
+    assert report["log_z"] == pytest.approx(exact, abs=5 * report["log_z_stderr"])
+    assert f"2,000, {report['zero_weights']:,} where the target's density is 0" in capsys.readouterr().out
+    assert flowtrain(tmp_path, "sample", "ckpt=run", "n=200", "mcmc=true", "plot=false", allow) == 0
+    assert np.load(max(tmp_path.glob("run/sample/*/samples.npy"))).max() < 1  # states of the chains
+    for at, value, says in (
+        (1.0, torch.nan, "not finite"),
+        (1.0, torch.inf, "not finite"),
+        (-99.0, -torch.inf, "density is 0 at all 2,000"),
+    ):
+        cut_of_mine.AT, cut_of_mine.WITH = at, value
+        with pytest.raises(WorkerError, match=says):
+            flowtrain(tmp_path, "eval", "ckpt=run", "examples=2000", allow)
+    cut_of_mine.AT, cut_of_mine.WITH = 1.0, torch.nan
+    with pytest.raises(WorkerError, match="of 200 samples have no importance weight"):
+        flowtrain(tmp_path, "sample", "ckpt=run", "n=200", "weights=true", "plot=false", allow)
 
 
 def test_points_to_show_of_a_target_without_samples_are_drawn_on_a_grid():

@@ -12,10 +12,12 @@ from torch import Tensor
 from flowtrain.commands import SampleConfig
 from flowtrain.commands.restored import Restored
 from flowtrain.data import Columns
+from flowtrain.data.array_context import ArrayContext
+from flowtrain.data.array_files import SUFFIXES, open_rows
 from flowtrain.data.dataset import Dataset
 from flowtrain.data.inputs import input_path, read_contexts
 from flowtrain.data.labels import class_number, label_context, list_classes
-from flowtrain.data.spec import class_names
+from flowtrain.data.spec import LabelContext, class_names
 from flowtrain.errors import UsageError
 
 
@@ -58,13 +60,15 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises UsageError where
     they do not fit the flow.
     """
-    shape, columns = restored.flow.context_shape, restored.columns
-    if config.label is not None and (shape is None or columns):
+    shape, columns, given = restored.flow.context_shape, restored.columns, restored.dataset.spec.context
+    if config.label is not None and not isinstance(given, LabelContext):
         raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
-    if config.context is not None and not (shape and columns):
+    if config.context is not None and not (columns and shape or isinstance(given, ArrayContext)):
         raise UsageError(f"context={config.context}: this model has no context columns; leave context=null")
     if shape is None:
         return None
+    if isinstance(given, ArrayContext):
+        return _of_array(config, given)
     if columns:
         return _of_columns(config, columns, restored.dataset)
     (classes,), names = shape, class_names(restored.dataset.spec)
@@ -78,6 +82,15 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     return Contexts(
         label_context(labels, classes), config.n, classes=tuple(shown) if isinstance(config.label, list) else ()
     )
+
+
+def _of_array(config: SampleConfig, context: ArrayContext) -> Contexts:
+    if not isinstance(config.context, str):
+        wanted = f"of shape {['N', *context.shape]}".replace("'", "")
+        raise UsageError(f"this flow is conditional on '{context.name}': give context=FILE with an array {wanted}")
+    path = input_path(config.context, "context")
+    named = path.suffix.lower() in SUFFIXES and path.suffix.lower() != ".npy"
+    return Contexts(context.read(open_rows(path, context.name if named else None)), config.n)
 
 
 def _shorten(name: str, most: int = 24) -> str:

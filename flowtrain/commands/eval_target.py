@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from flowtrain.engine import importance
 from flowtrain.engine.evaluate import plus_minus
 from flowtrain.engine.importance import Figure
 from flowtrain.engine.out_of_memory import out_of_memory
+from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import checkpoint, distributed, environment, files
 
 FEW = 10_000  # samples of a flow that takes long for each
@@ -28,7 +30,8 @@ def evaluate_target(config: EvalConfig, run_dir: str, restored: Restored) -> dic
     """Evaluate a flow by the importance weights of its samples, and of exact ones of the target where there are any.
 
     Writes eval.json, log_weights.npy with log w = log p(x) − log q(x) of each sample of the flow, and environment.json
-    into ``run_dir``. Returns the content of eval.json.
+    into ``run_dir``. Returns the content of eval.json. Samples where the target's density is 0 have weight 0 and are
+    counted; the evidence lower bound then is −∞, null in the file.
     """
     flow, split = restored.flow, restored.split(config.split)
     target = restored.dataset.spec.target
@@ -36,13 +39,15 @@ def evaluate_target(config: EvalConfig, run_dir: str, restored: Restored) -> dic
     if examples == "auto":
         examples = min(FEW, len(split)) if _is_slow(flow) else None
     with out_of_memory(distributed.device(), "the importance weights"):
-        result = evaluate_split(flow, split, config, examples, exact=True)
+        result = evaluate_split(flow, split, config, examples, exact=True, zeros=True)
         log_w = result.each[~result.each.isnan()]
+        if not log_w.isfinite().any():
+            raise FlowtrainError(f"target {target.name}: its density is 0 at all {len(log_w):,} samples of the flow")
         reference = split.reference(len(log_w))
         of_reference = reference and evaluate_split(flow, reference, config, exact=True).each
     report = {
         "target": target.name,
-        "elbo": result.log_likelihood,
+        "elbo": result.log_likelihood if math.isfinite(result.log_likelihood) else None,
         "elbo_stderr": result.log_likelihood_stderr,
         **_figure("log_z", importance.log_z(log_w)),
         "log_z_exact": target.log_z,
@@ -51,6 +56,7 @@ def evaluate_target(config: EvalConfig, run_dir: str, restored: Restored) -> dic
         "acceptance": importance.acceptance(log_w),
         **(_modes(restored, target, len(log_w), config.seed) if target.modes else {}),
         "examples": len(log_w),
+        "zero_weights": int((log_w == -torch.inf).sum()),
         "split": config.split,
         "data": split.description,
         "dimensions": flow.dimensions,
@@ -73,10 +79,10 @@ def target_table(report: dict) -> str:
     of_exact = "" if exact is None else f"; exact: {exact:.4f}"
     rows = [
         ("target", f"{report['target']}, {report['dimensions']} dimensions"),
-        ("ELBO, nats", plus_minus(report["elbo"], report["elbo_stderr"])),
+        ("ELBO, nats", "−∞" if report["elbo"] is None else plus_minus(report["elbo"], report["elbo_stderr"])),
         ("log Z, nats", plus_minus(report["log_z"], report["log_z_stderr"]) + of_exact),
     ]
-    if exact is not None:
+    if exact is not None and report["elbo"] is not None:
         rows.append(("reverse KL, nats", plus_minus(exact - report["elbo"], report["elbo_stderr"])))
     rows.append(("ESS, of the flow's samples", _percent(report["ess"], report["ess_stderr"])))
     if "forward_ess" in report:
@@ -87,8 +93,9 @@ def target_table(report: dict) -> str:
         rows.append(
             ("modes found", f"{report['modes_found']:,} of {report['modes']:,} (exact samples, as many: {as_many:,})")
         )
+    zeros = report["zero_weights"]
     rows += [
-        ("samples", f"{report['examples']:,}"),
+        ("samples", f"{report['examples']:,}" + (f", {zeros:,} where the target's density is 0" if zeros else "")),
         ("weights", report["weights"]),
         ("checkpoint", report["checkpoint"]),
     ]

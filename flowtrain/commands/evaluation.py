@@ -20,10 +20,16 @@ from flowtrain.runtime import distributed
 
 
 def evaluate_split(
-    flow: Flow, split: Split, config: TrainConfig, examples: int | None = None, draws: int = 1, exact: bool = False
+    flow: Flow,
+    split: Split,
+    config: TrainConfig,
+    examples: int | None = None,
+    draws: int = 1,
+    exact: bool = False,
+    zeros: bool = False,
 ) -> Evaluation:
     """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
-    its ODEs.
+    its ODEs; ``zeros``: a likelihood may be 0.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
@@ -34,7 +40,7 @@ def evaluate_split(
         with exact_trace() if exact else nullcontext():
             rows = _batch_size(flow, split.to(device), total)
             batches = split_batches(split, config, device, examples, rows)
-            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, split.measure)
+            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, split.measure, zeros)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowtrain.bijections.ode import exact_trace
 from flowtrain.engine.evaluate import evaluation_mode
+from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime.seeds import generator
 
@@ -15,10 +16,18 @@ CHAINS, BURN_IN = 64, 100  # chains side by side, and the steps of each that are
 
 @torch.no_grad()
 def log_weights(flow: Flow, target, samples: Tensor) -> Tensor:
-    """log p(x) − log q(x) of ``samples`` (B, D), float64 (B,) on the CPU; of ODEs with the exact trace."""
+    """log p(x) − log q(x) of ``samples`` (B, D), float64 (B,) on the CPU, −∞ where p is 0; of ODEs with the exact
+    trace.
+
+    Raises:
+        FlowtrainError: one is neither a number nor −∞.
+    """
     x = samples.to(next(flow.parameters()).device)
     with evaluation_mode(x.device), exact_trace():
-        return (target.log_prob(x).double() - flow(x).double()).cpu()
+        log_w = (target.log_prob(x).double() - flow(x).double()).cpu()
+    if wrong := int((log_w.isnan() | (log_w == torch.inf)).sum()):
+        raise FlowtrainError(f"target {target.name}: {wrong:,} of {len(log_w):,} samples have no importance weight")
+    return log_w
 
 
 class Metropolis:

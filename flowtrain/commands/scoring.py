@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowtrain.commands import ScoreConfig
 from flowtrain.commands.restored import Restored
+from flowtrain.data.array_context import ArrayContext
 from flowtrain.data.image_sources import SUFFIXES
 from flowtrain.data.inputs import (
     ARCHIVES,
@@ -72,6 +73,8 @@ def find_label(config: ScoreConfig, restored: Restored, source: Input) -> Tensor
         if config.label is not None:
             raise UsageError(f"label={config.label}: this model is not class-conditional; leave label=null")
         return None
+    if isinstance(restored.dataset.spec.context, ArrayContext):
+        raise UsageError("this model is conditional on an array, which score does not read; flow.log_prob takes one")
     if config.label is not None:
         return label_context(torch.tensor([class_number(config.label, shape[0], names)]), shape[0])
     if names and isinstance(source, ImageFiles) and source.find_labels(names):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.data.array_context import ArrayContext
 from flowtrain.data.array_files import Rows, arrange, event_shape, find_layout, open_rows
 from flowtrain.data.augment import Augment
 from flowtrain.data.dataset import Dataset
@@ -122,7 +123,8 @@ class Arrays(Dataset):
             numbers may be stored as real ones.
         bits: how many of the 8 bits of uint8, or the 16 of uint16, to keep.
         labels: the name of the array of labels, (N,), whole numbers or text.
-        context: "label": each example comes with its class as a one-hot vector.
+        context: "label": each example comes with its class as a one-hot vector; or the name of an array (N, …) of
+            numbers, such as images: each example comes with its own, see :class:`ArrayContext`.
         flip, shift: augmentation of the train split, see :class:`Augment`.
         common: see :class:`Dataset`.
     """
@@ -160,10 +162,9 @@ class Arrays(Dataset):
             self._refuse("bits", bits, "must be between 1 and 16")
         if bits is not None and grey_levels is not None:
             self._refuse("bits", bits, "with grey_levels it says the same twice; leave one null")
-        if context not in (None, "label"):
-            self._refuse("context", context, "must be label, or null")
-        if (context is None) != (labels is None):
-            key, value = ("labels", labels) if context is None else ("context", context)
+        self._check_type("context", context, str, "label, the name of an array in the file, or null")
+        if (context == "label") != (labels is not None):
+            key, value = ("context", context) if labels is None else ("labels", labels)
             self._refuse(key, value, "labels are the context: give dataset.labels=NAME and dataset.context=label")
         self.key, self.layout, self.grey_levels, self.bits = key, layout, grey_levels, bits
         self.labels, self.context, self.flip, self.shift = labels, context, flip, shift
@@ -176,7 +177,11 @@ class Arrays(Dataset):
             self._refuse("flip", self.flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
         if self.shift < 0 or self.shift >= min(shape[-2:]):
             self._refuse("shift", self.shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
-        context = LabelContext(len(names), names) if self.context else None
+        context = None
+        if self.context == "label":
+            context = LabelContext(len(names), names)
+        elif self.context:
+            context = ArrayContext.from_record(found.get("context"))
         return DataSpec(self.name, shape, found["grey_levels"], context)
 
     @property
@@ -199,7 +204,20 @@ class Arrays(Dataset):
             "grey_levels": grey_levels,
             "dropped_bits": dropped,
             "classes": list(classes),
+            **({"context": ArrayContext.of(self.context, self._contexts).to_record()} if self._has_array else {}),
         }
+
+    @property
+    def _has_array(self) -> bool:
+        return self.context not in (None, "label")
+
+    @cached_property
+    def _contexts(self) -> Rows:
+        """The array that is the context."""
+        rows = open_rows(self.path, self.context)
+        if len(rows) != len(self._rows):
+            self._refuse("context", self.context, f"{list(rows.shape)} for an array of {list(self._rows.shape)}")
+        return rows
 
     @cached_property
     def _rows(self) -> Rows:
@@ -283,7 +301,9 @@ class Arrays(Dataset):
         good = self._good_rows if self.on_bad == "skip" else np.arange(len(rows))
         chosen = good[split_indices(len(good), self.val_size, self.test_size, self.split_seed)[name]]
         context = None
-        if self.spec.context:
+        if self._has_array:
+            context = self.spec.context.read(self._contexts, chosen)
+        elif self.spec.context:
             every = number_classes(self._read_labels(), self.spec.context.names, f"dataset.labels={self.labels}")
             context = label_context(every[torch.from_numpy(chosen)], self.spec.context.classes)
         place = printable(str(self.path)) + (f":{self.key}" if self.key else "")

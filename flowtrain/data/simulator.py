@@ -43,7 +43,7 @@ class Simulator(Vectors):
     So the flow is the posterior p(θ | x), inside the bounds of the prior. Rows and their random numbers are a function
     of ``split_seed``, for any number of workers. Simulations are kept under ``root/simulations``, in a folder that
     depends on the source of the modules of the two functions, on the prior and on the seed: more rows need only those
-    that are missing.
+    that are missing. Runs at the same time share them: one simulates, the others wait for it.
 
     Args:
         prior: a mapping from the names of the parameters to ``[low, high]`` (uniform) or ``{mean: …, std: …}``
@@ -209,12 +209,15 @@ class Simulator(Vectors):
                 f"dataset.simulate={self.simulate}: it has changed since the run began, whose simulations are no longer"
                 f" in {store.folder}"
             )
-        missing = sum(stop - first for first, stop in store.missing(self.rows))
-        line = "simulating %s rows in %d processes; they are kept in %s"
-        log.info(line, f"{missing:,}", self.workers, store.folder)
         width = self.find()["observed"]
-        simulate_into(store, self.rows, width, prior, simulate, self.split_seed, self.batched, self.workers)
-        store.merge(self.rows)
+        with store.lock():
+            missing = sum(stop - first for first, stop in store.missing(self.rows))
+            if not missing:  # another run has simulated them meanwhile
+                return
+            line = "simulating %s rows in %d processes; they are kept in %s"
+            log.info(line, f"{missing:,}", self.workers, store.folder)
+            simulate_into(store, self.rows, width, prior, simulate, self.split_seed, self.batched, self.workers)
+            store.merge(self.rows)
 
 
 def _source(function: Callable) -> bytes:

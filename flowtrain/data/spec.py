@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flowtrain.data.array_context import ArrayContext
 from flowtrain.data.tables.column import Column
 
 
@@ -56,7 +57,7 @@ class DataSpec:
     name: str
     shape: tuple[int, ...]
     grey_levels: int | None = None
-    context: LabelContext | ColumnContext | None = None
+    context: LabelContext | ColumnContext | ArrayContext | None = None
     columns: tuple[Column, ...] | None = None
     target: Any = None
 

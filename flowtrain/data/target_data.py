@@ -11,6 +11,7 @@ from torch import Tensor
 from flowtrain.data.spec import DataSpec
 from flowtrain.data.split import ArraySplit
 from flowtrain.data.vectors import Vectors
+from flowtrain.errors import UsageError
 from flowtrain.runtime.seeds import generator, seed_from
 
 SIZES = {"train": 2**16, "val": 10_000, "test": 50_000}
@@ -40,7 +41,17 @@ class TargetData(Vectors):
         super().__init__(**common)
         self.target = target
         self.name = target.name
-        self.names = target.names and tuple(target.names)
+        self.names = self._names(target)
+
+    @staticmethod
+    def _names(target) -> tuple[str, ...] | None:
+        """The names of the coordinates; None where the target has none."""
+        names = target.names
+        if names is None:
+            return None
+        if isinstance(names, str) or len({*map(str, names)}) != len(names) or len(names) != target.dimensions:
+            raise UsageError(f"target {target.name}: names={names} must be {target.dimensions} different names")
+        return tuple(map(str, names))
 
     @property
     def spec(self) -> DataSpec:

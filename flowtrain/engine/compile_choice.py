@@ -33,6 +33,7 @@ class CompileChoice:
         and the duration of the step. Here a later choice compiles the flow."""
 
     def state_dict(self) -> dict:
-        """For a checkpoint: a run that is resumed or repeated makes the same choice."""
+        """For a checkpoint: a run that is resumed or repeated makes the same choice. One that is still open has "open",
+        and a resumed run makes it."""
         gain = self.gain and asdict(self.gain)
         return {"compiled": self.compilation is not None, "since": self.since, "gain": gain}

@@ -15,7 +15,7 @@ from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow, to_bits_per_dim
 from flowtrain.runtime import global_batch, kept
 from flowtrain.runtime.interrupts import interruptible_batches
-from flowtrain.runtime.seeds import seed_from
+from flowtrain.runtime.seeds import TURN, seed_from
 
 Measure = Callable[[Flow, Tensor, Tensor | None], Tensor]
 
@@ -56,12 +56,14 @@ def evaluate(
     seed: int = 0,
     weights: Tensor | None = None,
     measure: Measure = Flow.__call__,
+    zeros: bool = False,
 ) -> Evaluation:
     """Evaluate ``flow`` on batches (indices, x, context); over all processes they hold each of ``total`` examples at
     most once.
 
     The noise of an example is a function of (seed, its index, draw): the same in each evaluation, whatever the batches
-    and the number of processes. ``weights`` (total,) say how much each example counts; None: all alike.
+    and the number of processes. ``weights`` (total,) say how much each example counts; None: all alike. With ``zeros``
+    a likelihood may be 0, its logarithm −∞; the mean then is, and has no standard error.
 
     Raises:
         FloatingPointError: a likelihood is not a number, or no example counts.
@@ -79,18 +81,25 @@ def evaluate(
     if dist.is_initialized():
         for one in (mean, weighted, evaluated):
             dist.all_reduce(one)
-    return summarize(mean, weighted, evaluated, weights, flow.dimensions, draws)
+    return summarize(mean, weighted, evaluated, weights, flow.dimensions, draws, zeros)
 
 
 def summarize(
-    mean: Tensor, weighted: Tensor, evaluated: Tensor, weights: Tensor | None, dimensions: int, draws: int = 1
+    mean: Tensor,
+    weighted: Tensor,
+    evaluated: Tensor,
+    weights: Tensor | None,
+    dimensions: int,
+    draws: int = 1,
+    zeros: bool = False,
 ) -> Evaluation:
     """The evaluation of examples from what :func:`log_likelihoods` returned for each, (N,), and whether it was
     evaluated (1 or 0). Raises FloatingPointError as :func:`evaluate` does.
     """
     weights = torch.ones_like(mean) if weights is None else weights.to(mean)
     found = (evaluated > 0) & (weights > 0)  # an unreadable image may be left out
-    total, bad = int(found.sum()), (found & ~mean.isfinite()).nonzero().flatten().tolist()
+    good = mean.isfinite() | (mean == -math.inf) if zeros else mean.isfinite()
+    total, bad = int(found.sum()), (found & ~good).nonzero().flatten().tolist()
     if not total:
         raise FloatingPointError("there is no likelihood: none of the examples counts")
     if bad:
@@ -99,7 +108,8 @@ def summarize(
     mean, weighted, weights = mean[found], weighted[found], weights[found]
     nats = weighted_mean(mean, weights)
     squares = (weights * (mean - nats)).square().sum().item()
-    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if total > 1 else None
+    has_error = total > 1 and math.isfinite(nats)
+    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if has_error else None
     return Evaluation(
         bits_per_dim=to_bits_per_dim(nats, dimensions),
         bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, dimensions),
@@ -155,7 +165,7 @@ def over_draws(compute: Callable[[], Tensor], index: Tensor, draws: int, seed: i
 
 @contextmanager
 def evaluation_mode(device: torch.device):
-    """Within it, arithmetic is exact, what follows from weights alone is kept, and torch's generators stay as they
-    were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
+    """Within it, arithmetic is exact, what follows from weights alone is kept, and torch's generators are this thread's
+    alone and stay as they were."""
+    with TURN, torch.random.fork_rng([device] if device.type == "cuda" else []), exact_arithmetic(), kept.keep():
         yield

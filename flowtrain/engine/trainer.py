@@ -36,6 +36,7 @@ from flowtrain.errors import FlowtrainError, Interrupted
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
 from flowtrain.runtime.interrupts import SignalNote, check_signals, next_batch, note_signals
+from flowtrain.runtime.seeds import TURN
 
 log = logging.getLogger("flowtrain")
 
@@ -176,7 +177,8 @@ class Trainer(Stateful):
             parameter.grad = None
         self.begin_step(self.progress())
         place = self.step, distributed.rank(), distributed.world()
-        loss, reasons = self.training_pass.backpropagate(self.batch, *place)
+        with TURN:
+            loss, reasons = self.training_pass.backpropagate(self.batch, *place)
         if reasons and not self.recovery.skipped:
             log.warning("step %d: %s", self.step, reasons[0])
         return loss

@@ -21,6 +21,7 @@ from flowtrain.inference.given import Given
 from flowtrain.inference.mixtures import Mixture, gaussian_mixture, kernel_density, standardized
 from flowtrain.inference.training import Trained, train, training_config
 from flowtrain.runtime.borrowed import quiet
+from flowtrain.runtime.seeds import TURN
 
 log = logging.getLogger("flowtrain")
 
@@ -120,7 +121,8 @@ class _Chooser:
         data = self.data
         if data.spec.context or any(column.kind == "angle" for column in data.spec.columns):
             return
-        flow, self.rows, val = standardized(data, self.seed)
+        with TURN:
+            flow, self.rows, val = standardized(data, self.seed)
         seconds = MIXTURES * (self.deadline - time.monotonic())
         config = training_config("maf", self.options, len(data.train), self.seed)
         for find in (

@@ -89,5 +89,5 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         seed = check_random_state(random_state).randint(2**31 - 1)
         with borrowed_torch():
-            torch.manual_seed(seed)
-            return self.flow_.sample(n_samples).cpu().numpy()
+            generator = torch.Generator().manual_seed(seed)
+            return self.flow_.sample(n_samples, generator=generator).cpu().numpy()

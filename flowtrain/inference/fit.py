@@ -73,8 +73,9 @@ def fit(
 
     This is ``flowtrain train`` in Python: its models, trainer and defaults. Some rows are set apart for validation;
     training ends when they become less likely, at the latest after ``minutes``, and the weights of the best validation
-    are kept. No file is written, signals and torch's state stay yours, and it works in notebooks and threads (two
-    threads that fit at once share torch's generator, so their numbers depend on each other).
+    are kept. No file is written, signals and torch's state stay yours, and it works in notebooks and threads. Threads
+    that fit at once take turns, step by step, since torch has one generator: their numbers are those of one after the
+    other.
 
     Args:
         x: rows (N, D), an array, a tensor or nested lists, all columns real numbers; or a pandas DataFrame, whose

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,16 +11,13 @@ from torch.distributions import Distribution
 
 from flowtrain import flows
 from flowtrain.bijections import BoundColumns, Standardize
-from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.data import Columns
 from flowtrain.data.simulations.prior import broadcast_ends, each_end, limits, support_ends
 from flowtrain.data.tables.column import Column
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain
-from flowtrain.inference.edges import StretchedEdges
 
 try:
-    from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
     from sbi.neural_nets.estimators import ConditionalDensityEstimator
     from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardization
 except ModuleNotFoundError as error:
@@ -37,7 +32,7 @@ __all__ = ["FlowEstimator", "estimator"]
 def estimator(
     model: str | Callable[..., Flow] = "nsf_autoregressive",
     *,
-    density: Literal["posterior", "likelihood"] | None = None,
+    density: Literal["posterior", "likelihood"] = "posterior",
     prior: Distribution | None = None,
     bounds: tuple[Any, Any] | None = None,
     embedding_net: nn.Module | None = None,
@@ -49,19 +44,19 @@ def estimator(
 
     Args:
         model: the name of a function of :mod:`flowtrain.flows` that takes vectors, or such a function.
-        density: whose density it is: p(θ | x), the posterior, or p(x | θ), the likelihood. None: the likelihood where
-            sbi's NLE calls the builder, else the posterior.
+        density: whose density it is: p(θ | x), the posterior, for NPE, or p(x | θ), the likelihood, for NLE. sbi calls
+            the builder in the same way for both.
         prior: bounds θ by its support, an interval or a half-line in each dimension: no sample of the posterior lies
             outside, and the density there is 0.
         bounds: (low, high) of what is modelled instead, two numbers or tensors; None for no bound.
         embedding_net: maps what is conditional on, (B, *shape), z-scored, to features, (B, n); trained with the flow.
         z_score_theta, z_score_x: whether each dimension is standardized ("independent"), all by one mean and
-            deviation ("structured": series and images), or none.
+            deviation ("structured": series and images), or none; of bounded ones, after their map to the line.
         knobs: of the model, such as ``steps=5, hidden=50``.
 
     Raises:
-        ValueError: an unknown model; both ``prior`` and ``bounds``; a prior of another support, such as a simplex.
-            From the builder: ``prior`` for a likelihood.
+        ValueError: an unknown model; ``prior`` with ``bounds`` or for a likelihood; a prior of another support, such as
+            a simplex.
         ImportError: sbi is not installed.
 
     >>> import flowtrain
@@ -75,7 +70,7 @@ def estimator(
         if model not in flows.__all__:
             raise ValueError(f"model='{model}': must be one of {', '.join(flows.__all__)}")
         model = getattr(flows, model)
-    if density not in (None, "posterior", "likelihood"):
+    if density not in ("posterior", "likelihood"):
         raise ValueError(f"density='{density}': must be 'posterior' or 'likelihood'")
     if prior is not None and bounds is not None:
         raise ValueError("prior and bounds: give one of them")
@@ -83,38 +78,37 @@ def estimator(
         if z_score == "transform_to_unconstrained":
             raise ValueError("z_score='transform_to_unconstrained': give prior= or bounds= instead")
         z_score_parser(z_score)
+    if density == "likelihood" and prior is not None:
+        raise ValueError("prior: it bounds θ, and a likelihood is a density of x; give bounds= for x")
     prior_ends = None if prior is None else _prior_ends(prior)
 
     def build(batch_theta: Tensor, batch_x: Tensor) -> FlowEstimator:
         """The estimator for simulations θ (N, *) and x (N, *), whose moments and shapes it takes."""
-        caller = sys._getframe(1).f_locals.get("self")
-        if density == "likelihood" or density is None and isinstance(caller, LikelihoodEstimatorTrainer):
-            if prior is not None:
-                raise ValueError("prior: it bounds θ, and a likelihood is a density of x; give bounds= for x")
-            rows, conditions, scores, own_ends = batch_x, batch_theta, (z_score_x, z_score_theta), None
-        else:
-            rows, conditions, scores, own_ends = batch_theta, batch_x, (z_score_theta, z_score_x), prior_ends
+        rows, conditions, scores = batch_theta, batch_x, (z_score_theta, z_score_x)
+        if density == "likelihood":
+            rows, conditions, scores = conditions, rows, scores[::-1]
         if rows.dim() != 2:
             raise ValueError(f"what is modelled has shape {list(rows.shape[1:])} for each simulation: it must be a row")
+        ends = prior_ends or [(None, None)]
         if bounds is not None:
-            own_ends = [*zip(*(each_end(end, rows.shape[1]) for end in bounds))]
-        own_ends = broadcast_ends(own_ends or [(None, None)], rows.shape[1])
-
-        low, high = limits(own_ends)
+            ends = [*zip(*(each_end(end, rows.shape[1]) for end in bounds))]
+        ends = broadcast_ends(ends, rows.shape[1])
+        low, high = limits(ends)
         if ((rows < low) | (rows > high)).any():
             raise ValueError("some of the simulations lie beyond the bounds")
-        embedding = [standardizing_net(conditions, scores[1] == "structured")] if z_score_parser(scores[1])[0] else []
-        embedding = nn.Sequential(*embedding, *(() if embedding_net is None else (embedding_net,)), nn.Flatten())
-        features = _features(embedding, conditions)
+        z_scored, structured = z_score_parser(scores[1])
+        nets = [standardizing_net(conditions, structured)] if z_scored else []
+        nets += [] if embedding_net is None else [embedding_net]
         flow = model(
             tuple(rows.shape[1:]),
-            context_shape=tuple(features.shape[1:]),
-            preprocess=chain(bound=BoundColumns, edges=partial(StretchedEdges, ends=own_ends), standardize=Standardize),
+            context_shape=tuple(conditions.shape[1:]),
+            embedding=nn.Sequential(*nets, nn.Flatten()),
+            preprocess=chain(bound=BoundColumns, standardize=Standardize),
             **knobs,
         )
-        fit_to_columns(flow.bijection, _columns(rows, own_ends, scores[0]), rows)
-        flow.initialize(rows[:MOST_ROWS], features)
-        return FlowEstimator(flow, embedding, rows.shape[1:], conditions.shape[1:], own_ends)
+        _fit_links(flow, rows, ends, scores[0])
+        flow.initialize(rows[:MOST_ROWS], conditions[:MOST_ROWS])
+        return FlowEstimator(flow, ends)
 
     return build
 
@@ -126,22 +120,21 @@ class FlowEstimator(ConditionalDensityEstimator):
     sample dimension in front. Outside the bounds the density is 0.
 
     Args:
-        flow: of rows, with the embedding's features as context.
-        embedding: from conditions to features, (B, n).
-        input_shape, condition_shape: of one simulation.
+        flow: of rows, with conditions as context.
         ends: (low, high) of each dimension of the input, None where it has no bound.
     """
 
-    def __init__(self, flow: Flow, embedding: nn.Module, input_shape, condition_shape, ends):
-        super().__init__(flow, torch.Size(input_shape), torch.Size(condition_shape))
-        self._embedding = embedding
+    net: Flow
+
+    def __init__(self, flow: Flow, ends):
+        super().__init__(flow, torch.Size(flow.shape), torch.Size(flow.context_shape))
         for name, limit in zip(("low", "high"), limits(ends)):
             self.register_buffer(name, limit)
 
     @property
     def embedding_net(self) -> nn.Module:
-        """From conditions to the flow's context, z-scoring included."""
-        return self._embedding
+        """From conditions to features, (B, n), z-scoring included."""
+        return self.net.embedding
 
     def log_prob(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
         """log p(input | condition) in nats, (samples, batch); −∞ outside the bounds."""
@@ -149,10 +142,13 @@ class FlowEstimator(ConditionalDensityEstimator):
         self._check_condition_shape(condition)
         input, _, batch = self._broadcast_and_align(input, condition)
         # each condition is embedded once, then repeated for all samples
-        features = self._embed(condition).expand(len(input), batch, -1)
+        given = condition.shape[: condition.dim() - len(self.condition_shape)]
+        features = self.net.embed(condition.reshape(-1, *self.condition_shape)).unflatten(0, given)
+        features = features.expand(len(input), batch, -1)
         inside = ((input >= self.low) & (input <= self.high)).all(-1)
         rows = input.clamp(self.low, self.high)  # a value of NaN would give gradients of NaN
-        log_prob = self.net(rows.flatten(0, 1), features.flatten(0, 1)).unflatten(0, (len(input), batch))
+        log_prob = self.net.log_prob_given(rows.flatten(0, 1), features.flatten(0, 1))
+        log_prob = log_prob.unflatten(0, (len(input), batch))
         return torch.where(inside, log_prob, -torch.inf)
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
@@ -162,32 +158,17 @@ class FlowEstimator(ConditionalDensityEstimator):
     def sample(self, sample_shape: Sequence[int], condition: Tensor, **kwargs) -> Tensor:
         """Samples for each of a batch of conditions, (*sample_shape, batch, *input_shape), without gradients."""
         self._check_condition_shape(condition)
-        with torch.no_grad():
-            return self.net.sample(tuple(sample_shape), self._embed(condition))
+        return self.net.sample(tuple(sample_shape), condition)
 
     def sample_and_log_prob(self, sample_shape: Sequence[int], condition: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
         """Samples as :meth:`sample` draws them, with gradients, and their log-densities, in one pass."""
         self._check_condition_shape(condition)
-        return self.net.rsample_and_log_prob(tuple(sample_shape), self._embed(condition))
+        return self.net.rsample_and_log_prob(tuple(sample_shape), condition)
 
     def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
         """The latents of inputs, in the broadcast batch of both."""
         self._check_condition_shape(condition)
-        return self.net.encode(input, self._embed(condition))
-
-    def _embed(self, condition: Tensor) -> Tensor:
-        """The features of conditions (*batch, *condition_shape): (*batch, n)."""
-        batch = condition.shape[: condition.dim() - len(self.condition_shape)]
-        return self._embedding(condition.reshape(-1, *self.condition_shape)).unflatten(0, batch)
-
-
-def _features(embedding: nn.Module, conditions: Tensor) -> Tensor:
-    """The embedding of the first conditions, as in evaluation: dropout and running statistics stay as they are."""
-    was_training = embedding.training
-    with torch.no_grad():
-        features = embedding.eval()(conditions[:MOST_ROWS])
-    embedding.train(was_training)
-    return features
+        return self.net.encode(input, condition)
 
 
 def _prior_ends(prior: Distribution) -> list[tuple[float | None, float | None]]:
@@ -197,13 +178,17 @@ def _prior_ends(prior: Distribution) -> list[tuple[float | None, float | None]]:
         raise ValueError(f"prior: {error}") from error
 
 
-def _columns(rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> Columns:
-    """What the flow's first layers need to know of each dimension."""
+@torch.no_grad()
+def _fit_links(flow: Flow, rows: Tensor, ends: Sequence[tuple], z_score: Scores) -> None:
+    """Fit the first layers of a flow, its bounds and z-scoring, to rows."""
+    links = flow.bijection.layers()["preprocess"].layers()
+    columns = [
+        Column(f"x{i}", "real", mean=mean, low=low, high=high)
+        for i, (mean, (low, high)) in enumerate(zip(rows.mean(0).tolist(), ends))
+    ]
+    links["bound"].fit(Columns(tuple(columns)), rows)
     z_scored, structured = z_score_parser(z_score)
-    mean, std = z_standardization(rows, structured) if z_scored else (torch.zeros(()), torch.ones(()))
-    mean, std = mean.expand(rows.shape[1]), std.expand(rows.shape[1])
-    columns = []
-    for i, (low, high) in enumerate(ends):
-        low, high = (None, None) if None not in (low, high) else (low, high)  # those of a box: StretchedEdges
-        columns.append(Column(f"x{i}", "real", mean=float(mean[i]), std=float(std[i]), low=low, high=high))
-    return Columns(tuple(columns))
+    if z_scored:
+        mean, std = z_standardization(links["bound"](rows)[0], structured)
+        links["standardize"].mean.copy_(mean)
+        links["standardize"].std.copy_(std)

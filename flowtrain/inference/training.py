@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
 from flowtrain.inference.given import Given
 from flowtrain.runtime.interrupts import leave_signals
+from flowtrain.runtime.seeds import TURN
 from flowtrain.training.batch_size import batch_size_of
 from flowtrain.training.errors import one_line_errors
 from flowtrain.training.setup import SetUp, prepare, record_of
@@ -29,7 +29,6 @@ from flowtrain.training.setup import SetUp, prepare, record_of
 NODES = ("model", "objective", "optimizer", "scheduler", "trainer")  # whose keys a caller may set
 KEYS = ("batch_size", "deterministic", "max_steps", "memory", "precision")
 PATIENCE, VAL_EVERY = 20, 50  # validations without improvement; steps between those of a small table
-_building = threading.Lock()  # torch's generator belongs to the process
 
 
 def training_config(model: str, options: dict, rows: int, seed: int) -> TrainConfig:
@@ -111,7 +110,7 @@ def train(config: TrainConfig, data: Given, device: torch.device, deadline: floa
         FlowtrainError: training failed.
     """
     history = _History()
-    with _building:
+    with TURN:
         run = _set_up(config, data, device, Loggers([history, *([progress()] if show else [])]))
         trainer = run.ready_trainer()
     with leave_signals(), one_line_errors(run.config, trainer, device):

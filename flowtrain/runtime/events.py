@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.runtime import modes
+
+
+def as_tensor(name: str, x: Any, device: torch.device) -> Tensor:
+    """``x``, a tensor, an array or nested lists of numbers, as a tensor; what is none yet comes to ``device``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(x, Tensor):
+        return x
+    try:
+        return torch.from_numpy(np.array(x, order="C")).to(device)  # a copy: not every array can be shared
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"{name} must be a tensor, an array or nested lists of numbers, not {type(x).__name__}"
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def batch_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> torch.Size:
@@ -24,6 +41,11 @@ def repeat_events(x: Tensor, batch: torch.Size, shape: tuple[int, ...]) -> Tenso
     if x.dim() == 1 + len(shape) and x.shape[:1] == batch:
         return x
     return x.expand(*batch, *shape).reshape(prod(batch), *shape)
+
+
+def distinct(x: Tensor, batch: int) -> Tensor:
+    """``x`` with a size of 1 in those of its first ``batch`` dimensions along which it was expanded."""
+    return x[tuple(slice(None) if stride else slice(0, 1) for stride in x.stride()[:batch])]
 
 
 def check_rows(name: str, x: Tensor, dtype: torch.dtype, hide: Callable[[Tensor], Tensor] | None = None) -> Tensor:

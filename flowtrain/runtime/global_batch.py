@@ -69,6 +69,11 @@ def _(shape, device, dtype):
     return torch.empty(shape, device=device, dtype=dtype)
 
 
+def stored_moments() -> AbstractContextManager[None]:
+    """Within it, batch normalization is one function in training mode too: that of its running moments."""
+    return modes.using(stored_moments=True)
+
+
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """Numbers for the elements of x, in its order in memory: 0 with probability ``p``, else 1/(1 − p)."""
     x = x.detach()
@@ -140,10 +145,11 @@ class RunningMoments(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, both (C,), for x (B, C, …)."""
-        if not self.training:
+        mode = modes.current()
+        if mode.stored_moments or not self.training:
             return self.mean, self.var
         mean, var = moments(x)
-        if modes.current().repeating:
+        if mode.repeating:
             return mean, var
         with torch.no_grad():
             weight = self.momentum

@@ -1,10 +1,14 @@
 """Seeds of random numbers."""
 
+import threading
+
 import torch
 
 _WORD = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step, and the shifts and factors of its output
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
+# torch's generators belong to the process: a thread holds this from when it seeds them until it has drawn
+TURN = threading.RLock()
 
 
 def seed_from(*numbers: int) -> int:

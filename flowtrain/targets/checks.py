@@ -11,15 +11,41 @@ from flowtrain.targets.target import Target
 
 def check_target(target: Target, x: Tensor) -> None:
     """Raise UsageError, which names the target and what is wrong, for a ``log_prob`` of x (B, D) of the wrong shape,
-    without a gradient, or with values that no density has."""
+    without a gradient, or with values that no density has; or for a ``sample`` that does not return what it should."""
     what = f"target {target.name}"
+    _check_log_prob(target, what, x)
+    _check_sample(target, what)
+
+
+def _check_sample(target: Target, what: str) -> None:
+    n = target.dimensions + 1  # not D, so that its axes cannot be swapped
+    call = f"sample({n}, generator)"
+    try:
+        x = target.sample(n, torch.Generator().manual_seed(0))
+    except Exception as error:  # of a user's own function
+        raise UsageError(f"{what}: {call} fails: {_one_line(error)}") from error
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise UsageError(f"{what}: {call} must return a tensor, not a {type(x).__name__}")
+    if x.shape != (n, target.dimensions) or x.dtype != torch.float32 or x.device.type != "cpu":
+        found = f"{list(x.shape)} of {x.dtype} on {x.device}".replace("torch.", "")
+        raise UsageError(f"{what}: {call} must return {[n, target.dimensions]} of float32 on the CPU, not {found}")
+    if not x.isfinite().all():
+        raise UsageError(f"{what}: {call} returns numbers that are not finite")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _check_log_prob(target: Target, what: str, x: Tensor) -> None:
     x = x.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
             value = target.log_prob(x)
     except Exception as error:  # of a user's own function
-        text = " ".join(str(error).split())[:200]
-        raise UsageError(f"{what}: it fails on x of shape {list(x.shape)}: {type(error).__name__}: {text}") from error
+        raise UsageError(f"{what}: it fails on x of shape {list(x.shape)}: {_one_line(error)}") from error
     if not isinstance(value, Tensor):
         raise UsageError(f"{what}: it must return a tensor, not a {type(value).__name__}")
     if value.shape != x.shape[:1]:

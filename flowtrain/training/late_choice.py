@@ -63,6 +63,9 @@ class LateChoice(CompileChoice):
             if self.budget.left(step, seconds, each) * each >= WORTH:
                 self.process.start()
 
+    def state_dict(self) -> dict:
+        return super().state_dict() | ({} if self.is_settled else {"open": True})
+
     def __exit__(self, failed, *_) -> None:
         self.process.leave(bool(failed))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowtrain.engine.compile_gain import Gain
 
@@ -16,12 +16,14 @@ class Recorded:
         compiled: whether it was compiled in the end; None where the checkpoint does not say.
         since: the number of steps before it was compiled.
         gain: the figures by which that was chosen, or None.
+        open: it was not compiled because the choice had not been made yet.
     """
 
     turns: tuple[int, ...] = ()
     compiled: bool | None = None
     since: int = 0
     gain: Gain | None = None
+    open: bool = False
 
     @classmethod
     def of(cls, state: dict) -> Recorded:
@@ -37,7 +39,12 @@ class Recorded:
             compiled if isinstance(compiled, bool) else None,
             since if type(since) is int else 0,
             gain,
+            choice.get("open") is True,
         )
+
+    def resumed(self) -> Recorded:
+        """For the same run as it goes on: what was open is still to be chosen, and its turns are in its own state."""
+        return replace(self, turns=(), compiled=None if self.open else self.compiled)
 
 
 def _dict(value: object) -> dict:

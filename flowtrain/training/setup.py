@@ -39,6 +39,7 @@ from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
 from flowtrain.runtime.interrupts import interruptible_batches
+from flowtrain.runtime.seeds import TURN
 from flowtrain.targets.checks import check_target
 from flowtrain.training.batch_size import batch_size_of
 from flowtrain.training.compilation import choose_compilation, gradient_of, threads_of
@@ -170,7 +171,7 @@ def set_up(config: TrainConfig, run_dir: str, before: Recorded = Recorded()) -> 
     state = checkpoint.read(config.resume) if config.resume else None
     stored = stored_config(config, state)
     if state:
-        before = replace(Recorded.of(state), turns=())  # where they are, the Trainer's state says
+        before = Recorded.of(state).resumed()
     run = SetUp(config, run_dir, data, train, val, device, objective, schedule, loggers, stored, state, before)
     return replace(run, config=replace(config, batch_size=batch_size_of(run)))
 
@@ -289,8 +290,8 @@ def reestimate_moments(flow: Flow, loader: Loader, rows: int | None) -> None:
     under the present weights, in exact arithmetic."""
     batches = loader.batches()
     steps = math.ceil(rows / loader.batch_size) if rows else loader.steps_per_epoch
-    torch.manual_seed(loader.seed)
-    with torch.no_grad(), exact_arithmetic(), global_batch.reestimate(flow):
+    with TURN, torch.no_grad(), exact_arithmetic(), global_batch.reestimate(flow):
+        torch.manual_seed(loader.seed)
         for x, context, _ in interruptible_batches(islice(batches, min(loader.steps_per_epoch, steps))):
             with global_batch.rows(distributed.rank() * len(x), loader.batch_size):
                 flow(x, context)

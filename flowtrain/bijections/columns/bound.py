@@ -6,19 +6,19 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import full_precision
 from flowtrain.bijections.columns.column_bijection import LARGEST, ColumnBijection
+from flowtrain.bijections.interval import from_line, to_line
 
 
 class BoundColumns(ColumnBijection):
     """Real columns with bounds to the real line; x in all other columns.
 
-    Between two bounds z = logit(t) with t = (x − low)/(high − low). With one bound z = log(t) with
-    t = (x − low)/(mean − low), or z = −log(t) with t = (high − x)/(high − mean). A value on a bound would map to ±∞: it
-    is kept half a rounding of t inside. A value outside becomes NaN, since it has no density. ``inverse`` stays within
-    the bounds.
+    Between two bounds z is a line, and the logarithm of the distance to the bound in the outer tenths; see
+    :func:`flowtrain.bijections.interval.to_line`. With one bound z = log(t) with t = (x − low)/(mean − low), or
+    z = −log(t) with t = (high − x)/(high − mean). A value on a bound would map to ±∞: it is kept half a rounding of the
+    width, or of t, inside. A value outside becomes NaN, since it has no density. ``inverse`` stays within the bounds.
 
     Raises:
         ValueError: ``shape`` is not that of a row; in ``fit``, rows beyond the bounds of a column, which is named.
@@ -28,7 +28,7 @@ class BoundColumns(ColumnBijection):
     """
 
     bounded: Tensor
-    two_sided: Tensor
+    boxed: Tensor
     sign: Tensor
     anchor: Tensor
     scale: Tensor
@@ -40,7 +40,7 @@ class BoundColumns(ColumnBijection):
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
         self.register_buffer("bounded", torch.zeros(self.shape, dtype=torch.bool))
-        self.register_buffer("two_sided", torch.zeros(self.shape, dtype=torch.bool))
+        self.register_buffer("boxed", torch.zeros(self.shape, dtype=torch.bool))
         self.register_buffer("sign", torch.ones(self.shape))  # −1 where t grows downwards, from an upper bound
         self.register_buffer("anchor", torch.zeros(self.shape))  # the bound at which t = 0
         self.register_buffer("scale", torch.ones(self.shape))
@@ -58,7 +58,7 @@ class BoundColumns(ColumnBijection):
         )
         self._set(
             bounded=[ends != (None, None) for ends in bounds],
-            two_sided=[None not in ends for ends in bounds],
+            boxed=[None not in ends for ends in bounds],
             sign=[sign for sign, _, _ in maps],
             anchor=[anchor for _, anchor, _ in maps],
             scale=[scale for _, _, scale in maps],
@@ -84,23 +84,25 @@ class BoundColumns(ColumnBijection):
 
     def log_derivatives(self, x, context=None):
         with full_precision(x):
-            margin = torch.finfo(x.dtype).eps / 2
-            t = torch.where(self.bounded, self.sign * (x - self.anchor) / self.scale, 0.5).clamp(min=margin)
-            t = torch.where(self.two_sided, t.clamp(max=1 - margin), t)
-            log_t, log_rest = t.log(), torch.where(self.two_sided, torch.log1p(-t), 0.0)
             inside = (x >= self.low) & (x <= self.high)
-            z = torch.where(inside, self.sign * (log_t - log_rest), math.nan)
-            log_derivative = -log_t - log_rest - self.scale.log()
+            anchor, sign = self._nearer(x - self.anchor > self.scale / 2)
+            t = torch.where(self.bounded, sign * (x - anchor) / self.scale, 0.5)
+            y, log_slope = to_line(t.clamp(min=torch.finfo(x.dtype).eps / 2), self.boxed)
+            z, log_derivative = torch.where(inside, sign * y, math.nan), log_slope - self.scale.log()
             return torch.where(self.bounded, z, x), torch.where(self.bounded, log_derivative, 0.0)
 
     def inverse(self, z, context=None):
         with full_precision(z):
-            y = torch.where(self.bounded, self.sign * z, 0.0)
-            t = torch.where(self.two_sided, torch.sigmoid(y), y.exp())
-            log_slope = torch.where(self.two_sided, F.logsigmoid(y) + F.logsigmoid(-y), y)
-            x = torch.clamp(self.anchor + self.sign * self.scale * t, self.least, self.greatest)
+            anchor, sign = self._nearer(z > 0)
+            t, log_slope = from_line(torch.where(self.bounded, sign * z, 0.0), self.boxed)
+            x = torch.clamp(anchor + sign * self.scale * t, self.least, self.greatest)
             log_derivative = log_slope + self.scale.log()
             return torch.where(self.bounded, x, z), torch.where(self.bounded, log_derivative, 0.0).sum(1)
+
+    def _nearer(self, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The bound from which distances are taken, and their sign: in the ``upper`` half of a box, its upper one."""
+        upper = upper & self.boxed
+        return torch.where(upper, self.anchor + self.scale, self.anchor), torch.where(upper, -1.0, self.sign)
 
 
 def _unit_map(low: float | None, high: float | None, mean: float) -> tuple[float, float, float]:

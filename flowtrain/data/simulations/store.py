@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,9 @@ import numpy as np
 
 from flowtrain.errors import FlowtrainError
 from flowtrain.runtime import files
+from flowtrain.runtime.interrupts import interruptible
+
+log = logging.getLogger("flowtrain")
 
 NAME = re.compile(r"(\d+)-(\d+)\.npz")
 
@@ -36,10 +43,34 @@ class Block:
 
 
 class Store:
-    """The simulations of one simulator, prior and seed: a folder with a file for each block."""
+    """The simulations of one simulator, prior and seed: a folder with a file for each block.
+
+    Several runs may use it at once: one writes at a time, within :meth:`lock`, and others read meanwhile.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Within it, this process alone writes into the folder; it waits for another that does.
+
+        Raises:
+            Interrupted: a signal, while it waits.
+            WriteError: the disk does not take the file.
+        """
+        path = self.folder / "lock"
+        with files.convert_errors(path, 0):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another run, which simulates into %s", self.folder)
+                with interruptible():
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def missing(self, rows: int) -> list[tuple[int, int]]:
         """The ranges below ``rows`` that no file has."""
@@ -64,17 +95,28 @@ class Store:
         Raises:
             FlowtrainError: a file is damaged.
         """
+        found = self._ranges()
+        try:
+            return self._blocks(found, rows)
+        except FileNotFoundError as error:
+            if self._ranges() == found:
+                raise FlowtrainError(f"{self.folder}: lacks simulations ({error})") from error
+            return self.read(rows)  # another run has put them into a larger file
+
+    def _blocks(self, ranges: list[tuple[int, int]], rows: int) -> list[Block]:
         blocks, at = [], 0
-        for first, stop in self._ranges():
-            if stop > at and at < rows:
+        for first, stop in ranges:
+            if first <= at < min(stop, rows):
                 block = self._read(first, stop)
                 part = slice(at - first, min(stop, rows) - first)
                 blocks.append(Block(at, block.theta[part], block.x[part], block.reason))
                 at = min(stop, rows)
+        if at < rows:
+            raise FileNotFoundError(f"row {at}")
         return blocks
 
     def merge(self, rows: int) -> None:
-        """Put the first ``rows`` rows into one file in place of many."""
+        """Put the first ``rows`` rows into one file in place of many, within :meth:`lock`."""
         old = self._ranges()
         if len(old) < 2:
             return
@@ -100,6 +142,8 @@ class Store:
         try:
             with np.load(path, allow_pickle=False) as held:
                 block = Block(first, held["theta"], held["x"], str(held["reason"]))
+        except FileNotFoundError:
+            raise
         except Exception as error:  # of a damaged zip archive, one of many kinds
             raise FlowtrainError(f"{path}: damaged ({error}); remove it, and it is simulated again") from error
         if len(block.theta) != stop - first or len(block.x) != stop - first:
