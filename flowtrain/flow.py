@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
-from flowtrain.bijections.linear import dense_layers, stacked_log_dets
+from flowtrain.bijections.linear import stacked_weights, stacks
 from flowtrain.bijections.ode import states_only
 from flowtrain.bijections.support import support_of
 from flowtrain.distributions import Distribution, StandardNormal
@@ -80,7 +80,7 @@ class Flow(nn.Module):
         self.embedding, embedded = build_embedding(embedding, self.context_shape)
         self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=embedded)
         self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=embedded)
-        self._stacks = any(True for _ in dense_layers(self.bijection))
+        self._stacks = stacks(self.bijection)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -98,7 +98,7 @@ class Flow(nn.Module):
         if x.shape[1:] != self.shape:
             raise ValueError(f"x has events of shape {list(x.shape[1:])}; this flow takes {list(self.shape)}")
         context = self.embed(context)
-        with self._stacked_log_dets():
+        with self._stacked_weights():
             z, log_det = self.bijection(x, context)
         return self.base.log_prob(z, context) + log_det
 
@@ -139,7 +139,7 @@ class Flow(nn.Module):
         the same integers."""
         x, context, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
         context = self.embed(context)
-        with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
+        with global_batch.bin_centres(), states_only(), self._stacked_weights():
             z = map_events("x", x, context, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain)
         return z.reshape(*batch, *z.shape[1:])
 
@@ -151,7 +151,7 @@ class Flow(nn.Module):
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The data of the rows z, given embedded contexts."""
-        with states_only(), self._stacked_log_dets():
+        with states_only(), self._stacked_weights():
             return map_events(
                 "z", z, context, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
@@ -230,7 +230,7 @@ class Flow(nn.Module):
             raise ValueError(f"samples of a {type(self.base).__name__} base have no gradient; use base=normal")
         context, batch = self._context_of_each(shape, context)
         z = self._latents(math.prod(batch), 1.0, context, generator)
-        with self._stacked_log_dets():
+        with self._stacked_weights():
             x, log_det = self.bijection.inverse(z, context)
         log_prob = self.base.log_prob(z, context) - log_det
         return x.reshape(*batch, *self.shape), log_prob.reshape(batch)
@@ -286,9 +286,9 @@ class Flow(nn.Module):
             raise ValueError("this flow takes no context")
         return batch_shape("context", context, self.context_shape)
 
-    def _stacked_log_dets(self):
+    def _stacked_weights(self):
         stacks = self._stacks and self.backpropagation.together
-        return stacked_log_dets(self.bijection) if stacks else nullcontext()
+        return stacked_weights(self.bijection) if stacks else nullcontext()
 
     @property
     def _weight(self) -> Tensor:
