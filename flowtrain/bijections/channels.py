@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import Bijection, Chain, constant_log_det, full_precision, fuse
+from flowtrain.bijections.step import FusedStep, may_end_step, separate
 from flowtrain.runtime import fusion, modes
 from flowtrain.runtime.kept import from_weights
 
@@ -90,7 +91,9 @@ class FusedChannelAffine:
     def __init__(self, layers: list[ChannelAffine]):
         self.layers, self.pixels = layers, layers[0].pixels
 
-    def fuse(self, following: Bijection) -> FusedChannelAffine | None:
+    def fuse(self, following: Bijection) -> FusedChannelAffine | FusedStep | None:
+        if may_end_step(following):
+            return FusedStep(self, following)
         return FusedChannelAffine([*self.layers, following]) if _fusible(following) else None
 
     def __call__(self, x, context=None):
@@ -136,7 +139,7 @@ def fused_links(bijection: Bijection) -> Iterator[FusedChannelAffine]:
     if not bijection.container or bijection._compiled_call_impl is not None:
         return
     if isinstance(bijection, Chain):
-        yield from (link for link in fuse(bijection) if isinstance(link, FusedChannelAffine))
+        yield from (link for link in separate(fuse(bijection)) if isinstance(link, FusedChannelAffine))
     for layer in bijection.layers().values():
         yield from fused_links(layer)
 

@@ -331,7 +331,6 @@ class _Orders(Maps):
         return torch.zeros(order.shape[:-1], device=order.device)
 
 
-
 class Reverse(Permutation):
     """The channels in reverse order.
 

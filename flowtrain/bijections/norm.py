@@ -84,7 +84,6 @@ class _Scales(Maps):
         return self.tensors[0].sum(-1)
 
 
-
 class BatchNorm(Bijection):
     """z = (x − mean)/√(var + eps) for each channel (Dinh et al. 2017, section 3.7; Papamakarios et al. 2017).
 
