@@ -171,11 +171,10 @@ def apply_in_turn(
     links: Iterable[Callable], x: Tensor, context: Tensor | None, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """x through ``links``, one after the other, and the sum of their log-determinants, in order, added to ``total``."""
-    total = zero_log_det(x) if total is None else total
     for link in links:
         x, log_det = link(x, context)
-        total = total + log_det
-    return x, total
+        total = log_det if total is None else total + log_det
+    return x, zero_log_det(x) if total is None else total
 
 
 class Backpropagation:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowtrain.bijections.bijection import Bijection, constant_log_det, sum_event
+from flowtrain.bijections.bijection import Bijection, sum_event
 from flowtrain.bijections.coupling import Alternate, Coupling, Halves
 from flowtrain.bijections.univariate import SigmoidAffine
 from flowtrain.runtime import fusion, gradients
@@ -35,7 +35,7 @@ class FusedStep:
         plan = _Plan(coupling, [(factor, weight.shape[-1] // 2) for weight, *_, factor in convolutions])
         tensors = [tensor for weight, bias, log_scale, _ in convolutions for tensor in (weight, bias, log_scale)]
         z, coupling_log_det = _Step.apply(plan, x, weight, bias, *tensors)
-        return z, coupling_log_det + constant_log_det(log_det, x)
+        return z, coupling_log_det + log_det.to(coupling_log_det.dtype)
 
     def inverse(self, z, context=None):
         first, coupling = self.links
@@ -120,10 +120,9 @@ class _Step(torch.autograd.Function):
         second.copy_(of_t)
         of_network, of_tensors = _convolve_backward(plan, of_h, conditioning, kept, masks, tensors)
         torch.add(of_conditioning, of_network, out=first)
-        rows = of_y.movedim(1, -1)
-        of_x = (rows @ weight).movedim(-1, 1) if ctx.needs_input_grad[1] else None
-        rows = rows.reshape(-1, rows.shape[-1])
-        of_weight = rows.T @ x.movedim(1, -1).reshape(-1, x.shape[1])
+        rows = of_y.movedim(1, -1).flatten(0, -2)
+        of_x = rows.mm(weight).view(z.shape[0], *z.shape[2:], -1).movedim(-1, 1) if ctx.needs_input_grad[1] else None
+        of_weight = rows.T.mm(x.movedim(1, -1).reshape(rows.shape))
         return None, of_x, of_weight, None if bias is None else rows.sum(0), *of_tensors
 
 
@@ -140,13 +139,13 @@ def _convolve(plan: _Plan, x: Tensor, tensors) -> tuple[Tensor, list[Tensor], li
         if scale is None or last:
             h = F.conv2d(x, weight, bias, padding=padding)
         else:  # in the few weights, not in a pass over the many outputs
-            h = F.conv2d(x, weight * scale, bias * scale.flatten(), padding=padding)
+            h = F.conv2d(x, weight * scale.view(-1, 1, 1, 1), bias * scale, padding=padding)
         if not last:
             if plan.dropout:
                 masks.append(dropout_mask(h, plan.dropout))
                 h.mul_(masks[-1])
             kept.append(x := F.relu_(h))
-    return h if scale is None else h.mul_(scale.squeeze(-1)), kept, masks
+    return h if scale is None else h.mul_(scale.view(-1, 1, 1)), kept, masks
 
 
 def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, tensors) -> tuple[Tensor, list]:
@@ -156,11 +155,11 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
     for i, (weight, bias, scale, padding, last) in reversed([*enumerate(_layers(plan, tensors))]):
         folded = scale is not None and not last
         if scale is not None and last:
-            gradient.mul_(scale.squeeze(-1))
+            gradient.mul_(scale.view(-1, 1, 1))
         gradient, of_weight, of_bias = torch.ops.aten.convolution_backward(
             gradient,
             inputs[i],
-            weight * scale if folded else weight,
+            weight * scale.view(-1, 1, 1, 1) if folded else weight,
             [len(weight)],
             [1, 1],
             [padding, padding],
@@ -173,8 +172,8 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
         of_scale = None
         if scale is not None:
             if folded:
-                of_weight.mul_(scale)
-                of_bias.mul_(scale.flatten())
+                of_weight.mul_(scale.view(-1, 1, 1, 1))
+                of_bias.mul_(scale)
             of_scale = (of_weight * weight).sum((1, 2, 3)).addcmul_(of_bias, bias).mul_(plan.convolutions[i][0])
             of_scale = of_scale.view(tensors[3 * i + 2].shape)
         found[:0] = of_weight, of_bias, of_scale
@@ -186,12 +185,12 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
 
 
 def _layers(plan: _Plan, tensors) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, bool]]:
-    """Of each convolution: weight, bias, the scale of its outputs (C, 1, 1, 1), padding, and whether it is the last."""
+    """Of each convolution: weight, bias, the scale of its outputs (C,), padding, and whether it is the last."""
     for i, (factor, padding) in enumerate(plan.convolutions):
         weight, bias, log_scale = tensors[3 * i : 3 * i + 3]
-        scale = (
-            None if log_scale is None else (log_scale if factor == 1 else factor * log_scale).exp().view(-1, 1, 1, 1)
-        )
+        scale = None
+        if log_scale is not None:
+            scale = (log_scale if factor == 1 else factor * log_scale).exp().flatten()
         yield weight, bias, scale, padding, i == len(plan.convolutions) - 1
 
 
@@ -213,7 +212,7 @@ def _plain(plan: _Plan, masks, x: Tensor, weight: Tensor, bias: Tensor | None, *
     h, left = conditioning, iter(masks)
     for weight, bias, scale, padding, last in _layers(plan, tensors):
         h = F.conv2d(h, weight, bias, padding=padding)
-        h = h if scale is None else h * scale.squeeze(-1)
+        h = h if scale is None else h * scale.view(-1, 1, 1)
         if not last:
             h = F.relu(h * next(left) if masks else h)
     t, raw = h.chunk(2, 1)
