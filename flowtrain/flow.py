@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at_least_float32, build, check_shape, size
 from flowtrain.bijections.columns import FillMissing
-from flowtrain.bijections.linear import dense_layers, stacked_log_dets
+from flowtrain.bijections.linear import stacked_weights, stacks
 from flowtrain.bijections.ode import states_only
 from flowtrain.bijections.support import support_of
 from flowtrain.distributions import Distribution, StandardNormal
@@ -81,7 +81,7 @@ class Flow(nn.Module):
         self.embedding, embedded = build_embedding(embedding, self.context_shape)
         self.bijection: Bijection = build("bijection", bijection, shape=self.shape, context_shape=embedded)
         self.base: Distribution = build("base", base, shape=self.bijection.out_shape, context_shape=embedded)
-        self._stacks = any(True for _ in dense_layers(self.bijection))
+        self._stacks = stacks(self.bijection)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -103,7 +103,7 @@ class Flow(nn.Module):
     def log_prob_given(self, x: Tensor, features: Tensor | None) -> Tensor:
         """log p(x) of rows x (B, *shape), given what :meth:`embed` returns for their contexts: (B,). As in ``forward``,
         values are not checked."""
-        with self._stacked_log_dets():
+        with self._stacked_weights():
             z, log_det = self.bijection(x, features)
         return self.base.log_prob(z, features) + log_det
 
@@ -144,7 +144,7 @@ class Flow(nn.Module):
         """The latents of x, (*batch, *out_shape). Integers become the centres of their bins, so that ``decode`` returns
         the same integers."""
         x, features, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
-        with global_batch.bin_centres(), states_only(), self._stacked_log_dets():
+        with global_batch.bin_centres(), states_only(), self._stacked_weights():
             z = map_events("x", x, features, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain)
         return z.reshape(*batch, *z.shape[1:])
 
@@ -156,7 +156,7 @@ class Flow(nn.Module):
 
     def _decode(self, z: Tensor, features: Tensor | None) -> Tensor:
         """The data of the rows z, given embedded contexts."""
-        with states_only(), self._stacked_log_dets():
+        with states_only(), self._stacked_weights():
             return map_events(
                 "z", z, features, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
             )
@@ -235,7 +235,7 @@ class Flow(nn.Module):
             raise ValueError(f"samples of a {type(self.base).__name__} base have no gradient; use base=normal")
         features, batch = self._features_of_samples(shape, context, checked=False)
         z = self._latents(math.prod(batch), 1.0, features, generator)
-        with self._stacked_log_dets():
+        with self._stacked_weights():
             x, log_det = self.bijection.inverse(z, features)
         log_prob = self.base.log_prob(z, features) - log_det
         return x.reshape(*batch, *self.shape), log_prob.reshape(batch)
@@ -303,9 +303,9 @@ class Flow(nn.Module):
             raise ValueError("this flow takes no context")
         return batch_shape("context", context, self.context_shape)
 
-    def _stacked_log_dets(self):
+    def _stacked_weights(self):
         stacks = self._stacks and self.backpropagation.together
-        return stacked_log_dets(self.bijection) if stacks else nullcontext()
+        return stacked_weights(self.bijection) if stacks else nullcontext()
 
     @property
     def _weight(self) -> Tensor:

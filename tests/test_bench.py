@@ -81,16 +81,17 @@ def test_the_commands_suite_compares_with_the_library(bench, monkeypatch):
     monkeypatch.setattr(Runner, "library", lambda _: {"sample": 1.0, "log_prob": 2.0})
     few = {"n=2", "input=few.npy", "examples=2"}
     monkeypatch.setattr(Runner, "run", lambda _, command, *words: Finished(3.0 if few & {*words} else 4.1, 1000))
+    monkeypatch.setattr(Runner, "step_times", lambda *_: {"flowtrain train": [1.05] * 3, "bare loop": [1.0] * 3})
     found, _ = bench("suite=commands")
     assert [row["theirs"] for row in found["rows"][:3]] == ["flow.sample", "flow.log_prob", "flow.log_prob"]
-    assert [row["value"] for row in found["rows"]] == pytest.approx([1.1, 0.55, 0.55, 1.0])
+    assert [row["value"] for row in found["rows"]] == pytest.approx([1.1, 0.55, 0.55, 1.0, *[1.05] * 3])
     assert all(row["reached"] for row in found["rows"])
 
 
 @pytest.mark.slow
 def test_the_commands_suite_runs_the_commands(bench):
     found, _ = bench("suite=commands")
-    assert len(found["rows"]) == 4 and all(row["value"] > 0 for row in found["rows"][3:])
+    assert len(found["rows"]) == 7 and all(row["value"] > 0 for row in found["rows"][3:])
 
 
 def test_a_peer_that_is_not_installed_is_reported_and_left_out(bench, monkeypatch):

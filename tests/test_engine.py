@@ -242,7 +242,9 @@ def test_a_bad_step_that_is_decided_on_the_device_changes_nothing(tmp_path, monk
     (tmp_path / "device").mkdir()
     (tmp_path / "host").mkdir()
     changes = dict(rollback=rollback, max_bad_steps=2 if rollback else 4, save_every=3, log_every=1)
-    there = run(optimized(tmp_path / "device", CONDITIONAL[name], **changes), tmp_path / "device")
+    there = optimized(tmp_path / "device", CONDITIONAL[name], **changes)
+    there.weights.asynchronous = True  # as on a GPU
+    run(there, tmp_path / "device")
     monkeypatch.setattr(Weights, "takes_condition", False)
     here = run(optimized(tmp_path / "host", CONDITIONAL[name], **changes), tmp_path / "host")
     assert here.recovery.skipped == 3 and here.recovery.rollbacks == (rollback is not None)
@@ -256,6 +258,7 @@ def test_a_bad_step_that_is_decided_on_the_device_changes_nothing(tmp_path, monk
 )
 def test_the_host_reads_after_the_step_of_an_optimizer_that_leaves_out_bad_ones(tmp_path, monkeypatch, make, usual):
     one, read, calls = optimized(tmp_path, make, rollback=0.5, save_every=7), Agreed.read, []
+    one.weights.asynchronous = True  # as on a GPU
     monkeypatch.setattr(Agreed, "read", lambda agreed: calls[-1].append("read") or read(agreed))
     one.weights.optimizer.register_step_pre_hook(lambda *_: calls[-1].append("step"))
     for batch, _ in zip(one.loader.batches(), range(9)):

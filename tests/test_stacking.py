@@ -1,4 +1,4 @@
-"""The log-determinants of matrices of one size come from one decomposition, and nothing else changes."""
+"""What follows from weights alone comes from one computation for all layers of one size, and nothing else changes."""
 
 import copy
 from functools import partial
@@ -52,14 +52,18 @@ def one_by_one(flow):
     return flow
 
 
+def assert_same(found, expected):  # a product of many matrices sums in another order than one of two
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-def test_gradients_are_the_same_to_the_bit(flow, calls, memory):
+def test_gradients_are_the_same(flow, calls, memory):
     flow.set_backpropagation(MEMORY_MODES[memory]())
     expected = gradient(one_by_one(flow))
     assert {len(size) for size in calls} == {2} and len(calls) >= LAYERS
     calls.clear()
     stacked = gradient(flow)
-    assert all(map(torch.equal, stacked, expected)) and stacked[0] < 1000
+    assert_same(stacked, expected)
     if memory == "reversible":  # which finds the gradients of one layer after the other
         assert {len(size) for size in calls} == {2}
     else:
@@ -96,7 +100,7 @@ def test_a_copy_has_log_determinants_of_its_own(flow):
                 layer.matrix.mul_(2)
     before, after = gradient(flow), gradient(changed)
     assert not torch.equal(before[0], after[0])
-    assert all(map(torch.equal, after, gradient(one_by_one(changed))))
+    assert_same(after, gradient(one_by_one(changed)))
 
 
 def test_compiled_as_a_whole_it_is_one_graph_and_by_regions_it_is_the_same(flow, monkeypatch):

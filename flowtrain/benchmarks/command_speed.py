@@ -1,4 +1,5 @@
-"""Suite ``commands``: ``sample``, ``score`` and ``eval`` against the same work in Python, and what memory they need."""
+"""Suite ``commands``: ``sample``, ``score``, ``eval`` and a step of ``train`` against the same work in Python, and what
+memory sampling needs."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain.benchmarks.session import Row, Session, clock
+from flowtrain.benchmarks.session import Row, Session, clock, row
 from flowtrain.benchmarks.start_up import environment
-from flowtrain.benchmarks.timing import MIN_ROUNDS, Spread
+from flowtrain.benchmarks.timing import MIN_ROUNDS, Spread, Times
 from flowtrain.errors import FlowtrainError
 
-TIME, MEMORY = 1.2, 1.1
+TIME, MEMORY, STEP = 1.2, 1.1, 1.1
+STEPS = [("dataset=moons", "model=nsf_coupling"), ("dataset=moons", "model=maf"), ("dataset=digits", "model=glow")]
 ROWS, FEW = 500_000, 2  # what a command does with few rows is its start-up
 MEMORY_ROWS = 1_000_000, 100_000
 LIBRARY = """
@@ -59,6 +61,9 @@ def rows(session: Session) -> Iterator[Row]:
         work = f"peak memory of sampling {most:,} rows to {least:,}"
         value = peaks[0] / peaks[1]
         yield Row("commands", work, f"{most:,} rows", f"{least:,} rows", value, 0.0, MEMORY, amounts=amounts)
+        for chosen in STEPS:
+            times = runner.step_times(session, *chosen)
+            yield row("commands", f"a training step of {' '.join(chosen)}", times, "flowtrain train", "bare loop", STEP)
 
 
 def _time_rows(session: Session, runner: Runner, words: dict, count: int) -> Iterator[Row]:
@@ -116,6 +121,13 @@ class Runner:
     def library(self) -> dict[str, float]:
         """The seconds of the same work in Python."""
         return json.loads(self._finish("-c", LIBRARY, "run", "rows.npy")[1])
+
+    def step_times(self, session: Session, *words: str) -> Times:
+        """The seconds of a training step as ``flowtrain train WORDS`` takes it, and of a bare loop, in turns."""
+        limits = [f"rounds={1 if session.smoke else session.rounds}", f"seconds={session.seconds}"]
+        small = ["smoke=true"] if session.smoke else []
+        module = "flowtrain.training.step_time"
+        return json.loads(self._finish("-m", module, *limits, f"seed={session.seed}", *words, *small)[1])
 
     def _finish(self, *words: str) -> tuple[Finished, str]:
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:

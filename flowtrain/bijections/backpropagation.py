@@ -28,6 +28,7 @@ from flowtrain.bijections.bijection import (
     zero_log_det,
 )
 from flowtrain.bijections.ode import continuous_layers
+from flowtrain.bijections.step import separate
 from flowtrain.runtime import global_batch, modes
 
 KEEP, RECOMPUTE, INVERT = "keep", "recompute", "invert"  # what a segment does for its gradient
@@ -119,7 +120,7 @@ class ReversibleBackpropagation(ActivationCheckpointing):
     def run_segment(self, kind, layers, x, context, total):
         if kind != INVERT:
             return super().run_segment(kind, layers, x, context, total)
-        links = fuse(_flatten(layers))
+        links = [*separate(fuse(_flatten(layers)))]
         trained = [[parameter for parameter in link.parameters() if parameter.requires_grad] for link in links]
         x, log_det = _InvertedSegment.apply(links, trained, self.compare, x, context, *chain.from_iterable(trained))
         return x, total + log_det

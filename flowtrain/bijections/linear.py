@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision, zero_log_det
-from flowtrain.bijections.channels import ChannelAffine, inverse_matrix, mix_exactly, mixer
+from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision, walk, zero_log_det
+from flowtrain.bijections.channels import (
+    ChannelAffine,
+    Maps,
+    compute_together,
+    fused_links,
+    inverse_matrix,
+    mix_exactly,
+    mixer,
+)
 from flowtrain.bijections.native.vector_affine import PERMUTE, TRIANGULAR, Step
 from flowtrain.runtime import modes
 from flowtrain.runtime.kept import from_weights
@@ -72,9 +80,6 @@ class _Linear(ChannelAffine):
         """W (C, C)."""
         raise NotImplementedError
 
-    def affine(self, like):
-        return self.weight(), None
-
     def weight_inverse(self) -> Tensor:
         """W⁻¹ in float64."""
         return inverse_matrix(self.weight())
@@ -104,7 +109,7 @@ class DenseLinear(_Linear):
     """z = Wx for every pixel, W a parameter: Glow's 1×1 convolution (Kingma & Dhariwal 2018, eq. 9).
 
     log|det W| comes from an LU decomposition in float64, each time. In a flow, all matrices of one size share it:
-    see :func:`stacked_log_dets`.
+    see :func:`stacked_weights`.
 
     Args:
         shape: of one event, (C, …).
@@ -129,11 +134,20 @@ class DenseLinear(_Linear):
     def weight(self):
         return self.matrix
 
+    def maps(self):
+        return _Matrices(self.matrix)
+
     def log_abs_det(self):
         stacked = modes.current().log_dets
-        if stacked is not None and self in stacked:
-            return stacked[self]
-        return torch.linalg.slogdet(self.matrix.double())[1]
+        return stacked[self] if stacked is not None and self in stacked else super().log_abs_det()
+
+
+class _Matrices(Maps):
+    def affine(self, like):
+        return self.tensors[0], None
+
+    def log_abs_det(self):
+        return torch.linalg.slogdet(self.tensors[0].double())[1]
 
 
 def dense_layers(bijection: Bijection) -> Iterator[DenseLinear]:
@@ -146,11 +160,22 @@ def dense_layers(bijection: Bijection) -> Iterator[DenseLinear]:
         yield from dense_layers(layer)
 
 
-def stacked_log_dets(bijection: Bijection) -> AbstractContextManager[None]:
-    """Within it, log|det W| of each :class:`DenseLinear` in ``bijection`` comes from one decomposition for all matrices
-    of one size: a GPU takes little longer for all of them than for one."""
-    layers = [*dense_layers(bijection)]
-    return modes.using(log_dets=from_weights(lambda: _log_dets(layers), "log_dets", *layers) if layers else None)
+def stacked_weights(bijection: Bijection) -> AbstractContextManager[None]:
+    """Within it, what follows from weights alone comes from one computation for all layers of ``bijection`` of one
+    size, which takes little longer than that for one: the products of neighbouring affine maps of channels, and
+    log|det W| of each other :class:`DenseLinear`."""
+    links = [*fused_links(bijection)]
+    layers = [layer for link in links for layer in link.layers]
+    affines = from_weights(lambda: compute_together(links), "affines", *layers) if links else None
+    others = [layer for layer in dense_layers(bijection) if layer not in {*layers}]
+    log_dets = from_weights(lambda: _log_dets(others), "log_dets", *others) if others else None
+    return modes.using(affines=affines, log_dets=log_dets)
+
+
+def stacks(bijection: Bijection) -> bool:
+    """Whether :func:`stacked_weights` may change something."""
+    layers = [layer for layer, _ in walk(bijection)]
+    return any(isinstance(one, ChannelAffine) and len(one.shape) > 1 or isinstance(one, DenseLinear) for one in layers)
 
 
 def _log_dets(layers: list[DenseLinear]) -> dict[nn.Module, Tensor]:
@@ -159,8 +184,8 @@ def _log_dets(layers: list[DenseLinear]) -> dict[nn.Module, Tensor]:
         alike.setdefault((layer.channels, layer.matrix.dtype, layer.matrix.device), []).append(layer)
     log_dets: dict[nn.Module, Tensor] = {}
     for group in alike.values():
-        matrices = torch.stack([layer.matrix for layer in group]).double()
-        log_dets.update(zip(group, torch.linalg.slogdet(matrices)[1].unbind()))
+        matrices = torch.stack([layer.matrix for layer in group])
+        log_dets.update(zip(group, _Matrices(matrices).log_abs_det().unbind()))
     return log_dets
 
 
@@ -199,9 +224,12 @@ class LULinear(_Linear):
         self.sign.copy_(diagonal.sign())
         self.order.copy_(permutation.argmax(1))
 
+    def maps(self):
+        return _Factors(self.lu, self.sign, self.order)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """L without its diagonal of ones, and U."""
-        return self.lu.tril(-1), self.lu.triu(1) + torch.diag(self.sign * self.lu.diagonal().exp())
+        return self.maps().factors()
 
     def _exact_factors(self) -> tuple[Tensor, Tensor]:
         """The factors in float64."""
@@ -209,13 +237,9 @@ class LULinear(_Linear):
         return lower.double(), upper.double()
 
     def weight(self):
-        lower, upper = self.factors()
-        return torch.addmm(upper, lower, upper).index_select(0, self.order)
+        return self.affine(self.lu)[0]
 
-    def log_abs_det(self):
-        return self.lu.diagonal().sum()
-
-    def step(self):
+    def vector_step(self):
         return Step(TRIANGULAR, self.order, self.lu, self.sign)
 
     # a vector is multiplied by one factor after the other, which needs no product and no inverse of matrices; an image,
@@ -239,6 +263,23 @@ class LULinear(_Linear):
             x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, x, upper=True).T.to(z.dtype)
             return x, constant_log_det(-self.log_abs_det(), z)
+
+
+class _Factors(Maps):
+    """Of ``lu``, ``sign`` and ``order``."""
+
+    def factors(self):
+        lu, sign, _ = self.tensors
+        diagonal = lu.diagonal(dim1=-2, dim2=-1)
+        return lu.tril(-1), lu.triu(1) + torch.diag_embed(sign * diagonal.exp())
+
+    def affine(self, like):
+        lower, upper = self.factors()
+        rows = self.tensors[2].unsqueeze(-1).expand(upper.shape)
+        return (upper + lower @ upper).gather(-2, rows), None
+
+    def log_abs_det(self):
+        return self.tensors[0].diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 class Permutation(ChannelAffine):
@@ -274,17 +315,27 @@ class Permutation(ChannelAffine):
     def inverse(self, z, context=None):
         return z.index_select(1, self.back), zero_log_det(z)
 
+    def maps(self):
+        return _Orders(self.order, self.back)
+
+    def vector_step(self):
+        return Step(PERMUTE, self.order)
+
+
+class _Orders(Maps):
+    """Of ``order`` and ``back``."""
+
     def affine(self, like):
-        return torch.eye(self.channels, device=like.device, dtype=like.dtype)[self.order], None
+        order, _ = self.tensors
+        return torch.eye(order.shape[-1], device=like.device, dtype=like.dtype)[order], None
 
     def then(self, weight, bias):
-        return weight.index_select(1, self.back), bias
+        columns = self.tensors[1].unsqueeze(-2).expand(weight.shape)
+        return weight.gather(-1, columns), bias
 
     def log_abs_det(self):
-        return torch.zeros((), device=self.order.device)
-
-    def step(self):
-        return Step(PERMUTE, self.order)
+        order, _ = self.tensors
+        return torch.zeros(order.shape[:-1], device=order.device)
 
 
 class Reverse(Permutation):

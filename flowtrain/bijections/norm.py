@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, constant_log_det, full_precision
-from flowtrain.bijections.channels import ChannelAffine
+from flowtrain.bijections.channels import ChannelAffine, Maps, add, apply
 from flowtrain.bijections.native.vector_affine import SCALE, Step
 from flowtrain.runtime.global_batch import RunningMoments
 
@@ -64,20 +64,28 @@ class ActNorm(ChannelAffine):
             x = z * per_channel((-self.log_scale).exp(), z) - per_channel(self.bias, z)
             return x, constant_log_det(-self.pixels * self.log_abs_det(), z)
 
+    def maps(self):
+        return _Scales(self.log_scale, self.bias)
+
+    def vector_step(self):
+        return Step(SCALE, first=self.bias, second=self.log_scale)
+
+
+class _Scales(Maps):
+    """Of ``log_scale`` and ``bias``."""
+
     def affine(self, like):
-        scale = self.log_scale.exp()
-        return torch.diag(scale), scale * self.bias
+        log_scale, bias = self.tensors
+        scale = log_scale.exp()
+        return torch.diag_embed(scale), scale * bias
 
     def then(self, weight, bias):
-        weight = weight * self.log_scale.exp()
-        own = weight.mv(self.bias)
-        return weight, own if bias is None else bias + own
+        log_scale, own = self.tensors
+        weight = weight * log_scale.exp().unsqueeze(-2)
+        return weight, add(apply(weight, own), bias)
 
     def log_abs_det(self):
-        return self.log_scale.sum()
-
-    def step(self):
-        return Step(SCALE, first=self.bias, second=self.log_scale)
+        return self.tensors[0].sum(-1)
 
 
 class BatchNorm(Bijection):

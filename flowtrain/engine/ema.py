@@ -19,7 +19,8 @@ class EMA:
         self.model = copy.deepcopy(live).requires_grad_(False).eval()
         # to find these takes as long as to average them
         self.parameters = [*self.model.parameters()], [*live.parameters()]
-        self.modules = [*zip(self.model.modules(), live.modules())]
+        pairs = zip(self.model.modules(), live.modules())
+        self.modules = [(mine, theirs) for mine, theirs in pairs if theirs._buffers]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

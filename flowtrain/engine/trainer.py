@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -109,6 +109,7 @@ class Trainer(Stateful):
         self.batch: Batch | None = None  # this process's slice of the last
         self.step, self.seconds = 0, 0.0
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
+        self.logged = time.monotonic()  # when that was
 
     def fit(self) -> None:
         """Train until the budget is spent or validation no longer improves; whatever ends it, the state is saved.
@@ -119,7 +120,7 @@ class Trainer(Stateful):
         """
         config = self.config.trainer
         began = time.monotonic() - self.seconds
-        saved, logged = self.seconds, time.monotonic()
+        saved, self.logged = self.seconds, time.monotonic()
         profiles = config.profile and distributed.is_main()
         profiler = profile_steps(self.checkpoints.run_dir) if profiles else nullcontext(lambda: None)
         with note_signals() as noted, self.compile_choice, profiler as profile_step:
@@ -129,16 +130,8 @@ class Trainer(Stateful):
                 self.validate_and_preview()  # where a signal came before
                 batches = self.loader.batches(self.step)
                 while self.progress() < 1 and not self.validation.stalled:
-                    batch, start = next_batch(batches), time.monotonic()
-                    norm, signum = self.take_step(batch, began, noted)
-                    took = time.monotonic() - start
-                    self.threads.after_step(took)
-                    if self.threads.chosen:
-                        self.compile_choice.after_step(self.step, self.seconds, took)
+                    signum = self.advance(batches, began, noted)
                     profile_step()
-                    if self.every(config.log_every):
-                        self.report(norm, elapsed=time.monotonic() - logged)
-                        logged = time.monotonic()
                     if signum:
                         raise Interrupted(signum)
                     self.validate_and_preview()
@@ -155,6 +148,20 @@ class Trainer(Stateful):
             check_signals()
 
     # ---- a step
+
+    def advance(self, batches: Iterator[Batch], began: float, noted: SignalNote) -> int:
+        """Train on the next of ``batches`` in a run that ``began`` then, and report where that is due; a signal that
+        any process has noted, or 0."""
+        batch, start = next_batch(batches), time.monotonic()
+        norm, signum = self.take_step(batch, began, noted)
+        took = time.monotonic() - start
+        self.threads.after_step(took)
+        if self.threads.chosen:
+            self.compile_choice.after_step(self.step, self.seconds, took)
+        if self.every(self.config.trainer.log_every):
+            self.report(norm, elapsed=time.monotonic() - self.logged)
+            self.logged = time.monotonic()
+        return signum
 
     def take_step(self, batch: Batch, began: float, noted: SignalNote) -> tuple[float, int]:
         """Train on a batch, in a run that ``began`` then; the gradient's norm and a signal that any process has

@@ -37,6 +37,9 @@ class TrainingPass:
     ):
         self.flow, self.seed, self.parts, self.autocast = flow, seed, parts, autocast
         self.loss: nn.Module = _Loss(flow, objective)
+        # torch.manual_seed notes the seed for every kind of device, in longer than a small flow's optimizer steps
+        on_cpu = all(parameter.device.type == "cpu" for parameter in flow.parameters())
+        self._generators = torch.default_generator if on_cpu else torch
 
     def synchronize(self) -> None:
         """From now on, average the gradients over all processes.
@@ -71,7 +74,7 @@ class TrainingPass:
 
     def seed_noise(self, step: int) -> None:
         """Seed torch's generators for a pass at ``step``."""
-        torch.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
+        self._generators.manual_seed(seed_from(self.seed, step))  # nothing to restore but the step
 
     @torch.no_grad()
     def repeat(self, batch: Batch, step: int, rank: int, world: int) -> None:
@@ -117,9 +120,10 @@ def synchronize_gradients(module: nn.Module, static_graph: bool) -> DistributedD
 
 def clip_gradient(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """The norm of the gradient of all ``parameters``, which is then scaled down to ``limit``."""
-    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None], foreach=True)
+    found = [one.grad for one in parameters if one.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
     if limit:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        torch._foreach_mul_(found, (limit / (norm + 1e-6)).clamp_(max=1.0))
     return norm
 
 

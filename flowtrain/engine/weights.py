@@ -10,17 +10,23 @@ from flowtrain.flow import Flow
 
 
 class Weights:
-    """A flow's weights, the optimizer that updates them and, where there is one, their average."""
+    """A flow's weights, the optimizer that updates them and, where there is one, their average.
+
+    Attributes:
+        asynchronous: whether the host may run ahead of the device.
+    """
 
     def __init__(self, flow: Flow, optimizer: torch.optim.Optimizer, ema: EMA | None):
         self.flow, self.optimizer, self.ema = flow, optimizer, ema
+        self.asynchronous = any(parameter.is_cuda for parameter in flow.parameters())
         self.highest_rates = [group["lr"] for group in optimizer.param_groups]
 
     @property
     def takes_condition(self) -> bool:
         """Whether :meth:`step` takes a condition: torch's fused optimizers do, but not in a first step, which creates
-        their state."""
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False) and len(self.optimizer.state) > 0
+        their state. On a CPU, which has nothing to wait for, they take longer with one."""
+        fused = self.asynchronous and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return fused and len(self.optimizer.state) > 0
 
     def set_rates(self, factor: float) -> None:
         """Set the optimizer's rates to ``factor`` times the highest ones."""

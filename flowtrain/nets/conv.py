@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,6 +81,23 @@ class ConvNet(nn.Module):
             for conv in (self.first, self.second):
                 nn.init.normal_(conv.weight, std=0.05)
         self.to(memory_format=torch.channels_last)  # on a CPU several times faster, and what tensor cores want
+
+    def convolutions(self) -> list[tuple[Tensor, Tensor, Tensor | None, float]] | None:
+        """The convolutions, with rectifiers and dropout between them, for a gradient written by hand; None if the
+        network is more than that. Of each: weight, bias, and a tensor and a factor, the exponential of whose product
+        multiplies the output channels."""
+        pairs = (self.first, self.norm_first), (self.second, self.norm_second)
+        if self.context is not None or not all(type(norm) in (ActNorm, nn.Identity) for _, norm in pairs):
+            return None
+        if not fusion.may_fuse(self, *chain(*pairs), self.dropout, self.last, self.last.conv):
+            return None
+        hidden = [
+            (conv.weight, conv.bias, None, 1.0)
+            if isinstance(norm, nn.Identity)
+            else (conv.weight, norm.bias, norm.log_scale, 1.0)
+            for conv, norm in pairs
+        ]
+        return [*hidden, (self.last.conv.weight, self.last.conv.bias, self.last.log_scale, 3.0)]
 
     def forward(self, x, context=None):
         h = conv_and_norm(self.first, self.norm_first, x.contiguous(memory_format=torch.channels_last))

@@ -30,6 +30,7 @@ class Modes:
         kept: what has been computed from weights alone, for the batches to come; None: nothing is kept.
         log_dets: log|det W| of layers, computed for all of them at once; None: each layer computes its own.
         stored_moments: batch normalization uses its running moments in training mode too, and leaves them as they are.
+        affines: likewise W, b and the log-determinant of neighbouring affine maps, by the layers that they are of.
         repeating: this work has been done before, so that running statistics must not count it again.
         layer_by_layer: every layer is called by itself; none is fused with its neighbours.
         exact_trace: ODEs integrate the exact trace.
@@ -45,6 +46,7 @@ class Modes:
     kept: dict | None = None
     log_dets: dict[nn.Module, Tensor] | None = None
     stored_moments: bool = False
+    affines: dict[tuple[nn.Module, ...], tuple[Tensor, Tensor | None, Tensor]] | None = None
     repeating: bool = False
     layer_by_layer: bool = False
     exact_trace: bool = False
