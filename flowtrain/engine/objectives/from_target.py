@@ -89,13 +89,13 @@ class ReverseKL(FromTarget):
     for each sample, not on average alone, where q is p.
 
     Where q misses a part of p that gradient is nearly 0. So ``cover`` times the gradient of KL(p‖q), which is 0 where
-    q is p too, is added by importance sampling: E_m[(q − p)/m · ∇ log q] over the step's samples of the flow and as
-    many others, half of the start s, which is wide, and half of t, the flow with a base 1 + 2/√D times as wide.
+    q is p too, is added by importance sampling: E_m[(q − p)/m · ∇ log q] over half of the step's samples of the flow
+    and as many others, half of the start s, which is wide, and half of t, the flow with a base 1 + 2/√D times as wide.
     Together they have the density m = q/2 + (s + t)/4 (the balance heuristic, Veach and Guibas 1995). The part of q
     has mean 0, and takes the noise away where q is p.
 
     Args:
-        cover: what that gradient is multiplied by; 0: it is left out, and with it two passes of the likelihood. Only
+        cover: what that gradient is multiplied by; 0: it is left out, and with it one pass of the likelihood. Only
             flows without a context can have it.
         target, path_gradient, anneal, anneal_from: see :class:`FromTarget`.
 
@@ -137,8 +137,8 @@ class ReverseKL(FromTarget):
         start = self.target.scale * Noise("normal", flow.shape).draw(n).to(samples)
         with torch.no_grad():
             wider = 1 + 2 / math.sqrt(dimensions)
-            wide, _ = flow.bijection.inverse(wider * flow.base.sample(n)[1::2].to(samples))
-        x = torch.cat([samples, start[::2], wide])
+            wide, _ = flow.bijection.inverse(wider * flow.base.sample(n)[3::4].to(samples))
+        x = torch.cat([samples[::2], start[1::4], wide])
         z, log_det = flow.bijection(x)
         log_q = flow.base.log_prob(z) + log_det
         with torch.no_grad():
@@ -146,7 +146,7 @@ class ReverseKL(FromTarget):
             log_m = torch.logaddexp(log_q, torch.logaddexp(self.log_start(x), log_t) - math.log(2))
             of_p, of_q = (value - log_m for value in (self.log_density(x), log_q))
             slopes = (of_q - log_mean_of_all(of_q)).exp() - (of_p - log_mean_of_all(of_p)).exp()
-        return torch.where(slopes == 0, 0.0, slopes * log_q).unflatten(0, (2, n)).mean(0)
+        return torch.where(slopes == 0, 0.0, slopes * log_q)
 
     def figure(self, flow, loss):
         return -super().figure(flow, loss)
