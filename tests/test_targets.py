@@ -320,6 +320,7 @@ def test_the_pareto_shape_of_weights(k):
     shapes = [importance.pareto_shape(100 - k * one.log()) for one in u]
     assert np.mean(shapes) == pytest.approx(k, abs=0.05) and np.std(shapes) < 0.1
     assert importance.pareto_shape(torch.zeros(50)) == 0
+    assert importance.pareto_shape(-torch.linspace(0, 1e6, 1000)) > 1
     with pytest.raises(ValueError, match="at least 25"):
         importance.pareto_shape(torch.zeros(24))
 

@@ -78,8 +78,9 @@ def pareto_shape(log_w: Tensor) -> float:
     m = int(min(n / 5, 3 * math.sqrt(n)))
     largest = log_w.double().topk(m + 1).values.flip(0)
     excess = (largest[1:] - largest[-1]).exp() - (largest[0] - largest[-1]).exp()
-    if excess[m // 4] <= 0:
+    if excess[-1] == 0:
         return 0.0
+    excess = excess.clamp(min=torch.finfo(excess.dtype).tiny)  # the largest may be any number of times the others
     candidates = 30 + int(math.sqrt(m))
     i = torch.arange(1, candidates + 1, dtype=torch.float64)
     slopes = 1 / excess[-1] + (1 - (candidates / (i - 0.5)).sqrt()) / (3 * excess[int(m / 4 + 0.5) - 1])
