@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import normflows as nf
@@ -17,15 +20,21 @@ import torch
 from flowtrain.commands.eval_target import count_modes
 from flowtrain.engine import importance
 from flowtrain.runtime import files
-from flowtrain.targets import DoubleWell, Funnel, Mixture40
+from flowtrain.targets import DoubleWell, EightSchools, Funnel, ManyWell, Mixture40, Phi4, Target
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"funnel": Funnel, "mixture40": Mixture40, "double_well": DoubleWell}
-COUPLINGS = {"funnel": 8, "mixture40": 4, "double_well": 4}
-AFFINE = ("funnel",)  # Real NVP; the others, with several modes, get splines
-HIDDEN, BATCH, SAMPLES = 64, 256, 50_000
-OURS = {"reverse_kl": [], "reverse_kl, path gradient": ["objective.path_gradient=true"]}
-HEAD = ["| target | trained by | steps | ELBO | log Z (exact) | ESS | modes |", "| --- " * 7 + "|"]
+TARGETS = {
+    "mixture40": Mixture40,
+    "funnel": Funnel,
+    "many_well": ManyWell,
+    "double_well": DoubleWell,
+    "eight_schools": EightSchools,
+    "phi4": Phi4,
+}
+AFFINE = ("funnel", "eight_schools")  # Real NVP of eight couplings; the others get four couplings of splines
+HIDDEN, BATCH, SAMPLES = 64, 512, 50_000
+OURS = "flowtrain, reverse_kl"
+HEAD = ["| target | trained by | steps | ELBO | log Z (exact) | ESS | Pareto k | modes |", "| --- " * 8 + "|"]
 BEGIN, END = "<!-- scripts/targets -->", "<!-- end -->"
 
 
@@ -40,16 +49,17 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True, parents=True)
     found = json.loads(path.read_text()) if path.is_file() else {"minutes": minutes, "machine": platform.machine()}
     torch.set_num_threads(1)
-    for target in TARGETS:
-        rows = found.setdefault(target, {})
-        work = {f"flowtrain, {name}": (ours, words) for name, words in OURS.items()}
-        work["normflows, reverse_kld"] = (theirs, True)
-        work["normflows, reverse_kld(score_fn=False)"] = (theirs, False)
-        for name, (run, how) in work.items():
-            if name not in rows:
-                rows[name] = run(target, minutes, how)
-                print(f"{target}: {name}: {rows[name]}", flush=True)
-                files.write_json(path, found)
+    for score_fn in (True, False):
+        for target in TARGETS:
+            rows = found.setdefault(target, {})
+            work = {OURS: partial(ours, target, minutes)}
+            name = "normflows, reverse_kld" if score_fn else "normflows, reverse_kld(score_fn=False)"
+            work[name] = lambda: theirs(target, rows[OURS]["cpu_seconds"], score_fn)
+            for name, run in work.items():
+                if name not in rows:
+                    rows[name] = run()
+                    print(f"{target}: {name}: {rows[name]}", flush=True)
+                    files.write_json(path, found)
     page = Path(args.folder) / "docs" / "targets.md"
     if page.is_file():
         before, _, rest = page.read_text().partition(BEGIN)
@@ -57,18 +67,33 @@ def main() -> None:
     print(table(found))
 
 
-def ours(target: str, minutes: float, words: list[str]) -> dict:
+def couplings(target: str) -> int:
+    return 8 if target in AFFINE else 4
+
+
+def ours(target: str, minutes: float) -> dict:
     """The figures of a run of ``flowtrain train`` with its own defaults."""
     model = ["model=realnvp_vector", "norm=actnorm"] if target in AFFINE else ["model=nsf_coupling"]
-    model += [f"model.pairs={COUPLINGS[target] // 2}", f"model.hidden={HIDDEN}"]
+    model += [f"model.pairs={couplings(target) // 2}", f"model.hidden={HIDDEN}"]
     with tempfile.TemporaryDirectory() as folder:
         run = [f"hydra.run.dir={folder}/run", "objective=reverse_kl", f"target={target}", f"batch_size={BATCH}"]
         budget = [f"max_minutes={minutes}", "max_steps=null", "threads=1", "report=false", "trainer.sample_every=null"]
-        _flowtrain("train", *run, *model, *budget, *words)
+        before = cpu_seconds_of_children()
+        _flowtrain("train", *run, *model, *budget)
+        seconds = cpu_seconds_of_children() - before
         report = json.loads(_flowtrain("eval", f"ckpt={folder}/run", "json=true", "threads=1"))
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-    keys = ("elbo", "elbo_stderr", "log_z", "log_z_stderr", "log_z_exact", "ess", "ess_stderr", "modes_found", "modes")
-    return {"steps": summary["steps"], **{key: report.get(key) for key in keys}}
+    keys = ("elbo", "elbo_stderr", "log_z", "log_z_stderr", "log_z_exact", "ess", "ess_stderr", "pareto_shape")
+    return {
+        "cpu_seconds": seconds,
+        "steps": summary["steps"],
+        **{key: report.get(key) for key in (*keys, "modes_found", "modes")},
+    }
+
+
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _flowtrain(*words: str) -> str:
@@ -76,12 +101,24 @@ def _flowtrain(*words: str) -> str:
     return done.stdout
 
 
-def theirs(name: str, minutes: float, score_fn: bool) -> dict:
-    """The figures of normflows' flow of the same couplings, trained by its reverse KL with Adam."""
+class Scaled(nf.distributions.Target):
+    """A target in units of its scale, as ours is trained: one that normflows' bounded splines and base are made for."""
+
+    def __init__(self, target: Target):
+        super().__init__()
+        self.target = target
+
+    def log_prob(self, z):
+        return self.target.log_prob(self.target.scale * z) + self.target.dimensions * math.log(self.target.scale)
+
+
+def theirs(name: str, seconds: float, score_fn: bool) -> dict:
+    """The figures of normflows' flow of the same couplings, trained by its reverse KL with Adam for as many seconds of
+    the processor as ours, from the start of its process, had."""
     target = TARGETS[name]()
     torch.manual_seed(1)
     d, flows = target.dimensions, []
-    for i in range(COUPLINGS[name]):
+    for i in range(couplings(name)):
         if name in AFFINE:
             net = nf.nets.MLP([(d + 1) // 2, HIDDEN, HIDDEN, 2 * (d // 2)], init_zeros=True)
             flows += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(d, "swap"), nf.flows.ActNorm(d)]
@@ -89,13 +126,11 @@ def theirs(name: str, minutes: float, score_fn: bool) -> dict:
             mask = i % 2 == 1
             spline = nf.flows.CoupledRationalQuadraticSpline(d, 2, HIDDEN, num_bins=8, tail_bound=3, reverse_mask=mask)
             flows += [spline, nf.flows.LULinearPermute(d)]
-    base = nf.distributions.DiagGaussian(d)
-    with torch.no_grad():
-        base.log_scale.fill_(torch.tensor(target.scale).log())  # as ours starts
-    model = nf.NormalizingFlow(base, flows, target)
+    scaled = Scaled(target)
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(d), flows, scaled)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    steps, end = 0, time.monotonic() + 60 * minutes
-    while time.monotonic() < end:
+    steps, end = 0, time.process_time() + seconds
+    while time.process_time() < end:
         loss = model.reverse_kld(BATCH, score_fn=score_fn)
         optimizer.zero_grad()
         if loss.isfinite():  # as in normflows' examples
@@ -106,9 +141,10 @@ def theirs(name: str, minutes: float, score_fn: bool) -> dict:
         model.eval()
         parts = [model.sample(5000) for _ in range(SAMPLES // 5000)]
         x, log_q = (torch.cat(part) for part in zip(*parts))
-        log_w = (target.log_prob(x) - log_q).double()
+        log_w = (scaled.log_prob(x) - log_q).double()
     log_z, ess = importance.log_z(log_w), importance.effective_share(log_w)
     return {
+        "cpu_seconds": seconds,
         "steps": steps,
         "elbo": log_w.mean().item(),
         "elbo_stderr": (log_w.std() / len(log_w) ** 0.5).item(),
@@ -117,7 +153,8 @@ def theirs(name: str, minutes: float, score_fn: bool) -> dict:
         "log_z_exact": target.log_z,
         "ess": ess.value,
         "ess_stderr": ess.stderr,
-        "modes_found": count_modes(target, x) if target.modes else None,
+        "pareto_shape": importance.pareto_shape(log_w),
+        "modes_found": count_modes(target, target.scale * x) if target.modes else None,
         "modes": target.modes,
     }
 
@@ -126,14 +163,16 @@ def table(found: dict) -> str:
     lines = [*HEAD]
     for target in TARGETS:
         for name, row in found.get(target, {}).items():
-            modes = f"{row['modes_found']} of {row['modes']}" if row["modes"] else ""
+            modes = f"{row['modes_found']:,} of {row['modes']:,}" if row["modes"] else ""
+            exact = "" if row["log_z_exact"] is None else f" ({row['log_z_exact']:.3f})"
             cells = [
                 target,
                 name,
                 f"{row['steps']:,}",
                 f"{row['elbo']:.3f} ± {row['elbo_stderr']:.3f}",
-                f"{row['log_z']:.3f} ± {row['log_z_stderr']:.3f} ({row['log_z_exact']:.3f})",
+                f"{row['log_z']:.3f} ± {row['log_z_stderr']:.3f}{exact}",
                 f"{100 * row['ess']:.1f} ± {100 * row['ess_stderr']:.1f} %",
+                f"{row['pareto_shape']:.2f}",
                 modes,
             ]
             lines.append(f"| {' | '.join(cells)} |")

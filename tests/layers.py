@@ -24,6 +24,7 @@ image, vector = (4, 4, 6), (5,)
 ARGUMENTS = {  # arguments of the univariate maps that need them
     b.PiecewiseLinear: {"bins": 5},
     b.RationalQuadratic: {"bins": 5},
+    b.AffineRationalQuadratic: {"bins": 5},
     b.CircularRationalQuadratic: {"bins": 5},
     b.MixtureLogistic: {"components": 3},
     b.MixtureNormal: {"components": 3},

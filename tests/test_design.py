@@ -22,7 +22,7 @@ PARTS = {  # a package or a module -> what it may import beside itself
     "data": {"errors", "runtime"},
     "targets": {"errors"},
     "plots": {"errors", "runtime"},
-    "engine": {"errors", "runtime", "bijections", "flow", "data", "plots", "targets"},
+    "engine": {"errors", "runtime", "bijections", "distributions", "flow", "data", "plots", "targets"},
     "scores": {"bijections", "distributions", "flow"},
     "report": {"errors", "runtime"},
     "config": {"errors", "runtime", "flow", "flows", "data"},

@@ -14,7 +14,7 @@ from ranks import run_on_two_ranks
 from flowtrain import Flow, flows, targets
 from flowtrain import bijections as b
 from flowtrain.cli.exit_codes import WorkerError
-from flowtrain.commands.eval_target import count_modes
+from flowtrain.commands.eval_target import count_modes, target_table
 from flowtrain.commands.metropolis import Metropolis
 from flowtrain.data import TargetData
 from flowtrain.data.batch import Batch
@@ -237,9 +237,44 @@ def affine_flow(mean):
 def test_the_path_gradient_has_no_variance_where_the_flow_is_the_target():
     flow = affine_flow(0.0)
     assert flow.log_prob(torch.ones(1, 2)).item() == pytest.approx(Normal().log_prob(torch.ones(1, 2)).item())
-    for kind in (ReverseKL, Alpha2):
+    for kind in (ReverseKL, Alpha2, partial(ReverseKL, cover=1.0)):
         assert gradient(flow, kind(Normal(), path_gradient=True), 50, 1).abs().max() < 1e-12
         assert gradient(flow, kind(Normal()), 50, 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cover", [0.0, 1.0, 3.0])
+def test_cover_adds_the_gradient_of_the_forward_divergence(cover):
+    """For q = N(m, I) and p = N(0, I): both divergences are m²/2 for each dimension, and their gradients in m are m."""
+    flow, objective = affine_flow(0.4), ReverseKL(Normal(), cover=cover)
+    torch.manual_seed(0)
+    losses = objective.loss(flow, (torch.zeros(200_000, 2), None))
+    assert 2 * losses.mean().item() == pytest.approx(2 * 0.4**2 / 2, abs=0.01)
+    losses.mean().backward()
+    (theta,) = flow.parameters()
+    assert theta.grad.flatten(0, -2)[..., 0].mean().item() == pytest.approx(-(1 + cover) * 0.4 / 2, abs=0.01)
+
+
+class Pair(targets.Target):
+    """Two normals in the plane, eight apart, of standard deviation 0.5."""
+
+    name, dimensions, scale = "pair", 2, 4.0
+
+    def log_prob(self, x):
+        return torch.logaddexp(*(-0.5 * ((x - centre) / 0.5).square().sum(1) for centre in (-4.0, 4.0)))
+
+
+@pytest.mark.parametrize(("cover", "least", "most"), [(0.0, 0, 0), (1.0, 20, 2000)])
+def test_a_flow_that_sits_at_one_mode_finds_the_other_by_cover(cover, least, most):
+    torch.manual_seed(0)
+    target, flow = Pair(), flows.nsf_coupling((2,), pairs=1, hidden=16)
+    flow.initialize(4 + 0.5 * torch.randn(512, 2))
+    assert (flow.sample(2000).sum(1) > 0).all()
+    objective, optimizer = ReverseKL(target, cover=cover), torch.optim.Adam(flow.parameters(), lr=3e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        objective.loss(flow, (torch.zeros(256, 2), None)).mean().backward()
+        optimizer.step()
+    assert least <= (flow.sample(2000).sum(1) < 0).sum() <= most
 
 
 @pytest.mark.parametrize("path", [False, True])
@@ -255,19 +290,25 @@ def test_alpha_two_is_half_the_second_moment_and_so_is_its_gradient(path):
 
 
 def test_annealing_raises_the_power_of_the_target_to_one():
-    objective = ReverseKL(Normal(), anneal=0.5, anneal_from=0.1)
-    powers = []
+    target = Normal(mean=3.0)
+    target.scale = 2.0
+    objective = ReverseKL(target, anneal=0.5, anneal_from=0.01)
+    powers, densities = [], []
+    x, start = torch.randn(5, 2), torch.distributions.Normal(0.0, 2.0)
     for spent in (0.0, 0.25, 0.5, 0.9):
         objective.begin_step(spent)
         powers.append(objective.power)
-    assert powers == pytest.approx([0.1, 0.55, 1.0, 1.0])
+        densities.append(objective.log_density(x))
+    assert powers == pytest.approx([0.01, 0.1, 1.0, 1.0])
+    assert torch.allclose(densities[1], 0.1 * target.log_prob(x) + 0.9 * start.log_prob(x).sum(1))
+    assert torch.equal(densities[3], target.log_prob(x))
     with pytest.raises(ValueError, match="anneal=0"):
         ReverseKL(Normal(), anneal=0)
 
 
 def on_rank(folder):
     gradients = []
-    for kind in (ReverseKL, Alpha2):
+    for kind in (ReverseKL, Alpha2, partial(ReverseKL, cover=1.0, anneal=0.5)):
         torch.manual_seed(0)
         flow = FAMILIES["nsf_coupling"]((2,))
         training_pass = TrainingPass(flow, kind(targets.DoubleWell(), path_gradient=True), seed=1)
@@ -310,6 +351,25 @@ def test_importance_figures_of_two_normals():
     assert importance.acceptance(log_w[:500]) == pytest.approx(brute.item())
 
 
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
+def test_the_pareto_shape_of_weights(k):
+    u = torch.rand(20, 50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shapes = [importance.pareto_shape(100 - k * one.log()) for one in u]
+    assert np.mean(shapes) == pytest.approx(k, abs=0.05) and np.std(shapes) < 0.1
+    assert importance.pareto_shape(torch.zeros(50)) == 0
+    assert importance.pareto_shape(-torch.linspace(0, 1e6, 1000)) > 1
+    with pytest.raises(ValueError, match="at least 25"):
+        importance.pareto_shape(torch.zeros(24))
+
+
+def test_the_table_says_where_weights_are_not_reliable():
+    report = dict.fromkeys(("target", "weights", "checkpoint"), "x") | {"log_z_exact": None, "examples": 9}
+    report |= dict.fromkeys(("elbo", "log_z", "ess", "elbo_stderr", "log_z_stderr", "ess_stderr", "acceptance"), 0.5)
+    report["dimensions"] = 2
+    lines = {k: target_table(report | {"pareto_shape": k}) for k in (0.5, 0.9)}
+    assert "0.50\n" in lines[0.5] and "their errors are too small" in lines[0.9]
+
+
 def test_standard_errors_are_the_spread_of_repeated_estimates():
     generator = torch.Generator().manual_seed(0)
     log_w = 0.5 * torch.randn(400, 500, generator=generator, dtype=torch.float64)
@@ -333,7 +393,15 @@ def test_metropolis_chains_have_the_target_as_their_distribution():
 # ---- commands
 
 SMALL = ["model.hidden=8", "model.pairs=1", "model.blocks=1", "batch_size=64", "logger=none", "trainer.log_every=5"]
-TRAIN = ["train", "objective=reverse_kl", "target=double_well", "scheduler=constant", "trainer.val_every=5", *SMALL]
+TRAIN = [
+    "train",
+    "objective=reverse_kl",
+    "target=double_well",
+    "scheduler=constant",
+    "objective.anneal=null",
+    "trainer.val_every=5",
+    *SMALL,
+]
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +425,7 @@ def test_eval_of_a_target(run, capsys):
     printed = capsys.readouterr().out
     report = json.loads(max(run.glob("eval/*/eval.json")).read_text())
     assert "modes found" in printed and "exact: 10.2935" in printed
+    assert "Pareto k" in printed and report["pareto_shape"] < 3
     assert report["examples"] == 2000 and 0 < report["ess"] < 1 and report["modes"] == 2
     assert abs(report["log_z"] - report["log_z_exact"]) < 5 * report["log_z_stderr"] + 0.2
     assert len(np.load(max(run.glob("eval/*/log_weights.npy")))) == 2000

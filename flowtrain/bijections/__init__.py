@@ -22,6 +22,7 @@ from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
+    AffineRationalQuadratic,
     CircularRationalQuadratic,
     PiecewiseLinear,
     RationalQuadratic,
@@ -34,6 +35,7 @@ from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShi
 __all__ = [
     "ActNorm",
     "Additive",
+    "AffineRationalQuadratic",
     "Alternate",
     "Autoregressive",
     "BatchNorm",

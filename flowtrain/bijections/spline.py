@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.bijections.native.rational_quadratic import spline as native_spline
-from flowtrain.bijections.univariate import Univariate, soft_clip
+from flowtrain.bijections.univariate import ExpAffine, Univariate, soft_clip
 
 
 class PiecewiseLinear(Univariate):
@@ -182,6 +182,49 @@ class RationalQuadratic(Univariate):
         """The numbers of ``slopes`` at the two knots of the bin that the mask ``here`` picks."""
         # before the first and after the last inner knot the sum is 0, whose slope is 1
         return (slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)
+
+
+class AffineRationalQuadratic(RationalQuadratic):
+    """y = spline((x + t)·exp(s)): a :class:`RationalQuadratic` spline whose place and scale are parameters too, where
+    that alone is the identity outside [−bound, bound].
+
+    θ holds the spline's parameters, then t and s. With θ = 0 it is the identity.
+
+    Args:
+        shape: of the elements.
+        bins, bound, min_width, min_height, min_derivative: as in :class:`RationalQuadratic`.
+        scale_bound: s is clamped to ±scale_bound, as in :class:`ExpAffine`.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    >>> AffineRationalQuadratic((3,))(torch.full((1, 3), 0.5), torch.zeros(1, 3, 25))[0]
+    tensor([[0.5000, 0.5000, 0.5000]])
+    """
+
+    def __init__(
+        self,
+        shape,
+        bins: int = 8,
+        bound: float = 3.0,
+        min_width: float = 1e-3,
+        min_height: float = 1e-3,
+        min_derivative: float = 1e-3,
+        scale_bound: float = 10.0,
+    ):
+        super().__init__(shape, bins, bound, min_width, min_height, min_derivative)
+        self.affine = ExpAffine(shape, scale_bound)
+        self.params += self.affine.params
+
+    def forward(self, x, theta):
+        inner, log_scale = self.affine(x, theta[..., -2:])
+        y, log_slope = super().forward(inner, theta[..., :-2])
+        return y, log_scale + log_slope
+
+    def inverse(self, y, theta):
+        inner, log_slope = super().inverse(y, theta[..., :-2])
+        x, log_scale = self.affine.inverse(inner, theta[..., -2:])
+        return x, log_scale + log_slope
 
 
 class SoftClippedRationalQuadratic(RationalQuadratic):

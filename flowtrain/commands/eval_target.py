@@ -24,6 +24,8 @@ from flowtrain.runtime import checkpoint, distributed, environment, files
 
 FEW = 10_000  # samples of a flow that takes long for each
 FOUND = 0.1  # of the samples that a mode should have: with so many it is found
+HEAVY = 0.7  # a Pareto shape above which sums of weights are not reliable (Vehtari et al. 2024)
+UNRELIABLE = f", above {HEAVY}: a few samples decide log Z and ESS, and their errors are too small; train longer"
 
 
 def evaluate_target(config: EvalConfig, run_dir: str, restored: Restored) -> dict:
@@ -53,6 +55,7 @@ def evaluate_target(config: EvalConfig, run_dir: str, restored: Restored) -> dic
         "log_z_exact": target.log_z,
         **_figure("ess", importance.effective_share(log_w)),
         **(_figure("forward_ess", importance.forward_effective_share(of_reference)) if reference else {}),
+        "pareto_shape": importance.pareto_shape(log_w) if len(log_w) >= importance.FEWEST else None,
         "acceptance": importance.acceptance(log_w),
         **(_modes(restored, target, len(log_w), config.seed) if target.modes else {}),
         "examples": len(log_w),
@@ -87,6 +90,8 @@ def target_table(report: dict) -> str:
     rows.append(("ESS, of the flow's samples", _percent(report["ess"], report["ess_stderr"])))
     if "forward_ess" in report:
         rows.append(("ESS, of exact samples", _percent(report["forward_ess"], report["forward_ess_stderr"])))
+    if (shape := report["pareto_shape"]) is not None:
+        rows.append(("Pareto k of weights", f"{shape:.2f}{'' if shape <= HEAVY else UNRELIABLE}"))
     rows.append(("Metropolis acceptance", f"{100 * report['acceptance']:.1f} %"))
     if "modes" in report:
         as_many = report["modes_of_exact_samples"]

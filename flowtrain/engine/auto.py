@@ -19,6 +19,8 @@ def is_small_table(rows: int, spec: DataSpec) -> bool:
 
 def usual_batch_size(rows: int, spec: DataSpec) -> int:
     """The batch size that suits a train split of ``rows`` examples that ``spec`` describes, by docs/data.md."""
+    if spec.target is not None:
+        return 512  # samples of the flow, whose gradient is noisier than that of data
     return 64 if spec.is_image or is_small_table(rows, spec) else 256
 
 
@@ -32,7 +34,7 @@ def choose_learning_rate(given: float | str, rows: int, spec: DataSpec) -> float
         raise UsageError(f"optimizer.lr={given}: must be a number or auto")
     if given != "auto":
         return given
-    return 1e-3 if is_small_table(rows, spec) or spec.target is not None else 3e-3  # fast, a flow drops modes
+    return 1e-3 if is_small_table(rows, spec) else 3e-3
 
 
 def choose_batch_size(given: int | str, rows: int, spec: DataSpec, processes: int, accumulate: int) -> int:

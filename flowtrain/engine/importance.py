@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEWEST = 25  # weights whose largest, five, have a shape
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -54,6 +56,39 @@ def forward_effective_share(log_w: Tensor) -> Figure:
     shift = (log_w.max() - log_w.min()).item()
     value = math.exp(-(w.mean().log() + inverse.mean().log()).item() - shift)
     return Figure(value, value * _stderr(w / w.mean() + inverse / inverse.mean()))
+
+
+def pareto_shape(log_w: Tensor) -> float:
+    """k of a generalized Pareto distribution fitted to the largest of n weights, those above the min(n/5, 3√n) largest
+    (Vehtari et al. 2024, by the estimator of Zhang and Stephens 2009 with that paper's prior).
+
+    The weights have moments of order below 1/k: above 0.5 no variance. Above 0.7 means of them, log Z and ESS, and
+    their standard errors are not reliable, since what matters has not been sampled. 0 where the largest are equal.
+
+    Raises:
+        ValueError: fewer than 25 weights.
+
+    >>> u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    >>> round(pareto_shape(-0.5 * u.log()), 1)  # w = u^−½
+    0.5
+    """
+    n = len(log_w)
+    if n < FEWEST:
+        raise ValueError(f"{n} weights are too few for the tail of their distribution: give at least {FEWEST}")
+    m = int(min(n / 5, 3 * math.sqrt(n)))
+    largest = log_w.double().topk(m + 1).values.flip(0)
+    excess = (largest[1:] - largest[-1]).exp() - (largest[0] - largest[-1]).exp()
+    if excess[-1] == 0:
+        return 0.0
+    excess = excess.clamp(min=torch.finfo(excess.dtype).tiny)  # the largest may be any number of times the others
+    candidates = 30 + int(math.sqrt(m))
+    i = torch.arange(1, candidates + 1, dtype=torch.float64)
+    slopes = 1 / excess[-1] + (1 - (candidates / (i - 0.5)).sqrt()) / (3 * excess[int(m / 4 + 0.5) - 1])
+    shapes = torch.log1p(-slopes[:, None] * excess).mean(1)
+    likelihood = m * ((-slopes / shapes).log() - shapes - 1)
+    slope = (slopes * likelihood.softmax(0)).sum()
+    shape = torch.log1p(-slope * excess).mean().item()
+    return (m * shape + 5) / (m + 10)
 
 
 def acceptance(log_w: Tensor) -> float:

@@ -25,4 +25,6 @@ def check_flow(config: TrainConfig, flow: Flow) -> None:
     if config.objective["_target_"].endswith(".Alpha2") and config.trainer.accumulate > 1:
         raise UsageError("trainer.accumulate: objective=alpha2 compares all samples of a batch at once; it must be 1")
     if config.objective.get("path_gradient") and config.model.get("dropout"):
-        raise UsageError("objective.path_gradient=true: its two passes must not differ by dropout; use model.dropout=0")
+        raise UsageError(
+            "objective.path_gradient=true: its passes must not differ by dropout; use model.dropout=0, or false"
+        )
