@@ -58,6 +58,16 @@ def _uniform(shape, device, dtype) -> Tensor:
     return numbers[mode.first_row : mode.first_row + shape[0]]
 
 
+def stratified(size: int, device=None, dtype=torch.float32) -> Tensor:
+    """Numbers in [0, 1), (size,): in a global batch of n rows one in each of n equal parts, in the order of the rows;
+    of examples, uniform ones."""
+    u, mode = uniform((size,), device, dtype), modes.current()
+    if mode.noise is not None:
+        return u
+    rows = torch.arange(mode.first_row, mode.first_row + size, device=u.device, dtype=u.dtype)
+    return (rows + u) / (mode.global_rows or size)
+
+
 @torch.library.custom_op("flowtrain::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _opaque(shape: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Opaque to a compiler, which would compile it for the rows of one slice alone, with numbers of its own."""
