@@ -214,6 +214,9 @@ LAYERS = {
     "continuous_image_squash": partial(
         ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1, layer="concatsquash", activation="tanh")
     ),
+    "continuous_velocity": partial(ode, vector, partial(nets.VelocityMLP, hidden=6, depth=1), context_shape=(3,)),
+    "continuous_velocity_image": partial(ode, (2, 2, 2), partial(nets.VelocityConvNet, hidden=4)),
+    "radial": partial(b.Radial, image),
     "elementwise_shared": partial(b.Elementwise, image, b.ExpAffine, share=[1, 2]),
     **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},
 }

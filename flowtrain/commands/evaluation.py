@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from flowtrain.bijections.ode import exact_trace
+from flowtrain.bijections.ode import exact_trace, several_probes
 from flowtrain.commands.restored import Restored
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import evaluation_batches
@@ -16,7 +18,7 @@ from flowtrain.engine.evaluate import Evaluation, Measure, evaluate, evaluation_
 from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
-from flowtrain.runtime import distributed
+from flowtrain.runtime import distributed, global_batch
 
 
 def evaluate_split(
@@ -27,9 +29,10 @@ def evaluate_split(
     draws: int = 1,
     exact: bool = False,
     measure: Measure | None = None,
+    probes: int = 1,
 ) -> Evaluation:
     """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
-    its ODEs; ``measure``: what to average in place of the split's own.
+    its ODEs, else with the mean of ``probes`` stochastic ones; ``measure``: what to average, None: the split's own.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
@@ -39,11 +42,40 @@ def evaluate_split(
     measure = measure or split.measure
     try:
         with exact_trace() if exact else nullcontext():
-            rows = _batch_size(flow, split.to(device), total, measure)
-            batches = split_batches(split, config, device, examples, rows)
-            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, measure)
+            split.to(device)
+            rows = _batch_size(flow, split, total, _Probed(measure, probes, len(split), device))
+            batches, probed = (
+                split_batches(split, config, device, examples, rows),
+                _Probed(measure, probes, len(split), device),
+            )
+            result = evaluate(flow, batches, len(split), draws, config.seed, split.weights, probed)
+            return probed.complete(result, split.weights)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
+
+
+class _Probed:
+    """Measures with the mean of several noises of stochastic traces, and the variance of that, for each example."""
+
+    def __init__(self, measure: Measure, probes: int, total: int, device):
+        self.measure, self.probes = measure, probes
+        self.variance = torch.zeros(total, dtype=torch.float64, device=device)  # summed over draws
+
+    def __call__(self, flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.probes == 1:
+            return self.measure(flow, x, context)
+        with several_probes(self.probes) as spreads:
+            result = self.measure(flow, x, context)
+        self.variance[global_batch.example_numbers()] += sum(spreads, torch.zeros_like(result)).double()
+        return result
+
+    def complete(self, result: Evaluation, weights: Tensor | None) -> Evaluation:
+        """``result`` with the errors of the traces."""
+        variance = distributed.all_sum(self.variance).cpu() / result.draws**2
+        weights = (torch.ones_like(variance) if weights is None else weights.cpu().double()) * ~result.each.isnan()
+        stderr = ((weights.square() * variance).sum().sqrt() / weights.sum()).item()
+        mean = (weights * variance).sum() / weights.sum()
+        return replace(result, probes_stderr=stderr, trace_variance=mean.item() * result.draws * self.probes)
 
 
 def data_digest(split: Split, restored: Restored) -> str:

@@ -18,7 +18,7 @@ from flowtrain.nets.conv import channels_of
 from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
 from flowtrain.nets.norm import Dropout
 
-WAVES, FEATURES = 16, 64  # sines and cosines of the logarithm of the time; features of it
+WAVES, FEATURES = 8, 64  # sines and cosines of the logarithm of the time; features of it
 FLOOR = 1e-3  # added to the time in its logarithm: below it there is nothing to tell apart
 
 
@@ -36,7 +36,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, features: int, context_shape=None):
         super().__init__()
-        self.register_buffer("frequencies", torch.linspace(math.log(0.25), math.log(8), WAVES).exp(), persistent=False)
+        self.register_buffer("frequencies", torch.linspace(0.25, 2, WAVES), persistent=False)
         self.first = nn.Linear(2 * WAVES + 1, features)
         self.context = context_layer(features, context_shape)
         self.second = nn.Linear(features, features)

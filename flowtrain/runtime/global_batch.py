@@ -29,6 +29,11 @@ def examples(index: Tensor, *seed: int) -> AbstractContextManager[None]:
     return modes.using(noise=ExampleNoise(index, *seed))
 
 
+def example_numbers() -> Tensor:
+    """The numbers of the examples of a batch, (B,), within :func:`examples`."""
+    return modes.current().noise.index
+
+
 def first_row() -> int:
     """The row of the global batch at which this batch begins."""
     return modes.current().first_row

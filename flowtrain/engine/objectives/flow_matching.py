@@ -100,7 +100,7 @@ class FlowMatching:
         self._routes: WeakKeyDictionary[Flow, list[Route]] = WeakKeyDictionary()
 
     def prepare(self, flow: Flow) -> None:
-        """Fix the layers that this does not train. ValueError, with the key at fault, where it cannot train the flow."""
+        """Fix the layers that this does not train. ValueError, naming the key, where it cannot train ``flow``."""
         check(flow)
         learned = {*(weight for layer in continuous_layers(flow) for weight in layer.parameters())}
         if flow.embedding is not None:
@@ -217,7 +217,7 @@ def routes_of(flow: Flow, x: Tensor, context: Tensor | None) -> list[Route]:
         return h
 
     with replace_solutions(number):
-        flow.bijection(x[:1], None if context is None else context[:1])
+        flow.bijection(x, context)
     same = found[0][1]
     passed = torch.stack([torch.isin(same, index) for _, index in found]).sum(0)
     return [
