@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import Dropout
 
 WAVES, FEATURES = 8, 64  # sines and cosines of the logarithm of the time; features of it
@@ -95,7 +95,7 @@ class _Block(nn.Module):
         self.modulate = zero_init(nn.Linear(FEATURES, 2 * hidden))
         self.one = nn.Linear(hidden, hidden)
         self.dropout = Dropout(dropout)
-        self.other = zero_init(nn.Linear(hidden, hidden))
+        self.other = small_init(nn.Linear(hidden, hidden))
 
     def forward(self, h, time):
         scale, shift = self.modulate(time).chunk(2, 1)
@@ -190,7 +190,7 @@ class _ConvBlock(nn.Module):
         self.modulate = zero_init(nn.Linear(FEATURES, 2 * channels))
         self.one = nn.Conv2d(channels, channels, 3, padding=1)
         self.dropout = Dropout(dropout)
-        self.other = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+        self.other = small_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, h, time):
         scale, shift = self.modulate(time)[:, :, None, None].chunk(2, 1)
