@@ -226,6 +226,7 @@ class Continuous(Bijection):
         if self.training or method in FIXED or by_adjoint:
             state = self._solve_together(field, state, start, end, method, rtol, atol, by_adjoint)
         else:
+            atol = max(atol, torch.finfo(x.dtype).eps)
             state = solve_rows(field, state, start, end, method, rtol, atol, _StepLimit(self))
         z, *integrals = state
         if mode.states_only:

@@ -69,11 +69,11 @@ def _evaluations(run: SetUp, trainer: Trainer, flow: Flow) -> tuple[Evaluation, 
     """The likelihood on the validation split, and the score by which weights were selected there."""
     objective, config = trainer.objective, run.config
     measure = getattr(objective, "measure", None)
-    result = evaluate_split(flow, run.val, config, draws=config.trainer.val_draws, measure=measure)
+    examples = None if measure is None else config.trainer.val_examples  # a solver takes long
+    result = evaluate_split(flow, run.val, config, examples, config.trainer.val_draws, measure=measure)
     score = objective.score(result)
-    if objective.key == getattr(objective, "train_key", None):  # a loss: likelihoods cost more, and some have to do
-        log.info("the best weights by the validation split: %s; now the likelihood", score.text)
-        result = evaluate_split(flow, run.val, config, config.trainer.val_examples, measure=objective.log_prob)
+    if objective.key == getattr(objective, "train_key", None):  # a loss
+        result = evaluate_split(flow, run.val, config, examples, measure=objective.log_prob)
     return result, score
 
 
