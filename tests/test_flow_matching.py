@@ -341,6 +341,19 @@ def test_eval_reports_the_parts_of_its_error_and_they_hold_the_truth(gaussian_ru
     assert "standard error from  rows" in text and "the figure moved by" in text
 
 
+def test_above_the_limit_of_exact_traces_the_noises_have_their_part(gaussian_run, capsys, monkeypatch):
+    from flowtrain.bijections import ode
+
+    monkeypatch.setattr(ode, "EXACT_LIMIT", 1)
+    assert flowtrain(gaussian_run[0], "eval", "ckpt=run", "json=true", "probes=4", "examples=50") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["trace"] == "Hutchinson's, 4 noises a draw"
+    errors = report["errors"]
+    assert 0 < errors["probes"] == pytest.approx(math.sqrt(errors["trace_variance"] / 4 / 50), rel=1e-6)
+    assert flowtrain(gaussian_run[0], "eval", "ckpt=run", "examples=50") == 0
+    assert "variance of one: " in capsys.readouterr().out
+
+
 def test_weights_of_images_are_selected_by_loss_where_that_is_asked(tmp_path, capsys):
     words = "objective=flow_matching model=cnf_image model.hidden=8 objective.select=loss dataset=digits smoke=true"
     assert flowtrain(tmp_path, "train", *words.split(), "logger=none", "report=false", "hydra.run.dir=run") == 0

@@ -173,11 +173,9 @@ def _error_rows(report: dict) -> list[tuple[str, str]]:
         trace += f"; variance of one: {errors['trace_variance']:.3g} nats²"
     solves = errors["solves"]
     moves = ", ".join(f"{one['moved']:.2g} at {one['tolerance']:.3g}" for one in solves[1:])
+    each = ", ".join(f"{name} {value:.2g}" for name, value in parts if value is not None)
     return [
-        (
-            "standard error from",
-            ", ".join(f"{name} {value:.2g}" for name, value in parts if value is not None) + " nats",
-        ),
+        ("standard error from", f"{each} nats"),
         ("trace of the ODE", trace),
         ("tolerance", f"halved from {solves[0]['tolerance']:.3g}; the figure moved by {moves} (nats)"),
     ]

@@ -44,10 +44,8 @@ def evaluate_split(
         with exact_trace() if exact else nullcontext():
             split.to(device)
             rows = _batch_size(flow, split, total, _Probed(measure, probes, len(split), device))
-            batches, probed = (
-                split_batches(split, config, device, examples, rows),
-                _Probed(measure, probes, len(split), device),
-            )
+            batches = split_batches(split, config, device, examples, rows)
+            probed = _Probed(measure, probes, len(split), device)
             result = evaluate(flow, batches, len(split), draws, config.seed, split.weights, probed)
             return probed.complete(result, split.weights)
     except FloatingPointError as error:

@@ -61,7 +61,7 @@ def evaluate_to_its_error(
         if solves:
             moved = abs(found.log_likelihood - solves[-1].log_likelihood)
         solves.append(Solve(tolerance, found.log_likelihood, moved if solves else None))
-        if moved < (found.log_likelihood_stderr or 0.0):
+        if moved <= (found.log_likelihood_stderr or 0.0):
             break
         if solves[1:] and tolerance / 2 < LEAST:
             log.warning("the solver's tolerance is %.1g, and the figure still moves by %.3g nats", tolerance, moved)
