@@ -31,7 +31,7 @@ from flowtrain.config.compose import conf_dir, train_config
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine.audit import perturb
 
-IMAGES = ("autoregressive", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
+IMAGES = ("autoregressive", "cnf_image", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
 OWN = ("custom", "custom_image")  # any layers: nothing to compare
 ROWS = [file.stem for file in sorted((conf_dir() / "model").glob("[!_]*.yaml")) if file.stem not in (*IMAGES, *OWN)]
 SIZES = {  # name -> shape, grey levels, batch, models

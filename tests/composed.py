@@ -52,6 +52,7 @@ IMAGES = [name for name in DATASETS if spec_of(name).is_image]
 VECTORS = [name for name in DATASETS if not spec_of(name).is_image]
 ONLY_IMAGES = (
     "autoregressive",
+    "cnf_image",
     "custom_image",
     "ffjord_image",
     "glow",

@@ -14,6 +14,7 @@ from flowtrain.data.tables.columns import Columns
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
 ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10)
+looser = partial(ode, solver="dopri8", rtol=1e-9, atol=1e-9)  # the logarithm of the time takes many steps
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
@@ -215,6 +216,9 @@ LAYERS = {
     "continuous_image_squash": partial(
         ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1, layer="concatsquash", activation="tanh")
     ),
+    "continuous_velocity": partial(looser, vector, partial(nets.VelocityMLP, hidden=6, depth=1), context_shape=(3,)),
+    "continuous_velocity_image": partial(looser, (2, 2, 2), partial(nets.VelocityConvNet, hidden=4)),
+    "radial": partial(b.Radial, image),
     "elementwise_shared": partial(b.Elementwise, image, b.ExpAffine, share=[1, 2]),
     **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},
 }

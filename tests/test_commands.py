@@ -25,7 +25,7 @@ from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["smoke=true", "logger=none", "report=false"]
-EVAL = {"split": "test", "draws": 2, "examples": 40, "weights": "auto", "json": False}
+EVAL = {"split": "test", "draws": 2, "examples": 40, "tolerance": 1e-3, "probes": 2, "weights": "auto", "json": False}
 SAMPLE = {
     "n": 6,
     "temperature": 1.0,

@@ -45,11 +45,13 @@ def difference(flow, spec, what, to) -> tuple[float, float]:
     return reference.difference(run), reference.tolerance
 
 
-DISCRETE = [
-    name for name in options("model") if "ffjord" not in name and name not in ("hybrid", "hybrid_image", "custom")
-]
+CONTINUOUS = {"cnf", "cnf_image", "ffjord", "ffjord_image", "hybrid", "hybrid_image", "custom"}
+DISCRETE = [name for name in options("model") if name not in CONTINUOUS]
 OTHER_TABLES = "bsds300", "hepmass", "miniboone", "power"  # gas stands for them: smoke=true makes their models alike
-EXPERIMENTS = [name for name in options("experiment") if "ffjord" not in name and not name.endswith(OTHER_TABLES)]
+SOLVED = "ffjord", "matching"
+EXPERIMENTS = [
+    name for name in options("experiment") if not name.startswith(SOLVED) and not name.endswith(OTHER_TABLES)
+]
 VECTORS = {
     "glow_vector",
     "realnvp_vector",

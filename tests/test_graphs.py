@@ -30,7 +30,7 @@ FAMILIES = {
     "nsf_autoregressive": (flows.nsf_autoregressive, VECTOR, {"steps": 1}),
     "nsf_image": (flows.nsf_image, IMAGE, PIXELS | {"steps": 1, "levels": 1}),
 }
-SOLVED = {"ffjord", "ffjord_image", "hybrid", "hybrid_image"}
+SOLVED = {"cnf", "cnf_image", "ffjord", "ffjord_image", "hybrid", "hybrid_image"}
 TYPED = {"custom"}  # composed in YAML
 
 

@@ -20,6 +20,7 @@ from flowtrain.bijections.multiscale import MultiScale
 from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
+from flowtrain.bijections.radial import Radial
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     AffineRationalQuadratic,
@@ -70,6 +71,7 @@ __all__ = [
     "PiecewiseLinear",
     "Positive",
     "QuantileColumns",
+    "Radial",
     "RationalQuadratic",
     "Reverse",
     "Scale",

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.bijection import Bijection, at_least_float32, full_precision, size, sum_event, zero_log_det
+from flowtrain.bijections.row_solver import solve_rows
 from flowtrain.runtime import global_batch, modes
 
-EXACT_LIMIT = 128  # dimensions up to which an evaluation should enter exact_trace: it costs a gradient for each of them
+EXACT_LIMIT = 64  # dimensions up to which an evaluation should enter exact_trace: it costs a gradient for each of them
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")  # fehlberg2 misses its tolerance by a factor of 200
 FIXED = ("rk4", "heun3", "midpoint", "euler")
 
@@ -32,6 +33,27 @@ def exact_trace() -> AbstractContextManager[None]:
 def states_only() -> AbstractContextManager[None]:
     """Within it, no :class:`Continuous` layer integrates a trace: its log-determinant is NaN and costs nothing."""
     return modes.using(states_only=True)
+
+
+def accuracy(tolerance: float, step_factor: int = 1) -> AbstractContextManager[None]:
+    """Within it, adaptive solvers of :class:`Continuous` layers have ``tolerance``, and fixed ones take ``step_factor``
+    times as many steps as they say."""
+    return modes.using(tolerance=tolerance, step_factor=step_factor)
+
+
+@contextmanager
+def several_probes(number: int) -> Iterator[list[Tensor]]:
+    """Within it, a stochastic trace is the mean over ``number`` noises; yields a list, to which each solve appends the
+    variance, for each example, that its log-determinant has from them, (B,)."""
+    spreads: list[Tensor] = []
+    with modes.using(probes=number, spreads=spreads):
+        yield spreads
+
+
+def replace_solutions(by: Callable[[Continuous, Tensor, Tensor | None], Tensor]) -> AbstractContextManager[None]:
+    """Within it, no ODE is solved: a :class:`Continuous` layer returns ``by(layer, x, context)``, and 0 for its
+    log-determinant."""
+    return modes.using(equations=by)
 
 
 @contextmanager
@@ -65,17 +87,21 @@ class Continuous(Bijection):
     the cost of a gradient for each dimension. State and trace come from one evaluation of the net for each stage of the
     solver.
 
+    In evaluation each row has adaptive steps of its own, so that its result depends on the rest of the batch by
+    roundings alone. (With ``adjoint`` that holds for results without gradients.) The net then gets a time for each row.
+
     The net computes in float32 or float64, under autocast too: an adaptive solver would spend its steps on the
     roundings of bfloat16.
 
     Args:
         shape: of one event.
-        net: factory ``net(shape=…, context_shape=…)`` of f, called as ``f(t, x, context)``.
+        net: factory ``net(shape=…, context_shape=…)`` of f, called as ``f(t, x, context)`` with a time t that is one
+            number, or (B, 1, …), one for each row with as many axes as x.
         time: T, or its start value if ``learn_time``.
         learn_time: T is a parameter.
         solver: of torchdiffeq: adaptive (dopri5, dopri8, bosh3, adaptive_heun) with tolerances ``rtol`` and ``atol``,
             or fixed (rk4, heun3, midpoint, euler) with ``steps`` equal steps. The tolerances bound the root mean square
-            over the batch in training, and over each example in evaluation. ``rtol`` is at least 8 roundings of the
+            over the batch in training, and of each example in evaluation. ``rtol`` is at least 8 roundings of the
             state's precision.
         train_solver, train_tolerance: another solver, and another value of both tolerances, for training mode.
             Evaluation and sampling still solve the ODE itself. (Training exploits the errors of few fixed steps, unless
@@ -173,6 +199,8 @@ class Continuous(Bijection):
             return torch.compiler.disable(Continuous._solve)(self, x, context, start, end)
         self.evaluations = 0
         x = x.to(at_least_float32(x.dtype))
+        if (stand_in := modes.current().equations) is not None:
+            return stand_in(self, x, context), zero_log_det(x)
         if modes.current().tracing:
             return self._integrate_in_steps(x, context, start, end)
         if not len(x):  # no mean error to control
@@ -183,44 +211,56 @@ class Continuous(Bijection):
         return _LenientSolve.apply(self, start, end, reasons, x, context, *self.parameters())
 
     def _integrate(self, x, context, start, end):
-        from torchdiffeq import odeint, odeint_adjoint  # brings all of scipy
-
         mode, differentiable = modes.current(), torch.is_grad_enabled()
         method = self.train_solver if self.training else self.solver
         rtol, atol = self.rtol, self.atol
         if self.training and self.train_tolerance:
             rtol = atol = self.train_tolerance
+        if mode.tolerance:
+            rtol = atol = mode.tolerance
+        rtol = max(rtol, 8 * torch.finfo(x.dtype).eps)
         penalized = self.training and differentiable and (self.kinetic > 0 or self.jacobian > 0)
         field = _Velocity(self, context) if mode.states_only else _Rates(self, x, context, penalized)
-        times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
+        state = (x,) if mode.states_only else (x, field.zero, *[zero_log_det(x)] * penalized)
+        by_adjoint = self.adjoint and differentiable and not mode.exact_trace
+        if self.training or method in FIXED or by_adjoint:
+            state = self._solve_together(field, state, start, end, method, rtol, atol, by_adjoint)
+        else:
+            atol = max(atol, torch.finfo(x.dtype).eps)
+            state = solve_rows(field, state, start, end, method, rtol, atol, _StepLimit(self))
+        z, *integrals = state
+        if mode.states_only:
+            return z, zero_log_det(x) + math.nan
+        with full_precision(x):
+            log_det, *penalty = integrals
+            for one in penalty:
+                one = one * (end - start)
+                log_det = log_det - (one - one.detach())
+            if log_det.dim() > 1:  # an estimate for each noise
+                if mode.spreads is not None:
+                    mode.spreads.append(log_det.detach().var(1) / mode.probes)
+                log_det = log_det.mean(1)
+            return z, log_det
+
+    def _solve_together(self, field, state, start, end, method, rtol, atol, by_adjoint):
+        """The state at ``end`` by torchdiffeq, whose steps are the same for all rows."""
+        from torchdiffeq import odeint, odeint_adjoint  # brings all of scipy
+
+        times = torch.tensor([start, end], device=state[0].device, dtype=state[0].dtype)
         if method in FIXED:
             options = adjoint_options = {"grid_constructor": self._grid}
         else:  # a step ends at the end: torchdiffeq would step over it and interpolate, at a lower order
             options, adjoint_options = {"step_t": times[1:]}, {"step_t": times[:1]}
             field.callback_step, field.callback_step_adjoint = _StepLimit(self), _StepLimit(self)
         solve = odeint
-        if self.adjoint and differentiable and not mode.exact_trace:
-            sources = [*self.parameters(), *([] if context is None else [context])]
+        if by_adjoint:
+            sources = [*self.parameters(), *([] if field.context is None else [field.context])]
             solve = partial(
                 odeint_adjoint, adjoint_params=sources, adjoint_options=adjoint_options | {"norm": "seminorm"}
             )
-        z, *integrals = solve(
-            field,
-            (x, *[zero_log_det(x)] * (0 if mode.states_only else 1 + penalized)),
-            times,
-            rtol=max(rtol, 8 * torch.finfo(x.dtype).eps),
-            atol=atol,
-            method=method,
-            options=options | {"norm": _mean_error if self.training else _greatest_error},
-        )
-        if mode.states_only:
-            return z[-1], zero_log_det(x) + math.nan
-        with full_precision(x):
-            log_det, *penalty = integrals
-            for one in penalty:
-                one = one[-1] * (end - start)
-                log_det = log_det - (one - one.detach())
-            return z[-1], log_det[-1]
+        norm = _mean_error if self.training else _greatest_error
+        solution = solve(field, state, times, rtol=rtol, atol=atol, method=method, options=options | {"norm": norm})
+        return tuple(part[-1] for part in solution)
 
     def _integrate_in_steps(self, x, context, start, end):
         """What torchdiffeq's solvers of fixed steps compute, without their reads of the times."""
@@ -229,8 +269,9 @@ class Continuous(Bijection):
         states_only = modes.current().states_only
         field = _Velocity(self, context) if states_only else _Rates(self, x, context, penalized=False)
         state = (x,) if states_only else (x, zero_log_det(x))
-        step = (end - start) / self.steps
-        for i in range(self.steps):
+        steps = self.steps * modes.current().step_factor
+        step = (end - start) / steps
+        for i in range(steps):
             time = start + i * step
             slopes: list[tuple[Tensor, ...]] = []
             for share, weights in _STAGES[self.solver]:
@@ -242,7 +283,8 @@ class Continuous(Bijection):
         return (state[0], zero_log_det(x) + math.nan) if states_only else state
 
     def _grid(self, field, state, times):
-        share = torch.linspace(0, 1, self.steps + 1, device=times.device, dtype=times.dtype)
+        steps = self.steps * modes.current().step_factor
+        share = torch.linspace(0, 1, steps + 1, device=times.device, dtype=times.dtype)
         return times[0] + (times[-1] - times[0]) * share
 
 
@@ -295,11 +337,15 @@ class _Velocity:
 
 class _Rates(_Velocity):
     """The right-hand side for the state, the log-determinant and, where ``penalized``, the penalty, from one velocity.
-    The noise is the same during a solve."""
+    The noise is the same during a solve. With several noises there are as many log-determinants, (B, noises).
+
+    Attributes:
+        zero: the log-determinants at the start.
+    """
 
     def __init__(self, layer: Continuous, x: Tensor, context: Tensor | None, penalized: bool):
         super().__init__(layer, context)
-        self.penalized = penalized
+        self.penalized, self.zero, self.many_traces = penalized, zero_log_det(x), False
         if modes.current().exact_trace or layer.trace == "exact":
             directions = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype)
             if modes.current().tracing:  # one after the other, in a program for a batch of any size
@@ -307,8 +353,12 @@ class _Rates(_Velocity):
                 return
             parts = directions.split(max(1, _ROWS_AT_ONCE // len(x)))
             self.probes = [part.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape) for part in parts]
-        else:
-            self.probes = [_NOISE[layer.noise](x)]
+            return
+        noises = [_NOISE[layer.noise](x) for _ in range(modes.current().probes)]
+        self.probes = noises
+        if len(noises) > 1:
+            self.probes, self.many_traces = [torch.stack(noises)], True
+            self.zero = self.zero[:, None].expand(-1, len(noises))
 
     def __call__(self, time, state):
         layer, differentiable = self.layer, torch.is_grad_enabled()
@@ -323,7 +373,9 @@ class _Rates(_Velocity):
                 (pulled,) = torch.autograd.grad(
                     velocity, x, probe, retain_graph=True, create_graph=differentiable, is_grads_batched=many
                 )
-                trace = trace + _sum(pulled * probe, many)
+                trace = trace + (
+                    (pulled * probe).flatten(2).sum(2).T if self.many_traces else _sum(pulled * probe, many)
+                )
                 if self.penalized:
                     norm = norm + _sum(pulled.square(), many)
             rates = [velocity, trace]
@@ -380,7 +432,7 @@ class _StepLimit:
         self.steps += 1
         if not all(part.isfinite().all() for part in state):
             reason = "a state that is not finite"
-        elif not time + step > time:
+        elif not (time + step > time).all():
             reason = "step-size underflow: its dynamics are too steep, or not finite"
         elif self.steps > self.layer.max_steps:
             reason = f"its limit of max_steps={self.layer.max_steps} steps"

@@ -21,6 +21,8 @@ class EvalConfig(TrainConfig):
     split: Literal["train", "val", "test"]
     draws: int = number(least=1)
     examples: Literal["auto"] | int | None = number(least=2)
+    tolerance: float = number(above=0)
+    probes: int = number(least=2)
     weights: Literal["auto", "ema", "raw"]
     json: bool
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from flowtrain.commands.eval_target import evaluate_target, target_table
 from flowtrain.commands.evaluation import data_digest, evaluate_split, split_batches
 from flowtrain.commands.outputs import open_array
 from flowtrain.commands.restored import restore
+from flowtrain.commands.solver_error import evaluate_to_its_error
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.engine.evaluate import Evaluation, plus_minus
@@ -56,8 +58,13 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
     examples = config.examples
     if examples == "auto":
         examples = EXAMPLES if exact else None
+    probes = config.probes if has_ode and not exact else 1
+    evaluate = partial(evaluate_split, flow, split, config, examples, config.draws, exact, probes=probes)
     with out_of_memory(distributed.device(), f"the likelihoods of the {config.split} split"):
-        result = evaluate_split(flow, split, config, examples, config.draws, exact)
+        if has_ode:
+            result, errors = evaluate_to_its_error(evaluate, config.tolerance, flow.dimensions)
+        else:
+            result = evaluate()
     report = {}
     if restored.has_bits:
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
@@ -69,7 +76,8 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
         "examples": result.examples,
         "draws": result.draws,
         **({"lower_bound": True} if restored.dataset.spec.has_gaps else {}),
-        **({"trace": "exact" if exact else "Hutchinson's, one noise a draw"} if has_ode else {}),
+        **({"trace": "exact" if exact else f"Hutchinson's, {probes} noises a draw"} if has_ode else {}),
+        **({"errors": errors.to_record()} if has_ode else {}),
         **({"weights_column": config.dataset.get("weights")} if split.weights is not None else {}),
         "split": config.split,
         "data": split.description,
@@ -156,6 +164,23 @@ def compare(
     return {**asdict(published), "ours": ours, "not_comparable": why}
 
 
+def _error_rows(report: dict) -> list[tuple[str, str]]:
+    """The parts of the standard error of a flow with ODEs."""
+    errors, trace = report["errors"], report["trace"]
+    parts = [("rows", errors["rows"]), ("solver", errors["solver"])]
+    if trace != "exact":
+        parts.insert(1, ("trace", errors["probes"]))
+        trace += f"; variance of one: {errors['trace_variance']:.3g} nats²"
+    solves = errors["solves"]
+    moves = ", ".join(f"{one['moved']:.2g} at {one['tolerance']:.3g}" for one in solves[1:])
+    each = ", ".join(f"{name} {value:.2g}" for name, value in parts if value is not None)
+    return [
+        ("standard error from", f"{each} nats"),
+        ("trace of the ODE", trace),
+        ("tolerance", f"halved from {solves[0]['tolerance']:.3g}; the figure moved by {moves} (nats)"),
+    ]
+
+
 def table(report: dict) -> str:
     rows, nats, stderr = [], report["log_likelihood"], report["log_likelihood_stderr"]
     if "bits_per_dim" in report:
@@ -173,7 +198,7 @@ def table(report: dict) -> str:
         *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),
         *([("lower bound", "values are missing")] if "lower_bound" in report else []),
         ("noise draws", str(report["draws"])),
-        *([("trace of the ODE", report["trace"])] if "trace" in report else []),
+        *(_error_rows(report) if "errors" in report else []),
         ("weights", report["weights"]),
         ("checkpoint", report["checkpoint"]),
     ]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from flowtrain.bijections.ode import exact_trace
+from flowtrain.bijections.ode import exact_trace, several_probes
 from flowtrain.commands.restored import Restored
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import evaluation_batches
 from flowtrain.data.split import Split
-from flowtrain.engine.evaluate import Evaluation, evaluate, evaluation_mode, log_likelihoods
+from flowtrain.engine.evaluate import Evaluation, Measure, evaluate, evaluation_mode, log_likelihoods
 from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
-from flowtrain.runtime import distributed
+from flowtrain.runtime import distributed, global_batch
 
 
 def evaluate_split(
@@ -27,22 +29,53 @@ def evaluate_split(
     draws: int = 1,
     exact: bool = False,
     zeros: bool = False,
+    measure: Measure | None = None,
+    probes: int = 1,
 ) -> Evaluation:
     """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
-    its ODEs; ``zeros``: a likelihood may be 0.
+    its ODEs, else with the mean of ``probes`` stochastic ones; ``zeros``: a likelihood may be 0; ``measure``: what to
+    average, None: the split's own.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
     """
     device = next(flow.parameters()).device
     total = len(split) if examples is None else min(examples, len(split))
+    measure = measure or split.measure
     try:
         with exact_trace() if exact else nullcontext():
-            rows = _batch_size(flow, split.to(device), total)
+            split.to(device)
+            rows = _batch_size(flow, split, total, _Probed(measure, probes, len(split), device))
             batches = split_batches(split, config, device, examples, rows)
-            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, split.measure, zeros)
+            probed = _Probed(measure, probes, len(split), device)
+            result = evaluate(flow, batches, len(split), draws, config.seed, split.weights, probed, zeros)
+            return probed.complete(result, split.weights)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
+
+
+class _Probed:
+    """Measures with the mean of several noises of stochastic traces, and the variance of that, for each example."""
+
+    def __init__(self, measure: Measure, probes: int, total: int, device):
+        self.measure, self.probes = measure, probes
+        self.variance = torch.zeros(total, dtype=torch.float64, device=device)  # summed over draws
+
+    def __call__(self, flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.probes == 1:
+            return self.measure(flow, x, context)
+        with several_probes(self.probes) as spreads:
+            result = self.measure(flow, x, context)
+        self.variance[global_batch.example_numbers()] += sum(spreads, torch.zeros_like(result)).double()
+        return result
+
+    def complete(self, result: Evaluation, weights: Tensor | None) -> Evaluation:
+        """``result`` with the errors of the traces."""
+        variance = distributed.all_sum(self.variance).cpu() / result.draws**2
+        weights = (torch.ones_like(variance) if weights is None else weights.cpu().double()) * ~result.each.isnan()
+        stderr = ((weights.square() * variance).sum().sqrt() / weights.sum()).item()
+        mean = (weights * variance).sum() / weights.sum()
+        return replace(result, probes_stderr=stderr, trace_variance=mean.item() * result.draws * self.probes)
 
 
 def data_digest(split: Split, restored: Restored) -> str:
@@ -61,7 +94,7 @@ def split_batches(split: Split, config: TrainConfig, device, examples: int | Non
 
 
 @torch.no_grad()
-def _batch_size(flow: Flow, split: Split, total: int) -> int:
+def _batch_size(flow: Flow, split: Split, total: int, measure: Measure) -> int:
     """The number of examples to evaluate at once, the same on every process."""
     few = few_rows(flow.dimensions)
     if total <= few:
@@ -71,8 +104,6 @@ def _batch_size(flow: Flow, split: Split, total: int) -> int:
     flow.eval()
     with evaluation_mode(x.device):
         index = torch.arange(few)
-        most = rows_within_budget(
-            lambda: log_likelihoods(flow, index, x, context, measure=split.measure), few, x.device
-        )
+        most = rows_within_budget(lambda: log_likelihoods(flow, index, x, context, measure=measure), few, x.device)
     flow.train(was_training)
     return distributed.broadcast_object(even_batches(total, most, distributed.world()))

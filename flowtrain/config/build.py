@@ -174,7 +174,7 @@ def _key_of(text: str, model: dict) -> str:
 
 def build_objective(config: TrainConfig, spec: DataSpec):
     """What a step of ``config`` minimizes on the data that ``spec`` describes."""
-    offered = {"grey_levels": spec.grey_levels, "target": spec.target}
+    offered = {"grey_levels": spec.grey_levels, "shape": spec.shape, "target": spec.target}
     make = _constructor(config.objective, "objective", config.allow, offered)
     if (spec.target is not None) != ("target" in inspect.signature(make.func).parameters):
         name = make.func.__name__

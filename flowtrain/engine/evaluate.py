@@ -33,6 +33,10 @@ class Evaluation:
     It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
     for log p_k.
 
+    ``probes_stderr`` is the part of the standard error that noises of stochastic traces of ODEs make, in nats, and
+    ``trace_variance`` the mean over examples of the variance of log p from one of them: see
+    :func:`flowtrain.bijections.ode.several_probes`. Both are 0 where they were not measured.
+
     ``each`` (N,) float64 holds the log-likelihood of every example of the split in nats, the mean over its draws, by
     its index; NaN for those that were not evaluated.
     """
@@ -45,6 +49,8 @@ class Evaluation:
     examples: int
     draws: int
     each: Tensor = field(compare=False, repr=False)
+    probes_stderr: float = 0.0
+    trace_variance: float = 0.0
 
 
 @torch.no_grad()

@@ -261,7 +261,7 @@ class Trainer(Stateful):
     def report(self, norm: float, elapsed: float) -> None:
         loss = self.loss_sum / self.loss_count if self.loss_count else math.nan
         values = {
-            f"train/{self.objective.key}": self.objective.figure(self.flow, loss),
+            f"train/{getattr(self.objective, 'train_key', self.objective.key)}": self.objective.figure(self.flow, loss),
             **counts(self.flow),
             "train/gradient_norm": norm,
             "train/lr": self.weights.optimizer.param_groups[0]["lr"],

@@ -17,6 +17,7 @@ knobs of ``flowtrain train model=…`` and factories of what can be exchanged. A
 """
 
 from flowtrain.flows.autoregressive import autoregressive
+from flowtrain.flows.cnf import cnf, cnf_image
 from flowtrain.flows.custom import custom
 from flowtrain.flows.ffjord import ffjord, ffjord_image
 from flowtrain.flows.glow import glow, glow_vector
@@ -28,6 +29,8 @@ from flowtrain.flows.realnvp import realnvp, realnvp_vector
 
 __all__ = [
     "autoregressive",
+    "cnf",
+    "cnf_image",
     "custom",
     "ffjord",
     "ffjord_image",

@@ -92,12 +92,12 @@ class _InMemoryRun(SetUp):
 
 class _History(NullLogger):
     def open(self, run):
-        self.key, self.entries = run.key, []
+        self.keys, self.entries = {"train": run.train_key or run.key, "val": run.key}, []
 
     def scalars(self, step, values):
         for part, name in (("train", "train"), ("val", "validation")):
-            if f"{part}/{self.key}" in values:
-                entry = {"step": step, name: values[f"{part}/{self.key}"]}
+            if (key := f"{part}/{self.keys[part]}") in values:
+                entry = {"step": step, name: values[key]}
                 seconds = {"seconds": values["system/seconds"]} if "system/seconds" in values else {}
                 self.entries.append(entry | seconds)
 

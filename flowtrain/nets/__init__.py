@@ -14,6 +14,7 @@ from flowtrain.nets.embedding import ConvEmbedding, DeepSet, MLPEmbedding
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
+from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
 
 __all__ = [
     "MADE",
@@ -33,5 +34,7 @@ __all__ = [
     "ResidualConvNet",
     "ResidualMADE",
     "ResidualMLP",
+    "VelocityConvNet",
+    "VelocityMLP",
     "ZeroConv",
 ]

@@ -1,7 +1,7 @@
 """The dynamics of continuous-time flows: networks f(t, x) with the shape of x.
 
 They are smooth, which an adaptive solver needs, and their last layer is zero at the start, so that a new flow is the
-identity.
+identity. The time is one number, or one for each row: (B, 1, …) with as many axes as x.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ class Squash(nn.Module):
             nn.init.uniform_(parameter, -1, 1)  # as in a linear layer with one input
 
     def forward(self, t, h):
-        gate = torch.sigmoid(torch.addcmul(self.gate_bias, self.gate, t))
-        shape = -1, *[1] * (h.dim() - 2)
-        return torch.addcmul((self.shift * t).view(shape), h, gate.view(shape))
+        gate, bias, shift = (one.view(-1, *[1] * (h.dim() - 2)) for one in (self.gate, self.gate_bias, self.shift))
+        return torch.addcmul(shift * t, h, torch.sigmoid(torch.addcmul(bias, gate, t)))
 
 
 class ConcatSquash(nn.Module):
@@ -95,7 +94,7 @@ class Dynamics(nn.Module):
         zero_init(self.layers[-1])
 
     def forward(self, t, x, context=None):
-        """dx/dt at time ``t``, a scalar: (B, *shape)."""
+        """dx/dt at time ``t``, a scalar or (B, 1, …): (B, *shape)."""
         first, *others = self.layers
         h = first(t, x)
         if self.context is not None:

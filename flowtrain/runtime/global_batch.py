@@ -29,6 +29,11 @@ def examples(index: Tensor, *seed: int) -> AbstractContextManager[None]:
     return modes.using(noise=ExampleNoise(index, *seed))
 
 
+def example_numbers() -> Tensor:
+    """The numbers of the examples of a batch, (B,), within :func:`examples`."""
+    return modes.current().noise.index
+
+
 def first_row() -> int:
     """The row of the global batch at which this batch begins."""
     return modes.current().first_row
@@ -56,6 +61,16 @@ def _uniform(shape, device, dtype) -> Tensor:
         return torch.rand(shape, device=device, dtype=dtype)
     numbers = torch.rand((mode.global_rows, *shape[1:]), device=device, dtype=dtype)
     return numbers[mode.first_row : mode.first_row + shape[0]]
+
+
+def stratified(size: int, device=None, dtype=torch.float32) -> Tensor:
+    """Numbers in [0, 1), (size,): in a global batch of n rows one in each of n equal parts, in the order of the rows;
+    of examples, uniform ones."""
+    u, mode = uniform((size,), device, dtype), modes.current()
+    if mode.noise is not None:
+        return u
+    rows = torch.arange(mode.first_row, mode.first_row + size, device=u.device, dtype=u.dtype)
+    return (rows + u) / (mode.global_rows or size)
 
 
 @torch.library.custom_op("flowtrain::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -7,7 +7,7 @@ pass may run in a thread of autograd's, which starts without modes: a function t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -36,6 +36,12 @@ class Modes:
         exact_trace: ODEs integrate the exact trace.
         states_only: ODEs integrate no trace; their log-determinant is NaN.
         tracing: the work is recorded as a program for values to come: no check may read a value.
+        equations: what stands in for the solution of each ODE, a function of its layer, input and context; None: it is
+            solved.
+        probes: with how many noises an ODE's stochastic trace is estimated; their mean is the log-determinant.
+        spreads: where to append the variance, for each example, of that mean; None: it is not computed.
+        tolerance: of adaptive solvers of ODEs, in place of their own; None: their own.
+        step_factor: how many times as many steps a fixed solver of ODEs takes.
         unsolved: where to append why an ODE has no solution, which then is NaN; None: it raises FloatingPointError.
     """
 
@@ -52,6 +58,11 @@ class Modes:
     exact_trace: bool = False
     states_only: bool = False
     tracing: bool = False
+    equations: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None
+    probes: int = 1
+    spreads: list[Tensor] | None = None
+    tolerance: float | None = None
+    step_factor: int = 1
     unsolved: list[str] | None = None
 
 

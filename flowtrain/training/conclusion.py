@@ -9,9 +9,11 @@ import torch
 
 from flowtrain.commands.evaluation import evaluate_split
 from flowtrain.data.spec import has_bits
+from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.objectives import Score
 from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
+from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, files
 from flowtrain.runtime.checkpoint import load_weights
 from flowtrain.training.memory import memory_of_validation
@@ -29,8 +31,7 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
         raise FlowtrainError(f"{best}: is missing, since no validation had a finite likelihood; a lower rate may help")
     load_weights(flow, checkpoint.read(best))
     with memory_of_validation(config, run.device):
-        result = evaluate_split(flow, val, config, draws=config.trainer.val_draws)
-    score = trainer.objective.score(result)
+        result, score = _evaluations(run, trainer, flow)
     name = "log_likelihood" if spec.target is None else "elbo"
     bits = {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
     bad = {part: _unreadable(split) for part, split in (("train", trainer.loader.split), ("validation", val))}
@@ -62,6 +63,18 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
             log.info("samples: %s", images[-1])
         log.info("next: flowtrain eval ckpt='%s'", run_dir)
     return summary, score
+
+
+def _evaluations(run: SetUp, trainer: Trainer, flow: Flow) -> tuple[Evaluation, Score]:
+    """The likelihood on the validation split, and the score by which weights were selected there."""
+    objective, config = trainer.objective, run.config
+    measure = getattr(objective, "measure", None)
+    examples = None if measure is None else config.trainer.val_examples  # a solver takes long
+    result = evaluate_split(flow, run.val, config, examples, config.trainer.val_draws, measure=measure)
+    score = objective.score(result)
+    if objective.key == getattr(objective, "train_key", None):  # a loss
+        result = evaluate_split(flow, run.val, config, examples, measure=objective.log_prob)
+    return result, score
 
 
 def _unreadable(split) -> int:

@@ -91,8 +91,9 @@ class SetUp:
         """A flow at the start of a run with ``config``."""
         with memory_of_weights(config, self.device):
             flow = build_flow(config, self.spec, self.device)
+        getattr(self.objective, "prepare", lambda flow: None)(flow)
         if self.state is None:
-            start(flow, config, self.train, self.device)
+            start(flow, config, self.train, self.device, getattr(self.objective, "start_rows", 0))
         return flow
 
     def loader(self, config: TrainConfig) -> Loader:
@@ -113,7 +114,8 @@ class SetUp:
             if global_batch.has_moments(flow):
                 reestimate_moments(flow, loader, config.trainer.val_examples)
             with memory_of_validation(config, self.device):
-                return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws)
+                measure = getattr(self.objective, "measure", None)
+                return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws, measure=measure)
 
         return Trainer(
             flow,
@@ -187,6 +189,7 @@ def prepare(config: TrainConfig, spec: DataSpec, device: torch.device) -> tuple[
     build_optimizer(config, flow, 0, spec)
     set_memory(config, flow)
     objective = objective_of(config, spec)
+    check_objective(config, objective, flow)
     schedule = build(config.scheduler, "scheduler", allow=config.allow)
     autocast_dtype(config.precision, device)
     set_arithmetic(config)
@@ -212,6 +215,8 @@ def record_of(run: SetUp, trainer: Trainer) -> RunRecord:
         run.objective.unit,
         settings=_flatten({key: value for key, value in to_dict(run.config).items() if key != "logger"}),
         examples=trainer.examples,
+        train_key=getattr(run.objective, "train_key", None),
+        train_unit=getattr(run.objective, "train_unit", None),
     )
 
 
@@ -243,6 +248,20 @@ def objective_of(config: TrainConfig, spec: DataSpec) -> Objective:
     if not isinstance(objective, Objective):
         raise UsageError(f"objective: {type(objective).__name__} is no objective")
     return objective
+
+
+def check_objective(config: TrainConfig, objective: Objective, flow: Flow) -> None:
+    """Raise UsageError where ``objective`` cannot train ``flow``, or not as ``config`` says."""
+    if not hasattr(objective, "prepare"):
+        return
+    try:
+        objective.prepare(flow)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if config.memory != "none":
+        raise UsageError(f"memory={config.memory}: flow matching runs no chain of layers; it must be none")
+    if config.compile is True:
+        raise UsageError("compile=true: the networks of equations are not compiled; use auto or false")
 
 
 def build_loggers(config: TrainConfig) -> Loggers:

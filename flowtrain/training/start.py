@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import torch
 
 from flowtrain.bijections.columns import fit_to_columns
+from flowtrain.bijections.ode import replace_solutions
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import Loader, Split
 from flowtrain.engine.ema import EMA
@@ -21,8 +23,9 @@ log = logging.getLogger("flowtrain")
 FIT_EXAMPLES, FIT_NUMBERS = 2**17, 2**26  # most examples that layers are fitted to, and numbers in them
 
 
-def start(flow: Flow, config: TrainConfig, train, device) -> None:
-    """Weights from ``init``, or a data-dependent start from the first global batch, the same on every process.
+def start(flow: Flow, config: TrainConfig, train, device, rows: int = 0) -> None:
+    """Weights from ``init``, or a data-dependent start from the first global batch, the same on every process; or, for
+    an objective that does not train what is started, from ``rows`` examples, where that has fewer.
 
     The first process sees the whole batch and sends the others its weights and buffers.
     """
@@ -30,11 +33,12 @@ def start(flow: Flow, config: TrainConfig, train, device) -> None:
         log.info("weights from %s (%s)", config.init, load_weights(flow, checkpoint.read(config.init)))
     elif distributed.is_main():
         fit_to_data(flow, train, config.seed)
-        size = min(config.trainer.init_batch or config.batch_size, len(train))
+        size = min(config.trainer.init_batch or max(config.batch_size, rows), len(train))
         torch.manual_seed(config.seed)
         with memory_of_start(torch.device(device), size):
             first = next(Loader(train, size, config.seed, None, device).batches())
-            flow.initialize(first.x, first.context)
+            with replace_solutions(lambda layer, x, context: x) if rows else nullcontext():  # no new one moves x
+                flow.initialize(first.x, first.context)
     distributed.broadcast(flow.state_dict().values())
 
 

@@ -52,10 +52,14 @@ class QuantileColumns(ColumnBijection):
         shares = torch.special.ndtr(z)
         for i, column in enumerate(columns):
             if column.kind != "angle":
-                x = _separate(torch.quantile(rows[:, i].double().cpu(), shares))
-                for buffer, numbers in ((self.x, x), (self.z, z), (self.slope, _slopes(x, z))):
-                    buffer[i].copy_(numbers)
-                self.fitted[i] = True
+                self.fit_column(i, torch.quantile(rows[:, i].double().cpu(), shares), z)
+
+    def fit_column(self, i: int, x: Tensor, z: Tensor) -> None:
+        """Let the spline of column i take the quantiles ``x`` to ``z``, both (bins + 1,) float64 and rising."""
+        x = _separate(x)
+        for buffer, numbers in ((self.x, x), (self.z, z), (self.slope, _slopes(x, z))):
+            buffer[i].copy_(numbers)
+        self.fitted[i] = True
 
     def forward(self, x, context=None):
         z, log_derivative = self.log_derivatives(x)

@@ -21,6 +21,7 @@ class RunRecord:
         records: the number of calls of :meth:`Logger.scalars` up to there; what later calls recorded is void.
         budget: how long it trains.
         key, unit: of the objective's figure.
+        train_key, train_unit: of that figure in training, where it is another one; None: it is not.
         settings: the configuration by dotted names.
         examples: what the data consist of, "images" or "rows".
     """
@@ -33,6 +34,8 @@ class RunRecord:
     unit: str
     settings: dict = field(default_factory=dict)
     examples: str = "rows"
+    train_key: str | None = None
+    train_unit: str | None = None
 
 
 @runtime_checkable

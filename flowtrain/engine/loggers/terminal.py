@@ -29,11 +29,12 @@ class ProgressLines(NullLogger):
         self.logged = -1, 0.0  # the part of the budget and the seconds of the last line
 
     def scalars(self, step, values):
-        if f"train/{self.run.key}" not in values:
+        key = f"train/{self.run.train_key or self.run.key}"
+        if key not in values:
             return
         seconds = values["system/seconds"]
         spent = self.run.budget.spent(step, seconds)
-        figure = f"{values[f'train/{self.run.key}']:.4f} {self.run.unit}"
+        figure = f"{values[key]:.4f} {self.run.train_unit or self.run.unit}"
         rate = f"{values[f'system/{self.run.examples}_per_second']:.0f} {self.run.examples}/s"
         self.show(step, spent, seconds, figure, rate, f"{_clock(seconds * (1 - spent) / spent)} left")
 

@@ -26,6 +26,11 @@ class Objective(Protocol):
 
     One with a method ``begin_step(spent)`` is told, before each step, the share of the run's budget that is spent.
 
+    One that trains only parts of a flow has ``prepare(flow)``, which fixes the others, and raises ValueError with the
+    key at fault for a flow that it cannot train; its flows are started from at least ``start_rows`` examples. One whose
+    loss says nothing of the figure by which weights are selected has ``train_key`` and ``train_unit`` for it, and
+    ``measure(flow, x, context)``, (B,), for what validation averages over examples.
+
     Attributes:
         key: names the figure in metrics.jsonl and TensorBoard, as in ``train/<key>`` and ``val/<key>``.
         unit: of the figure.

@@ -8,8 +8,18 @@ from flowtrain.report.page import Page, Scale, Section, Series
 from flowtrain.report.run import Curve, RunRecord
 
 POINTS = 400  # most of a curve; more become means of neighbours
-UNITS = {"bits_per_dim": "bits/dim", "log_likelihood": "nats", "elbo": "nats", "half_renyi": "nats"}
-TITLES = {"elbo": "Evidence lower bound", "half_renyi": "Half the Rényi divergence of order 2"}
+UNITS = {
+    "bits_per_dim": "bits/dim",
+    "log_likelihood": "nats",
+    "elbo": "nats",
+    "half_renyi": "nats",
+    "matching_loss": "a dimension",
+}
+TITLES = {
+    "elbo": "Evidence lower bound",
+    "half_renyi": "Half the Rényi divergence of order 2",
+    "matching_loss": "Flow-matching loss",
+}
 CUT = 5  # times as wide as the rest: then the first tenth of the steps is left out
 
 
