@@ -17,10 +17,11 @@ from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
+from flowtrain.bijections.noise import AddNoise
 from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
-from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
+from flowtrain.bijections.shape import Flatten, Patches, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     CircularRationalQuadratic,
     PiecewiseLinear,
@@ -33,6 +34,7 @@ from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShi
 
 __all__ = [
     "ActNorm",
+    "AddNoise",
     "Additive",
     "Alternate",
     "Autoregressive",
@@ -64,6 +66,7 @@ __all__ = [
     "MixtureLogistic",
     "MixtureNormal",
     "MultiScale",
+    "Patches",
     "Permutation",
     "PiecewiseLinear",
     "Positive",

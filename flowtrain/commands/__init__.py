@@ -21,6 +21,7 @@ class EvalConfig(TrainConfig):
     split: Literal["train", "val", "test"]
     draws: int = number(least=1)
     examples: Literal["auto"] | int | None = number(least=2)
+    unlabelled: bool
     weights: Literal["auto", "ema", "raw"]
     json: bool
 
@@ -32,6 +33,9 @@ class SampleConfig(TrainConfig):
     temperature: float | list[float] = number(least=0)
     label: int | str | list[int | str] | None = number(least=0)
     context: Any
+    guidance: float = number(least=0)
+    decoding: Literal["steps", "jacobi"]
+    denoise: bool | None
     mcmc: bool
     output: str | None
     plot: bool

@@ -12,7 +12,7 @@ from flowtrain.commands.restored import Restored
 from flowtrain.config.schema import TrainConfig
 from flowtrain.data import evaluation_batches
 from flowtrain.data.split import Split
-from flowtrain.engine.evaluate import Evaluation, evaluate, evaluation_mode, log_likelihoods
+from flowtrain.engine.evaluate import Evaluation, Measure, evaluate, evaluation_mode, log_likelihoods
 from flowtrain.engine.memory_budget import even_batches, few_rows, rows_within_budget
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
@@ -20,10 +20,16 @@ from flowtrain.runtime import distributed
 
 
 def evaluate_split(
-    flow: Flow, split: Split, config: TrainConfig, examples: int | None = None, draws: int = 1, exact: bool = False
+    flow: Flow,
+    split: Split,
+    config: TrainConfig,
+    examples: int | None = None,
+    draws: int = 1,
+    exact: bool = False,
+    measure: Measure | None = None,
 ) -> Evaluation:
     """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
-    its ODEs.
+    its ODEs; ``measure``: in place of the split's own log-likelihood.
 
     Raises:
         FlowtrainError: a likelihood is not finite.
@@ -32,9 +38,10 @@ def evaluate_split(
     total = len(split) if examples is None else min(examples, len(split))
     try:
         with exact_trace() if exact else nullcontext():
-            rows = _batch_size(flow, split.to(device), total)
+            measure = measure or split.measure
+            rows = _batch_size(flow, split.to(device), total, measure)
             batches = split_batches(split, config, device, examples, rows)
-            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, split.measure)
+            return evaluate(flow, batches, len(split), draws, config.seed, split.weights, measure)
     except FloatingPointError as error:
         raise FlowtrainError(str(error)) from error
 
@@ -55,7 +62,7 @@ def split_batches(split: Split, config: TrainConfig, device, examples: int | Non
 
 
 @torch.no_grad()
-def _batch_size(flow: Flow, split: Split, total: int) -> int:
+def _batch_size(flow: Flow, split: Split, total: int, measure: Measure) -> int:
     """The number of examples to evaluate at once, the same on every process."""
     few = few_rows(flow.dimensions)
     if total <= few:
@@ -65,8 +72,6 @@ def _batch_size(flow: Flow, split: Split, total: int) -> int:
     flow.eval()
     with evaluation_mode(x.device):
         index = torch.arange(few)
-        most = rows_within_budget(
-            lambda: log_likelihoods(flow, index, x, context, measure=split.measure), few, x.device
-        )
+        most = rows_within_budget(lambda: log_likelihoods(flow, index, x, context, measure=measure), few, x.device)
     flow.train(was_training)
     return distributed.broadcast_object(even_batches(total, most, distributed.world()))
