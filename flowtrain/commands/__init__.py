@@ -143,7 +143,7 @@ class ImportConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
-    suite: Literal["train", "sample", "spline", "memory", "data", "start", "commands", "all"]
+    suite: Literal["train", "sample", "decode", "spline", "memory", "data", "start", "commands", "all"]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
     threads: int = number(least=1)
     compile: bool

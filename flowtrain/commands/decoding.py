@@ -8,7 +8,6 @@ from flowtrain.bijections.univariate import Univariate
 from flowtrain.commands import SampleConfig
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
-from flowtrain.nets import HiddenContext
 
 
 def check_decoding(config: SampleConfig, flow: Flow) -> None:
@@ -22,7 +21,7 @@ def check_decoding(config: SampleConfig, flow: Flow) -> None:
         raise UsageError("denoise=true: this model was trained without preprocess=noise; leave denoise=null")
     if not config.guidance:
         return
-    if not isinstance(flow.embedding, HiddenContext):
+    if not getattr(flow.embedding, "share", 0):  # that of a nets.HiddenContext
         raise UsageError(
             f"guidance={config.guidance}: this model never learned without its labels; train model=tarflow with"
             " dataset.context=label model.hide_context=0.1"

@@ -152,7 +152,7 @@ def without_label(classes: int) -> Measure:
     def measure(flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
         noise = modes.current().noise
         each = []
-        for one in torch.eye(classes, device=x.device):
+        for one in torch.eye(classes).to(context):
             with modes.using(
                 noise=ExampleNoise(noise.index, *noise.seed) if isinstance(noise, ExampleNoise) else noise
             ):

@@ -90,10 +90,13 @@ class CausalTransformer(nn.Module):
         """The next element's row, (B, 1, *row), from the newest element, (B, 1, …), or none, (B, 0, …); extends
         ``cache``."""
         elements = cache["elements"].append(x.flatten(2) if x.dim() > 2 else x[..., None])
-        i, none = elements.shape[1], elements.new_zeros(elements.shape[0], elements.shape[2])
-        before = [elements[:, i - offset] if offset <= i else none for offset in self.offsets]
-        token = before[0] if len(before) == 1 else torch.cat(before, 1)
-        return self._rows(token[:, None], cache["constant"][..., i : i + 1, :], slice(i, i + 1), cache["blocks"])
+        i = elements.shape[1]
+        before = [
+            elements[:, i - offset, None] if offset <= i else elements.new_zeros(len(x), 1, elements.shape[2])
+            for offset in self.offsets
+        ]
+        token = before[0] if len(before) == 1 else torch.cat(before, 2)
+        return self._rows(token, cache["constant"][..., i : i + 1, :], slice(i, i + 1), cache["blocks"])
 
     def look(self, x: Tensor, window: slice, cache: dict) -> Tensor:
         """The rows of a window of elements, (B, m, *row), given x (B, D, …), of which those before the window are what
@@ -107,7 +110,9 @@ class CausalTransformer(nn.Module):
         return self._rows(torch.cat(before, 2), cache["constant"][..., window, :], window, cache["blocks"])
 
     def _rows(self, tokens, constant, where, caches):
-        h = self.dropout(self.embed(tokens) + constant)
+        h = self.embed(tokens) + constant
+        if self.training:
+            h = self.dropout(h)
         for block, cache in zip(self.blocks, caches):
             h = block(h, cache)
         return (self.last(self.norm(h)) + self.bias[where]).unflatten(2, self.row)
@@ -158,5 +163,10 @@ class _Block(nn.Module):
             if (new := query.shape[2]) > 1:
                 mask = torch.ones(new, key.shape[2], dtype=torch.bool, device=h.device).tril(key.shape[2] - new)
         attention = F.scaled_dot_product_attention(query, key, value, mask, is_causal=cache is None)
-        h = h + self.dropout(self.attention_out(attention.transpose(1, 2).flatten(2)))
-        return h + self.dropout(self.feed_out(self.dropout(F.gelu(self.feed(self.norm_feed(h))))))
+        drop = self.dropout if self.training else _same
+        h = h + drop(self.attention_out(attention.transpose(1, 2).flatten(2)))
+        return h + drop(self.feed_out(drop(F.gelu(self.feed(self.norm_feed(h))))))
+
+
+def _same(h: Tensor) -> Tensor:
+    return h
