@@ -170,9 +170,9 @@ class Flow(nn.Module):
     @property
     def noise(self) -> AddNoise | None:
         """The layer that puts noise on the data, where there is one: the first."""
-        first: Bijection | None = self.bijection
-        while is_sequence(first):
-            first = next(iter(first.layers().values()), None)
+        first = self.bijection
+        while is_sequence(first) and first.layers():
+            first = next(iter(first.layers().values()))
         return first if isinstance(first, AddNoise) else None
 
     def _invert_and_denoise(self, z: Tensor, context: Tensor | None = None) -> Tensor:

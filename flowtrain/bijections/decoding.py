@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowtrain.bijections.bijection import full_precision
 from flowtrain.bijections.univariate import Univariate
@@ -47,7 +47,7 @@ class Jacobi:
         rounds, elements = (sum(counts) for counts in list(zip(*self.solves))[:2]) if self.solves else (0, 0)
         return f"{rounds:,} rounds for {elements:,} steps, residual {self.residual:.1e}"
 
-    def solve(self, net, univariate: Univariate, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def solve(self, net: Any, univariate: Univariate, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """x with τ(x; net(x, context)) = z, and log dx/dz of each of its numbers.
 
         Every round computes a window of elements, each from those of the round before (Song et al. 2021). The first of
@@ -145,7 +145,7 @@ def guidance(weight: float) -> AbstractContextManager[None]:
 class Guided:
     """A conditioner whose parameters are guided: it runs ``net`` on each example with its context and with zeros."""
 
-    def __init__(self, net: nn.Module, univariate: Univariate, weight: Tensor):
+    def __init__(self, net: Any, univariate: Univariate, weight: Tensor):
         self.net, self.univariate, self.weight = net, univariate, weight
 
     def __call__(self, x, context):
@@ -161,7 +161,8 @@ class Guided:
         return self._guide(self.net.look(_twice(x), window, cache))
 
     def _guide(self, theta: Tensor) -> Tensor:
-        return self.univariate.guide(*theta.chunk(2), self.weight)
+        conditional, unconditional = theta.chunk(2)
+        return self.univariate.guide(conditional, unconditional, self.weight)
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -87,7 +87,14 @@ class AddNoise(Dequantize):
 
 
 def _log_mass(low: Tensor, high: Tensor) -> Tensor:
-    """log P(low < Z < high) for a standard normal Z and low > −high, which the difference of the upper tails keeps
-    accurate."""
-    above, rest = torch.special.log_ndtr(-low), torch.special.log_ndtr(-high)
-    return above + torch.log(-torch.expm1(rest - above))
+    """log P(low < Z < high) of a standard normal Z, for low > −high: the difference of the upper tails is accurate."""
+    above = _log_upper(low)
+    return above + torch.log(-torch.expm1(_log_upper(high) - above))
+
+
+def _log_upper(t: Tensor) -> Tensor:
+    """log P(Z > t)."""
+    t = t / math.sqrt(2)
+    far = t > 1
+    near = torch.special.erfc(torch.where(far, 0.0, t)).log()
+    return torch.where(far, torch.special.erfcx(torch.where(far, t, 1.0)).log() - t.square(), near) - math.log(2)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from math import gcd
 
-from flowtrain.bijections import Autoregressive, Dequantize, ExpAffine, Flatten, Logit, Patches, PiecewiseLinear
+from flowtrain.bijections import Autoregressive, Chain, Dequantize, ExpAffine, Flatten, Logit, Patches, PiecewiseLinear
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import Factory, chain, check_image
+from flowtrain.flows.parts import Factory, check_image
 from flowtrain.nets import CausalTransformer, HiddenContext
 
 TOKENS = 256  # most of them, where a larger patch divides the sides
@@ -84,8 +84,8 @@ def tarflow(
     if context_shape is not None and hide_context:
         embedding = partial(HiddenContext, share=hide_context, embedding=embedding)
     size = smallest_patch(shape) if patch is None else patch
-    layers = chain(preprocess=preprocess, patches=partial(Patches, size=size), **blocks, flatten=Flatten)
-    return Flow(shape, layers, base, context_shape, embedding)
+    layers = {"preprocess": preprocess, "patches": partial(Patches, size=size), **blocks, "flatten": Flatten}
+    return Flow(shape, partial(Chain, layers=layers), base, context_shape, embedding)
 
 
 def smallest_patch(shape: Sequence[int]) -> int:

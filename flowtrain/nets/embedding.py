@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +146,9 @@ class HiddenContext(nn.Module):
         if not 0 <= share < 1:
             raise ValueError(f"hide_context={share} must be at least 0 and below 1")
         self.share = share
-        self.embedding = (
-            embedding if embedding is None or isinstance(embedding, nn.Module) else embedding(context_shape)
-        )
-        self.out_shape = tuple(context_shape if self.embedding is None else self.embedding.out_shape)
+        net: Any = embedding if embedding is None or isinstance(embedding, nn.Module) else embedding(context_shape)
+        self.embedding = net
+        self.out_shape = tuple(context_shape if net is None else net.out_shape)
 
     def forward(self, context: Tensor) -> Tensor:
         context = context if self.embedding is None else self.embedding(context)
