@@ -241,7 +241,8 @@ def test_likelihoods_without_the_label():
 
 
 def test_a_class_conditional_run_with_noise(tmp_path, caplog):
-    words = ["model=tarflow", "preprocess=noise", "dataset.context=label", "model.patch=2", "model.hide_context=0.5"]
+    words = ["model=tarflow", "preprocess=noise", "preprocess.scale=0.3", "dataset.context=label", "model.patch=2"]
+    words += ["model.hide_context=0.5"]
     config, summary = train_run(tmp_path, *words, *TINY, "trainer.sample_n=20")
 
     def draw(name, **keys):

@@ -77,26 +77,36 @@ class CausalTransformer(nn.Module):
     def forward(self, x, context=None):
         x = x.flatten(2) if x.dim() > 2 else x[..., None]
         before = [F.pad(x, (0, 0, offset, 0))[:, : self.length] for offset in self.offsets]
-        constant = self.position if self.context is None else self.position + self.context(context)[:, None]
-        return self._rows(torch.cat(before, 2), constant, slice(None), [None] * len(self.blocks))
+        tokens = self.embed(torch.cat(before, 2)) + self._constant(context)
+        return self._rows(tokens, self.bias, [None] * len(self.blocks))
+
+    def _constant(self, context):
+        """What is added at each position, whatever the elements are: (D, hidden), or (B, D, hidden) with a context."""
+        return self.position if self.context is None else self.position + self.context(context)[:, None]
 
     def init_cache(self, x: Tensor, context: Tensor | None = None) -> dict:
         """An empty key/value cache for a pass over the elements of a batch like x (B, D) or (B, D, n)."""
-        constant = self.position if self.context is None else self.position + self.context(context)[:, None]
-        stores = [_Store(self.length, 3) for _ in self.blocks]
-        return {"elements": _Store(self.length, 1), "constant": constant, "blocks": stores}
+        constant = self._constant(context)
+        return {
+            "elements": [],
+            "constant": constant,
+            "constants": constant.split(1, -2),
+            "biases": self.bias.split(1),
+            "blocks": [_Store(self.length) for _ in self.blocks],
+        }
 
     def step(self, x: Tensor, cache: dict) -> Tensor:
         """The next element's row, (B, 1, *row), from the newest element, (B, 1, …), or none, (B, 0, …); extends
         ``cache``."""
-        elements = cache["elements"].append(x.flatten(2) if x.dim() > 2 else x[..., None])
-        i = elements.shape[1]
+        x, elements = x.flatten(2) if x.dim() > 2 else x[..., None], cache["elements"]
+        if x.shape[1]:
+            elements.append(x)
+        i = len(elements)
         before = [
-            elements[:, i - offset, None] if offset <= i else elements.new_zeros(len(x), 1, elements.shape[2])
-            for offset in self.offsets
+            elements[i - offset] if offset <= i else x.new_zeros(x.shape[0], 1, x.shape[2]) for offset in self.offsets
         ]
         token = before[0] if len(before) == 1 else torch.cat(before, 2)
-        return self._rows(token, cache["constant"][..., i : i + 1, :], slice(i, i + 1), cache["blocks"])
+        return self._rows(self.embed(token) + cache["constants"][i], cache["biases"][i], cache["blocks"])
 
     def look(self, x: Tensor, window: slice, cache: dict) -> Tensor:
         """The rows of a window of elements, (B, m, *row), given x (B, D, …), of which those before the window are what
@@ -107,38 +117,37 @@ class CausalTransformer(nn.Module):
         before = [padded[:, window.start + most - offset : window.stop + most - offset] for offset in self.offsets]
         for store in cache["blocks"]:
             store.length = window.start
-        return self._rows(torch.cat(before, 2), cache["constant"][..., window, :], window, cache["blocks"])
+        tokens = self.embed(torch.cat(before, 2)) + cache["constant"][..., window, :]
+        return self._rows(tokens, self.bias[window], cache["blocks"])
 
-    def _rows(self, tokens, constant, where, caches):
-        h = self.embed(tokens) + constant
+    def _rows(self, h, bias, caches):
         if self.training:
             h = self.dropout(h)
         for block, cache in zip(self.blocks, caches):
             h = block(h, cache)
-        return (self.last(self.norm(h)) + self.bias[where]).unflatten(2, self.row)
+        return (self.last(self.norm(h)) + bias).unflatten(2, self.row)
 
 
 class _Store:
-    """A tensor that grows along one axis, in memory for its ``total`` from the start. Where gradients are needed, or
-    the steps become a program, it is concatenated: nothing then is overwritten."""
+    """Keys and values of the tokens so far, (2, B, heads, tokens, channels), in memory for all ``total`` of them from
+    the start. Where gradients are needed, or the steps become a program, they are concatenated: nothing is
+    overwritten."""
 
-    def __init__(self, total: int, axis: int):
-        self.axis, self.total, self.length = axis, total, 0
+    def __init__(self, total: int):
+        self.total, self.length = total, 0
         self.grows = torch.is_grad_enabled() or not modes.values_are_known()
         self.whole: Tensor | None = None
 
     def append(self, new: Tensor) -> Tensor:
-        """All so far, with ``new`` at their end."""
+        """All so far, with those of the newest tokens at their end."""
         if self.grows:
-            self.whole = new if self.whole is None else torch.cat((self.whole, new), self.axis)
+            self.whole = new if self.whole is None else torch.cat((self.whole, new), 3)
             return self.whole
         if self.whole is None:
-            sizes = list(new.shape)
-            sizes[self.axis] = self.total
-            self.whole = new.new_empty(sizes)
-        start, self.length = self.length, self.length + new.shape[self.axis]
-        self.whole.narrow(self.axis, start, self.length - start).copy_(new)
-        return self.whole.narrow(self.axis, 0, self.length)
+            self.whole = new.new_empty(*new.shape[:3], self.total, new.shape[4])
+        start, self.length = self.length, self.length + new.shape[3]
+        self.whole.narrow(3, start, self.length - start).copy_(new)
+        return self.whole.narrow(3, 0, self.length)
 
 
 class _Block(nn.Module):
