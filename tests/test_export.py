@@ -49,7 +49,8 @@ DISCRETE = [
     name for name in options("model") if "ffjord" not in name and name not in ("hybrid", "hybrid_image", "custom")
 ]
 OTHER_TABLES = "bsds300", "hepmass", "miniboone", "power"  # gas stands for them: smoke=true makes their models alike
-EXPERIMENTS = [name for name in options("experiment") if "ffjord" not in name and not name.endswith(OTHER_TABLES)]
+LIKE_OTHERS = *OTHER_TABLES, "tarflow_digits"  # its layers are those of digits_best and of tarflow_imagenet64
+EXPERIMENTS = [name for name in options("experiment") if "ffjord" not in name and not name.endswith(LIKE_OTHERS)]
 VECTORS = {
     "glow_vector",
     "realnvp_vector",
