@@ -10,15 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from flowtrain.bijections.bijection import Backpropagation, Bijection, Chain, at_least_float32, build, check_shape, size
+from flowtrain.bijections.bijection import (
+    Backpropagation,
+    Bijection,
+    Chain,
+    at_least_float32,
+    build,
+    check_shape,
+    is_sequence,
+    size,
+)
 from flowtrain.bijections.columns import FillMissing
 from flowtrain.bijections.linear import stacked_weights, stacks
+from flowtrain.bijections.noise import AddNoise, with_noise
 from flowtrain.bijections.ode import states_only
 from flowtrain.bijections.support import support_of
 from flowtrain.distributions import Distribution, StandardNormal
 from flowtrain.embedding import build_embedding
 from flowtrain.flow_distribution import FlowDistribution
-from flowtrain.runtime import fusion, global_batch
+from flowtrain.runtime import fusion, global_batch, modes
 from flowtrain.runtime.events import as_tensor, batch_shape, check_rows, distinct, map_events, repeat_events
 
 
@@ -149,17 +159,39 @@ class Flow(nn.Module):
         return z.reshape(*batch, *z.shape[1:])
 
     @torch.no_grad()
-    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """The data of latents z, (*batch, *shape)."""
+    def decode(self, z: Tensor, context: Tensor | None = None, *, denoise: bool = False) -> Tensor:
+        """The data of latents z, (*batch, *shape). With ``denoise`` the noise that
+        :class:`flowtrain.bijections.AddNoise` puts on data is taken off them, as in :meth:`sample`; then ``encode``
+        does not find z again."""
         z, features, batch = self._check_events("z", z, self.bijection.out_shape, context)
-        return self._decode(z, features).reshape(*batch, *self.shape)
+        return self._decode(z, features, denoise).reshape(*batch, *self.shape)
 
-    def _decode(self, z: Tensor, features: Tensor | None) -> Tensor:
+    def _decode(self, z: Tensor, features: Tensor | None, denoise: bool = False) -> Tensor:
         """The data of the rows z, given embedded contexts."""
+        invert = self._invert_and_denoise if denoise else lambda *inputs: self.bijection.inverse(*inputs)[0]
         with states_only(), self._stacked_weights():
-            return map_events(
-                "z", z, features, "inverse", lambda *inputs: self.bijection.inverse(*inputs)[0], self.hide_missing
-            )
+            return map_events("z", z, features, "inverse", invert, self.hide_missing)
+
+    @property
+    def noise(self) -> AddNoise | None:
+        """The layer that puts noise on the data, where there is one: the first."""
+        first = self.bijection
+        while is_sequence(first) and first.layers():
+            first = next(iter(first.layers().values()))
+        return first if isinstance(first, AddNoise) else None
+
+    def _invert_and_denoise(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The mean of the data, given the noisy sample y of z: y + scale²·∇ log p(y) (Zhai et al. 2024)."""
+        noise = self.noise
+        if noise is None:
+            raise ValueError("denoise: this flow puts no noise on its data; it needs bijections.AddNoise first")
+        with with_noise():
+            y, _ = self.bijection.inverse(z, context)
+            with torch.enable_grad(), modes.using(states_only=False):
+                y = y.detach().requires_grad_()
+                latent, log_det = self.bijection(y, context)
+                (score,) = torch.autograd.grad((self.base.log_prob(latent, context) + log_det).sum(), y)
+        return noise.inverse(y.detach() + noise.scale**2 * score)[0]
 
     @torch.no_grad()
     def latents(
@@ -186,16 +218,19 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         *,
         temperature: float = 1.0,
+        denoise: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Examples, (*shape, *batch, *self.shape), for each of the contexts (*batch, *context_shape) as many as
         ``shape`` says. They are drawn and decoded as one batch, without gradients.
 
         ``temperature`` scales the distance of the latents from their means, which are 0 for standard base distributions
-        (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`.
+        (Kingma & Dhariwal 2018, section 6); see :meth:`Distribution.sample`. A flow of noisy data, whose first layer is
+        :class:`flowtrain.bijections.AddNoise`, takes the noise off its samples by the gradient of its log-density,
+        unless ``denoise`` is False.
 
         Raises:
-            ValueError: a context of another shape, which is named beside the flow's.
+            ValueError: a context of another shape, which is named beside the flow's; ``denoise`` without noise.
 
         >>> from flowtrain import flows
         >>> flow = flows.maf((2,), hidden=8, context_shape=(3,))
@@ -204,7 +239,8 @@ class Flow(nn.Module):
         """
         features, batch = self._features_of_samples(shape, context)
         z = self._latents(math.prod(batch), temperature, features, generator)
-        return self._decode(check_rows("z", z, z.dtype), features).reshape(*batch, *self.shape)
+        denoise = self.noise is not None if denoise is None else denoise
+        return self._decode(check_rows("z", z, z.dtype), features, denoise).reshape(*batch, *self.shape)
 
     def rsample_and_log_prob(
         self,

@@ -20,7 +20,7 @@ residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
 circular = partial(nets.CircularMADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
-image, vector = (4, 4, 6), (5,)
+image, vector, tokens = (4, 4, 6), (5,), (4, 3)
 
 ARGUMENTS = {  # arguments of the univariate maps that need them
     b.PiecewiseLinear: {"bins": 5},
@@ -123,6 +123,13 @@ LAYERS = {
     "squeeze": partial(b.Squeeze, image),
     "unsqueeze": partial(b.Unsqueeze, image),
     "flatten": partial(b.Flatten, image),
+    "patches": partial(b.Patches, image, size=2),
+    **{
+        f"tokens_{name}": partial(
+            b.Autoregressive, tokens, UNIVARIATE[name], causal, order="reversed", context_shape=(3,)
+        )
+        for name in ("exp_affine", "rational_quadratic", "mixture_logistic")
+    },
     "center": partial(b.Center, image),
     "standardize": partial(fitted, b.Standardize, vector),
     "quantile_columns": partial(fitted, b.QuantileColumns, vector),
@@ -148,6 +155,7 @@ LAYERS = {
     "glow_step": partial(glow_step, image),
     "coupling_swap": partial(b.Coupling, vector, b.SigmoidAffine, mlp, partial(b.Halves, swap=True)),
     "coupling_context": partial(b.Coupling, vector, b.SigmoidAffine, mlp, context_shape=(3,)),
+    "coupling_zero_conv_context": partial(b.Coupling, image, b.SigmoidAffine, nets.ZeroConv, context_shape=(3,)),
     "coupling_conv_context": partial(b.Coupling, image, b.TanhAffine, conv, context_shape=(3,)),
     "coupling_residual_context": partial(
         b.Coupling, image, b.TanhAffine, residual, partial(b.Checkerboard, colour=1), context_shape=(3,)

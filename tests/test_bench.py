@@ -38,7 +38,7 @@ def bench(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "suite, targets",
-    [("train", 5), ("sample", 10), ("spline", 1), ("memory", 7), ("data", 3)],
+    [("train", 5), ("sample", 10), ("decode", 2), ("spline", 1), ("memory", 7), ("data", 3)],
 )
 def test_each_suite_records_its_rows_and_targets(bench, suite, targets):
     pytest.importorskip("nflows")

@@ -25,12 +25,16 @@ from flowtrain.runtime import status
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["smoke=true", "logger=none", "report=false"]
-EVAL = {"split": "test", "draws": 2, "examples": 40, "tolerance": 1e-3, "probes": 2, "weights": "auto", "json": False}
+EVAL = {"split": "test", "draws": 2, "examples": 40, "tolerance": 1e-3, "probes": 2, "weights": "auto"}
+EVAL |= {"unlabelled": False, "json": False}
 SAMPLE = {
     "n": 6,
     "temperature": 1.0,
     "label": None,
     "context": None,
+    "guidance": 0.0,
+    "decoding": "steps",
+    "denoise": None,
     "output": None,
     "plot": True,
     "weights": "auto",
@@ -199,7 +203,11 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
     channels = configuration(f"experiment={experiment}").dataset.get("channels")  # None: a table
-    small = ["dataset=synthetic", f"dataset.shape=[{channels},16,16]"] if channels else ["dataset=moons"]
+    small = (
+        ["dataset=synthetic", "dataset.context=null", f"dataset.shape=[{channels},16,16]"]
+        if channels
+        else ["dataset=moons"]
+    )
     config, summary = train_run(tmp_path, f"experiment={experiment}", *small, *TINY)
     assert summary["steps"] == 3
     report = evaluation.main(*of_checkpoint(config, summary, tmp_path / "eval", **{**EVAL, "draws": 1}))

@@ -39,7 +39,7 @@ def test_values_are_converted_and_none_is_missing():
     clip = validate(TrainerConfig, TRAINER | {"clip": 1}).clip
     assert clip == 1.0 and isinstance(clip, float)
     keys = {"n": 1, "temperature": [1, 0.5], "label": None, "context": None, "output": None, "plot": True}
-    keys |= {"weights": "raw", "mcmc": False}
+    keys |= {"weights": "raw", "mcmc": False, "guidance": 0, "decoding": "steps", "denoise": None}
     sample = checkpoint_command_config("sample", configuration(), ckpt="run", **keys)
     assert sample.temperature == [1.0, 0.5] and all(isinstance(value, float) for value in sample.temperature)
     with pytest.raises(UsageError, match="trainer.accumulate: is missing"):

@@ -165,6 +165,8 @@ def test_every_layer_has_exact_gradients_in_every_mode(name):
     def coupling(shape, context_shape=None):
         if len(shape) == 1:
             return b.Coupling(shape, b.ExpAffine, mlp)
+        if len(shape) == 2:  # tokens
+            return b.Chain(shape, {"flatten": b.Flatten, "coupling": coupling})
         return b.Coupling(shape, b.ExpAffine, conv, b.Checkerboard)
 
     layers = {"layer": lambda **_: layer, "one": coupling, "two": coupling}

@@ -3,6 +3,7 @@
 SUITES = {  # name -> module
     "train": "training_steps",
     "sample": "sampling",
+    "decode": "decoding",
     "spline": "splines",
     "memory": "peak_memory",
     "data": "data_loading",

@@ -17,11 +17,12 @@ from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
+from flowtrain.bijections.noise import AddNoise
 from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.radial import Radial
-from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
+from flowtrain.bijections.shape import Flatten, Patches, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     AffineRationalQuadratic,
     CircularRationalQuadratic,
@@ -35,6 +36,7 @@ from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShi
 
 __all__ = [
     "ActNorm",
+    "AddNoise",
     "Additive",
     "AffineRationalQuadratic",
     "Alternate",
@@ -67,6 +69,7 @@ __all__ = [
     "MixtureLogistic",
     "MixtureNormal",
     "MultiScale",
+    "Patches",
     "Permutation",
     "PiecewiseLinear",
     "Positive",

@@ -8,32 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, full_precision, sum_event, walk
+from flowtrain.bijections.decoding import Guided, Jacobi
 from flowtrain.bijections.univariate import Univariate
+from flowtrain.runtime import modes
 from flowtrain.runtime.cuda_graph import as_graph
 
 GRAPH = 1024  # elements, dozens of kernels each, that a CUDA graph may hold
 
 
 class Autoregressive(Bijection):
-    """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector: MAF with an affine τ (Papamakarios et al. 2017, section 3.1).
+    """zᵢ = τ(xᵢ; net(x₁ … xᵢ₋₁)) for a vector: MAF with an affine τ (Papamakarios et al. 2017, section 3.1). For a row
+    of tokens, xᵢ is a token, of whose numbers each has its τ: TarFlow's block (Zhai et al. 2024).
 
     ``forward`` takes one pass of the network. ``inverse`` goes through the elements once, in steps that reuse the
     network's activations in a cache, so that each step costs as much as its own elements. On a GPU, where gradients are
-    off, its kernels become one CUDA graph when batches of one size come again.
+    off, its kernels become one CUDA graph when batches of one size come again. Within
+    :func:`flowtrain.bijections.decoding.jacobi` it iterates all elements at once to the fixed point, and within
+    :func:`flowtrain.bijections.decoding.guidance` the context counts for more.
 
     Args:
-        shape: of one event, (D,).
+        shape: of one event, (D,), or (D, n): D tokens of n numbers.
         univariate: factory of τ, without weights of its own.
         net: factory ``net(shape=…, out=parameters per element, context_shape=…)`` of the conditioner. Called as
             ``net(x, context)`` it returns the parameters of all elements, (B, D, out), row i a function of the elements
             before i. In steps: ``cache = net.init_cache(x, context)``, for a batch like x; then ``net.step(x, cache)``
-            takes the newest elements, (B, n), at first none, (B, 0), and returns the parameters of the next m ones,
-            (B, m, out).
+            takes the newest elements, (B, k), at first none, (B, 0), and returns the parameters of the next m ones,
+            (B, m, out). Of tokens these are (B, D, n, out), (B, k, n), (B, 0, n) and (B, m, n, out).
         order: of the elements: "sequential", "reversed", or "random", drawn by the constructor.
         context_shape: of a context that the conditioner reads too, or None.
 
     Raises:
-        ValueError: not a vector, an unknown ``order``, or a ``univariate`` with weights.
+        ValueError: an unknown ``order``, a ``univariate`` with weights, or a shape that the network does not take.
 
     >>> from flowtrain import bijections as b, nets
     >>> maf = b.Autoregressive((4,), b.ExpAffine, nets.MADE, order="reversed")
@@ -53,8 +58,6 @@ class Autoregressive(Bijection):
         context_shape=None,
     ):
         super().__init__(shape, context_shape)
-        if len(self.shape) != 1:
-            raise ValueError(f"an autoregressive layer takes vectors, not {list(shape)}; flatten first")
         if order not in ("sequential", "reversed", "random"):
             raise ValueError(f"order='{order}' must be sequential, reversed or random")
         self.univariate = univariate(shape=self.shape)
@@ -64,7 +67,7 @@ class Autoregressive(Bijection):
         self.net = net(shape=self.shape, out=self.univariate.params, context_shape=context_shape)
         self.sequential = order == "sequential"
         if not self.sequential:
-            (n,) = self.shape
+            n = self.shape[0]
             elements = torch.arange(n, device="cpu").flip(0) if order == "reversed" else torch.randperm(n, device="cpu")
             self.register_buffer("order", elements)  # the element that comes first, second, …
             self.register_buffer("back", elements.argsort())
@@ -83,23 +86,35 @@ class Autoregressive(Bijection):
             return self.univariate(x, theta)
 
     def inverse(self, z, context=None):
+        mode = modes.current()
+        # a number on the device: that of a CUDA graph's next call may be another
+        weight = torch.full((), mode.guidance, device=z.device) if mode.guidance and context is not None else None
+        if mode.jacobi is not None and not torch.is_grad_enabled():
+            return self._all_at_once(mode.jacobi, z, context, weight)
         if self.shape[0] > GRAPH:
-            return self._one_by_one(z, context)
-        return as_graph(self, self._one_by_one, z, context)
+            return self._one_by_one(z, context, weight)
+        return as_graph(self, self._one_by_one, z, context, weight)
 
-    def _one_by_one(self, z, context):
-        z = self._sort(z)
-        cache = self.net.init_cache(z, context)
-        rows = z.T.contiguous()  # one for each element: the columns of a matrix are scattered in memory
+    def _conditioner(self, weight):
+        return self.net if weight is None else Guided(self.net, self.univariate, weight)
+
+    def _all_at_once(self, iteration: Jacobi, z, context, weight):
+        x, log_derivative = iteration.solve(self._conditioner(weight), self.univariate, self._sort(z), context)
+        return self._unsort(x), sum_event(log_derivative)
+
+    def _one_by_one(self, z, context, weight):
+        z, net = self._sort(z), self._conditioner(weight)
+        cache = net.init_cache(z, context)
+        rows = z.movedim(1, 0).contiguous()  # one for each element: the columns of a matrix are scattered in memory
         end, elements, log_derivatives = 0, [z[:, :0]], []
         while end < len(rows):
-            theta = self.net.step(elements[-1], cache).to(z.dtype)
+            theta = net.step(elements[-1], cache).to(z.dtype)
             start, end = end, end + theta.shape[1]
             with full_precision(z):
-                element, log_derivative = self.univariate.inverse(rows[start:end].T, theta)
+                element, log_derivative = self.univariate.inverse(rows[start:end].movedim(0, 1), theta)
             elements.append(element)
             log_derivatives.append(log_derivative)
-        return self._unsort(_concatenate(elements)), _concatenate(log_derivatives).sum(1)
+        return self._unsort(_concatenate(elements)), sum_event(_concatenate(log_derivatives))
 
     def _sort(self, x):
         return x if self.sequential else x.index_select(1, self.order)
@@ -109,7 +124,7 @@ class Autoregressive(Bijection):
 
 
 def _concatenate(columns: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([column.T for column in columns]).T.contiguous()  # in rows first, as above
+    return torch.cat([column.movedim(1, 0) for column in columns]).movedim(0, 1).contiguous()  # in rows first, as above
 
 
 def sequential_layers(bijection: Bijection) -> list[Autoregressive]:

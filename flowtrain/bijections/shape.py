@@ -99,3 +99,43 @@ class Flatten(Bijection):
 
     def inverse(self, z, context=None):
         return z.unflatten(1, self.shape), zero_log_det(z)
+
+
+class Patches(Bijection):
+    """An image as a row of tokens, (C, H, W) -> (H·W/size², C·size²): its patches, row by row (Zhai et al. 2024,
+    section 2.2).
+
+    Args:
+        shape: (C, H, W).
+        size: of the sides of a patch, in pixels.
+        context_shape: not used.
+
+    Raises:
+        ValueError: not an image, or sides that are no multiples of ``size``.
+
+    >>> import torch
+    >>> Patches((3, 8, 6), size=2)(torch.randn(5, 3, 8, 6))[0].shape
+    torch.Size([5, 12, 12])
+    """
+
+    reversible = True
+
+    def __init__(self, shape, size: int, context_shape=None):
+        super().__init__(shape, context_shape)
+        if len(self.shape) != 3:
+            raise ValueError(f"patches are of images (channels, height, width), not of {list(self.shape)}")
+        channels, height, width = self.shape
+        if size < 1 or height % size or width % size:
+            raise ValueError(f"patch={size} must divide the sides of {height}×{width}")
+        self.size = size
+        self.out_shape = (height * width // size**2, channels * size**2)
+
+    def forward(self, x, context=None):
+        channels, height, width = self.shape
+        x = x.reshape(-1, channels, height // self.size, self.size, width // self.size, self.size)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, *self.out_shape), zero_log_det(x)
+
+    def inverse(self, z, context=None):
+        channels, height, width = self.shape
+        z = z.reshape(-1, height // self.size, width // self.size, channels, self.size, self.size)
+        return z.permute(0, 3, 1, 4, 2, 5).reshape(-1, *self.shape), zero_log_det(z)

@@ -47,6 +47,12 @@ class Univariate(nn.Module):
         """x and log dx/dy."""
         raise NotImplementedError
 
+    def guide(self, theta: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
+        """θ of the map whose density is p·(p/q)ʷ up to a constant, with p that of ``theta`` on a standard normal base
+        and q that of ``unconditional``; see :func:`flowtrain.bijections.decoding.guidance`. Raises ValueError where
+        there is none."""
+        raise ValueError(f"guidance takes univariate=affine_exp, not {type(self).__name__}")
+
 
 class Additive(Univariate):
     """y = x + t, which keeps volume: NICE's map (Dinh et al. 2015, eq. 9).
@@ -132,6 +138,13 @@ class ExpAffine(_Affine):
     def scale(self, raw):
         s = F.hardtanh(raw, -self.bound, self.bound)  # one kernel each way, where the gradient of clamp takes four
         return s.exp(), s
+
+    def guide(self, theta, unconditional, weight):
+        (t, s), (t_other, s_other) = split_parameters(theta), split_parameters(unconditional)
+        variances = (2 * (self.scale(s_other)[1] - self.scale(s)[1])).exp().clamp(max=1)  # μ = −t, σ = exp(−s)
+        precision = 1 + weight - weight * variances
+        shift = weight * variances * (t - t_other) / precision
+        return torch.stack((t + shift, s + precision.log() / 2), -1)
 
 
 class SigmoidAffine(_Affine):

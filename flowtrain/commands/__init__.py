@@ -23,6 +23,7 @@ class EvalConfig(TrainConfig):
     examples: Literal["auto"] | int | None = number(least=2)
     tolerance: float = number(above=0)
     probes: int = number(least=2)
+    unlabelled: bool
     weights: Literal["auto", "ema", "raw"]
     json: bool
 
@@ -34,6 +35,9 @@ class SampleConfig(TrainConfig):
     temperature: float | list[float] = number(least=0)
     label: int | str | list[int | str] | None = number(least=0)
     context: Any
+    guidance: float = number(least=0)
+    decoding: Literal["steps", "jacobi"]
+    denoise: bool | None
     mcmc: bool
     output: str | None
     plot: bool
@@ -141,7 +145,7 @@ class ImportConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
-    suite: Literal["train", "sample", "spline", "memory", "data", "start", "commands", "all"]
+    suite: Literal["train", "sample", "decode", "spline", "memory", "data", "start", "commands", "all"]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
     threads: int = number(least=1)
     compile: bool

@@ -55,10 +55,10 @@ class Contexts:
 def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     """The contexts of the samples; None for an unconditional flow.
 
-    ``config.label`` is the class of the ``config.n`` samples, by its number or its name, or a list: n of each class in
-    turn; None: n samples of which each is of the next class. ``config.context`` maps each context column of a table to
-    a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises UsageError where
-    they do not fit the flow.
+    ``config.label`` is the class of the ``config.n`` samples, by its number or its name, or a list, or all: n of each
+    class in turn; None: n samples of which each is of the next class. ``config.context`` maps each context column of a
+    table to a value, or names a file with those columns: then n samples are drawn for each of its rows. Raises
+    UsageError where they do not fit the flow.
     """
     shape, columns, given = restored.flow.context_shape, restored.columns, restored.dataset.spec.context
     if config.label is not None and not isinstance(given, LabelContext):
@@ -74,13 +74,16 @@ def contexts(config: SampleConfig, restored: Restored) -> Contexts | None:
     (classes,), names = shape, class_names(restored.dataset.spec)
     if config.label is None:
         return Contexts(label_context(torch.arange(config.n) % classes, classes), 1)
-    given = config.label if isinstance(config.label, list) else [config.label]
+    every = config.label == "all" and "all" not in names
+    given = list(range(classes)) if every else config.label if isinstance(config.label, list) else [config.label]
     if not given:
         raise UsageError(f"label=[]: the classes are {list_classes(names) or f'0 to {classes - 1}'}")
     labels = torch.tensor([class_number(one, classes, names) for one in given])
     shown = [_shorten(names[label]) if names else f"class {label}" for label in labels]
     return Contexts(
-        label_context(labels, classes), config.n, classes=tuple(shown) if isinstance(config.label, list) else ()
+        label_context(labels, classes),
+        config.n,
+        classes=tuple(shown) if every or isinstance(config.label, list) else (),
     )
 
 

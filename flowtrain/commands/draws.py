@@ -17,7 +17,8 @@ NOISE, NUMBERS = 256, 2**18  # most samples, and numbers in them, whose noise ha
 
 
 def draw_samples(flow: Flow, n: int, seed: int, context: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Draw n samples, (n, *shape) on the CPU, one for each row of ``context`` (n, *context_shape) if there is one.
+    """Draw n samples, (n, *shape) on the CPU, one for each row of ``context`` (n, *context_shape) if there is one,
+    without the noise of training.
 
     A seed gives the same noise at every temperature and on every device.
     """
@@ -33,6 +34,7 @@ def sample_batches(
     temperature: float = 1.0,
     rank: int = 0,
     world: int = 1,
+    denoise: bool | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield process ``rank``'s batches of n samples: (the number of the first, samples (b, *shape) on the CPU).
 
@@ -41,11 +43,13 @@ def sample_batches(
 
     Args:
         context: returns the contexts of some samples, (b, *context_shape).
+        denoise: whether noise that training adds to the data is taken off; None: where it does.
 
     Raises:
         FlowtrainError: a sample is not finite.
     """
     was_training = flow.training
+    denoise = flow.noise is not None if denoise is None else denoise
     flow.eval()
     try:
         with torch.no_grad(), evaluation_mode(next(flow.parameters()).device):
@@ -53,7 +57,8 @@ def sample_batches(
 
             def draw(start: int, stop: int) -> Tensor:
                 part = None if context is None else context(slice(start, stop)).to(next(flow.parameters()).device)
-                return flow.decode(_latents(flow, start, stop, block, seed, part, temperature), part).cpu()
+                latents = _latents(flow, start, stop, block, seed, part, temperature)
+                return flow.decode(latents, part, denoise=denoise).cpu()
 
             few = most = few_rows(flow.dimensions)
             if n > few:

@@ -20,8 +20,10 @@ from flowtrain.commands.restored import restore
 from flowtrain.commands.solver_error import evaluate_to_its_error
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
-from flowtrain.engine.evaluate import Evaluation, plus_minus
+from flowtrain.data.spec import LabelContext
+from flowtrain.engine.evaluate import Evaluation, plus_minus, without_label
 from flowtrain.engine.out_of_memory import out_of_memory
+from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, environment, files, global_batch
 
@@ -51,7 +53,10 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
     restored = restore(config, config.ckpt, config.weights)
     if restored.dataset.spec.target is not None:
         return evaluate_target(config, run_dir, restored)
-    flow = restored.flow
+    flow, label = restored.flow, restored.dataset.spec.context
+    is_labelled = isinstance(label, LabelContext)
+    if config.unlabelled and not is_labelled:
+        raise UsageError("unlabelled=true: this model is not class-conditional; leave unlabelled=false")
     split = restored.split(config.split)
     has_ode = bool(continuous_layers(flow))
     exact = needs_exact_trace(flow)
@@ -70,7 +75,11 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
         report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
         if result.bits_per_dim_iw is not None and (exact or not has_ode):
             report["bits_per_dim_iw"] = result.bits_per_dim_iw
+    if config.unlabelled:
+        of_any = evaluate_split(flow, split, config, examples, config.draws, exact, measure=without_label(label.classes))
+        report |= _unlabelled(of_any, restored.has_bits)
     report |= {
+        **({"given": "label"} if is_labelled else {}),
         "log_likelihood": result.log_likelihood,
         "log_likelihood_stderr": result.log_likelihood_stderr,
         "examples": result.examples,
@@ -110,6 +119,12 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
                 write(split.weights.cpu().numpy())
         environment.record(run_dir, distributed.device(), precision="float32")
     return report
+
+
+def _unlabelled(result: Evaluation, has_bits: bool) -> dict:
+    """The figures of an evaluation without the labels."""
+    names = ("bits_per_dim", "bits_per_dim_stderr") if has_bits else ("log_likelihood", "log_likelihood_stderr")
+    return {f"unlabelled_{name}": getattr(result, name) for name in names}
 
 
 def _logit_log_likelihood(
@@ -183,8 +198,12 @@ def _error_rows(report: dict) -> list[tuple[str, str]]:
 
 def table(report: dict) -> str:
     rows, nats, stderr = [], report["log_likelihood"], report["log_likelihood_stderr"]
+    given = " given the label" if "given" in report else ""
     if "bits_per_dim" in report:
-        rows.append(("bits/dim", plus_minus(report["bits_per_dim"], report["bits_per_dim_stderr"])))
+        rows.append((f"bits/dim{given}", plus_minus(report["bits_per_dim"], report["bits_per_dim_stderr"])))
+    for name, unit in (("bits_per_dim", "bits/dim"), ("log_likelihood", "nats per row")):
+        if (key := f"unlabelled_{name}") in report:
+            rows.append((f"{unit} without the label", plus_minus(report[key], report[f"{key}_stderr"])))
     if "bits_per_dim_iw" in report:
         rows.append(("bits/dim, importance-weighted", f"{report['bits_per_dim_iw']:.4f}"))
     if rows:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.decoding import guidance, jacobi
 from flowtrain.commands import SampleConfig
 from flowtrain.commands.contexts import Contexts, contexts
+from flowtrain.commands.decoding import check_decoding
 from flowtrain.commands.draws import sample_batches
 from flowtrain.commands.metropolis import Metropolis, log_weights
 from flowtrain.commands.outputs import free_name, open_array, open_table, progress, table_path
@@ -35,6 +37,17 @@ IMAGES, ROW = 1024, 64  # most images in the grid, and in a row of a class or te
 
 
 def main(config: SampleConfig, run_dir: str) -> dict:
+    """Draw samples as ``config.decoding`` and ``config.guidance`` say; see :func:`draw`."""
+    with ExitStack() as stack:
+        inverses = stack.enter_context(jacobi()) if config.decoding == "jacobi" else None
+        stack.enter_context(guidance(config.guidance))
+        paths = draw(config, run_dir)
+    if inverses:
+        log.info("Jacobi iteration: %s", inverses)
+    return paths
+
+
+def draw(config: SampleConfig, run_dir: str) -> dict:
     """Draw ``config.n`` samples, at each temperature, of each class of a list, for each row of a file of contexts;
     returns the files' paths.
 
@@ -56,12 +69,11 @@ def main(config: SampleConfig, run_dir: str) -> dict:
         raise UsageError("temperature=[]: give at least one, such as [0.5,0.7]")
     context = contexts(config, restored)
     weighs = _weighs(config, spec.target)
+    check_decoding(config, restored.flow)
     chains = Metropolis(config.seed) if config.mcmc else None
     n = chains.proposals(config.n) if chains else config.n
     turns = _turns(n, config, context, temperatures)
-    batches = _batches(
-        restored, turns, config.seed, partial(log_weights, restored.flow, spec.target) if weighs else None
-    )
+    batches = _batches(restored, turns, config, partial(log_weights, restored.flow, spec.target) if weighs else None)
     if not distributed.is_main():
         for _ in batches:  # its share of the work
             pass
@@ -71,7 +83,7 @@ def main(config: SampleConfig, run_dir: str) -> dict:
         batches = _states(batches, config.n, chains)
     total, done = config.n if chains else sum(turn.n for turn in turns), 0
     shown: list[list[Tensor]] = [[] for _ in turns]
-    in_rows = isinstance(config.temperature, list) or isinstance(config.label, list)
+    in_rows = isinstance(config.temperature, list) or bool(context and context.classes)
     most = ROW if in_rows else IMAGES  # images of a turn in the grid
     step = math.ceil(total / ROWS)  # between the rows of a plot
     paths = {"npy": folder / "samples.npy"}
@@ -177,14 +189,14 @@ def _turns(n: int, config: SampleConfig, context: Contexts | None, temperatures:
 
 
 def _batches(
-    restored: Restored, turns: list[Turn], seed: int, weigh: Callable[[Tensor], Tensor] | None
+    restored: Restored, turns: list[Turn], config: SampleConfig, weigh: Callable[[Tensor], Tensor] | None
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """Yield the batches of all processes in order: (number of the turn, number of the first sample in it, samples, what
     ``weigh`` returns for them)."""
     for number, turn in enumerate(turns):
         of = None if turn.context is None else turn.context.__getitem__
         place = distributed.rank(), distributed.world()
-        mine = sample_batches(restored.flow, turn.n, seed, of, turn.temperature, *place)
+        mine = sample_batches(restored.flow, turn.n, config.seed, of, turn.temperature, *place, config.denoise)
         parts = ((first, samples, weigh and weigh(samples)) for first, samples in mine)
         while drawn := [part for part in distributed.all_gather_object(_next(parts, turn.n)) if part is not None]:
             yield from ((number, *part) for part in drawn)

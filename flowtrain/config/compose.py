@@ -14,7 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flowtrain.config import runs
 from flowtrain.config.conversion import key_names, to_dict, validate
@@ -129,6 +129,8 @@ def _shrink(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, size)
         elif isinstance(value, int):
             OmegaConf.update(cfg, key, min(value, size))
+        elif isinstance(value, ListConfig):
+            OmegaConf.update(cfg, key, [min(pair) for pair in zip(value, size)])
 
 
 OmegaConf.register_new_resolver("output_path", runs.output_path, replace=True)

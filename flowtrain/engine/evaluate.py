@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flowtrain.engine.precision import exact_arithmetic
 from flowtrain.flow import Flow, to_bits_per_dim
-from flowtrain.runtime import global_batch, kept
+from flowtrain.runtime import global_batch, kept, modes
 from flowtrain.runtime.interrupts import interruptible_batches
+from flowtrain.runtime.noise import ExampleNoise
 from flowtrain.runtime.seeds import TURN, seed_from
 
 Measure = Callable[[Flow, Tensor, Tensor | None], Tensor]
@@ -158,6 +159,23 @@ def log_likelihoods(
         mean += log_prob / draws
         total = torch.logaddexp(total, log_prob)
     return mean, total - math.log(draws)
+
+
+def without_label(classes: int) -> Measure:
+    """log p(x) = log of the mean of p(x | class) over the classes, each as likely, with the same noise for each: what
+    a class-conditional flow says of an example whose class is not known. It takes a pass for each class."""
+
+    def measure(flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
+        noise = modes.current().noise
+        each = []
+        for one in torch.eye(classes).to(context):
+            with modes.using(
+                noise=ExampleNoise(noise.index, *noise.seed) if isinstance(noise, ExampleNoise) else noise
+            ):
+                each.append(flow(x, one.expand(len(x), classes)).double())
+        return torch.stack(each).logsumexp(0) - math.log(classes)
+
+    return measure
 
 
 def over_draws(compute: Callable[[], Tensor], index: Tensor, draws: int, seed: int) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ An embedding is constructed as ``net(context_shape=…)`` and called as ``net(co
 from flowtrain.nets.attention import CausalTransformer
 from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, ZeroConv
 from flowtrain.nets.dynamics import ConvODENet, ODENet
-from flowtrain.nets.embedding import ConvEmbedding, DeepSet, MLPEmbedding
+from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPEmbedding
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
@@ -28,6 +28,7 @@ __all__ = [
     "ConvODENet",
     "DeepSet",
     "Dropout",
+    "HiddenContext",
     "MLPEmbedding",
     "ODENet",
     "PreactivatedConvNet",

@@ -20,10 +20,11 @@ class ZeroConv(nn.Module):
     """A 3×3 convolution, zero at the start, times exp(3·log_scale) for each output channel (Kingma & Dhariwal 2018,
     reference code): (B, C, H, W) -> (B, out, H, W).
 
-    The factor 3 lets the scale learn faster than the weights.
+    The factor 3 lets the scale learn faster than the weights. A linear map of the context vector, if there is one, zero
+    at the start too, is added before the factor.
 
     Raises:
-        ValueError: ``shape`` is not an image's, or there is a context.
+        ValueError: ``shape`` is not an image's, or the context is not a vector.
 
     >>> ZeroConv((3, 8, 8), out=4)(torch.randn(5, 3, 8, 8)).shape
     torch.Size([5, 4, 8, 8])
@@ -31,13 +32,16 @@ class ZeroConv(nn.Module):
 
     def __init__(self, shape, out: int, context_shape=None):
         super().__init__()
-        if context_shape is not None:
-            raise ValueError("a ZeroConv takes no context")
         self.conv = zero_init(nn.Conv2d(channels_of(shape), out, 3, padding=1))
+        context_map = context_layer(out, context_shape)
+        self.context = None if context_map is None else zero_init(context_map)
         self.log_scale = nn.Parameter(torch.zeros(out, 1, 1))
 
     def forward(self, x, context=None):
-        return self.conv(x) * (3 * self.log_scale).exp()
+        h = self.conv(x)
+        if self.context is not None:
+            h = h + self.context(context)[:, :, None, None]
+        return h * (3 * self.log_scale).exp()
 
 
 class ConvNet(nn.Module):

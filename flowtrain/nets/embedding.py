@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.nets.mlp import check_at_least_one
+from flowtrain.runtime.global_batch import uniform
 
 FLATTEN_AT = 4  # longest side of a map whose numbers go into the last layer
 
@@ -121,6 +123,43 @@ class DeepSet(nn.Module):
     def hide_missing(self, context: Tensor) -> Tensor:
         """Contexts with 0 in place of NaN, which stands where there is no point."""
         return torch.where(context.isnan(), 0.0, context)
+
+
+class HiddenContext(nn.Module):
+    """The context (B, n), or what an ``embedding`` makes of it; in training 0 in its place for a random ``share`` of
+    the examples, so that one flow learns the density with the context and that without (Ho & Salimans 2021).
+
+    Args:
+        context_shape: (n,), or what ``embedding`` takes.
+        share: probability that a context is hidden.
+        embedding: a module, or a factory called with ``context_shape``, with an ``out_shape``; or None.
+
+    Raises:
+        ValueError: ``share`` outside [0, 1), or what the embedding refuses.
+
+    >>> HiddenContext((3,), share=0.1).eval()(torch.ones(1, 3))
+    tensor([[1., 1., 1.]])
+    """
+
+    def __init__(self, context_shape, share: float, embedding: Callable[..., nn.Module] | nn.Module | None = None):
+        super().__init__()
+        if not 0 <= share < 1:
+            raise ValueError(f"hide_context={share} must be at least 0 and below 1")
+        self.share = share
+        net: Any = embedding if embedding is None or isinstance(embedding, nn.Module) else embedding(context_shape)
+        self.embedding = net
+        self.out_shape = tuple(context_shape if net is None else net.out_shape)
+
+    def forward(self, context: Tensor) -> Tensor:
+        context = context if self.embedding is None else self.embedding(context)
+        if not self.training or self.share == 0:
+            return context
+        each = (len(context), *[1] * (context.dim() - 1))
+        return context * (uniform(each, context.device) >= self.share).to(context.dtype)
+
+    def hide_missing(self, context: Tensor) -> Tensor:
+        """Contexts with 0 in place of what the embedding takes for missing."""
+        return getattr(self.embedding, "hide_missing", lambda whole: whole)(context)
 
 
 def _mlp(inputs: int, hidden: int, depth: int, outputs: int) -> nn.Sequential:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ class Modes:
         layer_by_layer: every layer is called by itself; none is fused with its neighbours.
         exact_trace: ODEs integrate the exact trace.
         states_only: ODEs integrate no trace; their log-determinant is NaN.
+        jacobi: iterates the inverses of autoregressive layers to their fixed points; None: element after element.
+        guidance: how much more the context of such an inverse counts; 0: as the flow has it.
+        noisy: data come with the noise of training on them, and stay so.
         tracing: the work is recorded as a program for values to come: no check may read a value.
         equations: what stands in for the solution of each ODE, a function of its layer, input and context; None: it is
             solved.
@@ -57,6 +61,9 @@ class Modes:
     layer_by_layer: bool = False
     exact_trace: bool = False
     states_only: bool = False
+    jacobi: Any = None
+    guidance: float = 0.0
+    noisy: bool = False
     tracing: bool = False
     equations: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None
     probes: int = 1
