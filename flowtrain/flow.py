@@ -376,12 +376,14 @@ def _start_on_first_use(module: nn.Module) -> None:
     """Replace the module's ``forward`` and ``inverse`` by ones that first start it from their input."""
     kind = type(module)
 
+    with_context = getattr(kind, "starts_with_context", False)
+
     def forward(x, *args):
-        module.start(x)
+        module.start(x, *(args if with_context else ()))
         return kind.forward(module, x, *args)
 
     def inverse(z, *args):
-        module.start(z, inverse=True)
+        module.start(z, *(args if with_context else ()), inverse=True)
         return kind.inverse(module, z, *args)
 
     vars(module).update(forward=forward, inverse=inverse)

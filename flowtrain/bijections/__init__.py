@@ -20,6 +20,7 @@ from flowtrain.bijections.multiscale import MultiScale
 from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
+from flowtrain.bijections.regression import Regression
 from flowtrain.bijections.shape import Flatten, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     CircularRationalQuadratic,
@@ -69,6 +70,7 @@ __all__ = [
     "Positive",
     "QuantileColumns",
     "RationalQuadratic",
+    "Regression",
     "Reverse",
     "Scale",
     "ScaleShift",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from flowtrain import flows
-from flowtrain.bijections import BoundColumns, Standardize
+from flowtrain.bijections import BoundColumns, Regression, SoftClippedRationalQuadratic, Standardize
 from flowtrain.bijections.columns import fit_to_columns
 from flowtrain.data import Columns
 from flowtrain.data.simulations.prior import broadcast_ends, each_end, limits, support_ends
@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
     raise ImportError("flowtrain.sbi needs the package sbi: pip install 'flowtrain[sbi]'") from error
 
 Scores = Literal["independent", "structured", "none"] | None
+SPLINES = ("nsf_autoregressive", "nsf_coupling")
 MOST_ROWS = 4096  # of the first batch that the flow starts from
 
 __all__ = ["FlowEstimator", "estimator"]
@@ -46,6 +47,10 @@ def estimator(
     **knobs,
 ) -> Callable[[Tensor, Tensor], FlowEstimator]:
     """A builder for the ``density_estimator`` of sbi's NPE and NLE: it makes a flow that fits the first simulations.
+
+    The flow starts from a linear regression on the features: see :class:`flowtrain.bijections.Regression`. Splines are
+    zuko's, which reach further out and learn steep slopes faster: see
+    :class:`flowtrain.bijections.SoftClippedRationalQuadratic`.
 
     Args:
         model: the name of a function of :mod:`flowtrain.flows` that takes vectors, or such a function.
@@ -74,6 +79,8 @@ def estimator(
     if isinstance(model, str):
         if model not in flows.__all__:
             raise ValueError(f"model='{model}': must be one of {', '.join(flows.__all__)}")
+        if model in SPLINES:
+            knobs = {"univariate": SoftClippedRationalQuadratic, **knobs}
         model = getattr(flows, model)
     if density not in (None, "posterior", "likelihood"):
         raise ValueError(f"density='{density}': must be 'posterior' or 'likelihood'")
@@ -109,7 +116,12 @@ def estimator(
         flow = model(
             tuple(rows.shape[1:]),
             context_shape=tuple(features.shape[1:]),
-            preprocess=chain(bound=BoundColumns, edges=partial(StretchedEdges, ends=own_ends), standardize=Standardize),
+            preprocess=chain(
+                bound=BoundColumns,
+                edges=partial(StretchedEdges, ends=own_ends),
+                standardize=Standardize,
+                regression=Regression,
+            ),
             **knobs,
         )
         fit_to_columns(flow.bijection, _columns(rows, own_ends, scores[0]), rows)

@@ -1,0 +1,58 @@
+"""The layer that starts from a linear regression on the context."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from flowtrain import bijections as b
+from flowtrain import flows
+from flowtrain.bijections.regression import ridge
+
+
+def test_it_starts_from_the_least_squares_where_rows_are_many():
+    torch.manual_seed(0)
+    context, weight = torch.randn(2000, 3), torch.randn(2, 3)
+    x = context @ weight.T + torch.tensor([5.0, -7.0]) + 0.1 * torch.randn(2000, 2)
+    found, bias = ridge(x, context)
+    expected = torch.linalg.lstsq(torch.cat([context, torch.ones(2000, 1)], 1), x).solution.T
+    assert torch.allclose(torch.cat([found, bias[:, None]], 1), expected.double(), atol=1e-4)
+
+
+def test_the_penalty_predicts_fresh_rows_better_than_least_squares_where_rows_are_few():
+    torch.manual_seed(0)
+    context = torch.randn(4000, 40)
+    x = 0.1 * context[:, :2] + torch.randn(4000, 2)
+    weight, bias = ridge(x[:50], context[:50])
+    error = (x[50:] - context[50:] @ weight.T.float() - bias.float()).square().mean()
+    constant = (x[50:] - x[:50].mean(0)).square().mean()
+    plain = torch.linalg.lstsq(context[:50], x[:50]).solution
+    assert error < 1.05 * constant < (x[50:] - context[50:] @ plain).square().mean()
+
+
+def test_more_numbers_than_rows_and_numbers_that_are_constant_are_no_obstacle():
+    torch.manual_seed(0)
+    for context in (torch.randn(5, 30), torch.ones(9, 4), torch.randn(9, 1).expand(9, 4), torch.randn(1, 2)):
+        assert all(part.isfinite().all() for part in ridge(torch.randn(len(context), 2), context))
+
+
+def test_a_flow_starts_it_from_its_first_batch_in_both_directions():
+    torch.manual_seed(0)
+    context = torch.randn(500, 3)
+    x = context @ torch.randn(3, 2) + 0.1 * torch.randn(500, 2)
+    for layer in (b.Regression, partial(b.Inverse, bijection=b.Regression)):
+        flow = flows.nsf_coupling((2,), preprocess=layer, context_shape=(3,), hidden=8)
+        flow.initialize(x, context)
+        regression = next(module for module in flow.modules() if isinstance(module, b.Regression))
+        assert regression.started
+        z, _ = flow.bijection.layers()["preprocess"](x, context)
+        assert z.std(0).max() < 0.15 and z.mean(0).abs().max() < 1e-3
+        before = regression.weight.clone()
+        flow.initialize(x + context[:, :2], context)
+        assert torch.equal(regression.weight, before)
+
+
+@pytest.mark.parametrize("shape, context_shape", [((2, 3, 3), (4,)), ((2,), (1, 3, 3)), ((2,), None)])
+def test_it_takes_vectors(shape, context_shape):
+    with pytest.raises(ValueError, match="vectors"):
+        b.Regression(shape, context_shape=context_shape)
