@@ -4,10 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from inprocess import flowtrain
 
 from flowtrain import bijections as b
 from flowtrain import flows
 from flowtrain.bijections.regression import ridge
+from flowtrain.cli.exit_codes import WorkerError
 
 
 def test_it_starts_from_the_least_squares_where_rows_are_many():
@@ -52,7 +54,26 @@ def test_a_flow_starts_it_from_its_first_batch_in_both_directions():
         assert torch.equal(regression.weight, before)
 
 
-@pytest.mark.parametrize("shape, context_shape", [((2, 3, 3), (4,)), ((2,), (1, 3, 3)), ((2,), None)])
-def test_it_takes_vectors(shape, context_shape):
-    with pytest.raises(ValueError, match="vectors"):
+@pytest.mark.parametrize(
+    "shape, context_shape, word",
+    [((2, 3, 3), (4,), "vectors"), ((2,), (1, 3, 3), "vectors"), ((2,), None, "needs a context")],
+)
+def test_it_takes_vectors_and_needs_a_context(shape, context_shape, word):
+    with pytest.raises(ValueError, match=word):
         b.Regression(shape, context_shape=context_shape)
+
+
+def test_a_run_with_a_context_starts_from_the_regression_and_one_without_is_refused(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(300, 2)
+    rows = torch.cat([x @ torch.tensor([[3.0], [-1.0]]) + 0.1 * torch.randn(300, 1), x], 1)
+    (tmp_path / "rows.csv").write_text("y,a,b\n" + "\n".join(",".join(map(str, row)) for row in rows.tolist()) + "\n")
+    command = ["train", "dataset=table", "dataset.path=rows.csv", "model=nsf_coupling", "preprocess=regression"]
+    command += ["model.hidden=8", "max_steps=1", "logger=none"]
+    assert flowtrain(tmp_path, *command, "dataset.context=[a,b]", "hydra.run.dir=run") == 0
+    weights = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["model"]
+    (weight,) = (value for name, value in weights.items() if name.endswith("regression.weight"))
+    std = rows.std(0)
+    assert torch.allclose(weight[0], torch.tensor([3.0, -1.0]) * std[1:] / std[0], atol=0.05)
+    with pytest.raises(WorkerError, match="preprocess: .*needs a context"):
+        flowtrain(tmp_path, *command, "hydra.run.dir=refused")

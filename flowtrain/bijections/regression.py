@@ -21,7 +21,7 @@ class Regression(Bijection):
         context_shape: (C,).
 
     Raises:
-        ValueError: one of them is not a vector's.
+        ValueError: one of them is not a vector's, or there is no context.
 
     >>> layer = Regression((3,), context_shape=(2,))
     >>> context = torch.randn(50, 2)
@@ -36,7 +36,9 @@ class Regression(Bijection):
 
     def __init__(self, shape, context_shape=None):
         super().__init__(shape, context_shape)
-        for name, sizes in {"shape": self.shape, "context_shape": context_shape or ()}.items():
+        if context_shape is None:
+            raise ValueError("a Regression needs a context")
+        for name, sizes in {"shape": self.shape, "context_shape": context_shape}.items():
             if len(sizes) != 1:
                 raise ValueError(f"a Regression takes vectors; {name} is {list(sizes)}")
         self.weight = nn.Parameter(torch.zeros(self.shape[0], context_shape[0]))
