@@ -334,7 +334,8 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Start the modules that start from data (each actnorm, also inside networks) from one batch.
+        """Start the modules that start from data (each actnorm, also inside networks, and regressions on the context)
+        from one batch.
 
         Call it once, before the flow is wrapped, averaged or compiled. Modules that have started stay as they are.
         """

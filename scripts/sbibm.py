@@ -78,6 +78,7 @@ def train(task, simulations: int, estimator: str, observations: int) -> dict:
 
 
 def simulate(task, simulations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """θ of the prior and x, the same each time."""
     torch.manual_seed(simulations)
     theta = task.get_prior()(num_samples=simulations)
     return theta, task.get_simulator()(theta)

@@ -32,10 +32,26 @@ def test_the_penalty_predicts_fresh_rows_better_than_least_squares_where_rows_ar
     assert error < 1.05 * constant < (x[50:] - context[50:] @ plain).square().mean()
 
 
+def test_units_do_not_matter():
+    torch.manual_seed(0)
+    context, units = torch.randn(60, 8), 10.0 ** torch.arange(-4, 4)
+    x = context[:, :2] + torch.randn(60, 2)
+    weight, bias = ridge(x, context)
+    scaled, shifted = ridge(x, context * units)
+    assert torch.allclose(scaled * units, weight, rtol=1e-4) and torch.allclose(shifted, bias, rtol=1e-4)
+
+
 def test_more_numbers_than_rows_and_numbers_that_are_constant_are_no_obstacle():
     torch.manual_seed(0)
-    for context in (torch.randn(5, 30), torch.ones(9, 4), torch.randn(9, 1).expand(9, 4), torch.randn(1, 2)):
-        assert all(part.isfinite().all() for part in ridge(torch.randn(len(context), 2), context))
+    for context in (
+        torch.randn(5, 30),
+        torch.ones(9, 4),
+        torch.randn(9, 1).expand(9, 4),
+        torch.full((9, 2), 0.1),
+        torch.randn(1, 2),
+    ):
+        weight, bias = ridge(torch.randn(len(context), 2), context)
+        assert weight.isfinite().all() and weight.abs().max() < 100 and bias.isfinite().all()
 
 
 def test_a_flow_starts_it_from_its_first_batch_in_both_directions():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, full_precision, zero_log_det
 
-PENALTIES = [10 ** (k / 2) for k in range(-10, 3)]  # for each row
+PENALTIES = [10 ** (k / 2) for k in range(-10, 3)]  # for each row of standardized numbers
 
 
 class Regression(Bijection):
@@ -31,7 +31,7 @@ class Regression(Bijection):
     tensor(True)
     """
 
-    starts_with_context = True
+    starts_with_context = True  # as Flow.initialize does
     started: Tensor
 
     def __init__(self, shape, context_shape=None):
@@ -70,8 +70,9 @@ def ridge(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """A (D, C) and b (D,) of y ≈ A·x + b, for rows y (N, D) and x (N, C), with the penalty in :data:`PENALTIES` whose
     leave-one-out errors, exact from one decomposition, have the least product over dimensions."""
     y, x = y.double(), x.double()
-    mean_y, mean_x = y.mean(0), x.mean(0)
-    u, s, vt = torch.linalg.svd(x - mean_x, full_matrices=False)
+    mean_y, mean_x, scale = y.mean(0), x.mean(0), x.std(0, correction=0)
+    scale = scale.where(scale > 1e-6 * x.abs().amax(0), 1)  # of a constant, all is rounding
+    u, s, vt = torch.linalg.svd((x - mean_x) / scale, full_matrices=False)
     along = u.T @ (y - mean_y)
     best = torch.inf, s
     for penalty in PENALTIES:
@@ -79,5 +80,5 @@ def ridge(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         leverage = u.square() @ shrink + 1 / len(x)
         errors = (y - mean_y - u @ (shrink[:, None] * along)) / (1 - leverage).clamp(min=1e-6)[:, None]
         best = min(best, (float(errors.square().mean(0).log().sum()), shrink), key=lambda pair: pair[0])
-    weight = (vt.T @ ((best[1] / s.clamp(min=torch.finfo(s.dtype).tiny))[:, None] * along)).T
+    weight = (vt.T @ ((best[1] / s.clamp(min=torch.finfo(s.dtype).tiny))[:, None] * along)).T / scale
     return weight, mean_y - weight @ mean_x

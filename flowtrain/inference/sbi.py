@@ -48,9 +48,8 @@ def estimator(
 ) -> Callable[[Tensor, Tensor], FlowEstimator]:
     """A builder for the ``density_estimator`` of sbi's NPE and NLE: it makes a flow that fits the first simulations.
 
-    The flow starts from a linear regression on the features: see :class:`flowtrain.bijections.Regression`. Splines are
-    zuko's, which reach further out and learn steep slopes faster: see
-    :class:`flowtrain.bijections.SoftClippedRationalQuadratic`.
+    The flow starts from a linear regression on the features: see :class:`flowtrain.bijections.Regression`. Splines
+    without a ``univariate=`` are :class:`flowtrain.bijections.SoftClippedRationalQuadratic`, which reach from −5 to 5.
 
     Args:
         model: the name of a function of :mod:`flowtrain.flows` that takes vectors, or such a function.
