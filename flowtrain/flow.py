@@ -383,7 +383,8 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Start the modules that start from data (each actnorm, also inside networks) from one batch.
+        """Start the modules that start from data (each actnorm, also inside networks, and regressions on the context)
+        from one batch.
 
         Call it once, before the flow is wrapped, averaged or compiled. Modules that have started stay as they are.
         """
@@ -425,12 +426,14 @@ def _start_on_first_use(module: nn.Module) -> None:
     """Replace the module's ``forward`` and ``inverse`` by ones that first start it from their input."""
     kind = type(module)
 
+    with_context = getattr(kind, "starts_with_context", False)
+
     def forward(x, *args):
-        module.start(x)
+        module.start(x, *(args if with_context else ()))
         return kind.forward(module, x, *args)
 
     def inverse(z, *args):
-        module.start(z, inverse=True)
+        module.start(z, *(args if with_context else ()), inverse=True)
         return kind.inverse(module, z, *args)
 
     vars(module).update(forward=forward, inverse=inverse)

@@ -1,9 +1,10 @@
 """sbibm's tasks (Lueckmann et al. 2021) by sbi's NPE, with our flow, nflows' and zuko's: how well a classifier tells
 their posteriors from the references, and how long they train.
 
-Each estimator is trained once for a task and a number of simulations, on the same simulations, by sbi's own loop with
-its defaults. Then 10,000 posterior samples for each observation are kept, and compared with the reference one after the
-other. Times are CPU seconds on one thread.
+Each estimator, with the defaults of its library, is trained once for a task and a number of simulations, on the same
+simulations, by sbi's own loop with its defaults. Then 10,000 posterior samples for each observation are kept, and
+compared with the reference one after the other. Times are CPU seconds on one thread. A training step is also timed for
+the three in turns, since a busy machine slows one training more than another.
 """
 
 from __future__ import annotations
@@ -38,32 +39,30 @@ ESTIMATORS = ("ours", "nflows", "zuko")
 
 
 def builder(estimator: str, prior) -> Callable:
-    """The density estimator of a name, all with five layers of splines and networks of 50 units."""
+    """The density estimator of a name, with its defaults: sbi's have five layers of splines and networks of 50 units,
+    ours three and 64."""
     from sbi.neural_nets import posterior_nn
 
     import flowtrain
 
     if estimator == "ours":
-        return flowtrain.sbi.estimator("nsf_autoregressive", prior=prior, steps=5, hidden=50)
-    model = {"nflows": "nsf", "zuko": "zuko_nsf"}[estimator]
-    return posterior_nn(model, hidden_features=50, num_transforms=5)
+        return flowtrain.sbi.estimator(prior=prior)
+    return posterior_nn({"nflows": "nsf", "zuko": "zuko_nsf"}[estimator])
 
 
 def train(task, simulations: int, estimator: str, observations: int) -> dict:
     """Posterior samples for each observation, (observations, 10,000, D), and what training took."""
     from sbi.inference import NPE
 
-    torch.manual_seed(simulations)
-    theta = task.get_prior()(num_samples=simulations)
-    x = task.get_simulator()(theta)
+    theta, x = simulate(task, simulations)
     prior = task.get_prior_dist()
     torch.manual_seed(0)
     inference = NPE(
         prior, density_estimator=builder(estimator, prior), show_progress_bars=False, summary_writer=Nothing()
     )
-    start = time.process_time()
+    start, wall = time.process_time(), time.perf_counter()
     network = inference.append_simulations(theta, x).train()
-    seconds = time.process_time() - start
+    seconds, wall = time.process_time() - start, time.perf_counter() - wall
     posterior = inference.build_posterior(network)
     drawn = [
         posterior.sample((SAMPLES,), x=task.get_observation(i), show_progress_bars=False)
@@ -72,9 +71,34 @@ def train(task, simulations: int, estimator: str, observations: int) -> dict:
     return {
         "samples": torch.stack(drawn).numpy(),
         "seconds": seconds,
+        "wall": wall,
         "epochs": inference.summary["epochs_trained"][-1],
         "parameters": sum(p.numel() for p in network.parameters()),
     }
+
+
+def simulate(task, simulations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """θ of the prior and x, the same each time."""
+    torch.manual_seed(simulations)
+    theta = task.get_prior()(num_samples=simulations)
+    return theta, task.get_simulator()(theta)
+
+
+def step_times(task, rounds: int = 40) -> dict[str, float]:
+    """The median CPU milliseconds of a training step of sbi's loop, on 200 rows, of each estimator in turns."""
+    theta, x = simulate(task, 1_000)
+    networks = {name: builder(name, task.get_prior_dist())(theta, x) for name in ESTIMATORS}
+    optimizers = {name: torch.optim.Adam(network.parameters(), 5e-4) for name, network in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    for _ in range(rounds):
+        for name, network in networks.items():
+            start = time.thread_time()
+            optimizers[name].zero_grad()
+            network.loss(theta[:200], x[:200]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizers[name].step()
+            times[name].append(time.thread_time() - start)
+    return {name: round(1e3 * statistics.median(values), 2) for name, values in times.items()}
 
 
 class Nothing:
@@ -100,15 +124,15 @@ def kept(task, simulations: int, estimator: str) -> dict:
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
-    """What is to be measured, all estimators of a case after one another."""
+    """What is to be measured: an observation of all tasks, then the next one; all estimators after one another."""
     for simulations in options.simulations:
-        for task in options.tasks:
-            for observation in options.observations:
+        for observation in options.observations:
+            for task in options.tasks:
                 yield from ((task, simulations, estimator, observation) for estimator in options.estimators)
 
 
-def table(found: list[dict]) -> str:
-    """The means over observations, and the training times, with what is not measured yet."""
+def tables(found: list[dict], steps: dict[str, dict[str, float]]) -> str:
+    """The means over observations, and the times of trainings and of steps, with what is not measured yet."""
     lines = ["| task | simulations | ours | nflows | zuko | published | training: ours | nflows | zuko |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for task, published in PUBLISHED.items():
@@ -125,6 +149,9 @@ def table(found: list[dict]) -> str:
             seconds = [f"{rows[0]['train_seconds']:,.0f} s" if rows else "–" for rows in own.values()]
             cells = [task, f"{simulations:,}", *scores, f"{value:.3f}", *seconds]
             lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| a training step of 200 rows, in turns | ours | nflows | zuko |", "|---|---:|---:|---:|"]
+    for task, times in steps.items():
+        lines.append("| " + " | ".join([task, *(f"{times[name]:.1f} ms" for name in ESTIMATORS)]) + " |")
     return "\n".join(lines)
 
 
@@ -147,14 +174,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    found = json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else []
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found, steps = results.get("cells", []), results.get("step_milliseconds", {})
     if not options.table:
-        measure(options, found)
-    sections.write(PAGE, "sbibm", table(found))
+        measure(options, found, steps)
+    sections.write(PAGE, "sbibm", tables(found, steps))
 
 
-def measure(options: argparse.Namespace, found: list[dict]) -> None:
-    """Add what ``options`` ask for to ``found`` and to the file, cell by cell."""
+def measure(options: argparse.Namespace, found: list[dict], steps: dict[str, dict[str, float]]) -> None:
+    """Add what ``options`` ask for to ``found``, to ``steps`` and to the file, cell by cell."""
     sys.path.remove(str(Path(__file__).parent))  # where this file hides the package of its name
     import sbibm
 
@@ -170,22 +198,26 @@ def measure(options: argparse.Namespace, found: list[dict]) -> None:
             return
         name, simulations, estimator, observation = cell
         task = sbibm.get_task(name)
+        if name not in steps:
+            steps[name] = step_times(task)
         trained = kept(task, simulations, estimator)
-        reference = task.get_reference_posterior_samples(observation)[:SAMPLES].double().numpy()
+        reference = task.get_reference_posterior_samples(observation)[:SAMPLES].numpy()
         row = {
             "task": name,
             "simulations": simulations,
             "estimator": estimator,
             "observation": observation,
-            "c2st": round(c2st(reference, trained["samples"][observation - 1].astype(np.float64)), 4),
+            "c2st": round(c2st(reference, trained["samples"][observation - 1]), 4),
             "train_seconds": round(trained["seconds"], 1),
+            "train_wall_seconds": round(trained["wall"], 1),
             "epochs": trained["epochs"],
             "parameters": trained["parameters"],
         }
         found.append(row)
         machine = {"date": date.today().isoformat(), "torch": torch.__version__, "architecture": os.uname().machine}
         temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"machine": machine, "cells": found}, indent=1) + "\n")
+        results = {"machine": machine, "step_milliseconds": steps, "cells": found}
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(temporary, RESULTS)
         print(row, file=sys.stderr, flush=True)
 

@@ -140,6 +140,7 @@ LAYERS = {
         for name in ("piecewise_linear", "rational_quadratic")
     },
     "inverse": partial(b.Inverse, vector, b.ActNorm),
+    "regression": partial(b.Regression, vector, context_shape=(3,)),
     "factored": partial(
         b.Factored,
         vector,

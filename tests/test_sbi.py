@@ -12,6 +12,7 @@ from torch import distributions as td
 from torch import nn
 
 import flowtrain
+from flowtrain import bijections
 
 sbi_inference = pytest.importorskip("sbi.inference")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -95,7 +96,7 @@ def test_a_batch_of_conditions_is_each_condition_alone(model, input_shape, condi
 
 
 def perturb(estimator):
-    """Away from the start, where a flow is the identity and does not depend on its context."""
+    """Away from the start, where a flow is the identity after a linear regression on its context."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in estimator.net.parameters():
@@ -139,6 +140,27 @@ def test_both_variables_are_z_scored():
 
     scaled = log_prob(1e4, 1e-3)
     assert torch.allclose(scaled, log_prob(1.0, 1.0) - 2 * math.log(1e4), atol=2e-3)
+
+
+def test_an_estimator_starts_from_the_linear_regression():
+    torch.manual_seed(0)
+    x = 5 + 3 * torch.randn(1000, 3)
+    mean = x @ torch.randn(3, 2)
+    theta = mean + torch.tensor([0.1, 2.0]) * torch.randn(1000, 2)
+    best = td.Independent(td.Normal(mean, torch.tensor([0.1, 2.0])), 1).log_prob(theta).mean()
+    start = flowtrain.sbi.estimator("nsf_autoregressive", hidden=8)(theta, x).log_prob(theta, x).mean()
+    assert abs(start - best) < 0.02
+
+
+def test_splines_are_those_that_reach_further_unless_a_knob_says_otherwise():
+    theta, x = torch.randn(100, 2), torch.randn(100, 3)
+
+    def splines(**knobs):
+        flow = flowtrain.sbi.estimator("nsf_coupling", hidden=8, **knobs)(theta, x).net
+        return {type(module) for module in flow.modules() if isinstance(module, bijections.RationalQuadratic)}
+
+    assert splines() == {bijections.SoftClippedRationalQuadratic}
+    assert splines(univariate=bijections.RationalQuadratic) == {bijections.RationalQuadratic}
 
 
 def test_z_scoring_of_all_dimensions_together_or_none():

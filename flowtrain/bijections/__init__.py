@@ -22,6 +22,7 @@ from flowtrain.bijections.norm import ActNorm, BatchNorm
 from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.radial import Radial
+from flowtrain.bijections.regression import Regression
 from flowtrain.bijections.shape import Flatten, Patches, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     AffineRationalQuadratic,
@@ -76,6 +77,7 @@ __all__ = [
     "QuantileColumns",
     "Radial",
     "RationalQuadratic",
+    "Regression",
     "Reverse",
     "Scale",
     "ScaleShift",

@@ -76,7 +76,9 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
         if result.bits_per_dim_iw is not None and (exact or not has_ode):
             report["bits_per_dim_iw"] = result.bits_per_dim_iw
     if config.unlabelled:
-        of_any = evaluate_split(flow, split, config, examples, config.draws, exact, measure=without_label(label.classes))
+        of_any = evaluate_split(
+            flow, split, config, examples, config.draws, exact, measure=without_label(label.classes)
+        )
         report |= _unlabelled(of_any, restored.has_bits)
     report |= {
         **({"given": "label"} if is_labelled else {}),

@@ -29,6 +29,7 @@ from flowtrain.bijections import (
     LULinear,
     Positive,
     QuantileColumns,
+    Regression,
     Shuffle,
     Simplex,
     Standardize,
@@ -147,6 +148,13 @@ def standardize(shape, columns=None, context_shape=None) -> Bijection:
     """The columns of a table to mean 0 and deviation 1, by its train split; see :func:`column_links` for what comes
     first."""
     return Chain(shape, {**column_links(columns), "standardize": Standardize}, context_shape=context_shape)
+
+
+def regression(shape, columns=None, context_shape=None) -> Bijection:
+    """:func:`standardize`, then what a linear regression on the context leaves, which is started from data and trained
+    with the flow; see :class:`flowtrain.bijections.Regression`."""
+    layers = {**column_links(columns), "standardize": Standardize, "regression": Regression}
+    return Chain(shape, layers, context_shape=context_shape)
 
 
 def quantile(shape, columns=None, bins: int = 32, context_shape=None) -> Bijection:

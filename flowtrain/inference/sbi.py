@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from flowtrain import flows
-from flowtrain.bijections import BoundColumns, Standardize
+from flowtrain.bijections import BoundColumns, Regression, SoftClippedRationalQuadratic, Standardize
 from flowtrain.data import Columns
 from flowtrain.data.simulations.prior import broadcast_ends, each_end, limits, support_ends
 from flowtrain.data.tables.column import Column
@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
     raise ImportError("flowtrain.sbi needs the package sbi: pip install 'flowtrain[sbi]'") from error
 
 Scores = Literal["independent", "structured", "none"] | None
+SPLINES = ("nsf_autoregressive", "nsf_coupling")
 MOST_ROWS = 4096  # of the first batch that the flow starts from
 
 __all__ = ["FlowEstimator", "estimator"]
@@ -41,6 +42,9 @@ def estimator(
     **knobs,
 ) -> Callable[[Tensor, Tensor], FlowEstimator]:
     """A builder for the ``density_estimator`` of sbi's NPE and NLE: it makes a flow that fits the first simulations.
+
+    The flow starts from a linear regression on the features: see :class:`flowtrain.bijections.Regression`. Splines
+    without a ``univariate=`` are :class:`flowtrain.bijections.SoftClippedRationalQuadratic`, which reach from −5 to 5.
 
     Args:
         model: the name of a function of :mod:`flowtrain.flows` that takes vectors, or such a function.
@@ -69,6 +73,8 @@ def estimator(
     if isinstance(model, str):
         if model not in flows.__all__:
             raise ValueError(f"model='{model}': must be one of {', '.join(flows.__all__)}")
+        if model in SPLINES:
+            knobs = {"univariate": SoftClippedRationalQuadratic, **knobs}
         model = getattr(flows, model)
     if density not in ("posterior", "likelihood"):
         raise ValueError(f"density='{density}': must be 'posterior' or 'likelihood'")
@@ -103,7 +109,7 @@ def estimator(
             tuple(rows.shape[1:]),
             context_shape=tuple(conditions.shape[1:]),
             embedding=nn.Sequential(*nets, nn.Flatten()),
-            preprocess=chain(bound=BoundColumns, standardize=Standardize),
+            preprocess=chain(bound=BoundColumns, standardize=Standardize, regression=Regression),
             **knobs,
         )
         _fit_links(flow, rows, ends, scores[0])
