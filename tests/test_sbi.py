@@ -369,7 +369,8 @@ def test_each_condition_is_embedded_once_for_all_samples():
 def test_z_scores_of_bounded_dimensions_are_those_of_their_map_to_the_line():
     theta, x = 0.4 + 0.01 * torch.rand(300, 2), torch.randn(300, 3)
     estimator = flowtrain.sbi.estimator(bounds=(0, 1), hidden=8)(theta, x)
-    z = estimator.net.bijection.layers()["preprocess"](theta)[0]
+    links = estimator.net.bijection.layers()["preprocess"].layers()
+    z = links["standardize"](links["bound"](theta)[0])[0]
     assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
 
 
