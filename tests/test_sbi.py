@@ -339,7 +339,7 @@ def test_sequential_posterior_estimation_by_sbi():
 
 def test_likelihood_estimation_by_sbi():
     prior, theta, x = simulations()
-    build = flowtrain.sbi.estimator("maf", density="likelihood", steps=2, hidden=24, norm=None)
+    build = flowtrain.sbi.estimator("maf", steps=2, hidden=24, norm=None)  # finds by itself that NLE calls it
     inference = quiet(sbi_inference.NLE, build, prior)
     estimator = inference.append_simulations(theta, x).train(max_num_epochs=10, learning_rate=3e-3)
     assert estimator.input_shape == (3,) and estimator.condition_shape == (2,)

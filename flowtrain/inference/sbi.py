@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from flowtrain.flows.parts import chain
 
 try:
     from sbi.neural_nets.estimators import ConditionalDensityEstimator
+    from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
     from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardization
 except ModuleNotFoundError as error:
     raise ImportError("flowtrain.sbi needs the package sbi: pip install 'flowtrain[sbi]'") from error
@@ -26,6 +28,7 @@ except ModuleNotFoundError as error:
 Scores = Literal["independent", "structured", "none"] | None
 SPLINES = ("nsf_autoregressive", "nsf_coupling")
 MOST_ROWS = 4096  # of the first batch that the flow starts from
+PRIOR_OF_LIKELIHOOD = "prior: it bounds θ, and a likelihood is a density of x; give bounds= for x"
 
 __all__ = ["FlowEstimator", "estimator"]
 
@@ -33,7 +36,7 @@ __all__ = ["FlowEstimator", "estimator"]
 def estimator(
     model: str | Callable[..., Flow] = "nsf_autoregressive",
     *,
-    density: Literal["posterior", "likelihood"] = "posterior",
+    density: Literal["posterior", "likelihood"] | None = None,
     prior: Distribution | None = None,
     bounds: tuple[Any, Any] | None = None,
     embedding_net: nn.Module | None = None,
@@ -48,8 +51,8 @@ def estimator(
 
     Args:
         model: the name of a function of :mod:`flowtrain.flows` that takes vectors, or such a function.
-        density: whose density it is: p(θ | x), the posterior, for NPE, or p(x | θ), the likelihood, for NLE. sbi calls
-            the builder in the same way for both.
+        density: whose density it is: p(θ | x), the posterior, or p(x | θ), the likelihood. None: the likelihood where
+            sbi's NLE calls the builder, else the posterior.
         prior: bounds θ by its support, an interval or a half-line in each dimension: no sample of the posterior lies
             outside, and the density there is 0.
         bounds: (low, high) of what is modelled instead, two numbers or tensors; None for no bound.
@@ -76,7 +79,7 @@ def estimator(
         if model in SPLINES:
             knobs = {"univariate": SoftClippedRationalQuadratic, **knobs}
         model = getattr(flows, model)
-    if density not in ("posterior", "likelihood"):
+    if density not in (None, "posterior", "likelihood"):
         raise ValueError(f"density='{density}': must be 'posterior' or 'likelihood'")
     if prior is not None and bounds is not None:
         raise ValueError("prior and bounds: give one of them")
@@ -85,13 +88,18 @@ def estimator(
             raise ValueError("z_score='transform_to_unconstrained': give prior= or bounds= instead")
         z_score_parser(z_score)
     if density == "likelihood" and prior is not None:
-        raise ValueError("prior: it bounds θ, and a likelihood is a density of x; give bounds= for x")
+        raise ValueError(PRIOR_OF_LIKELIHOOD)
     prior_ends = None if prior is None else _prior_ends(prior)
 
     def build(batch_theta: Tensor, batch_x: Tensor) -> FlowEstimator:
         """The estimator for simulations θ (N, *) and x (N, *), whose moments and shapes it takes."""
+        # NPE and NLE call a builder in the same way: only the caller tells which of them it is
+        caller = sys._getframe(1).f_locals.get("self")
+        is_likelihood = density == "likelihood" or density is None and isinstance(caller, LikelihoodEstimatorTrainer)
+        if is_likelihood and prior is not None:
+            raise ValueError(PRIOR_OF_LIKELIHOOD)
         rows, conditions, scores = batch_theta, batch_x, (z_score_theta, z_score_x)
-        if density == "likelihood":
+        if is_likelihood:
             rows, conditions, scores = conditions, rows, scores[::-1]
         if rows.dim() != 2:
             raise ValueError(f"what is modelled has shape {list(rows.shape[1:])} for each simulation: it must be a row")
