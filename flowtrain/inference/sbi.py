@@ -19,8 +19,8 @@ from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain
 
 try:
-    from sbi.neural_nets.estimators import ConditionalDensityEstimator
     from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
+    from sbi.neural_nets.estimators import ConditionalDensityEstimator
     from sbi.utils.sbiutils import standardizing_net, z_score_parser, z_standardization
 except ModuleNotFoundError as error:
     raise ImportError("flowtrain.sbi needs the package sbi: pip install 'flowtrain[sbi]'") from error
