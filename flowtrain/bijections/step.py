@@ -102,8 +102,8 @@ class _Step(torch.autograd.Function):
             others[count : count + ctx.masks],
             others[count + ctx.masks :],
         )
-        if not gradients.in_place():
-            given = gradient, log_det_gradient
+        given = gradient, log_det_gradient
+        if not gradients.in_place(*given):
             return None, *_differentiate(plan, masks, (x, weight, bias, *tensors), given)
         gradient = torch.zeros_like(z) if gradient is None else gradient
         (conditioning, transformed), (of_conditioning, of_transformed) = map(plan.partition.split, (z, gradient))
