@@ -6,13 +6,14 @@ Autograd would keep about twice as many tensors, and launch three times as many 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import Bijection, sum_event
-from flowtrain.bijections.coupling import Alternate, Coupling, Halves
+from flowtrain.bijections.coupling import Alternate, Coupling, Halves, Partition
 from flowtrain.bijections.univariate import SigmoidAffine
 from flowtrain.runtime import fusion, gradients
 from flowtrain.runtime.global_batch import dropout_mask
@@ -53,7 +54,7 @@ def separate(links: Iterable) -> Iterator:
         yield from link.links if isinstance(link, FusedStep) else [link]
 
 
-def may_end_step(layer: Bijection) -> bool:
+def may_end_step(layer: Bijection) -> TypeGuard[Coupling]:
     """Whether ``layer`` is a coupling of :class:`FusedStep`."""
     return (
         isinstance(layer, Coupling)
@@ -72,9 +73,10 @@ class _Plan:
     """What a step does besides its tensors."""
 
     def __init__(self, coupling: Coupling, convolutions: list[tuple[float, int]]):
-        self.partition, self.floor = coupling.partition, coupling.univariate.floor
+        self.partition: Partition = coupling.partition
+        self.floor: float = coupling.univariate.floor  # type: ignore[assignment]
         self.convolutions = convolutions  # of each: the factor of its log-scale, and its padding
-        self.dropout = coupling.net.dropout.p
+        self.dropout: float = coupling.net.dropout.p  # type: ignore[assignment, union-attr]
 
 
 class _Step(torch.autograd.Function):
@@ -153,13 +155,13 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
     found: list[Tensor | None] = []
     inputs = [x, *kept]
     for i, (weight, bias, scale, padding, last) in reversed([*enumerate(_layers(plan, tensors))]):
-        folded = scale is not None and not last
+        folded = None if last else scale
         if scale is not None and last:
             gradient.mul_(scale.view(-1, 1, 1))
         gradient, of_weight, of_bias = torch.ops.aten.convolution_backward(
             gradient,
             inputs[i],
-            weight * scale.view(-1, 1, 1, 1) if folded else weight,
+            weight if folded is None else weight * folded.view(-1, 1, 1, 1),
             [len(weight)],
             [1, 1],
             [padding, padding],
@@ -171,7 +173,7 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
         )
         of_scale = None
         if scale is not None:
-            if folded:
+            if folded is not None:
                 of_weight.mul_(scale.view(-1, 1, 1, 1))
                 of_bias.mul_(scale)
             of_scale = (of_weight * weight).sum((1, 2, 3)).addcmul_(of_bias, bias).mul_(plan.convolutions[i][0])
