@@ -86,9 +86,10 @@ class _Step(torch.autograd.Function):
     def forward(ctx, plan, x, weight, bias, *tensors):
         z = F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
         conditioning, transformed = plan.partition.split(z)
-        h, kept, masks = _convolve(plan, conditioning, tensors)
+        # as the network by itself does it, to the bit: else a rectifier may differ between the modes of memory
+        h, kept, masks = _convolve(plan, conditioning.contiguous(memory_format=torch.channels_last), tensors)
         t, raw = h.chunk(2, 1)
-        scale = raw.add_(2).sigmoid().mul_(1 - plan.floor).add_(plan.floor)
+        scale = (raw + 2).sigmoid_().mul_(1 - plan.floor).add_(plan.floor)
         transformed.add_(t).mul_(scale)  # in its place: the conditioning part need not be copied
         ctx.plan, ctx.masks = plan, len(masks)
         ctx.save_for_backward(x, z, scale, *kept, *masks, weight, bias, *tensors)
