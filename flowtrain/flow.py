@@ -340,8 +340,7 @@ class Flow(nn.Module):
         return batch_shape("context", context, self.context_shape)
 
     def _stacked_weights(self):
-        stacks = self._stacks and self.backpropagation.together
-        return stacked_weights(self.bijection) if stacks else nullcontext()
+        return stacked_weights(self.bijection) if self._stacks else nullcontext()
 
     @property
     def _weight(self) -> Tensor:

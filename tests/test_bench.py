@@ -38,7 +38,7 @@ def bench(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "suite, targets",
-    [("train", 5), ("sample", 10), ("decode", 2), ("spline", 1), ("memory", 7), ("data", 3)],
+    [("train", 6), ("sample", 10), ("decode", 2), ("spline", 1), ("memory", 7), ("data", 3)],
 )
 def test_each_suite_records_its_rows_and_targets(bench, suite, targets):
     pytest.importorskip("nflows")
@@ -69,11 +69,13 @@ def test_all_peers_have_the_same_size_and_are_exact(bench):
 
 
 def test_the_start_suite_measures_seconds(bench, monkeypatch):
-    monkeypatch.setattr("flowtrain.benchmarks.start_up._first_step", lambda: 1.0)  # which starts a process
+    monkeypatch.setattr("flowtrain.benchmarks.start_up._first_step", lambda: 5.0)  # which starts a process
+    monkeypatch.setattr("flowtrain.benchmarks.start_up._import_torch", lambda: 3.0)
     found, _ = bench("suite=start")
-    help_, first = found["rows"]
+    help_, torch_alone, first = found["rows"]
     assert help_["unit"] == "s" and 0 < help_["value"] < 60
-    assert first["value"] == 1.0 and first["reached"]
+    assert torch_alone["value"] == 3.0 and torch_alone["reached"] is None
+    assert first["value"] == 5.0 and first["target"] == 5.5 and first["reached"]
 
 
 def test_the_commands_suite_compares_with_the_library(bench, monkeypatch):
@@ -105,7 +107,7 @@ def test_a_peer_that_is_not_installed_is_reported_and_left_out(bench, monkeypatc
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("suite, targets", [("train", 8), ("spline", 2)])
+@pytest.mark.parametrize("suite, targets", [("train", 10), ("spline", 2)])
 def test_compiled_flows_have_rows_and_checks(bench, suite, targets):
     pytest.importorskip("nflows")
     found, _ = bench(f"suite={suite}", "peers=[nflows]", "compile=true")

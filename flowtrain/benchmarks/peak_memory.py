@@ -16,7 +16,7 @@ from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.engine.peak import peak_bytes
 from flowtrain.flow import Flow
 
-TO_BARE, TO_SHALLOW, TIME, GRADIENT = 1.10, 1.3, 1.25, 1e-5
+TO_BARE, TO_SHALLOW, TIME, GRADIENT = 1.05, 1.2, 1.25, 1e-5
 SHALLOW, DEEP, BATCH = 4, 32, 64  # steps of flow at one scale: 12 channels of 16×16, hidden 128
 SAVING = ("checkpoint", "reversible")
 

@@ -7,31 +7,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flowtrain.benchmarks.session import Row, Session
 from flowtrain.benchmarks.timing import Spread
 from flowtrain.errors import FlowtrainError
 
-HELP, FIRST_STEP = 0.2, 6.0  # seconds
+HELP = 0.2  # seconds
+TORCH, MORE = 1.5, 1.0  # to the first step: so many times the seconds of ``import torch``, and so many seconds more
 
 
 def rows(session: Session) -> Iterator[Row]:
     rounds = 2 if session.smoke else max(5, min(session.rounds, 10))
     yield _row("flowtrain --help", [_help() for _ in range(rounds + 1)][1:], HELP)  # the first warms the file cache
     rounds = 1 if session.smoke else 4
-    times = [_first_step() for _ in range(rounds + 1)][1:]
-    yield _row("flowtrain train dataset=digits, to the first step", times, FIRST_STEP)
+    pairs = [(_import_torch(), _first_step()) for _ in range(rounds + 1)][1:]
+    torch_alone, times = zip(*pairs)
+    yield _row("python -c 'import torch'", torch_alone, None)
+    target = TORCH * Spread.of([*torch_alone]).median + MORE
+    yield _row("flowtrain train dataset=digits, to the first step", times, target)
 
 
-def _row(work: str, seconds: list[float], target: float) -> Row:
-    found = Spread.of(seconds)
+def _row(work: str, seconds: Sequence[float], target: float | None) -> Row:
+    found = Spread.of([*seconds])
     return Row("start", work, "flowtrain", None, found.median, found.half_range, target, unit="s")
 
 
 def _help() -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "flowtrain", "--help"], check=True, capture_output=True, env=environment())
+    return time.perf_counter() - start
+
+
+def _import_torch() -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment())
     return time.perf_counter() - start
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -102,8 +103,6 @@ class ReversibleBackpropagation(ActivationCheckpointing):
         bound: of the error, |recomputed − kept|/|kept|, beyond which :meth:`statistics` raises.
     """
 
-    together = False  # the gradient of a layer's parameters is found from that layer alone
-
     def __init__(self, spacing: int = 8, bound: float = 1e-4):
         super().__init__()
         self.spacing, self.bound = spacing, bound
@@ -179,7 +178,9 @@ class _InvertedSegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx, links, trained, compare, x, context, *parameters):
         ctx.links, ctx.trained, ctx.compare, ctx.random = links, trained, compare, []
-        ctx.modes, ctx.autocast = modes.current(), _current_autocast(x.device.type)
+        # the gradient of a layer's parameters is found from that layer alone
+        ctx.modes = replace(modes.current(), affines=None, log_dets=None)
+        ctx.autocast = _current_autocast(x.device.type)
         lower = []
 
         def run(link, x, context):

@@ -180,8 +180,6 @@ def apply_in_turn(
 class Backpropagation:
     """How chains find their layers' gradients: here by keeping all activations. Others are in backpropagation.py."""
 
-    together = True  # a layer's result may be computed with those of others, before any of them runs
-
     def chains(self, bijection: Bijection) -> list[Chain]:
         """The chains in ``bijection`` that this changes. ValueError if the bijection cannot be trained so."""
         return [layer for layer, _ in walk(bijection) if isinstance(layer, Chain)]

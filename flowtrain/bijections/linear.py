@@ -166,9 +166,10 @@ def stacked_weights(bijection: Bijection) -> AbstractContextManager[None]:
     log|det W| of each other :class:`DenseLinear`."""
     links = [*fused_links(bijection)]
     layers = [layer for link in links for layer in link.layers]
-    affines = from_weights(lambda: compute_together(links), "affines", *layers) if links else None
     others = [layer for layer in dense_layers(bijection) if layer not in {*layers}]
-    log_dets = from_weights(lambda: _log_dets(others), "log_dets", *others) if others else None
+    with full_precision(next(bijection.parameters(), torch.empty(0))):
+        affines = from_weights(lambda: compute_together(links), "affines", *layers) if links else None
+        log_dets = from_weights(lambda: _log_dets(others), "log_dets", *others) if others else None
     return modes.using(affines=affines, log_dets=log_dets)
 
 

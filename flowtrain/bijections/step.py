@@ -6,13 +6,14 @@ Autograd would keep about twice as many tensors, and launch three times as many 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.bijections.bijection import Bijection, sum_event
-from flowtrain.bijections.coupling import Alternate, Coupling, Halves
+from flowtrain.bijections.coupling import Alternate, Coupling, Halves, Partition
 from flowtrain.bijections.univariate import SigmoidAffine
 from flowtrain.runtime import fusion, gradients
 from flowtrain.runtime.global_batch import dropout_mask
@@ -53,7 +54,7 @@ def separate(links: Iterable) -> Iterator:
         yield from link.links if isinstance(link, FusedStep) else [link]
 
 
-def may_end_step(layer: Bijection) -> bool:
+def may_end_step(layer: Bijection) -> TypeGuard[Coupling]:
     """Whether ``layer`` is a coupling of :class:`FusedStep`."""
     return (
         isinstance(layer, Coupling)
@@ -72,9 +73,10 @@ class _Plan:
     """What a step does besides its tensors."""
 
     def __init__(self, coupling: Coupling, convolutions: list[tuple[float, int]]):
-        self.partition, self.floor = coupling.partition, coupling.univariate.floor
+        self.partition: Partition = coupling.partition
+        self.floor: float = coupling.univariate.floor  # type: ignore[assignment]
         self.convolutions = convolutions  # of each: the factor of its log-scale, and its padding
-        self.dropout = coupling.net.dropout.p
+        self.dropout: float = coupling.net.dropout.p  # type: ignore[assignment, union-attr]
 
 
 class _Step(torch.autograd.Function):
@@ -84,9 +86,10 @@ class _Step(torch.autograd.Function):
     def forward(ctx, plan, x, weight, bias, *tensors):
         z = F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
         conditioning, transformed = plan.partition.split(z)
-        h, kept, masks = _convolve(plan, conditioning, tensors)
+        # as the network by itself does it, to the bit: else a rectifier may differ between the modes of memory
+        h, kept, masks = _convolve(plan, conditioning.contiguous(memory_format=torch.channels_last), tensors)
         t, raw = h.chunk(2, 1)
-        scale = raw.add_(2).sigmoid().mul_(1 - plan.floor).add_(plan.floor)
+        scale = (raw + 2).sigmoid_().mul_(1 - plan.floor).add_(plan.floor)
         transformed.add_(t).mul_(scale)  # in its place: the conditioning part need not be copied
         ctx.plan, ctx.masks = plan, len(masks)
         ctx.save_for_backward(x, z, scale, *kept, *masks, weight, bias, *tensors)
@@ -102,8 +105,8 @@ class _Step(torch.autograd.Function):
             others[count : count + ctx.masks],
             others[count + ctx.masks :],
         )
-        if not gradients.in_place():
-            given = gradient, log_det_gradient
+        given = gradient, log_det_gradient
+        if not gradients.in_place(*given):
             return None, *_differentiate(plan, masks, (x, weight, bias, *tensors), given)
         gradient = torch.zeros_like(z) if gradient is None else gradient
         (conditioning, transformed), (of_conditioning, of_transformed) = map(plan.partition.split, (z, gradient))
@@ -153,13 +156,13 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
     found: list[Tensor | None] = []
     inputs = [x, *kept]
     for i, (weight, bias, scale, padding, last) in reversed([*enumerate(_layers(plan, tensors))]):
-        folded = scale is not None and not last
+        folded = None if last else scale
         if scale is not None and last:
             gradient.mul_(scale.view(-1, 1, 1))
         gradient, of_weight, of_bias = torch.ops.aten.convolution_backward(
             gradient,
             inputs[i],
-            weight * scale.view(-1, 1, 1, 1) if folded else weight,
+            weight if folded is None else weight * folded.view(-1, 1, 1, 1),
             [len(weight)],
             [1, 1],
             [padding, padding],
@@ -171,7 +174,7 @@ def _convolve_backward(plan: _Plan, gradient: Tensor, x: Tensor, kept, masks, te
         )
         of_scale = None
         if scale is not None:
-            if folded:
+            if folded is not None:
                 of_weight.mul_(scale.view(-1, 1, 1, 1))
                 of_bias.mul_(scale)
             of_scale = (of_weight * weight).sum((1, 2, 3)).addcmul_(of_bias, bias).mul_(plan.convolutions[i][0])

@@ -86,7 +86,7 @@ class ConvNet(nn.Module):
                 nn.init.normal_(conv.weight, std=0.05)
         self.to(memory_format=torch.channels_last)  # on a CPU several times faster, and what tensor cores want
 
-    def convolutions(self) -> list[tuple[Tensor, Tensor, Tensor | None, float]] | None:
+    def convolutions(self) -> list[tuple[Any, Any, Any, float]] | None:
         """The convolutions, with rectifiers and dropout between them, for a gradient written by hand; None if the
         network is more than that. Of each: weight, bias, and a tensor and a factor, the exponential of whose product
         multiplies the output channels."""

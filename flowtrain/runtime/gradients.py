@@ -23,7 +23,8 @@ def by_hand(device: torch.device) -> bool:
     )
 
 
-def in_place() -> bool:
-    """Whether a backward pass may write into tensors that it has allocated: not if it is itself differentiated, or runs
-    for several gradients at once."""
-    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+def in_place(*given: torch.Tensor | None) -> bool:
+    """Whether a backward pass that is ``given`` these gradients may write into tensors that it has allocated: not if it
+    is itself differentiated, or runs for several gradients at once."""
+    batched = any(one is not None and torch._C._functorch.is_legacy_batchedtensor(one) for one in given)
+    return not (batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
