@@ -288,4 +288,8 @@ def test_a_histogram_dequantizes_itself():
     assert list(flow.bijection.layers()) == ["preprocess", "patches", "block0", "logit", "block1", "flatten"]
     with pytest.raises(ValueError, match="histogram=true takes integers as they are"):
         flows.tarflow((1, 4, 4), histogram=True)
+    with pytest.raises(ValueError, match="there is no context to hide"):
+        flows.tarflow((1, 4, 4), hide_context=0.1)
+    with pytest.raises(ValueError, match="depths=3 must be a list"):
+        flows.tarflow((1, 4, 4), depths=3)
     assert configuration("experiment=tarflow_digits").model["histogram"] is True

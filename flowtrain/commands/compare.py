@@ -270,7 +270,8 @@ def _noise(have: list[list[Evaluation]], config: CompareConfig) -> tuple[int, in
 
 def _evaluate(file: Path, config: CompareConfig, seed: int, draws: int) -> Evaluation:
     """Evaluate a checkpoint as ``flowtrain eval`` does, into the directory of its run."""
-    own = {"split": config.split, "draws": draws, "weights": config.weights, "json": False, "seed": seed}
+    own = {"split": config.split, "draws": draws, "weights": config.weights, "json": False}
+    own |= {"seed": seed, "unlabelled": False}
     examples = config.examples if config.examples is not None else "auto"
     keys = command_config(EvalConfig, file, config, ckpt=str(file), examples=examples, **own)
     if keys.target is not None:
@@ -303,6 +304,7 @@ def _picture(run: ComparedRun, config: CompareConfig) -> np.ndarray | None:
         if file is None or run.evaluation is None:
             return None
         keys = {"split": "test", "draws": 1, "weights": config.weights, "json": False, "examples": None}
+        keys["unlabelled"] = False
         restored = restore(command_config(EvalConfig, file, config, ckpt=str(file), **keys), str(file), config.weights)
         if not restored.dataset.spec.is_image or restored.flow.context_shape:
             return None

@@ -60,13 +60,19 @@ def tarflow(
         univariate: factory of the map of each number; guidance takes the affine one.
         base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
+    Raises:
+        ValueError: not an image, a ``patch`` that does not divide its sides, no ``depths``, a ``histogram`` with
+            ``preprocess`` or of real numbers, or ``hide_context`` without a context.
+
     >>> flow = tarflow((1, 8, 8), patch=2, depths=(1, 2), hidden=16)
     >>> flow.sample(5).shape
     torch.Size([5, 1, 8, 8])
     """
     check_image(shape)
-    if not depths:
-        raise ValueError("depths=[] must name at least one block")
+    if not isinstance(depths, Sequence) or not depths:
+        raise ValueError(f"depths={depths} must be a list with a number for each block, such as [2, 2]")
+    if hide_context and context_shape is None:
+        raise ValueError(f"hide_context={hide_context}: there is no context to hide; set dataset.context=label")
     attention = partial(
         CausalTransformer, hidden=hidden, heads=heads, expand=expand, dropout=dropout, offsets=list(offsets)
     )
@@ -81,7 +87,7 @@ def tarflow(
         preprocess = partial(Dequantize, grey_levels=grey_levels)
         first = partial(blocks.pop("block0"), univariate=partial(PiecewiseLinear, bins=grey_levels, floor=1e-5))
         blocks = {"block0": first, "logit": partial(Logit, alpha=0.0), **blocks}
-    if context_shape is not None and hide_context:
+    if hide_context:
         embedding = partial(HiddenContext, share=hide_context, embedding=embedding)
     size = smallest_patch(shape) if patch is None else patch
     layers = {"preprocess": preprocess, "patches": partial(Patches, size=size), **blocks, "flatten": Flatten}
