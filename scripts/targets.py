@@ -34,7 +34,7 @@ TARGETS = {
 AFFINE = ("funnel", "eight_schools")  # Real NVP of eight couplings; the others get four couplings of splines
 HIDDEN, BATCH, SAMPLES = 64, 512, 50_000
 OURS = "flowtrain, reverse_kl"
-HEAD = ["| target | trained by | steps | ELBO | log Z (exact) | ESS | Pareto k | modes |", "| --- " * 8 + "|"]
+HEAD = ["| target | trained by | seconds | steps | ELBO | log Z (exact) | ESS | Pareto k | modes |", "| --- " * 9 + "|"]
 BEGIN, END = "<!-- scripts/targets -->", "<!-- end -->"
 
 
@@ -162,12 +162,13 @@ def theirs(name: str, seconds: float, score_fn: bool) -> dict:
 def table(found: dict) -> str:
     lines = [*HEAD]
     for target in TARGETS:
-        for name, row in found.get(target, {}).items():
+        for name, row in sorted(found.get(target, {}).items()):
             modes = f"{row['modes_found']:,} of {row['modes']:,}" if row["modes"] else ""
             exact = "" if row["log_z_exact"] is None else f" ({row['log_z_exact']:.3f})"
             cells = [
                 target,
                 name,
+                f"{row['cpu_seconds']:.0f}",
                 f"{row['steps']:,}",
                 f"{row['elbo']:.3f} ± {row['elbo_stderr']:.3f}",
                 f"{row['log_z']:.3f} ± {row['log_z_stderr']:.3f}{exact}",
