@@ -87,7 +87,7 @@ class ChannelAffine(Bijection):
         if len(self.shape) > 1:
             return FusedChannelAffine([self, following])
         # a vector is no larger than the layers' matrices, so that their product would cost more
-        return FusedVectorAffine.of([self, following])
+        return FusedVectorAffine.of(self, following)
 
 
 class FusedVectorAffine:
@@ -97,18 +97,19 @@ class FusedVectorAffine:
         self.layers, self.steps = layers, steps
 
     @classmethod
-    def of(cls, layers: list[ChannelAffine]) -> FusedVectorAffine | None:
-        """The ``layers`` as one; None where a layer is no step of a C++ function, or vectors are too long."""
-        if torch.compiler.is_compiling() or not vector_affine.may_apply(layers[0].channels):
+    def of(cls, layer: ChannelAffine, following: ChannelAffine) -> FusedVectorAffine | None:
+        """Both as one; None where one is no step of a C++ function, or vectors are too long."""
+        if torch.compiler.is_compiling() or not vector_affine.may_apply(layer.channels):
             return None
-        steps = [step for layer in layers if (step := layer.vector_step())]
-        return cls(layers, steps) if len(steps) == len(layers) else None
+        first, second = layer.vector_step(), following.vector_step()
+        return cls([layer, following], [first, second]) if first and second else None
 
     def fuse(self, following: Bijection) -> FusedVectorAffine | None:
         # never beyond a product, so that the numbers do not depend on how a chain is divided
         if self.steps[-1].kind == vector_affine.TRIANGULAR or not _fusible(following):
             return None
-        return FusedVectorAffine.of([*self.layers, following])
+        step = following.vector_step()
+        return FusedVectorAffine([*self.layers, following], [*self.steps, step]) if step else None
 
     def __call__(self, x, context=None):
         with full_precision(x):

@@ -49,7 +49,7 @@ class _Staircase(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, masked, mask = ctx.saved_tensors
         needed = ctx.needs_input_grad[0]
-        if torch.is_grad_enabled() or not native.in_memory(grad):  # for derivatives of the gradient, or many at once
+        if not native.may_write(grad):
             grad_x = grad @ (weight * mask) if needed else None
             return grad_x, (grad.T @ x) * mask, grad.sum(0), None, None, None
         grad_weight, grad_x = torch.empty_like(masked), torch.empty_like(x) if needed else None

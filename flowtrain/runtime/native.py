@@ -103,26 +103,29 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
 
 def applies(*tensors: Tensor) -> bool:
     """Whether a C++ function may compute with ``tensors``."""
-    return all(one.dtype in (torch.float32, torch.float64) for one in tensors) and in_memory(*tensors)
+    return in_memory(*tensors) and all(one.dtype in _TYPES for one in tensors)
 
 
 def in_memory(*tensors: Tensor) -> bool:
     """Whether ``tensors`` are numbers in the CPU's memory, which nothing but autograd watches."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(map(_is_plain, tensors))
-        and not modes.current().tracing
-        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, jacrev, …
-        and forward_ad._current_level < 0
-    )
+    if torch.compiler.is_compiling():
+        return False
+    for one in tensors:
+        if type(one) not in _PLAIN or not one.is_cpu:
+            return False
+    # the stack: vmap, jacrev, …
+    is_watched = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return not is_watched and not modes.current().tracing
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # of a Jacobian by vectorized gradients
-    )
+def may_write(*grads: Tensor) -> bool:
+    """Whether a backward pass may compute in memory: not if it is itself differentiated, or for many gradients."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor  # of a Jacobian by vectorized gradients
+    return not torch.is_grad_enabled() and in_memory(*grads) and not any(map(is_batched, grads))
+
+
+_PLAIN = Tensor, torch.nn.Parameter
+_TYPES = torch.float32, torch.float64
 
 
 def parts(count: int, work: int) -> int:

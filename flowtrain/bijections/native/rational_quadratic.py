@@ -61,7 +61,7 @@ class _Spline(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         values, theta = ctx.saved_tensors
-        if not torch.is_grad_enabled() and native.applies(*grads):
+        if native.may_write(*grads):
             return *_backward(values, theta, *grads, ctx.settings, ctx.inverse), None, None, None
         with torch.enable_grad():
             inputs = [one for one, needed in zip((values, theta), ctx.needs_input_grad) if needed]

@@ -77,7 +77,7 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, *numbers = ctx.saved_tensors
-        if torch.is_grad_enabled() or not native.applies(*grads):
+        if not native.may_write(*grads):
             return _differentiable_gradients(ctx, x, numbers, grads)
         x, grads = x.contiguous(), [one.contiguous() for one in grads]
         size, grad_x = x.shape[1], torch.empty_like(x)
