@@ -155,6 +155,8 @@ def _discard(run_dir: Path) -> None:
         "train.log",
     }:
         shutil.rmtree(run_dir)
-        with suppress(OSError):  # it is not empty
-            run_dir.parent.rmdir()
-            runs.OUTPUTS.rmdir()
+        outputs = runs.OUTPUTS.absolute()
+        for folder in run_dir.absolute().parents:
+            if outputs in (folder, *folder.parents):  # never a folder of the user's own
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
