@@ -160,9 +160,11 @@ def build(name: str, factory: Callable[..., Any], **kwargs) -> Any:
 
 def fuse(layers: Iterable[Bijection]) -> list:
     """The layers, with neighbours fused into one where that costs less."""
+    if not fusion.may_fuse():
+        return [*layers]
     links: list = []
     for layer in layers:
-        both = links[-1].fuse(layer) if links and fusion.may_fuse() else None
+        both = links[-1].fuse(layer) if links else None
         links[-1 if both else len(links) :] = [both or layer]
     return links
 

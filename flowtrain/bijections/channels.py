@@ -213,7 +213,7 @@ def compute_together(links: Iterable[FusedChannelAffine]) -> dict[tuple[Bijectio
 
 
 def _fusible(layer: Bijection) -> TypeGuard[ChannelAffine]:
-    return isinstance(layer, ChannelAffine) and layer.fusible and fusion.may_fuse(layer)
+    return isinstance(layer, ChannelAffine) and layer.fusible and not fusion.have_hooks(layer)
 
 
 def inverse_matrix(matrix: Tensor) -> Tensor:

@@ -83,14 +83,24 @@ class Alternate(Partition):
         self.conditioning_shape, self.transformed_shape = (channels - transformed, *rest), (transformed, *rest)
 
     def split(self, x):
+        if self._is_paired(x):
+            pair = x.reshape(x.shape[0], -1, 2).unbind(2)  # its gradient is one operation, that of slices seven
+            return pair[1 - self.first], pair[self.first]
         return x[:, 1 - self.first :: 2], x[:, self.first :: 2]
 
     def merge(self, conditioning, transformed):
+        if self._is_paired(conditioning):
+            pair = (conditioning, transformed) if self.first else (transformed, conditioning)
+            return torch.stack(pair, 2).flatten(1)
         out = transformed.new_empty(
             transformed.shape[0], conditioning.shape[1] + transformed.shape[1], *transformed.shape[2:]
         )
         out[:, 1 - self.first :: 2], out[:, self.first :: 2] = conditioning, transformed
         return out
+
+    def _is_paired(self, x):
+        """Whether x is a vector of pairs: an element of each goes to either part."""
+        return x.dim() == 2 and self.conditioning_shape == self.transformed_shape
 
 
 class Checkerboard(Partition):

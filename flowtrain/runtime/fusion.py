@@ -12,8 +12,6 @@ from torch import nn
 
 from flowtrain.runtime import modes
 
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-
 
 def layer_by_layer() -> AbstractContextManager[None]:
     """Within it, every layer is called by itself."""
@@ -21,5 +19,13 @@ def layer_by_layer() -> AbstractContextManager[None]:
 
 
 def may_fuse(*modules: nn.Module) -> bool:
-    """False if layers are called one by one, or if one of ``modules`` has a hook, such as weight_norm's."""
-    return not (modes.current().layer_by_layer or any(getattr(module, hooks) for module in modules for hooks in _HOOKS))
+    """False if layers are called one by one, or if one of ``modules`` has a hook."""
+    return not (modes.current().layer_by_layer or have_hooks(*modules))
+
+
+def have_hooks(*modules: nn.Module) -> bool:
+    """Whether one of ``modules`` has a hook, such as weight_norm's, which would not be called."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
