@@ -40,14 +40,16 @@ def gradients(function, *inputs):
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", [b.RationalQuadratic, b.SoftClippedRationalQuadratic])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("layout", list(thetas(torch.float32)))
-def test_a_spline_by_cpp_is_the_spline_by_torch(layout, inverse):
+def test_a_spline_by_cpp_is_the_spline_by_torch(layout, inverse, kind):
     torch.manual_seed(0)
-    spline = b.RationalQuadratic((SIZE,))
+    spline = kind((SIZE,))
     by_cpp, by_torch = (spline.inverse, spline._inverse) if inverse else (spline.forward, spline._forward)
-    x = (3 * torch.randn(ROWS, 2 * SIZE, dtype=torch.float64))[:, ::2].requires_grad_()  # a third lies outside
+    x = (3 * torch.randn(ROWS, 2 * SIZE, dtype=torch.float64))[:, ::2].requires_grad_()  # some lie outside
     theta = (3 * thetas(torch.float64)[layout]).requires_grad_()
+    assert by_cpp(x, theta)[0].grad_fn.name() == "_SplineBackward"
     found, expected = gradients(by_cpp, x, theta), gradients(by_torch, x, theta)
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)

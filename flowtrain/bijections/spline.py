@@ -124,11 +124,15 @@ class RationalQuadratic(Univariate):
 
     def _by_native(self, values, theta, inverse, by_torch):
         """The map by a C++ function; None where that does not apply."""
-        if type(self) is not RationalQuadratic:  # a subclass has a map of its own
+        settings = self._settings()
+        return settings and native_spline(values, theta, settings, inverse, by_torch)
+
+    def _settings(self) -> tuple[float, ...] | None:
+        """For C++; None for a subclass, which has a map of its own."""
+        if type(self) is not RationalQuadratic:
             return None
         ends = self.shift, self.min_derivative, self.max_derivative
-        settings = float(self.bins), float(self.bound), *self.least, *self.share, *ends
-        return native_spline(values, theta, settings, inverse, by_torch)
+        return float(self.bins), float(self.bound), *self.least, *self.share, *ends, 0.0
 
     def _forward(self, x, theta):
         inside = x.clamp(-self.bound, self.bound)
@@ -249,6 +253,12 @@ class SoftClippedRationalQuadratic(RationalQuadratic):
         if not 0 < least < 1:
             raise ValueError(f"least={least} must lie between 0 and 1")
         self.clip, self.least, self.share = least, [0.0, 0.0], [2 * bound, 2 * bound]
+
+    def _settings(self):
+        if type(self) is not SoftClippedRationalQuadratic:
+            return None
+        ends = 0.0, 0.0, 1 / self.clip
+        return float(self.bins), float(self.bound), *self.least, *map(float, self.share), *ends, -math.log(self.clip)
 
     def _logits(self, numbers):
         return soft_clip(2 * numbers, self.clip) / 2

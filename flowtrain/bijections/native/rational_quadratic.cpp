@@ -12,8 +12,9 @@ namespace {
 
 constexpr int WIDTH = 64;
 
+// soft: where not 0, numbers are clipped softly, to ±soft, and the exponential of a slope's number is the slope (zuko)
 struct Settings {
-  double bins, bound, least[2], share[2], shift, min_derivative, max_derivative;
+  double bins, bound, least[2], share[2], shift, min_derivative, max_derivative, soft;
 };
 
 inline int64_t parameters_of(const Settings& s) { return 3 * int64_t(s.bins) - 1; }
@@ -78,12 +79,13 @@ inline T log1p_of(T u) {
 // One block: the bin of each number, and what backward needs of the softmaxes.
 template <class T>
 struct Block {
-  std::vector<T> theta;          // (3·bins − 1, WIDTH); the logits become the shares of the softmaxes
+  std::vector<T> theta;    // (3·bins − 1, WIDTH); the logits become the shares of the softmaxes
+  std::vector<T> damping;  // (2·bins, WIDTH): the derivatives of softly clipped logits
   int64_t address[WIDTH];
   T index[WIDTH], before[2][WIDTH], own[2][WIDTH], number[2][WIDTH], slope[2][WIDTH];
   T start[2][WIDTH], size[2][WIDTH], t[WIDTH], value[WIDTH];
 
-  explicit Block(const Settings& s) : theta(parameters_of(s) * WIDTH) {}
+  explicit Block(const Settings& s) : theta(parameters_of(s) * WIDTH), damping(s.soft ? theta.size() : 0) {}
 
   void load(const T* from, int64_t first, int count, int64_t parameters, const Layout& at) {
     int64_t row = first / at.columns, column = first % at.columns;
@@ -106,6 +108,13 @@ struct Block {
     for (int i = 0; i < WIDTH; i++) {
       T v = values[i < count ? i : 0];
       value[i] = v < -bound ? -bound : v > bound ? bound : v;
+    }
+    if (s.soft) {
+      const T slope = T(2 / s.soft);
+      for (int64_t i = 0; i < 2 * bins * WIDTH; i++) {
+        const T factor = T(1) / (T(1) + slope * std::abs(theta[i]));
+        theta[i] *= factor, damping[i] = factor * factor;
+      }
     }
     for (int side = 0; side < 2; side++) {
       T* z = &theta[side * bins * WIDTH];
@@ -145,13 +154,15 @@ struct Block {
         for (int i = 0; i < WIDTH; i++) number[1][i] = value[i] >= end[i] ? high[i] : number[1][i];
     }
     const T last = T(bins - 1), shift = T(s.shift), floor = T(s.min_derivative), most = T(s.max_derivative);
+    const T soft = s.soft ? T(1 / s.soft) : T(0);
     for (int side = 0; side < 2; side++)
       for (int i = 0; i < WIDTH; i++) {
         start[side][i] = T(s.share[side]) * before[side][i] + (T(s.least[side]) * index[i] - bound);
         size[side][i] = T(s.share[side]) * own[side][i] + T(s.least[side]);
         const bool at_end = index[i] == (side ? last : T(0));
         const T x = number[side][i] + shift, far = x > T(20) ? T(20) : x;
-        T found = (x > T(20) ? x : log1p_of(exp_of(far))) + floor;
+        const T power = exp_of(soft ? x / (T(1) + soft * std::abs(x)) : far);
+        T found = soft ? power : (x > T(20) ? x : log1p_of(power)) + floor;
         found = found > most ? most : found;
         slope[side][i] = at_end ? T(1) : found;
       }
@@ -244,12 +255,15 @@ void run_backward(const T* values, const T* theta, const T* grad_out, const T* g
       of_number[1][i] = a * h * rise_s1 + b * log_s1;
     }
     const T shift = T(s.shift), most = T(s.max_derivative), last_bin = T(bins - 1);
+    const T soft = s.soft ? T(1 / s.soft) : T(0);
     for (int side = 0; side < 2; side++)
       for (int i = 0; i < WIDTH; i++) {
         const T x = block.number[side][i] + shift;
         const T clipped = x > T(80) ? T(80) : x < T(-80) ? T(-80) : x;
         const bool fixed = block.index[i] == (side ? last_bin : T(0)) || block.slope[side][i] >= most || !inside[i];
-        of_number[side][i] = fixed ? T(0) : of_number[side][i] / (T(1) + exp_of(-clipped));
+        const T factor = T(1) / (T(1) + soft * std::abs(x));
+        const T rate = soft ? block.slope[side][i] * factor * factor : T(1) / (T(1) + exp_of(-clipped));
+        of_number[side][i] = fixed ? T(0) : of_number[side][i] * rate;
         const T share = T(s.share[side]);
         of_start[side][i] = inside[i] ? share * of_start[side][i] : T(0);
         of_size[side][i] = inside[i] ? share * of_size[side][i] : T(0);
@@ -265,6 +279,8 @@ void run_backward(const T* values, const T* theta, const T* grad_out, const T* g
           const T here = block.index[i] == at_bin ? of_size[side][i] : past;
           to[i] = share[i] * (here - dot[side][i]);
         }
+        if (s.soft)
+          for (int i = 0; i < WIDTH; i++) to[i] *= block.damping[(side * bins + k) * WIDTH + i];
       }
       if (k + 1 == bins) break;
       T* to = &grad[(2 * bins + k) * WIDTH];
