@@ -57,7 +57,9 @@ def test_a_spline_by_cpp_is_the_spline_by_torch(layout, inverse, kind):
     found = [one.double() for one in gradients(by_cpp, x, theta)[:2]]
     exact, rough = by_torch(x.double(), theta.double()), by_torch(x, theta)
     for one, true, other in zip(found, exact, rough):  # as near to the exact numbers as torch's operations come
-        assert (one - true).abs().max() <= 4 * (other - true).abs().max() + 1e-6
+        errors = [(numbers - true).abs().flatten() for numbers in (one, other)]
+        by_cpp, by_torch = (error.quantile(0.95) for error in errors)  # single ones depend on how they are rounded
+        assert by_cpp <= 2 * by_torch + 1e-6
 
 
 @needs_compiler
