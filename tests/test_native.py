@@ -28,7 +28,6 @@ def thetas(dtype):
         "by parameter": random(ROWS, PARAMS, SIZE).movedim(1, -1),
         "shared": random(SIZE, PARAMS),
         "expanded": random(1, SIZE, PARAMS).expand(ROWS, -1, -1),
-        "part of more": random(ROWS, SIZE, PARAMS + 2)[..., 1:-1],
     }
 
 
@@ -60,6 +59,28 @@ def test_a_spline_by_cpp_is_the_spline_by_torch(layout, inverse, kind):
         errors = [(numbers - true).abs().flatten() for numbers in (one, other)]
         by_cpp, by_torch = (error.quantile(0.95) for error in errors)  # single ones depend on how they are rounded
         assert by_cpp <= 2 * by_torch + 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", [slice(1, -1), slice(None, None, 2)])
+def test_parameters_that_are_part_of_a_larger_tensor(part):
+    spline = b.RationalQuadratic((SIZE,))
+    x, more = torch.randn(ROWS, SIZE), torch.randn(ROWS, SIZE, 2 * PARAMS)
+    theta = more[..., part][..., :PARAMS].requires_grad_()
+    assert not theta.is_contiguous()
+    for one, other in zip(gradients(spline, x.requires_grad_(), theta), gradients(spline._forward, x, theta)):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_shapes_that_broadcast_or_do_not_fit():
+    spline, x = b.RationalQuadratic((SIZE,)), torch.randn(ROWS, SIZE)
+    theta = torch.randn(1, SIZE, PARAMS)
+    assert all(torch.equal(*pair) for pair in zip(spline(x, theta), spline._forward(x, theta)))
+    assert spline(x[:0], torch.randn(0, SIZE, PARAMS))[0].shape == (0, SIZE)
+    with pytest.raises((RuntimeError, ValueError)):
+        spline(x, torch.randn(ROWS, SIZE, PARAMS - 1))
+    with pytest.raises((RuntimeError, ValueError)):
+        spline(x, torch.randn(ROWS - 1, SIZE, PARAMS))
 
 
 @needs_compiler
@@ -106,6 +127,9 @@ def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
     for one, other in zip(run(fused), run(lambda x: apply_in_turn(layers, x, None))):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(fused.inverse(fused(x)[0])[0], x)
+    if size > 1:
+        with pytest.raises((RuntimeError, IndexError)):
+            fused(torch.randn(5, size + 1, dtype=torch.float64))
     longer = permuted_lu_actnorm((vector_affine.LONGEST + 1,))
     assert len(fuse(longer)) == 3
 

@@ -7,6 +7,7 @@ torch's operations: :func:`load` returns None, and :func:`status` says why.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -18,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -68,12 +70,15 @@ def find_compiler() -> tuple[list[str], str]:
 
 
 def _directory() -> Path:
+    """Where functions are kept; where that cannot be written, a folder for the life of this process."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowtrain" / "native"
-    try:
+    with suppress(OSError, RuntimeError):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return path
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="flowtrain-native-"))
+        if os.access(path, os.W_OK):
+            return path
+    path = Path(tempfile.mkdtemp(prefix="flowtrain-native-"))
+    atexit.register(shutil.rmtree, path, True)
+    return path
 
 
 def _key(source: Path, compiler: list[str]) -> str:

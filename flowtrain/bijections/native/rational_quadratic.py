@@ -32,7 +32,8 @@ def spline(
         settings: the numbers of ``Settings`` in the C++ file, in order.
         by_torch: the same function of ``values`` and ``theta`` by torch's operations, for derivatives of gradients.
     """
-    if values.dtype != theta.dtype:
+    each = values.shape if theta.dim() > values.dim() else values.shape[1:]
+    if values.dtype != theta.dtype or theta.shape != (*each, 3 * settings[0] - 1):  # torch broadcasts, or refuses
         return None
     if torch.compiler.is_compiling():  # an operator that the compiler takes as it is; no exported program has it
         is_exported = torch.compiler.is_exporting() or modes.current().tracing
@@ -90,10 +91,14 @@ def _backward(
     inputs = [one.contiguous() for one in (values, grad_out, grad_log)]
     values = inputs[0]
     rows, layout = _rows(theta, values)
+    grad_rows = torch.empty_like(rows)
+    if grad_rows.stride() != rows.stride():  # a part of a larger tensor: the gradient has a layout of its own
+        rows, layout = _rows(theta.contiguous(), values)
+        grad_rows = torch.empty_like(rows)
     # θ that all rows share has a sum of gradients for each thread
     sums = native.parts(values.numel(), rows.shape[-1]) if layout.row == 0 else 0
     grad_values = torch.empty_like(values)
-    grad_rows = rows.new_zeros(sums, *rows.shape) if sums else torch.empty_like(rows)[None]
+    grad_rows = rows.new_zeros(sums, *rows.shape) if sums else grad_rows[None]
     pointers = [one.data_ptr() for one in (values, rows, *inputs[1:], grad_values)]
     function, numbers = _function("backward", values.dtype), _numbers(settings)
 

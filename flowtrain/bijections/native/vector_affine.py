@@ -52,8 +52,10 @@ def affine(x: Tensor, steps: Sequence[Step], by_torch: Callable) -> tuple[Tensor
     Args:
         by_torch: the same function of x by torch's operations, for derivatives of gradients.
     """
-    numbers = [one for step in steps for one in (step.first, step.second) if one is not None]
-    if not native.applies(x, *numbers) or any(one.dtype != x.dtype for one in numbers):
+    tensors = [one for step in steps for one in step[1:] if one is not None]
+    numbers = [one for one in tensors if one.is_floating_point()]
+    fits = x.dim() == 2 and all(one.shape[-1] == x.shape[1] and one.is_contiguous() for one in tensors)
+    if not (fits and native.applies(x) and native.in_memory(*tensors)) or any(one.dtype != x.dtype for one in numbers):
         return None
     return _Affine.apply(x, steps, by_torch, *numbers)
 
