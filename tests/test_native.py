@@ -127,9 +127,6 @@ def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
     for one, other in zip(run(fused), run(lambda x: apply_in_turn(layers, x, None))):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(fused.inverse(fused(x)[0])[0], x)
-    if size > 1:
-        with pytest.raises((RuntimeError, IndexError)):
-            fused(torch.randn(5, size + 1, dtype=torch.float64))
     longer = permuted_lu_actnorm((vector_affine.LONGEST + 1,))
     assert len(fuse(longer)) == 3
 
