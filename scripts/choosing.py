@@ -31,7 +31,16 @@ from flowtrain.config.compose import conf_dir, train_config
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine.audit import perturb
 
-IMAGES = ("autoregressive", "cnf_image", "ffjord_image", "glow", "hybrid_image", "nsf_image", "realnvp")  # models
+IMAGES = (  # models
+    "autoregressive",
+    "cnf_image",
+    "ffjord_image",
+    "glow",
+    "hybrid_image",
+    "nsf_image",
+    "realnvp",
+    "tarflow",
+)
 OWN = ("custom", "custom_image")  # any layers: nothing to compare
 ROWS = [file.stem for file in sorted((conf_dir() / "model").glob("[!_]*.yaml")) if file.stem not in (*IMAGES, *OWN)]
 SIZES = {  # name -> shape, grey levels, batch, models
