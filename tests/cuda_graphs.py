@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flowtrain.runtime import native
+
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 
 
@@ -86,7 +88,9 @@ def _refuse(seed):
 
 
 def install(monkeypatch, free: int = 2**40) -> list[Graph]:
-    """Replace what flowtrain uses of torch.cuda; returns the list of the graphs to come."""
+    """Replace what flowtrain uses of torch.cuda, and let no C++ function compute, as on a GPU; returns the list of the
+    graphs to come."""
+    monkeypatch.setattr(native, "in_memory", lambda *tensors: False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(Graph, "made", [])
     monkeypatch.setattr(Graph, "adds", 0.0)

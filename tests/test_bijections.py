@@ -149,9 +149,17 @@ def test_parameters_that_all_examples_share(name):
 def test_the_table_is_complete():
     """Each public bijection is in the table.
 
-    Not the base, nor those that start from integers, gaps, bounds or circles.
+    Not the base, nor those that start from integers, gaps, bounds, circles or noise.
     """
-    elsewhere = {b.Bijection, b.BoundColumns, b.CircleToLine, b.Dequantize, b.DequantizeColumns, b.FillMissing}
+    elsewhere = {
+        b.AddNoise,
+        b.Bijection,
+        b.BoundColumns,
+        b.CircleToLine,
+        b.Dequantize,
+        b.DequantizeColumns,
+        b.FillMissing,
+    }
     elsewhere |= {b.Logit, b.Turns, b.Support, b.Box, b.Positive, b.Simplex}
     found = {type(module) for make in LAYERS.values() for module in make().modules()}
     public = {kind for kind in vars(b).values() if isinstance(kind, type) and issubclass(kind, b.Bijection)}

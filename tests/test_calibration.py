@@ -172,8 +172,10 @@ def test_the_table_of_the_benchmark_says_what_is_not_measured(monkeypatch):
     spec = importlib.util.spec_from_file_location("benchmark", scripts / "sbibm.py")
     spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
     row = {"task": "slcp", "simulations": 1000, "estimator": "zuko", "c2st": 0.7, "train_seconds": 12.4}
-    rows = benchmark.table([row | {"observation": 1}, row | {"observation": 2, "c2st": 0.8}]).splitlines()
-    assert len(rows) == 2 + 6 * 3
+    found, steps = [row | {"observation": 1}, row | {"observation": 2, "c2st": 0.8}], {"slcp": {"ours": 1.0}}
+    steps["slcp"] |= {"nflows": 2.0, "zuko": 3.0}
+    rows = benchmark.tables(found, steps).splitlines()
+    assert len(rows) == 2 + 6 * 3 + 4 and rows[-1] == "| slcp | 1.0 ms | 2.0 ms | 3.0 ms |"
     (line,) = [line for line in rows if line.startswith("| slcp | 1,000 ")]
     assert line.split(" | ")[2:] == [
         "not measured yet",

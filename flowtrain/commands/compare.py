@@ -31,6 +31,7 @@ from flowtrain.runtime import checkpoint, distributed, files
 
 PICTURES, SAMPLES = 12, 36  # runs whose samples are shown; samples that are drawn for a run without an image
 TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?"  # in the names of runs and sweeps
+EVALUATION = {"tolerance": 1e-3, "probes": 2, "unlabelled": False, "json": False}  # as in conf/eval.yaml
 
 
 def main(config: CompareConfig, run_dir: str) -> dict:
@@ -270,8 +271,7 @@ def _noise(have: list[list[Evaluation]], config: CompareConfig) -> tuple[int, in
 
 def _evaluate(file: Path, config: CompareConfig, seed: int, draws: int) -> Evaluation:
     """Evaluate a checkpoint as ``flowtrain eval`` does, into the directory of its run."""
-    own = {"split": config.split, "draws": draws, "weights": config.weights, "json": False}
-    own |= {"seed": seed, "unlabelled": False}
+    own = {**EVALUATION, "split": config.split, "draws": draws, "weights": config.weights, "seed": seed}
     examples = config.examples if config.examples is not None else "auto"
     keys = command_config(EvalConfig, file, config, ckpt=str(file), examples=examples, **own)
     if keys.target is not None:
@@ -303,8 +303,7 @@ def _picture(run: ComparedRun, config: CompareConfig) -> np.ndarray | None:
         file = run.checkpoint
         if file is None or run.evaluation is None:
             return None
-        keys = {"split": "test", "draws": 1, "weights": config.weights, "json": False, "examples": None}
-        keys["unlabelled"] = False
+        keys = {**EVALUATION, "split": "test", "draws": 1, "weights": config.weights, "examples": None}
         restored = restore(command_config(EvalConfig, file, config, ckpt=str(file), **keys), str(file), config.weights)
         if not restored.dataset.spec.is_image or restored.flow.context_shape:
             return None

@@ -159,9 +159,8 @@ class _StepwiseLinear:
         if step % self.chunk == 0:
             self._start_chunk(self.layer.sizes[step : step + self.chunk])
             return self.partial[0].T
-        inside, partial = slice(self.before, self.inputs), self.partial[step % self.chunk]
-        product = partial.addmm if self.grows else partial.addmm_  # what is added to is read once
-        return product(self.weights[step][:, inside], self.rows[inside]).T
+        inside = slice(self.before, self.inputs)
+        return torch.addmm(self.partial[step % self.chunk], self.weights[step][:, inside], self.rows[inside]).T
 
     def _start_chunk(self, sizes):
         """Compute what the inputs so far contribute to the outputs of a chunk."""

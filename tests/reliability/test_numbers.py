@@ -16,11 +16,11 @@ from flowtrain.data.spec import DataSpec
 
 LEVELS = 17
 GROUPS = {
-    "couplings of vectors": ["glow_vector", "nice", "nsf_coupling", "realnvp_vector"],
+    "couplings of vectors": ["glow_vector", "nice", "nsf_affine", "nsf_coupling", "realnvp_vector"],
     "autoregressive": ["iaf", "made", "maf", "nsf_autoregressive"],
     "mixtures of normals": ["made_mog", "maf_mog"],
     "continuous": ["cnf", "custom", "ffjord", "hybrid"],
-    "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp"],
+    "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp", "tarflow"],
     "continuous, of images": ["cnf_image", "custom_image", "ffjord_image"],
 }
 # examples: rows of 3 numbers, images of 64; root finding and ODEs cost a hundred times an inverse in closed form
