@@ -86,7 +86,7 @@ def to_float64(chain):
     """A copy in float64, with strict tolerances for ODE solvers."""
     chain = copy.deepcopy(chain).double()
     for ode in continuous_layers(chain):
-        ode.rtol, ode.atol, ode.max_steps = 1e-10, 1e-10, 10 * ode.max_steps
+        ode.rtol, ode.atol, ode.max_steps = 1e-11, 1e-11, 10 * ode.max_steps
     return chain
 
 
