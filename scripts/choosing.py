@@ -33,7 +33,6 @@ from flowtrain.engine.audit import perturb
 
 IMAGES = (  # models
     "autoregressive",
-    "cnf_image",
     "ffjord_image",
     "glow",
     "hybrid_image",
@@ -41,8 +40,8 @@ IMAGES = (  # models
     "realnvp",
     "tarflow",
 )
-OWN = ("custom", "custom_image")  # any layers: nothing to compare
-ROWS = [file.stem for file in sorted((conf_dir() / "model").glob("[!_]*.yaml")) if file.stem not in (*IMAGES, *OWN)]
+OTHERS = ("custom", "custom_image", "cnf_image")  # any layers: nothing to compare; minutes for a batch's exact trace
+ROWS = [file.stem for file in sorted((conf_dir() / "model").glob("[!_]*.yaml")) if file.stem not in (*IMAGES, *OTHERS)]
 SIZES = {  # name -> shape, grey levels, batch, models
     "D = 2": ((2,), None, 256, ROWS),
     "D = 8": ((8,), None, 256, ROWS),
