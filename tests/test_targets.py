@@ -365,7 +365,7 @@ def test_the_pareto_shape_of_weights(k):
 def test_the_table_says_where_weights_are_not_reliable():
     report = dict.fromkeys(("target", "weights", "checkpoint"), "x") | {"log_z_exact": None, "examples": 9}
     report |= dict.fromkeys(("elbo", "log_z", "ess", "elbo_stderr", "log_z_stderr", "ess_stderr", "acceptance"), 0.5)
-    report["dimensions"] = 2
+    report |= {"dimensions": 2, "zero_weights": 0}
     lines = {k: target_table(report | {"pareto_shape": k}) for k in (0.5, 0.9)}
     assert "0.50\n" in lines[0.5] and "their errors are too small" in lines[0.9]
 
