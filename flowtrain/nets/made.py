@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import Dropout
-from flowtrain.runtime import native
+from flowtrain.runtime import gradients, native
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
@@ -49,7 +49,7 @@ class _Staircase(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, masked, mask = ctx.saved_tensors
         needed = ctx.needs_input_grad[0]
-        if not native.may_write(grad):
+        if not gradients.in_place(grad):
             grad_x = grad @ (weight * mask) if needed else None
             return grad_x, (grad.T @ x) * mask, grad.sum(0), None, None, None
         grad_weight, grad_x = torch.empty_like(masked), torch.empty_like(x) if needed else None

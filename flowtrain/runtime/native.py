@@ -25,9 +25,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flowtrain.runtime import modes
+from flowtrain.runtime import gradients
 
 log = logging.getLogger(__name__)
 FLAGS = "-O3 -std=c++17 -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math".split()
@@ -106,31 +105,26 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
         os.replace(built, target)
 
 
+@cache
+def function(source: Path, name: str, dtype: torch.dtype, arguments: tuple) -> Callable:
+    """The function ``name`` of a C++ file for numbers of ``dtype``, which takes ``arguments``, types of ctypes."""
+    found = getattr(load(source), f"{name}_{_NAMES[dtype]}")
+    found.argtypes, found.restype = arguments, None
+    return found
+
+
 def applies(*tensors: Tensor) -> bool:
     """Whether a C++ function may compute with ``tensors``."""
-    return in_memory(*tensors) and all(one.dtype in _TYPES for one in tensors)
+    return in_memory(*tensors) and all(one.dtype in _NAMES for one in tensors)
 
 
 def in_memory(*tensors: Tensor) -> bool:
     """Whether ``tensors`` are numbers in the CPU's memory, which nothing but autograd watches."""
-    if torch.compiler.is_compiling():
-        return False
-    for one in tensors:
-        if type(one) not in _PLAIN or not one.is_cpu:
-            return False
-    # the stack: vmap, jacrev, …
-    is_watched = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    return not is_watched and not modes.current().tracing
-
-
-def may_write(*grads: Tensor) -> bool:
-    """Whether a backward pass may compute in memory: not if it is itself differentiated, or for many gradients."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor  # of a Jacobian by vectorized gradients
-    return not torch.is_grad_enabled() and in_memory(*grads) and not any(map(is_batched, grads))
+    return gradients.only_autograd_watches() and all(type(one) in _PLAIN and one.is_cpu for one in tensors)
 
 
 _PLAIN = Tensor, torch.nn.Parameter
-_TYPES = torch.float32, torch.float64
+_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def parts(count: int, work: int) -> int:

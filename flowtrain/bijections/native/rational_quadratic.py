@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowtrain.runtime import modes, native
+from flowtrain.runtime import gradients, modes, native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Layout(ctypes.Structure):
     """Where θ lies: number i of row r has its parameter p at r·row + i·element + p·parameter."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("columns", "row", "element", "parameter")]
+
+
+# the tensors' places, the first and the last number, the layout of θ, the settings, and whether it is the inverse
+_FORWARD, _BACKWARD = (
+    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.POINTER(Layout), ctypes.c_void_p, ctypes.c_int)
+    for tensors in (4, 6)
+)
 
 
 def spline(
@@ -39,12 +44,9 @@ def spline(
         is_exported = torch.compiler.is_exporting() or modes.current().tracing
         by_operator = not is_exported and _compiles_on(values.device.type)
         return _operator(values, theta, list(settings), inverse) if by_operator else None
-    return _Spline.apply(values, theta, settings, inverse, by_torch) if applies(values, theta) else None
-
-
-def applies(*tensors: Tensor) -> bool:
-    """Whether the C++ functions are there and may compute with ``tensors``."""
-    return native.applies(*tensors) and native.load(SOURCE) is not None
+    if not native.applies(values, theta) or native.load(SOURCE) is None:
+        return None
+    return _Spline.apply(values, theta, settings, inverse, by_torch)
 
 
 @torch.compiler.assume_constant_result
@@ -62,13 +64,12 @@ class _Spline(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         values, theta = ctx.saved_tensors
-        if native.may_write(*grads):
-            return *_backward(values, theta, *grads, ctx.settings, ctx.inverse), None, None, None
-        with torch.enable_grad():
-            inputs = [one for one, needed in zip((values, theta), ctx.needs_input_grad) if needed]
-            results = ctx.by_torch(values, theta)
-            found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True, allow_unused=True))
-        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None
+        if gradients.in_place(*grads):
+            found = _backward(values, theta, *grads, ctx.settings, ctx.inverse)
+        else:
+            inputs, needed = (values, theta), ctx.needs_input_grad[:2]
+            found = gradients.by_autograd(lambda: ctx.by_torch(*inputs), inputs, needed, grads)
+        return *found, None, None, None
 
 
 def _forward(values: Tensor, theta: Tensor, settings: Sequence[float], inverse: bool) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def _forward(values: Tensor, theta: Tensor, settings: Sequence[float], inverse: 
     results = torch.empty_like(values), torch.empty_like(values)
     rows, layout = _rows(theta, values)
     pointers = [one.data_ptr() for one in (values, rows, *results)]
-    function, numbers = _function("forward", values.dtype), _numbers(settings)
+    function, numbers = native.function(SOURCE, "forward", values.dtype, _FORWARD), _numbers(settings)
 
     def compute(part, first, last):
         function(*pointers, first, last, layout, numbers, inverse)
@@ -100,7 +101,7 @@ def _backward(
     grad_values = torch.empty_like(values)
     grad_rows = rows.new_zeros(sums, *rows.shape) if sums else grad_rows[None]
     pointers = [one.data_ptr() for one in (values, rows, *inputs[1:], grad_values)]
-    function, numbers = _function("backward", values.dtype), _numbers(settings)
+    function, numbers = native.function(SOURCE, "backward", values.dtype, _BACKWARD), _numbers(settings)
 
     def compute(part, first, last):
         function(*pointers, grad_rows[part if sums else 0].data_ptr(), first, last, layout, numbers, inverse)
@@ -122,16 +123,6 @@ def _rows(theta: Tensor, values: Tensor) -> tuple[Tensor, Layout]:
 
 def _numbers(settings: Sequence[float]) -> ctypes.Array:
     return (ctypes.c_double * len(settings))(*settings)
-
-
-@cache
-def _function(direction: str, dtype: torch.dtype) -> Callable:
-    function = getattr(native.load(SOURCE), f"{direction}_{_NAMES[dtype]}")
-    tensors = 4 if direction == "forward" else 6
-    layout = ctypes.POINTER(Layout)
-    function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 2 + [layout, ctypes.c_void_p, ctypes.c_int]
-    function.restype = None
-    return function
 
 
 # ---- for torch.compile, an operator with a gradient; in eager mode the function above costs less

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowtrain.runtime import native
+from flowtrain.runtime import gradients, native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LONGEST = 32  # a longer vector's products are faster as products of matrices
 PERMUTE, SCALE, TRIANGULAR = range(3)
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Step(NamedTuple):
@@ -39,6 +37,12 @@ class _Step(ctypes.Structure):
         ("kind", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("order", "first", "second", "grad_first", "grad_second")),
     ]
+
+
+# the tensors' places, the first and the last row, the size, the steps and their number
+_FORWARD, _BACKWARD = (
+    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 3, ctypes.POINTER(_Step), ctypes.c_int64) for tensors in (3, 4)
+)
 
 
 def may_apply(size: int) -> bool:
@@ -68,7 +72,7 @@ class _Affine(torch.autograd.Function):
         x = x.contiguous()
         y, log_det = torch.empty_like(x), x.new_empty(len(x))
         size, pointers = x.shape[1], [one.data_ptr() for one in (x, y, log_det)]
-        table, function = _table(steps, None), _function("forward", x.dtype)
+        table, function = _table(steps, None), native.function(SOURCE, "forward", x.dtype, _FORWARD)
 
         def compute(part, first, last):
             function(*pointers, first, last, size, table, len(steps))
@@ -79,30 +83,22 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, *numbers = ctx.saved_tensors
-        if not native.may_write(*grads):
-            return _differentiable_gradients(ctx, x, numbers, grads)
+        if not gradients.in_place(*grads):
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+            found = gradients.by_autograd(lambda: ctx.by_torch(x), (x, *numbers), needed, grads)
+            return found[0], None, None, *found[1:]
         x, grads = x.contiguous(), [one.contiguous() for one in grads]
         size, grad_x = x.shape[1], torch.empty_like(x)
-        parts = native.parts(len(x), size * size)
-        found = [[torch.zeros_like(one) for one in numbers] for _ in range(parts)]
+        found = [[torch.zeros_like(one) for one in numbers] for _ in range(native.parts(len(x), size * size))]
         tables = [_table(ctx.steps, one) for one in found]
         pointers = [one.data_ptr() for one in (x, *grads, grad_x)]
-        function, count = _function("backward", x.dtype), len(ctx.steps)
+        function, count = native.function(SOURCE, "backward", x.dtype, _BACKWARD), len(ctx.steps)
 
         def compute(part, first, last):
             function(*pointers, first, last, size, tables[part], count)
 
         native.in_parts(compute, len(x), size * size)
         return grad_x, None, None, *(sum(same[1:], same[0]) for same in zip(*found))
-
-
-def _differentiable_gradients(ctx, x, numbers, grads):
-    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-    with torch.enable_grad():
-        inputs = [one for one, is_needed in zip((x, *numbers), needed) if is_needed]
-        found = iter(torch.autograd.grad(ctx.by_torch(x), inputs, grads, create_graph=True, allow_unused=True))
-    grad_x, *others = (next(found) if is_needed else None for is_needed in needed)
-    return grad_x, None, None, *others
 
 
 def _table(steps: Sequence[Step], grads: list[Tensor] | None) -> ctypes.Array:
@@ -117,12 +113,3 @@ def _table(steps: Sequence[Step], grads: list[Tensor] | None) -> ctypes.Array:
                 setattr(row, name, numbers.data_ptr())
                 setattr(row, f"grad_{name}", next(each).data_ptr() if grads else None)
     return table
-
-
-@cache
-def _function(direction: str, dtype: torch.dtype) -> Callable:
-    function = getattr(native.load(SOURCE), f"{direction}_{_NAMES[dtype]}")
-    tensors = 3 if direction == "forward" else 4
-    function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 3 + [ctypes.POINTER(_Step), ctypes.c_int64]
-    function.restype = None
-    return function
