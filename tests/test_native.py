@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flowtrain import bijections as b
+from flowtrain import nets
 from flowtrain.bijections.bijection import apply_in_turn, fuse
 from flowtrain.bijections.channels import FusedVectorAffine
 from flowtrain.bijections.native import rational_quadratic, vector_affine
@@ -129,6 +130,31 @@ def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
     torch.testing.assert_close(fused.inverse(fused(x)[0])[0], x)
     longer = permuted_lu_actnorm((vector_affine.LONGEST + 1,))
     assert len(fuse(longer)) == 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [2, 5, 6])
+@pytest.mark.parametrize(
+    "partition", [b.Halves, partial(b.Halves, swap=True), b.Alternate, partial(b.Alternate, first=1)]
+)
+@pytest.mark.parametrize("kind", [b.RationalQuadratic, b.SoftClippedRationalQuadratic])
+def test_one_call_maps_both_parts_of_a_coupling(kind, partition, size, monkeypatch):
+    torch.manual_seed(0)
+    unconditional = partial(b.Elementwise, univariate=kind)
+    layer = b.Coupling((size,), kind, partial(nets.MLP, hidden=8), partition, unconditional).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    x = (2 * torch.randn(ROWS, size, dtype=torch.float64)).requires_grad_()
+    inputs = x, *layer.parameters()
+    found = gradients(lambda x, *_: layer(x), *inputs)
+    calls = []
+    monkeypatch.setattr(rational_quadratic, "spline_of_parts", lambda *args: calls.append(args))
+    for one, other in zip(found, gradients(lambda x, *_: layer(x), *inputs)):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+    assert len(calls) == 1
+    torch.testing.assert_close(layer.inverse(found[0])[0], x)
+    monkeypatch.undo()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x), (x[:2].detach().requires_grad_(),))
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.bijection import Bijection, full_precision, size, sum_event
+from flowtrain.bijections.elementwise import Elementwise
 from flowtrain.bijections.univariate import Univariate, per_element
 
 
@@ -166,6 +167,7 @@ class Coupling(Bijection):
     """
 
     reversible = True  # if ``unconditional`` is
+    places: Tensor | None  # of the numbers of a vector, where one call of τ may map both parts; on the CPU
 
     def __init__(
         self,
@@ -192,10 +194,18 @@ class Coupling(Bijection):
             )
         self.unconditional = unconditional and unconditional(shape=conditioning, context_shape=context_shape)
         self.reversible = type(self).reversible and (self.unconditional is None or self.unconditional.reversible)
+        self.places = None
+        is_elementwise = type(self.unconditional) is Elementwise and len(self.shape) == 1
+        if is_elementwise and self.univariate.joins(self.unconditional.univariate):
+            numbers = [torch.arange(n, device="cpu")[None] for n in (*conditioning, *transformed)]
+            self.places = self.partition.merge(-1 - numbers[0], numbers[1])[0]
 
     def forward(self, x, context=None):
         conditioning, transformed = self.partition.split(x)
-        transformed, log_det = self._map(self.univariate, transformed, self._theta(conditioning, context))
+        theta = self._theta(conditioning, context)
+        if self.places is not None and (joined := self._map_both(x, theta)):
+            return joined
+        transformed, log_det = self._map(self.univariate, transformed, theta)
         if self.unconditional is not None:
             conditioning, unconditional_log_det = self.unconditional(conditioning, context)
             log_det = log_det + unconditional_log_det
@@ -234,6 +244,18 @@ class Coupling(Bijection):
 
     def _theta(self, conditioning, context):
         return per_element(self.net(conditioning, context).to(conditioning.dtype), self.univariate.params)
+
+    def _map_both(self, x, theta):
+        """Both parts by one call of τ; None where it has none."""
+
+        def in_turn(x, theta, shared):
+            conditioning, transformed = self.partition.split(x)
+            conditioning, transformed = self.univariate(conditioning, shared), self.univariate(transformed, theta)
+            return [self.partition.merge(*pair) for pair in zip(conditioning, transformed)]
+
+        with full_precision(x):
+            joined = self.univariate.of_parts(x, theta, self.unconditional.theta, self.places, in_turn)
+        return joined and (joined[0], sum_event(joined[1]))
 
     def _map(self, univariate, transformed, theta):
         with full_precision(transformed):

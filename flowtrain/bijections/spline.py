@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowtrain.bijections.native.rational_quadratic import spline as native_spline
+from flowtrain.bijections.native import rational_quadratic as native
 from flowtrain.bijections.univariate import ExpAffine, Univariate, soft_clip
 
 
@@ -122,10 +122,17 @@ class RationalQuadratic(Univariate):
     def inverse(self, y, theta):
         return self._by_native(y, theta, True, self._inverse) or self._inverse(y, theta)
 
+    def joins(self, other):
+        settings = self._settings()
+        return settings is not None and type(self) is type(other) and settings == other._settings()
+
+    def of_parts(self, x, theta, shared, places, in_turn):
+        return native.spline_of_parts(x, theta, shared, places, self._settings(), in_turn)
+
     def _by_native(self, values, theta, inverse, by_torch):
         """The map by a C++ function; None where that does not apply."""
         settings = self._settings()
-        return settings and native_spline(values, theta, settings, inverse, by_torch)
+        return settings and native.spline(values, theta, settings, inverse, by_torch)
 
     def _settings(self) -> tuple[float, ...] | None:
         """For C++; None for a subclass, which has a map of its own."""

@@ -6,6 +6,7 @@ The review of Papamakarios et al. (2021, section 3.1) calls these maps transform
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,22 @@ class Univariate(nn.Module):
     def inverse(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dx/dy."""
         raise NotImplementedError
+
+    def joins(self, other: Univariate) -> bool:
+        """Whether ``other`` is the same map, of other numbers, and :meth:`of_parts` may map both."""
+        return False
+
+    def of_parts(
+        self, x: Tensor, theta: Tensor, shared: Tensor, places: Tensor, in_turn: Callable
+    ) -> tuple[Tensor, Tensor] | None:
+        """:meth:`forward` of vectors (B, D) of which some numbers have θ (B, n, params), and all rows share that of the
+        others, (D − n, params); None where two calls must do it.
+
+        Args:
+            places: (D,), i for a number that has ``theta[:, i]`` and −1 − i for one that has ``shared[i]``.
+            in_turn: the same function of x, ``theta`` and ``shared`` by two calls.
+        """
+        return None
 
     def guide(self, theta: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
         """θ of the map whose density is p·(p/q)ʷ up to a constant, with p that of ``theta`` on a standard normal base

@@ -18,6 +18,7 @@ from flowtrain.engine.compile_choice import CompileChoice
 from flowtrain.engine.compiling import Compilation
 from flowtrain.engine.divergence import examine
 from flowtrain.engine.ema import EMA
+from flowtrain.engine.flat_weights import FlatWeights
 from flowtrain.engine.loggers import Loggers
 from flowtrain.engine.objectives import Objective
 from flowtrain.engine.peak import peak_memory
@@ -29,7 +30,7 @@ from flowtrain.engine.saving import Checkpoints, InMemory
 from flowtrain.engine.state import Stateful
 from flowtrain.engine.statistics import LayerStatistics, counts
 from flowtrain.engine.threads import Threads
-from flowtrain.engine.training_pass import TrainingPass, clip_gradient
+from flowtrain.engine.training_pass import TrainingPass
 from flowtrain.engine.validation import Validation
 from flowtrain.engine.weights import Weights
 from flowtrain.errors import FlowtrainError, Interrupted
@@ -97,9 +98,8 @@ class Trainer(Stateful):
         self.validation, self.previews = validation, previews
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
-        self.weights = Weights(flow, optimizer, ema)
+        self.weights = (FlatWeights if FlatWeights.fit(flow, optimizer) else Weights)(flow, optimizer, ema)
         self.begin_step = getattr(objective, "begin_step", lambda spent: None)
-        self.parameters = [*flow.parameters()]  # to find them takes as long as to launch a step of the optimizer
         self.training_pass = training_pass or TrainingPass(flow, objective, config.seed, config.trainer.accumulate)
         if distributed.world() > 1:
             self.training_pass.synchronize()
@@ -145,6 +145,7 @@ class Trainer(Stateful):
                 self.save()
                 raise
             self.save()
+            self.weights.release()
             check_signals()
 
     # ---- a step
@@ -175,12 +176,12 @@ class Trainer(Stateful):
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss on this process's slice of a global batch, and the norm of the global gradient, on the device."""
         self.batch = batch
-        return self.backward(), clip_gradient(self.parameters, self.config.trainer.clip)
+        return self.backward(), self.weights.clip(self.config.trainer.clip)
 
     def backward(self) -> Tensor:
         if not self.flow.training:
             self.flow.train()
-        for parameter in self.parameters:
+        for parameter in self.weights.parameters:
             parameter.grad = None
         self.begin_step(self.progress())
         place = self.step, distributed.rank(), distributed.world()

@@ -118,15 +118,6 @@ def synchronize_gradients(module: nn.Module, static_graph: bool) -> DistributedD
         )
 
 
-def clip_gradient(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of the gradient of all ``parameters``, which is then scaled down to ``limit``."""
-    found = [one.grad for one in parameters if one.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
-    if limit:
-        torch._foreach_mul_(found, (limit / (norm + 1e-6)).clamp_(max=1.0))
-    return norm
-
-
 class _Loss(nn.Module):
     """``objective.loss(flow, batch)`` as a module: DistributedDataParallel wraps the forward pass of a module."""
 

@@ -19,6 +19,7 @@ class Weights:
     def __init__(self, flow: Flow, optimizer: torch.optim.Optimizer, ema: EMA | None):
         self.flow, self.optimizer, self.ema = flow, optimizer, ema
         self.asynchronous = any(parameter.is_cuda for parameter in flow.parameters())
+        self.parameters = [*flow.parameters()]  # to find them takes as long as to launch a step of the optimizer
         self.highest_rates = [group["lr"] for group in optimizer.param_groups]
 
     @property
@@ -33,6 +34,14 @@ class Weights:
         for group, highest in zip(self.optimizer.param_groups, self.highest_rates):
             group["lr"] = highest * factor
 
+    def clip(self, limit: float | None) -> Tensor:
+        """The norm of the gradient of all parameters, which is then scaled down to ``limit``."""
+        found = [one.grad for one in self.parameters if one.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+        if limit:
+            torch._foreach_mul_(found, (limit / (norm + 1e-6)).clamp_(max=1.0))
+        return norm
+
     def step(self, condition: Tensor | None = None) -> None:
         """Step along the gradient; not where ``condition``, which stays on its device, is false."""
         if condition is None:
@@ -45,6 +54,9 @@ class Weights:
     def update_average(self, step: int) -> None:
         if self.ema:
             self.ema.update(step)
+
+    def release(self) -> None:
+        """To be called after the last step."""
 
     @property
     def average(self) -> Flow:

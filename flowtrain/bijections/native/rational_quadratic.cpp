@@ -19,9 +19,20 @@ struct Settings {
 
 inline int64_t parameters_of(const Settings& s) { return 3 * int64_t(s.bins) - 1; }
 
-// Where θ lies: number i of row r has its parameter p at r·row + i·element + p·parameter.
+// Where θ of some numbers lies: number i of row r has its parameter p at r·row + i·element + p·parameter. Rows that share
+// θ (row = 0) add up their gradients, which start at 0.
+struct Source {
+  const void* theta;
+  void* grad;
+  int64_t row, element, parameter;
+};
+
+// The number in a column is number ``place`` of the first source, or −1 − place of the second where that is negative;
+// without places it is that of the column.
 struct Layout {
-  int64_t columns, row, element, parameter;
+  int64_t columns;
+  const int64_t* places;
+  Source sources[2];
 };
 
 // exp for x ≤ 88 and log for positive normal x, in arithmetic that vectorizes: errors below 2 units in the last place.
@@ -81,25 +92,47 @@ template <class T>
 struct Block {
   std::vector<T> theta;    // (3·bins − 1, WIDTH); the logits become the shares of the softmaxes
   std::vector<T> damping;  // (2·bins, WIDTH): the derivatives of softly clipped logits
-  int64_t address[WIDTH];
+  const T* from[WIDTH];
+  T* to[WIDTH];
+  int64_t stride[WIDTH];
+  bool adds[WIDTH];
   T index[WIDTH], before[2][WIDTH], own[2][WIDTH], number[2][WIDTH], slope[2][WIDTH];
   T start[2][WIDTH], size[2][WIDTH], t[WIDTH], value[WIDTH];
 
   explicit Block(const Settings& s) : theta(parameters_of(s) * WIDTH), damping(s.soft ? theta.size() : 0) {}
 
-  void load(const T* from, int64_t first, int count, int64_t parameters, const Layout& at) {
+  void load(int64_t first, int count, int64_t parameters, const Layout& at) {
     int64_t row = first / at.columns, column = first % at.columns;
+    bool packed = true;
     for (int i = 0; i < WIDTH; i++) {
-      address[i] = row * at.row + column * at.element;
+      const int64_t place = at.places ? at.places[column] : column;
+      const Source& source = at.sources[place < 0];
+      const int64_t offset = row * source.row + (place < 0 ? -1 - place : place) * source.element;
+      from[i] = static_cast<const T*>(source.theta) + offset;
+      to[i] = static_cast<T*>(source.grad) + offset;
+      stride[i] = source.parameter, adds[i] = source.row == 0;
+      packed = packed && source.parameter == 1;
       if (i + 1 < count && ++column == at.columns) column = 0, row++;
     }
-    if (at.parameter == 1) {
+    if (packed) {
       for (int i = 0; i < WIDTH; i++)
-        for (int64_t p = 0; p < parameters; p++) theta[p * WIDTH + i] = from[address[i] + p];
+        for (int64_t p = 0; p < parameters; p++) theta[p * WIDTH + i] = from[i][p];
     } else {
       for (int64_t p = 0; p < parameters; p++)
-        for (int i = 0; i < WIDTH; i++) theta[p * WIDTH + i] = from[address[i] + p * at.parameter];
+        for (int i = 0; i < WIDTH; i++) theta[p * WIDTH + i] = from[i][p * stride[i]];
     }
+  }
+
+  void store(const std::vector<T>& grad, int count, int64_t parameters) {
+    for (int i = 0; i < count; i++)
+      if (adds[i]) {
+        for (int64_t p = 0; p < parameters; p++) to[i][p * stride[i]] += grad[p * WIDTH + i];
+      } else if (stride[i] == 1) {
+        for (int64_t p = 0; p < parameters; p++) to[i][p] = grad[p * WIDTH + i];
+      }
+    for (int64_t p = 0; p < parameters; p++)
+      for (int i = 0; i < count; i++)
+        if (!adds[i] && stride[i] != 1) to[i][p * stride[i]] = grad[p * WIDTH + i];
   }
 
   void find(const Settings& s, const T* values, int count, int axis) {
@@ -184,12 +217,12 @@ struct Block {
 };
 
 template <class T>
-void run(const T* values, const T* theta, T* out, T* log_slope, int64_t first, int64_t last, const Layout& at,
-         const Settings& s, int inverse) {
+void run(const T* values, T* out, T* log_slope, int64_t first, int64_t last, const Layout& at, const Settings& s,
+         int inverse) {
   Block<T> block(s);
   for (int64_t from = first; from < last; from += WIDTH) {
     const int count = last - from < WIDTH ? int(last - from) : WIDTH;
-    block.load(theta, from, count, parameters_of(s), at);
+    block.load(from, count, parameters_of(s), at);
     block.find(s, values + from, count, inverse);
     T y[WIDTH], slope[WIDTH];
     for (int i = 0; i < WIDTH; i++) {
@@ -207,16 +240,16 @@ void run(const T* values, const T* theta, T* out, T* log_slope, int64_t first, i
   }
 }
 
-// The gradients of values and θ, given those of both results. θ that all rows share adds up: its gradient starts at 0.
+// The gradients of values and θ, given those of both results.
 template <class T>
-void run_backward(const T* values, const T* theta, const T* grad_out, const T* grad_log, T* grad_values, T* grad_theta,
-                  int64_t first, int64_t last, const Layout& at, const Settings& s, int inverse) {
+void run_backward(const T* values, const T* grad_out, const T* grad_log, T* grad_values, int64_t first, int64_t last,
+                  const Layout& at, const Settings& s, int inverse) {
   const int64_t bins = int64_t(s.bins), parameters = parameters_of(s);
   Block<T> block(s);
   std::vector<T> grad(parameters * WIDTH);
   for (int64_t from = first; from < last; from += WIDTH) {
     const int count = last - from < WIDTH ? int(last - from) : WIDTH;
-    block.load(theta, from, count, parameters, at);
+    block.load(from, count, parameters, at);
     block.find(s, values + from, count, inverse);
     T of_start[2][WIDTH], of_size[2][WIDTH], of_number[2][WIDTH], dot[2][WIDTH], of_value[WIDTH];
     bool inside[WIDTH];
@@ -290,30 +323,21 @@ void run_backward(const T* values, const T* theta, const T* grad_out, const T* g
       }
     }
     for (int i = 0; i < count; i++) grad_values[from + i] = inside[i] ? of_value[i] : a_out[i];
-    if (at.row == 0) {
-      for (int i = 0; i < count; i++)
-        for (int64_t p = 0; p < parameters; p++) grad_theta[block.address[i] + p * at.parameter] += grad[p * WIDTH + i];
-    } else if (at.parameter == 1) {
-      for (int i = 0; i < count; i++)
-        for (int64_t p = 0; p < parameters; p++) grad_theta[block.address[i] + p] = grad[p * WIDTH + i];
-    } else {
-      for (int64_t p = 0; p < parameters; p++)
-        for (int i = 0; i < count; i++) grad_theta[block.address[i] + p * at.parameter] = grad[p * WIDTH + i];
-    }
+    block.store(grad, count, parameters);
   }
 }
 
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                                               \
-  extern "C" void forward_##NAME(const T* values, const T* theta, T* out, T* log_slope, int64_t first, int64_t last,  \
-                                 const Layout* at, const Settings* settings, int inverse) {                           \
-    run<T>(values, theta, out, log_slope, first, last, *at, *settings, inverse);                                      \
+  extern "C" void forward_##NAME(const T* values, T* out, T* log_slope, int64_t first, int64_t last, const Layout* at, \
+                                 const Settings* settings, int inverse) {                                             \
+    run<T>(values, out, log_slope, first, last, *at, *settings, inverse);                                             \
   }                                                                                                                   \
-  extern "C" void backward_##NAME(const T* values, const T* theta, const T* grad_out, const T* grad_log,              \
-                                  T* grad_values, T* grad_theta, int64_t first, int64_t last, const Layout* at,       \
-                                  const Settings* settings, int inverse) {                                            \
-    run_backward<T>(values, theta, grad_out, grad_log, grad_values, grad_theta, first, last, *at, *settings, inverse); \
+  extern "C" void backward_##NAME(const T* values, const T* grad_out, const T* grad_log, T* grad_values,              \
+                                  int64_t first, int64_t last, const Layout* at, const Settings* settings,            \
+                                  int inverse) {                                                                      \
+    run_backward<T>(values, grad_out, grad_log, grad_values, first, last, *at, *settings, inverse);                   \
   }
 
 EXPORT(float32, float)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +16,25 @@ from flowtrain.runtime import gradients, modes, native
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-class Layout(ctypes.Structure):
-    """Where θ lies: number i of row r has its parameter p at r·row + i·element + p·parameter."""
+class Source(ctypes.Structure):
+    """Where θ lies, and its gradient: number i of row r has its parameter p at r·row + i·element + p·parameter."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("columns", "row", "element", "parameter")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("theta", "grad")),
+        *((name, ctypes.c_int64) for name in ("row", "element", "parameter")),
+    ]
+
+
+class Layout(ctypes.Structure):
+    """The columns of a row of numbers, and the sources of their θ."""
+
+    _fields_ = [("columns", ctypes.c_int64), ("places", ctypes.c_void_p), ("sources", Source * 2)]
 
 
 # the tensors' places, the first and the last number, the layout of θ, the settings, and whether it is the inverse
 _FORWARD, _BACKWARD = (
     (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.POINTER(Layout), ctypes.c_void_p, ctypes.c_int)
-    for tensors in (4, 6)
+    for tensors in (3, 4)
 )
 
 
@@ -46,7 +57,25 @@ def spline(
         return _operator(values, theta, list(settings), inverse) if by_operator else None
     if not native.applies(values, theta) or native.load(SOURCE) is None:
         return None
-    return _Spline.apply(values, theta, settings, inverse, by_torch)
+    return _Spline.apply(values, theta, None, None, settings, inverse, by_torch)
+
+
+def spline_of_parts(
+    values: Tensor, theta: Tensor, shared: Tensor, places: Tensor, settings: Sequence[float], by_torch: Callable
+) -> tuple[Tensor, Tensor] | None:
+    """The map and the logarithms of its derivatives of vectors (B, D) of which some numbers have parameters of their
+    own in each row, and all rows share those of the others; None where C++ does not apply.
+
+    Args:
+        theta: of the former, (B, n, parameters).
+        shared: of the latter, (D − n, parameters).
+        places: (D,), i for a number that has ``theta[:, i]`` and −1 − i for one that has ``shared[i]``.
+    """
+    if not native.applies(values, theta, shared) or native.load(SOURCE) is None:
+        return None
+    if not values.dtype == theta.dtype == shared.dtype:
+        return None
+    return _Spline.apply(values, theta, shared, places, settings, False, by_torch)
 
 
 @torch.compiler.assume_constant_result
@@ -56,72 +85,111 @@ def _compiles_on(device: str) -> bool:
 
 class _Spline(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, theta, settings, inverse, by_torch):
-        ctx.save_for_backward(values, theta)
-        ctx.settings, ctx.inverse, ctx.by_torch = settings, inverse, by_torch
-        return _forward(values, theta, settings, inverse)
+    def forward(ctx, values, theta, shared, places, settings, inverse, by_torch):
+        ctx.save_for_backward(values, theta, shared)
+        ctx.places, ctx.settings, ctx.inverse, ctx.by_torch = places, settings, inverse, by_torch
+        return _forward(values, theta, shared, places, settings, inverse)
 
     @staticmethod
     def backward(ctx, *grads):
-        values, theta = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         if gradients.in_place(*grads):
-            found = _backward(values, theta, *grads, ctx.settings, ctx.inverse)
+            found = _backward(*inputs, ctx.places, *grads, ctx.settings, ctx.inverse)
         else:
-            inputs, needed = (values, theta), ctx.needs_input_grad[:2]
-            found = gradients.by_autograd(lambda: ctx.by_torch(*inputs), inputs, needed, grads)
-        return *found, None, None, None
+            given = [one for one in inputs if one is not None]
+            needed = ctx.needs_input_grad[: len(given)]
+            found = gradients.by_autograd(lambda: ctx.by_torch(*given), given, needed, grads)
+        return *found, *[None] * (7 - len(found))
 
 
-def _forward(values: Tensor, theta: Tensor, settings: Sequence[float], inverse: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    values: Tensor, theta: Tensor, shared: Tensor | None, places: Tensor | None, settings, inverse: bool
+) -> tuple[Tensor, Tensor]:
     values = values.contiguous()
     results = torch.empty_like(values), torch.empty_like(values)
-    rows, layout = _rows(theta, values)
-    pointers = [one.data_ptr() for one in (values, rows, *results)]
+    rows = [_rows(one, values) for one in (theta, shared) if one is not None]
+    pointers = [one.data_ptr() for one in (values, *results)]
     function, numbers = native.function(SOURCE, "forward", values.dtype, _FORWARD), _numbers(settings)
+    layout = _layout(places, rows)
 
     def compute(part, first, last):
         function(*pointers, first, last, layout, numbers, inverse)
 
-    native.in_parts(compute, values.numel(), rows.shape[-1])
+    native.in_parts(compute, values.numel(), theta.shape[-1])
     return results
 
 
 def _backward(
-    values: Tensor, theta: Tensor, grad_out: Tensor, grad_log: Tensor, settings: Sequence[float], inverse: bool
-) -> tuple[Tensor, Tensor]:
+    values: Tensor,
+    theta: Tensor,
+    shared: Tensor | None,
+    places: Tensor | None,
+    grad_out: Tensor,
+    grad_log: Tensor,
+    settings,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     inputs = [one.contiguous() for one in (values, grad_out, grad_log)]
-    values = inputs[0]
-    rows, layout = _rows(theta, values)
-    grad_rows = torch.empty_like(rows)
-    if grad_rows.stride() != rows.stride():  # a part of a larger tensor: the gradient has a layout of its own
-        rows, layout = _rows(theta.contiguous(), values)
-        grad_rows = torch.empty_like(rows)
-    # θ that all rows share has a sum of gradients for each thread
-    sums = native.parts(values.numel(), rows.shape[-1]) if layout.row == 0 else 0
+    values, parameters = inputs[0], theta.shape[-1]
+    parts, rows, grads = native.parts(values.numel(), parameters), [], []
+    for one in (theta, shared):
+        if one is None:
+            continue
+        found, grad = _rows(one, values), None
+        if is_shared := not found.row:  # a sum of gradients for each thread
+            grad = found.numbers.new_zeros(parts, *found.numbers.shape)
+        elif (grad := torch.empty_like(found.numbers)).stride() != found.numbers.stride():
+            found = _rows(one.contiguous(), values)  # a part of a larger tensor: the gradient has a layout of its own
+            grad = torch.empty_like(found.numbers)
+        rows.append(found)
+        grads.append(grad if is_shared else grad.expand(parts, *grad.shape))
     grad_values = torch.empty_like(values)
-    grad_rows = rows.new_zeros(sums, *rows.shape) if sums else grad_rows[None]
-    pointers = [one.data_ptr() for one in (values, rows, *inputs[1:], grad_values)]
+    pointers = [one.data_ptr() for one in (*inputs, grad_values)]
     function, numbers = native.function(SOURCE, "backward", values.dtype, _BACKWARD), _numbers(settings)
+    layouts = [_layout(places, rows, [one[part] for one in grads]) for part in range(parts)]
 
     def compute(part, first, last):
-        function(*pointers, grad_rows[part if sums else 0].data_ptr(), first, last, layout, numbers, inverse)
+        function(*pointers, first, last, layouts[part], numbers, inverse)
 
-    native.in_parts(compute, values.numel(), rows.shape[-1])
-    return grad_values, (grad_rows.sum(0) if sums > 1 else grad_rows[0]).view(theta.shape)
+    native.in_parts(compute, values.numel(), parameters)
+    found = [
+        (grad[0] if parts == 1 or of.row else grad.sum(0)).view(one.shape)
+        for of, grad, one in zip(rows, grads, (theta, shared))
+    ]
+    return grad_values, *found
 
 
-def _rows(theta: Tensor, values: Tensor) -> tuple[Tensor, Layout]:
-    """θ as rows of numbers (B, n, parameters), or (n, parameters) where all rows share it, and its layout."""
+class _Rows(NamedTuple):
+    """θ as rows of numbers (B, n, parameters), or (n, parameters) where all rows share it, and its strides; that of the
+    row is 0 where all share it."""
+
+    numbers: Tensor
+    row: int
+    element: int
+    parameter: int
+
+
+def _rows(theta: Tensor, values: Tensor) -> _Rows:
     shared = theta.dim() == values.dim()
     first = 0 if shared else 1
-    rows = theta.flatten(first, -2) if theta.dim() > first + 1 else theta.unsqueeze(first)
+    rows = theta.flatten(first, -2) if theta.dim() > first + 2 else theta
+    if theta.dim() < first + 2:
+        rows = theta.unsqueeze(first)
     if shared or 0 in rows.stride():  # an expanded θ: each number's gradient needs a place of its own
         rows = rows.contiguous()
-    row = 0 if shared else rows.stride(0)
-    return rows, Layout(rows.shape[-2], row, *rows.stride()[-2:])
+    strides = rows.stride()
+    return _Rows(rows, *((0, *strides) if shared else strides))
 
 
-def _numbers(settings: Sequence[float]) -> ctypes.Array:
+def _layout(places: Tensor | None, rows: Sequence[_Rows], grads: Sequence[Tensor] = ()) -> Layout:
+    columns = rows[0].numbers.shape[-2] if places is None else len(places)
+    to = [one.data_ptr() for one in grads] or [None] * len(rows)
+    sources = [Source(one.numbers.data_ptr(), grad, *one[1:]) for one, grad in zip(rows, to)]
+    return Layout(columns, None if places is None else places.data_ptr(), (Source * 2)(*sources))
+
+
+@cache
+def _numbers(settings: tuple[float, ...]) -> ctypes.Array:
     return (ctypes.c_double * len(settings))(*settings)
 
 
@@ -130,14 +198,14 @@ def _numbers(settings: Sequence[float]) -> ctypes.Array:
 
 @torch.library.custom_op("flowtrain::rational_quadratic", mutates_args=(), device_types="cpu")
 def _operator(values: Tensor, theta: Tensor, settings: list[float], inverse: bool) -> tuple[Tensor, Tensor]:
-    return _forward(values, theta, settings, inverse)
+    return _forward(values, theta, None, None, tuple(settings), inverse)
 
 
 @torch.library.custom_op("flowtrain::rational_quadratic_backward", mutates_args=(), device_types="cpu")
 def _operator_backward(
     values: Tensor, theta: Tensor, grad_out: Tensor, grad_log: Tensor, settings: list[float], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_values, grad_theta = _backward(values, theta, grad_out, grad_log, settings, inverse)
+    grad_values, grad_theta = _backward(values, theta, None, None, grad_out, grad_log, tuple(settings), inverse)
     return grad_values, grad_theta.contiguous()
 
 
