@@ -195,7 +195,7 @@ class RationalQuadratic(Univariate):
         return (slopes * here[1:]).sum(0), (slopes * here[:-1]).sum(0)
 
 
-class AffineRationalQuadratic(RationalQuadratic):
+class AffineRationalQuadratic(Univariate):
     """y = spline((x + t)·exp(s)): a :class:`RationalQuadratic` spline whose place and scale are parameters too, where
     that alone is the identity outside [−bound, bound].
 
@@ -223,17 +223,18 @@ class AffineRationalQuadratic(RationalQuadratic):
         min_derivative: float = 1e-3,
         scale_bound: float = 10.0,
     ):
-        super().__init__(shape, bins, bound, min_width, min_height, min_derivative)
+        super().__init__(shape)
+        self.spline = RationalQuadratic(shape, bins, bound, min_width, min_height, min_derivative)
         self.affine = ExpAffine(shape, scale_bound)
-        self.params += self.affine.params
+        self.params = self.spline.params + self.affine.params
 
     def forward(self, x, theta):
         inner, log_scale = self.affine(x, theta[..., -2:])
-        y, log_slope = super().forward(inner, theta[..., :-2])
+        y, log_slope = self.spline(inner, theta[..., :-2])
         return y, log_scale + log_slope
 
     def inverse(self, y, theta):
-        inner, log_slope = super().inverse(y, theta[..., :-2])
+        inner, log_slope = self.spline.inverse(y, theta[..., :-2])
         x, log_scale = self.affine.inverse(inner, theta[..., -2:])
         return x, log_scale + log_slope
 
