@@ -89,8 +89,9 @@ def data_digest(split: Split, restored: Restored) -> str:
 
 def split_batches(split: Split, config: TrainConfig, device, examples: int | None = None, rows: int = 256):
     """This process's batches of at most ``rows`` of a split for evaluation: (indices, examples, context)."""
-    rank, world = distributed.rank(), distributed.world()
-    return evaluation_batches(split, rows, device, rank, world, examples, config.trainer.workers)
+    place = distributed.rank(), distributed.world()
+    as_many = config.trainer.strategy == "fsdp"  # whose processes gather weights together
+    return evaluation_batches(split, rows, device, *place, examples, config.trainer.workers, as_many)
 
 
 @torch.no_grad()

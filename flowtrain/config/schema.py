@@ -34,6 +34,7 @@ class TrainerConfig:
     init_batch: int | None = number(least=1)
     workers: int = number(least=0, below=257)
     cuda_graph: Literal["auto"] | bool
+    strategy: Literal["ddp", "fsdp"]
     layer_statistics: bool
     profile: bool
 

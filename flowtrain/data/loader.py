@@ -113,6 +113,7 @@ def evaluation_batches(
     world: int = 1,
     examples: int | None = None,
     workers: int = 0,
+    as_many: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Yield (indices (b,) on the CPU, examples (b, *shape), context (b, *context_shape) or None): every example
     exactly once over all processes.
@@ -124,14 +125,21 @@ def evaluation_batches(
         examples: read only this many, evenly spaced, since a folder is often sorted by class; None reads all.
         workers: number of processes that decode images, for a split that streams. With ``on_bad=skip`` an unreadable
             image is left out, not replaced.
+        as_many: batches on each process; where one has fewer, it gets one without examples at the end.
     """
     length = len(split)
     number = length if examples is None else min(examples, length)
     chosen = torch.arange(number) * length // max(number, 1)
-    batches = chosen.split(batch_size)[rank::world] if number else ()
-    for index, x, context in _take(split.to(device), batches, workers):
+    batches = chosen.split(batch_size) if number else ()
+    own, count = batches[rank::world], 0
+    for index, x, context in _take(split.to(device), own, workers):
         if len(index):
             yield index, x, context
+            count += 1
+    while as_many and count < -(-len(batches) // world):
+        for index, x, context in _take(split, [chosen[:1]], 0):
+            yield index[:0], x[:0], None if context is None else context[:0]
+        count += 1
 
 
 def _take(

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 from flowtrain.engine.replay import Record
-from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, status
 
 
@@ -34,11 +33,12 @@ class Checkpoints:
         if distributed.is_main():
             checkpoint.save({**self.description, **state}, self.best)
 
-    def save_divergence(self, flow: Flow, record: Record, rank: int) -> Path:
-        """Write the record of a step that diverged, from process ``rank``; returns its path on every process."""
+    def save_divergence(self, model: dict, record: Record, rank: int) -> Path:
+        """Write the record of a step that diverged, and the flow's state, from process ``rank``; returns its path on
+        every process."""
         path = self.run_dir / "divergence" / f"step_{record.step}.pt"
         if distributed.rank() == rank:
-            state = {"model": flow.state_dict(), "ema": None, "divergence": record.state_dict()}
+            state = {"model": model, "ema": None, "divergence": record.state_dict()}
             checkpoint.save({**self.description, **state}, path)
         distributed.barrier()  # an error in one process ends the others
         return path
@@ -62,5 +62,5 @@ class InMemory:
     def save_best(self, state: dict) -> None:
         self.best = copy.deepcopy(state["ema"] or state["model"])
 
-    def save_divergence(self, flow: Flow, record: Record, rank: int) -> None:
+    def save_divergence(self, model: dict, record: Record, rank: int) -> None:
         """Keeps none."""

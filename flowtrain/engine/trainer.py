@@ -57,6 +57,8 @@ class Trainer(Stateful):
         training_pass: computes the gradients; None: one of ``objective``, in the weights' precision.
         compile_choice: whether ``flow`` runs compiled, which may change between two steps; None: it never does.
         threads: the numbers of threads to choose from; None: the present one.
+        weights: makes the :class:`Weights` of the flow, its optimizer and its average; None: those of one process, or
+            of several that each have all.
     """
 
     # with the weights, all that a run's future depends on: noise and the order of the data follow from the step
@@ -91,6 +93,7 @@ class Trainer(Stateful):
         training_pass: TrainingPass | None = None,
         compile_choice: CompileChoice | None = None,
         threads: Threads | None = None,
+        weights: Callable[..., Weights] | None = None,
     ):
         self.flow, self.objective, self.loader, self.config = flow, objective, loader, config
         self.budget, self.schedule = budget, schedule
@@ -98,10 +101,12 @@ class Trainer(Stateful):
         self.validation, self.previews = validation, previews
         self.threads = threads or Threads([torch.get_num_threads()])
         self.checkpoints, self.loggers = checkpoints, loggers
-        self.weights = (FlatWeights if FlatWeights.fit(flow, optimizer) else Weights)(flow, optimizer, ema)
+        if weights is None:
+            weights = FlatWeights if FlatWeights.fit(flow, optimizer) else Weights
+        self.weights: Weights = weights(flow, optimizer, ema)
         self.begin_step = getattr(objective, "begin_step", lambda spent: None)
         self.training_pass = training_pass or TrainingPass(flow, objective, config.seed, config.trainer.accumulate)
-        if distributed.world() > 1:
+        if distributed.world() > 1 and not self.weights.averages_gradients:
             self.training_pass.synchronize()
         copy_every = config.trainer.save_every or config.trainer.val_every
         self.recovery = Recovery(config.trainer.max_bad_steps, config.trainer.rollback, copy_every)
@@ -227,7 +232,7 @@ class Trainer(Stateful):
             own = examine(self.flow, self.backward)
         examples = self.loader.examples(self.step)
         record, rank = Record.gather(own, self.batch, examples, self.step, self.training_pass)
-        path = self.checkpoints.save_divergence(self.flow, record, rank)
+        path = self.checkpoints.save_divergence(self.weights.model_state(), record, rank)
         again = f"; to see it again: {replay_command(path, self.config.allow)}" if path else ""
         return f"{record.describe(record.found)}{again}"
 
@@ -255,7 +260,7 @@ class Trainer(Stateful):
         if self.previews.step == self.step:
             return
         with self.pause_compilation():
-            image = self.previews.run(self.weights.average, self.step)
+            image = self.previews.run(self.weights.whole_average(), self.step)
         if image is not None:
             self.loggers.image(self.step, "samples", image)
 

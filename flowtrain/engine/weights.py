@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowtrain.engine.ema import EMA
 from flowtrain.flow import Flow
+from flowtrain.runtime.checkpoint import load_weights
 
 
 class Weights:
@@ -15,6 +16,8 @@ class Weights:
     Attributes:
         asynchronous: whether the host may run ahead of the device.
     """
+
+    averages_gradients = False  # whether a backward pass does, over the processes
 
     def __init__(self, flow: Flow, optimizer: torch.optim.Optimizer, ema: EMA | None):
         self.flow, self.optimizer, self.ema = flow, optimizer, ema
@@ -63,12 +66,24 @@ class Weights:
         """The flow that is validated and previewed."""
         return self.ema.model if self.ema else self.flow
 
+    def whole_average(self) -> Flow:
+        """The flow that samples are drawn from, on the first process. Called on every process."""
+        return self.average
+
+    def model_state(self) -> dict:
+        """The flow's state, whole on every process. Called on every process."""
+        return self.flow.state_dict()
+
     def state_dict(self) -> dict:
         return {
             "model": self.flow.state_dict(),
             "ema": self.ema.model.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
         }
+
+    def load_best(self, state: dict) -> None:
+        """Give the flow the weights of a checkpoint that were validated."""
+        load_weights(self.flow, state)
 
     def load_state_dict(self, state: dict) -> None:
         self.flow.load_state_dict(state["model"])

@@ -151,6 +151,8 @@ class _Store:
 
 
 class _Block(nn.Module):
+    gathers_alone = True  # see flowtrain.engine.sharded_weights
+
     def __init__(self, hidden, heads, expand, dropout):
         super().__init__()
         self.heads = heads

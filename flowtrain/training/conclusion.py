@@ -15,7 +15,6 @@ from flowtrain.engine.trainer import Trainer
 from flowtrain.errors import FlowtrainError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, files
-from flowtrain.runtime.checkpoint import load_weights
 from flowtrain.training.memory import memory_of_validation
 from flowtrain.training.setup import SetUp
 
@@ -29,7 +28,7 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
     distributed.barrier()  # the first process has written it
     if not best.is_file():
         raise FlowtrainError(f"{best}: is missing, since no validation had a finite likelihood; a lower rate may help")
-    load_weights(flow, checkpoint.read(best))
+    trainer.weights.load_best(checkpoint.read(best))
     with memory_of_validation(config, run.device):
         result, score = _evaluations(run, trainer, flow)
     name = "log_likelihood" if spec.target is None else "elbo"

@@ -35,6 +35,7 @@ from flowtrain.engine.schedules import WarmUp
 from flowtrain.engine.threads import RepeatedThreads, Threads
 from flowtrain.engine.trainer import Trainer
 from flowtrain.engine.validation import Validation
+from flowtrain.engine.weights import Weights
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import checkpoint, distributed, global_batch
@@ -47,6 +48,7 @@ from flowtrain.training.cuda_graph import check_cuda_graph, training_pass_of
 from flowtrain.training.memory import memory_of_steps, memory_of_validation, memory_of_weights
 from flowtrain.training.optimizer import budget_of, build_optimizer, check_optimizer, warmup_steps
 from flowtrain.training.recorded import Recorded
+from flowtrain.training.sharding import check_sharding, is_sharded, share_weights
 from flowtrain.training.start import average_of, start
 from flowtrain.training.target import STARTING_POINTS, check_flow
 
@@ -104,7 +106,12 @@ class SetUp:
         return Checkpoints(self.run_dir, self.stored, self.train.columns.to_record() if self.train.columns else None)
 
     def trainer(
-        self, flow: Flow, config: TrainConfig, choice: CompileChoice | None = None, ema: EMA | None = None
+        self,
+        flow: Flow,
+        config: TrainConfig,
+        choice: CompileChoice | None = None,
+        ema: EMA | None = None,
+        weights: Callable[..., Weights] | None = None,
     ) -> Trainer:
         """A Trainer of ``flow``. Raises UsageError where ``config`` asks for what cannot be."""
         loader, choice = self.loader(config), choice or CompileChoice()
@@ -133,6 +140,7 @@ class SetUp:
             training_pass=training_pass_of(config, flow, self.objective, self.device),
             compile_choice=choice,
             threads=chosen_threads(config, self.device, choice.compilation is not None, self.before.turns),
+            weights=weights,
         )
 
     def ready_trainer(self) -> Trainer:
@@ -145,9 +153,13 @@ class SetUp:
         with memory_of_weights(config, self.device):
             ema = average_of(flow, config)  # a copy from before compilation
         budget = budget_of(config, len(self.train) // config.batch_size)
-        choice = choose_compilation(self, flow, config, budget)
+        weights, choice = None, None
+        if is_sharded(config):
+            weights = share_weights(flow, ema, self.device)
+        else:
+            choice = choose_compilation(self, flow, config, budget)
         with memory_of_weights(config, self.device):
-            trainer = self.trainer(flow, config, choice, ema)
+            trainer = self.trainer(flow, config, choice, ema, weights)
             if self.state is not None:
                 trainer.load_state_dict(self.state)
         return trainer
@@ -190,6 +202,7 @@ def prepare(config: TrainConfig, spec: DataSpec, device: torch.device) -> tuple[
     set_memory(config, flow)
     objective = objective_of(config, spec)
     check_objective(config, objective, flow)
+    check_sharding(config, flow)
     schedule = build(config.scheduler, "scheduler", allow=config.allow)
     autocast_dtype(config.precision, device)
     set_arithmetic(config)
