@@ -149,7 +149,6 @@ def _published(material: Material, source: Source, record: RunRecord) -> dict | 
     result = Evaluation(
         bits_per_dim=-found.mean / (material.dimensions * np.log(2)),
         bits_per_dim_stderr=None,
-        bits_per_dim_iw=None,
         log_likelihood=found.mean,
         log_likelihood_stderr=found.stderr,
         examples=found.examples,
