@@ -334,3 +334,10 @@ def test_two_processes_get_the_gradient_of_the_whole_batch(tmp_path):
     for one, two, parameter in zip(found, other, flow.parameters(), strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_figure_in_logit_space_is_one_of_uniform_noise():
+    uniform = flows.glow((1, 4, 4), levels=1, steps=1, hidden=4, preprocess=partial(flows.parts.logit, grey_levels=5))
+    assert evaluation.links_to_logits(uniform) is uniform.bijection.preprocess
+    logit = partial(flows.parts.logit, grey_levels=5, dequantize=VARIATIONAL)
+    assert evaluation.links_to_logits(flows.nice((1, 4, 4), hidden=4, preprocess=logit)) is None

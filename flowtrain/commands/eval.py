@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.bijections import Logit
+from flowtrain.bijections import Bijection, Logit, VariationalDequantize
 from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
 from flowtrain.commands import EvalConfig
 from flowtrain.commands.eval_target import evaluate_target, target_table
@@ -131,10 +131,10 @@ def _logit_log_likelihood(
 ) -> float | None:
     """The log-likelihood in logit space, as MAF reports it for images: ours minus the log-determinant of preprocessing.
 
-    None where the flow has no logit.
+    None where :func:`links_to_logits` is.
     """
-    preprocess = getattr(flow.bijection, "preprocess", None)
-    if preprocess is None or not any(isinstance(layer, Logit) for layer in preprocess.modules()):
+    preprocess = links_to_logits(flow)
+    if preprocess is None:
         return None
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
@@ -143,6 +143,14 @@ def _logit_log_likelihood(
                 added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()
     return result.log_likelihood - total / count
+
+
+def links_to_logits(flow: Flow) -> Bijection | None:
+    """The links from integers to logits; None where there is no logit, or the noise is not uniform."""
+    preprocess = getattr(flow.bijection, "preprocess", None)
+    links = [] if preprocess is None else [*preprocess.modules()]
+    uniform = not any(isinstance(link, VariationalDequantize) for link in links)
+    return preprocess if uniform and any(isinstance(link, Logit) for link in links) else None
 
 
 def compare(

@@ -185,7 +185,7 @@ def noise_couplings(
         raise ValueError(f"steps={steps} must be at least 1")
     is_image = len(shape) == 3
     is_squeezed = is_image and context_shape is not None and tuple(context_shape[1:]) != tuple(shape[1:])
-    partitions = [partial(Alternate, first=1), partial(Alternate, first=0)]
+    partitions: list[Factory] = [partial(Alternate, first=1), partial(Alternate, first=0)]
     if is_squeezed:
         partitions += [Halves, partial(Halves, swap=True)]
     elif is_image:
