@@ -275,7 +275,14 @@ def test_the_audit_sees_the_layers_of_the_noise(univariate):
 # -- as a user sees it
 
 
-@pytest.mark.parametrize("model", ["glow", "realnvp", "nsf_image", "tarflow preprocess=center"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "glow",
+        "tarflow preprocess=center",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("realnvp", "nsf_image")),
+    ],
+)
 def test_a_run(model, tmp_path):
     words = [f"model={model.split()[0]}", *model.split()[1:], "dequantize=variational", *TINY]
     config, summary = train_run(tmp_path, *words)
@@ -293,6 +300,7 @@ def weights(run):
     return torch.load(run / "checkpoints/last.pt")["model"]
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_and_repeated(tmp_path):
     words = ["model=glow", "dequantize=variational", *TINY, "threads=1", "compile=false", "scheduler=constant"]
     assert flowtrain(tmp_path, "train", *words, "hydra.run.dir=whole") == 0
@@ -325,6 +333,7 @@ def small_flow():
     return flow, x
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_gradient_of_the_whole_batch(tmp_path):
     found, other = run_on_two_ranks(_gradients, tmp_path)
     flow, x = small_flow()
