@@ -20,6 +20,7 @@ from flowtrain.commands import eval as evaluation
 from flowtrain.commands import sample
 from flowtrain.engine.audit import audit, perturb
 from flowtrain.engine.evaluate import evaluate, log_likelihoods
+from flowtrain.engine.objectives.flow_matching import check
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch, modes
@@ -343,6 +344,12 @@ def test_two_processes_get_the_gradient_of_the_whole_batch(tmp_path):
     for one, two, parameter in zip(found, other, flow.parameters(), strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_flow_matching_takes_uniform_noise():
+    flow = flows.cnf_image((1, 4, 4), hidden=4, preprocess=partial(CENTER, grey_levels=5))
+    with pytest.raises(ValueError, match="dequantize: flow matching does not train a density"):
+        check(flow)
 
 
 def test_a_figure_in_logit_space_is_one_of_uniform_noise():
