@@ -10,6 +10,7 @@ from flowtrain import nets
 from flowtrain.bijections.univariate import Univariate
 from flowtrain.data.tables.column import Column
 from flowtrain.data.tables.columns import Columns
+from flowtrain.flows.parts import noise_couplings
 
 mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
@@ -20,6 +21,7 @@ residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 masked = partial(nets.MADE, hidden=12)
 circular = partial(nets.CircularMADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
+noise = partial(noise_couplings, hidden=6, univariate=b.SigmoidAffine)
 image, vector, tokens = (4, 4, 6), (5,), (4, 3)
 
 ARGUMENTS = {  # arguments of the univariate maps that need them
@@ -169,6 +171,13 @@ LAYERS = {
         partial(b.Halves, swap=True),
         context_shape=(3,),
     ),
+    **{
+        f"coupling_{name}_map": partial(b.Coupling, image, b.SigmoidAffine, net, context_shape=(3, 4, 6))
+        for name, net in {"conv": conv, "zero_conv": nets.ZeroConv, "residual": residual}.items()
+    },
+    "noise_couplings": partial(noise, (1, 4, 6), context_shape=(3, 2, 3)),
+    "noise_couplings_checkerboard": partial(noise, (2, 3, 5), steps=2, context_shape=(3, 3, 5)),
+    "noise_couplings_vector": partial(noise, vector, steps=2, context_shape=(3,)),
     "coupling_alone": partial(
         b.Coupling, (1,), b.RationalQuadratic, mlp, unconditional=partial(b.Elementwise, univariate=b.ExpAffine)
     ),

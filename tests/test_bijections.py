@@ -159,6 +159,7 @@ def test_the_table_is_complete():
         b.Dequantize,
         b.DequantizeColumns,
         b.FillMissing,
+        b.VariationalDequantize,
     }
     elsewhere |= {b.Logit, b.Turns, b.Support, b.Box, b.Positive, b.Simplex}
     found = {type(module) for make in LAYERS.values() for module in make().modules()}

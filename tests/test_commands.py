@@ -257,7 +257,7 @@ PUBLISHED = {"split": "test", "data": "mnist", "grey_levels": 256, "source": "a 
 )
 def test_published_figures_are_compared_in_their_own_unit(published, ours):
     nats = -4.0 * 768 * np.log(2)
-    result = evaluation.Evaluation(4.0, 0.1, None, nats, 1.0, 10, 1, torch.full((10,), nats))
+    result = evaluation.Evaluation(4.0, 0.1, nats, 1.0, 10, 1, torch.full((10,), nats))
     row = evaluation.compare(PublishedConfig(**{**PUBLISHED, **published}), result, 768, "test", 256, "mnist test")
     assert row["ours"] == (pytest.approx(ours, abs=0.01) if ours else None)
     assert bool(row["not_comparable"]) == (ours is None)

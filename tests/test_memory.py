@@ -27,12 +27,21 @@ from flowtrain.runtime import distributed, fusion, global_batch, modes
 
 SMALL = (1, 8, 8)
 LOGIT = partial(flows.parts.logit, grey_levels=17)
+VARIATIONAL = partial(
+    LOGIT,
+    dequantize=partial(
+        b.VariationalDequantize,
+        noise=partial(flows.parts.noise_couplings, steps=2, hidden=8),
+        net=partial(nets.Features, features=4),
+    ),
+)
 FLOWS = {
     "glow": partial(flows.glow, SMALL, steps=3, hidden=16, preprocess=LOGIT),
     "glow_class": partial(flows.glow, SMALL, steps=2, hidden=16, preprocess=LOGIT, context_shape=(10,)),
     "glow_spline": partial(
         flows.glow, SMALL, steps=2, univariate=b.RationalQuadratic, mixing=flows.parts.permuted_lu, preprocess=LOGIT
     ),
+    "glow_variational": partial(flows.glow, SMALL, steps=2, hidden=16, preprocess=VARIATIONAL),
     "glow_logit": partial(flows.glow, SMALL, steps=2, univariate=b.MixtureLogistic, preprocess=LOGIT),
     "realnvp": partial(flows.realnvp, SMALL, hidden=8, dropout=0.2, net_norm=False, norm=b.ActNorm, preprocess=LOGIT),
     "realnvp_vector": partial(flows.realnvp_vector, (2,), norm=b.ActNorm),

@@ -34,6 +34,7 @@ from flowtrain.bijections.spline import (
 from flowtrain.bijections.standardize import StandardizeChannels
 from flowtrain.bijections.support import Box, Positive, Simplex, Support
 from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShift, SigmoidAffine, TanhAffine
+from flowtrain.bijections.variational import VariationalDequantize
 
 __all__ = [
     "ActNorm",
@@ -92,4 +93,5 @@ __all__ = [
     "TanhAffine",
     "Turns",
     "Unsqueeze",
+    "VariationalDequantize",
 ]

@@ -46,12 +46,15 @@ class Dequantize(Bijection):
     def forward(self, x, context=None):
         x = x.to(self.anchor.dtype)
         u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
-        # x + u sometimes rounds up to x + 1, and the division and its inverse round too: stay two roundings inside the
-        # bin, or decoding returns another integer
+        return self.into_bin(x, u), zero_log_det(x) + self.log_det
+
+    def into_bin(self, x: Tensor, noise: Tensor) -> Tensor:
+        """(x + noise)/grey_levels, inside the bin of x; NaN where x is none of the integers."""
+        # x + noise sometimes rounds up to x + 1, and the division and its inverse round too: stay two roundings inside
+        # the bin, or decoding returns another integer
         margin = 2 * torch.finfo(x.dtype).eps
-        y = torch.clamp(x + u, x * (1 + margin), (x + 1) * (1 - margin)) / self.grey_levels
-        y = torch.where(x == x.floor().clamp(0, self.grey_levels - 1), y, math.nan)
-        return y, zero_log_det(x) + self.log_det
+        y = torch.clamp(x + noise, x * (1 + margin), (x + 1) * (1 - margin)) / self.grey_levels
+        return torch.where(x == x.floor().clamp(0, self.grey_levels - 1), y, math.nan)
 
     def log_derivatives(self, x, context=None):
         z, _ = self(x)

@@ -194,7 +194,7 @@ def _check_part(part: str, cfg: DictConfig) -> None:
     if part in model:
         what = f"takes no {part}" if model[part] is None else f"sets {part} itself"
         raise UsageError(f"model={cfg.hydra.runtime.choices.model} {what}")
-    if "layers" in model and part not in ("base", "preprocess", "embedding"):
+    if "layers" in model and part not in ("base", "preprocess", "dequantize", "embedding"):
         others = {name: node for name, node in cfg.items_ex(resolve=False) if name not in (part, "hydra")}
         if f"${{{part}" not in OmegaConf.to_yaml(OmegaConf.create(others)):
             raise UsageError(f"{part}: no layer of this model refers to it, so it would change nothing")

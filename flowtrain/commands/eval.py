@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flowtrain.bijections import Logit
+from flowtrain.bijections import Bijection, Logit, VariationalDequantize
 from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
 from flowtrain.commands import EvalConfig
 from flowtrain.commands.eval_target import evaluate_target, target_table
@@ -70,20 +70,17 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
             result, errors = evaluate_to_its_error(evaluate, config.tolerance, flow.dimensions)
         else:
             result = evaluate()
-    report = {}
-    if restored.has_bits:
-        report |= {"bits_per_dim": result.bits_per_dim, "bits_per_dim_stderr": result.bits_per_dim_stderr}
-        if result.bits_per_dim_iw is not None and (exact or not has_ode):
-            report["bits_per_dim_iw"] = result.bits_per_dim_iw
+    is_bound = not flow.bijection.exact and config.draws > 1 and (exact or not has_ode)
+    report = _figures(result, "bits_per_dim", is_bound) if restored.has_bits else {}
     if config.unlabelled:
         of_any = evaluate_split(
             flow, split, config, examples, config.draws, exact, measure=without_label(label.classes)
         )
-        report |= _unlabelled(of_any, restored.has_bits)
+        of_any = _figures(of_any, "bits_per_dim" if restored.has_bits else "log_likelihood")
+        report |= {f"unlabelled_{name}": value for name, value in of_any.items()}
     report |= {
         **({"given": "label"} if is_labelled else {}),
-        "log_likelihood": result.log_likelihood,
-        "log_likelihood_stderr": result.log_likelihood_stderr,
+        **_figures(result, "log_likelihood", is_bound),
         "examples": result.examples,
         "draws": result.draws,
         **({"lower_bound": True} if restored.dataset.spec.has_gaps else {}),
@@ -123,10 +120,10 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
     return report
 
 
-def _unlabelled(result: Evaluation, has_bits: bool) -> dict:
-    """The figures of an evaluation without the labels."""
-    names = ("bits_per_dim", "bits_per_dim_stderr") if has_bits else ("log_likelihood", "log_likelihood_stderr")
-    return {f"unlabelled_{name}": getattr(result, name) for name in names}
+def _figures(result: Evaluation, name: str, weighted: bool = False) -> dict:
+    """A figure with its standard error; ``weighted``: and that of the importance-weighted bound."""
+    names = [name, f"{name}_iw"] if weighted else [name]
+    return {key: getattr(result, key) for one in names for key in (one, f"{one}_stderr")}
 
 
 def _logit_log_likelihood(
@@ -134,10 +131,10 @@ def _logit_log_likelihood(
 ) -> float | None:
     """The log-likelihood in logit space, as MAF reports it for images: ours minus the log-determinant of preprocessing.
 
-    None where the flow has no logit.
+    None where :func:`links_to_logits` is.
     """
-    preprocess = getattr(flow.bijection, "preprocess", None)
-    if preprocess is None or not any(isinstance(layer, Logit) for layer in preprocess.modules()):
+    preprocess = links_to_logits(flow)
+    if preprocess is None:
         return None
     added = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
@@ -146,6 +143,14 @@ def _logit_log_likelihood(
                 added += torch.tensor([preprocess(x, context)[1].double().sum().item(), len(x)], dtype=torch.float64)
     total, count = distributed.all_sum(added).tolist()
     return result.log_likelihood - total / count
+
+
+def links_to_logits(flow: Flow) -> Bijection | None:
+    """The links from integers to logits; None where there is no logit, or the noise is not uniform."""
+    preprocess = getattr(flow.bijection, "preprocess", None)
+    links = [] if preprocess is None else [*preprocess.modules()]
+    uniform = not any(isinstance(link, VariationalDequantize) for link in links)
+    return preprocess if uniform and any(isinstance(link, Logit) for link in links) else None
 
 
 def compare(
@@ -198,6 +203,10 @@ def _error_rows(report: dict) -> list[tuple[str, str]]:
     ]
 
 
+def _with_two_errors(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" if stderr is None else f"{plus_minus(value, 2 * stderr)} (2 standard errors)"
+
+
 def table(report: dict) -> str:
     rows, nats, stderr = [], report["log_likelihood"], report["log_likelihood_stderr"]
     given = " given the label" if "given" in report else ""
@@ -207,13 +216,15 @@ def table(report: dict) -> str:
         if (key := f"unlabelled_{name}") in report:
             rows.append((f"{unit} without the label", plus_minus(report[key], report[f"{key}_stderr"])))
     if "bits_per_dim_iw" in report:
-        rows.append(("bits/dim, importance-weighted", f"{report['bits_per_dim_iw']:.4f}"))
+        weighted = plus_minus(report["bits_per_dim_iw"], report["bits_per_dim_iw_stderr"])
+        rows.append((f"bits/dim, importance-weighted{given}", weighted))
     if rows:
         rows.append(("nats per example", plus_minus(nats, stderr, 3)))
-    elif stderr is None:
-        rows.append(("nats per row", f"{nats:.4f}"))
     else:
-        rows.append(("nats per row", f"{plus_minus(nats, 2 * stderr)} (2 standard errors)"))
+        rows.append(("nats per row", _with_two_errors(nats, stderr)))
+        if "log_likelihood_iw" in report:
+            weighted = _with_two_errors(report["log_likelihood_iw"], report["log_likelihood_iw_stderr"])
+            rows.append(("nats per row, importance-weighted", weighted))
     rows += [
         ("examples", f"{report['examples']} ({report['split']})"),
         *([("rows weighted by", str(report["weights_column"]))] if "weights_column" in report else []),

@@ -127,12 +127,17 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
         node = model.get(name)
         if node and isinstance(node, dict) and "_target_" not in node:  # +model.univariate.bins=3
             raise UsageError(f"no key 'model.{name}.{min(node)}'; did you mean '{name}.{min(node)}'?")
-    factories = {name: _constructor(node, name, config.allow, data) for name, node in parts.items()}
+    dequantize = _constructor(parts.get("dequantize"), "dequantize", config.allow, data)
+    noise = {"dequantize": dequantize} if dequantize else {}
+    factories = {name: _constructor(node, name, config.allow, data, noise) for name, node in parts.items()}
     make = _constructor(_null_empty(model), "model", config.allow, data, factories)
     takes = inspect.signature(make.func).parameters
-    for name, node in parts.items():  # preprocess and angles come with the data; layers may refer to any part
-        if node and name not in takes and name not in ("preprocess", "angles") and "layers" not in takes:
+    for name, node in parts.items():  # layers may refer to any part
+        comes_with_data = name in ("preprocess", "dequantize", "angles")
+        if node and name not in takes and not comes_with_data and "layers" not in takes:
             raise UsageError(f"{name}: nothing in this model reads it; leave it out")
+    if dequantize and (spec.grey_levels is None or "dequantize" not in _keywords(factories.get("preprocess"))):
+        raise UsageError("dequantize: only preprocess=center, logit and normalize of integers read it; leave it out")
     if parts.get("embedding") and spec.context is None:
         raise UsageError("embedding: there is no context to embed; set dataset.context, or leave embedding=none")
     columns = spec.columns or ()
@@ -153,6 +158,10 @@ def build_flow(config: TrainConfig, spec: DataSpec, device: torch.device | str) 
         of_part = text.startswith(("embedding: ", "preprocess: "))
         raise UsageError(text if of_part else f"{_key_of(text, config.model)}: {text}") from error
     return flow if device.type == "meta" else flow.to(device)
+
+
+def _keywords(factory: partial | None) -> dict:
+    return factory.keywords if factory else {}
 
 
 def _null_empty(node):

@@ -30,9 +30,9 @@ class Evaluation:
     two sums (Cochran 1977, chapter 6); n is ``examples``, the number of those of positive weight. If each example came
     wᵢ times, the mean would be the same and the standard error smaller, as if copies were evidence.
 
-    ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
-    It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
-    for log p_k.
+    ``bits_per_dim_iw`` and ``log_likelihood_iw`` belong to the importance-weighted bound log(1/K Σ p_k) of K draws
+    (Burda et al. 2016, eq. 8), with the standard error of its mean over examples; None for one draw. It is a bound only
+    where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased for log p_k.
 
     ``probes_stderr`` is the part of the standard error that noises of stochastic traces of ODEs make, in nats, and
     ``trace_variance`` the mean over examples of the variance of log p from one of them: see
@@ -44,7 +44,6 @@ class Evaluation:
 
     bits_per_dim: float
     bits_per_dim_stderr: float | None
-    bits_per_dim_iw: float | None
     log_likelihood: float
     log_likelihood_stderr: float | None
     examples: int
@@ -52,6 +51,10 @@ class Evaluation:
     each: Tensor = field(compare=False, repr=False)
     probes_stderr: float = 0.0
     trace_variance: float = 0.0
+    bits_per_dim_iw: float | None = None
+    bits_per_dim_iw_stderr: float | None = None
+    log_likelihood_iw: float | None = None
+    log_likelihood_iw_stderr: float | None = None
 
 
 @torch.no_grad()
@@ -112,25 +115,26 @@ def summarize(
     if bad:
         raise FloatingPointError(f"the likelihood of {len(bad)} of {total} examples is not finite, first: {bad[:5]}")
     each = mean.where(evaluated > 0, math.nan).cpu()
-    mean, weighted, weights = mean[found], weighted[found], weights[found]
-    nats = weighted_mean(mean, weights)
-    squares = (weights * (mean - nats)).square().sum().item()
-    has_error = total > 1 and math.isfinite(nats)
-    stderr = math.sqrt(squares * total / (total - 1)) / weights.sum().item() if has_error else None
-    return Evaluation(
-        bits_per_dim=to_bits_per_dim(nats, dimensions),
-        bits_per_dim_stderr=None if stderr is None else -to_bits_per_dim(stderr, dimensions),
-        bits_per_dim_iw=to_bits_per_dim(weighted_mean(weighted, weights), dimensions) if draws > 1 else None,
-        log_likelihood=nats,
-        log_likelihood_stderr=stderr,
-        examples=total,
-        draws=draws,
-        each=each,
-    )
+    figures = _figures(mean[found], weights[found], dimensions)
+    if draws > 1:
+        figures |= _figures(weighted[found], weights[found], dimensions, "_iw")
+    return Evaluation(**figures, examples=total, draws=draws, each=each)
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> float:
-    return ((values * weights).sum() / weights.sum()).item()
+def _figures(values: Tensor, weights: Tensor, dimensions: int, kind: str = "") -> dict[str, float | None]:
+    """The weighted mean of log-likelihoods with its standard error, in both units, by the names of
+    :class:`Evaluation`."""
+    count, total = len(values), weights.sum().item()
+    nats = ((values * weights).sum() / weights.sum()).item()
+    squares = (weights * (values - nats)).square().sum().item()
+    has_error = count > 1 and math.isfinite(nats)
+    stderr = math.sqrt(squares * count / (count - 1)) / total if has_error else None
+    return {
+        f"bits_per_dim{kind}": to_bits_per_dim(nats, dimensions),
+        f"bits_per_dim{kind}_stderr": None if stderr is None else -to_bits_per_dim(stderr, dimensions),
+        f"log_likelihood{kind}": nats,
+        f"log_likelihood{kind}_stderr": stderr,
+    }
 
 
 def plus_minus(value: float, error: float | None, digits: int = 4) -> str:

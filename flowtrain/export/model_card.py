@@ -27,6 +27,7 @@ def figures(run: Path | None) -> list[str]:
             "bits_per_dim": "bits/dim",
             "bits_per_dim_iw": "bits/dim, importance-weighted",
             "log_likelihood": "nats",
+            "log_likelihood_iw": "nats, importance-weighted",
         }
         rows = [
             f"| {title}, {report['split']} split, {report['examples']:,} examples | "
@@ -87,6 +88,5 @@ def write(title: str, data: list[str], code: str, config: dict, run: Path | None
 
 
 def _parts(config: dict) -> list[str]:
-    return [
-        key for key in ("univariate", "mixing", "norm", "base", "preprocess", "angles", "scales") if config.get(key)
-    ]
+    names = ("univariate", "mixing", "norm", "base", "preprocess", "dequantize", "angles", "scales")
+    return [name for name in names if config.get(name)]

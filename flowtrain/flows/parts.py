@@ -9,6 +9,7 @@ from typing import Any
 from flowtrain.bijections import (
     ActNorm,
     Additive,
+    Alternate,
     Autoregressive,
     BatchNorm,
     Bijection,
@@ -16,15 +17,18 @@ from flowtrain.bijections import (
     Box,
     Center,
     Chain,
+    Checkerboard,
     CircleToLine,
     CircularRationalQuadratic,
     Continuous,
+    Coupling,
     Dequantize,
     DequantizeColumns,
     Elementwise,
     ExpAffine,
     FillMissing,
     Flatten,
+    Halves,
     Logit,
     LULinear,
     Positive,
@@ -32,12 +36,14 @@ from flowtrain.bijections import (
     Regression,
     Shuffle,
     Simplex,
+    Squeeze,
     Standardize,
     StandardizeChannels,
     Turns,
+    Unsqueeze,
 )
 from flowtrain.bijections.bijection import check_shape
-from flowtrain.nets import CircularMADE
+from flowtrain.nets import MLP, CircularMADE, ConvNet
 
 Factory = Callable[..., Any]  # of a layer, a univariate map or a base distribution: called with ``shape``
 PER_CHANNEL = (1, 2)  # the axes of an image along which all pixels of a channel share their parameters
@@ -124,24 +130,74 @@ def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bije
 # ---- preprocessing: the first links of a flow, so that its density is that of the raw data
 
 
-def center(shape, grey_levels: int, context_shape=None) -> Bijection:
-    """Integers 0 … grey_levels − 1 to (−½, ½): uniform dequantization, then centring."""
-    layers = chain(dequantize=partial(Dequantize, grey_levels=grey_levels), center=Center)
+def center(shape, grey_levels: int, dequantize: Factory = Dequantize, context_shape=None) -> Bijection:
+    """Integers 0 … grey_levels − 1 to (−½, ½): dequantization, by default uniform, then centring."""
+    layers = chain(dequantize=partial(dequantize, grey_levels=grey_levels), center=Center)
     return layers(shape=shape, context_shape=context_shape)
 
 
-def logit(shape, grey_levels: int, alpha: float = 0.01, context_shape=None) -> Bijection:
-    """Integers 0 … grey_levels − 1 to the real line: uniform dequantization, then logit(alpha + (1 − 2·alpha)·x)."""
-    layers = chain(dequantize=partial(Dequantize, grey_levels=grey_levels), logit=partial(Logit, alpha=alpha))
+def logit(
+    shape, grey_levels: int, alpha: float = 0.01, dequantize: Factory = Dequantize, context_shape=None
+) -> Bijection:
+    """Integers 0 … grey_levels − 1 to the real line: dequantization, by default uniform, then
+    logit(alpha + (1 − 2·alpha)·x)."""
+    layers = chain(dequantize=partial(dequantize, grey_levels=grey_levels), logit=partial(Logit, alpha=alpha))
     return layers(shape=shape, context_shape=context_shape)
 
 
-def normalize(shape, grey_levels: int | None = None, context_shape=None) -> Bijection:
+def normalize(shape, grey_levels: int | None = None, dequantize: Factory = Dequantize, context_shape=None) -> Bijection:
     """Integers 0 … grey_levels − 1 as by :func:`center`; real numbers (None) to mean 0 and deviation 1 in each channel,
     by the train split."""
     if grey_levels is None:
         return chain(standardize=StandardizeChannels)(shape=shape, context_shape=context_shape)
-    return center(shape, grey_levels, context_shape)
+    return center(shape, grey_levels, dequantize, context_shape)
+
+
+def noise_couplings(
+    shape,
+    steps: int = 4,
+    hidden: int = 32,
+    univariate: Factory = partial(ExpAffine, bound=2.0),
+    context_shape=None,
+) -> Bijection:
+    """Couplings that depend on features of the data, for :class:`flowtrain.bijections.VariationalDequantize`.
+
+    Images whose features have half their sides are squeezed, and couplings transform every second column, the others,
+    every second row, the others, and so on; at equal sides, the two colours of a checkerboard; of vectors, every second
+    element and the others.
+
+    Args:
+        shape: of one event.
+        steps: couplings.
+        hidden: channels, or units, of their networks.
+        univariate: factory of their map. A bound keeps the noise far wider than a rounding.
+        context_shape: of the features.
+
+    >>> import torch
+    >>> noise = noise_couplings((1, 8, 8), steps=2, context_shape=(3, 4, 4))
+    >>> noise(torch.zeros(5, 1, 8, 8), torch.zeros(5, 3, 4, 4))[0].shape
+    torch.Size([5, 1, 8, 8])
+
+    Raises:
+        ValueError: ``steps`` below 1, or what a network refuses.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    is_image = len(shape) == 3
+    is_squeezed = is_image and context_shape is not None and tuple(context_shape[1:]) != tuple(shape[1:])
+    partitions: list[Factory] = [partial(Alternate, first=1), partial(Alternate, first=0)]
+    if is_squeezed:
+        partitions += [Halves, partial(Halves, swap=True)]
+    elif is_image:
+        partitions = [partial(Checkerboard, colour=0), partial(Checkerboard, colour=1)]
+    net = partial(ConvNet, hidden=hidden, norm=None) if is_image else partial(MLP, hidden=hidden)
+    layers: dict[str, Factory] = {
+        f"coupling{i}": partial(Coupling, univariate=univariate, net=net, partition=partitions[i % len(partitions)])
+        for i in range(steps)
+    }
+    if is_squeezed:
+        layers = {"squeeze": Squeeze, **layers, "unsqueeze": Unsqueeze}
+    return Chain(shape, layers, context_shape=context_shape)
 
 
 def standardize(shape, columns=None, context_shape=None) -> Bijection:

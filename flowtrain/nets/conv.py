@@ -20,11 +20,11 @@ class ZeroConv(nn.Module):
     """A 3×3 convolution, zero at the start, times exp(3·log_scale) for each output channel (Kingma & Dhariwal 2018,
     reference code): (B, C, H, W) -> (B, out, H, W).
 
-    The factor 3 lets the scale learn faster than the weights. A linear map of the context vector, if there is one, zero
-    at the start too, is added before the factor.
+    The factor 3 lets the scale learn faster than the weights. A linear map of the context, if there is one, zero at the
+    start too, is added before the factor.
 
     Raises:
-        ValueError: ``shape`` is not an image's, or the context is not a vector.
+        ValueError: ``shape`` is not an image's, or the context is neither a vector nor an image of the same sides.
 
     >>> ZeroConv((3, 8, 8), out=4)(torch.randn(5, 3, 8, 8)).shape
     torch.Size([5, 4, 8, 8])
@@ -33,14 +33,12 @@ class ZeroConv(nn.Module):
     def __init__(self, shape, out: int, context_shape=None):
         super().__init__()
         self.conv = zero_init(nn.Conv2d(channels_of(shape), out, 3, padding=1))
-        context_map = context_layer(out, context_shape)
+        context_map = image_context(out, context_shape, shape)
         self.context = None if context_map is None else zero_init(context_map)
         self.log_scale = nn.Parameter(torch.zeros(out, 1, 1))
 
     def forward(self, x, context=None):
-        h = self.conv(x)
-        if self.context is not None:
-            h = h + self.context(context)[:, :, None, None]
+        h = add_context(self.conv(x), self.context, context)
         return h * (3 * self.log_scale).exp()
 
 
@@ -54,7 +52,8 @@ class ConvNet(nn.Module):
         hidden: channels between.
         norm: factory of the normalization after each of the first two convolutions, in place of their biases; or None.
         dropout: probability, after each rectifier.
-        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
+        context_shape: (C,), (C, H, W) or None. A linear map of the context, of that at each pixel, is added after the
+            first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, or ``hidden`` below 1.
@@ -76,7 +75,7 @@ class ConvNet(nn.Module):
         check_at_least_one(hidden=hidden)
         self.first = nn.Conv2d(channels_of(shape), hidden, 3, padding=1, bias=norm is None)
         self.norm_first = norm(hidden) if norm else nn.Identity()
-        self.context = context_layer(hidden, context_shape)
+        self.context = image_context(hidden, context_shape, shape)
         self.second = nn.Conv2d(hidden, hidden, 1, bias=norm is None)
         self.norm_second = norm(hidden) if norm else nn.Identity()
         self.dropout = Dropout(dropout)
@@ -105,8 +104,7 @@ class ConvNet(nn.Module):
 
     def forward(self, x, context=None):
         h = conv_and_norm(self.first, self.norm_first, x.contiguous(memory_format=torch.channels_last))
-        if self.context is not None:
-            h = h + self.context(context)[:, :, None, None]
+        h = add_context(h, self.context, context)
         h = conv_and_norm(self.second, self.norm_second, F.relu_(self.dropout(h)))
         return self.last(F.relu_(self.dropout(h)))
 
@@ -145,7 +143,8 @@ class ResidualConvNet(nn.Module):
         blocks: number of residual blocks.
         norm: factory of the normalization before each rectifier; or None.
         dropout: probability, inside each block.
-        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
+        context_shape: (C,), (C, H, W) or None. A linear map of the context, of that at each pixel, is added after the
+            first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, or a size is below 1.
@@ -172,7 +171,7 @@ class ResidualConvNet(nn.Module):
         hidden = hidden * (full_side or shape[-1]) // shape[-1]
         self.norm_in = norm(channels)
         self.first = normalized_conv(2 * channels, hidden, 3, padding=1)
-        self.context = context_layer(hidden, context_shape)
+        self.context = image_context(hidden, context_shape, shape)
         self.skip_first = normalized_conv(hidden, hidden, 1)
         self.blocks = nn.ModuleList(_Residual(hidden, norm, dropout) for _ in range(blocks))
         self.skips = nn.ModuleList(normalized_conv(hidden, hidden, 1) for _ in range(blocks))
@@ -189,8 +188,7 @@ class ResidualConvNet(nn.Module):
     def forward(self, x, context=None):
         x = self.norm_in(x.contiguous(memory_format=torch.channels_last))
         h = self.first(F.relu(torch.cat((x, -x), 1)))
-        if self.context is not None:
-            h = h + self.context(context)[:, :, None, None]
+        h = add_context(h, self.context, context)
         total = self.skip_first(h)
         for block, skip in zip(self.blocks, self.skips):
             h = block(h)
@@ -224,7 +222,8 @@ class PreactivatedConvNet(nn.Module):
         blocks: number of residual blocks.
         norm: factory of the normalization before each rectifier; or None.
         dropout: probability, inside each block.
-        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
+        context_shape: (C,), (C, H, W) or None. A linear map of the context, of that at each pixel, is added after the
+            first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, or a size is below 1.
@@ -246,15 +245,14 @@ class PreactivatedConvNet(nn.Module):
         super().__init__()
         check_at_least_one(hidden=hidden, blocks=blocks)
         self.first = nn.Conv2d(channels_of(shape), hidden, 1)
-        self.context = context_layer(hidden, context_shape)
+        self.context = image_context(hidden, context_shape, shape)
         self.blocks = nn.ModuleList(_Preactivated(hidden, norm or nn.Identity, dropout) for _ in range(blocks))
         self.last = zero_init(nn.Conv2d(hidden, out, 1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):
         h = self.first(x.contiguous(memory_format=torch.channels_last))
-        if self.context is not None:
-            h = h + self.context(context)[:, :, None, None]
+        h = add_context(h, self.context, context)
         for block in self.blocks:
             h = block(h)
         return self.last(h)
@@ -279,6 +277,30 @@ def conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     scale, bias = norm.log_scale.exp(), norm.bias if conv.bias is None else norm.bias + conv.bias
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias * scale)
+
+
+def image_context(channels: int, context_shape, shape) -> nn.Module | None:
+    """A linear map of a context vector, or of each pixel of a context image, to ``channels``; None without a context.
+
+    Raises:
+        ValueError: a context of another shape: an image needs the sides of ``shape``.
+    """
+    if context_shape is None or len(context_shape) == 1:
+        return context_layer(channels, context_shape)
+    if len(context_shape) != 3 or tuple(context_shape[1:]) != tuple(shape[1:]):
+        sides = "×".join(map(str, shape[1:]))
+        raise ValueError(
+            f"this network takes a context vector, or a context image of {sides} pixels, not {list(context_shape)}"
+        )
+    return nn.Conv2d(context_shape[0], channels, 1, bias=False)
+
+
+def add_context(h: Tensor, layer: nn.Module | None, context: Tensor | None) -> Tensor:
+    """h (B, C, H, W) plus what ``layer``, an :func:`image_context`, makes of the context."""
+    if layer is None:
+        return h
+    added = layer(context)
+    return h + (added if added.dim() == h.dim() else added[:, :, None, None])
 
 
 def channels_of(shape) -> int:

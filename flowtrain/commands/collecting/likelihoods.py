@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import Logit
 from flowtrain.commands.collecting.rows import show
 from flowtrain.commands.collecting.source import Source, attempt
-from flowtrain.commands.eval import compare
+from flowtrain.commands.eval import compare, links_to_logits
 from flowtrain.engine.evaluate import Evaluation, evaluation_mode, log_likelihoods, summarize
 from flowtrain.engine.memory_budget import few_rows, rows_within_budget
 from flowtrain.plots.grid import to_pixels
@@ -149,7 +148,6 @@ def _published(material: Material, source: Source, record: RunRecord) -> dict | 
     result = Evaluation(
         bits_per_dim=-found.mean / (material.dimensions * np.log(2)),
         bits_per_dim_stderr=None,
-        bits_per_dim_iw=None,
         log_likelihood=found.mean,
         log_likelihood_stderr=found.stderr,
         examples=found.examples,
@@ -164,8 +162,8 @@ def _published(material: Material, source: Source, record: RunRecord) -> dict | 
 @torch.no_grad()
 def _logit_log_likelihood(source: Source, found: SplitLikelihoods) -> float | None:
     """Our log-likelihood in logit space, see ``flowtrain eval``; None where the flow has no logit."""
-    preprocess = getattr(source.flow.bijection, "preprocess", None)
-    if preprocess is None or not any(isinstance(layer, Logit) for layer in preprocess.modules()):
+    preprocess = links_to_logits(source.flow)
+    if preprocess is None:
         return None
     index = torch.from_numpy(found.index)
     total = 0.0

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import Continuous, Flatten, Reverse, Shuffle, Squeeze, Unsqueeze
+from flowtrain.bijections import Continuous, Flatten, Reverse, Shuffle, Squeeze, Unsqueeze, VariationalDequantize
 from flowtrain.bijections.bijection import at_least_float32, sum_event, walk
 from flowtrain.bijections.ode import accuracy, continuous_layers, replace_solutions
 from flowtrain.engine.evaluate import Evaluation
@@ -242,6 +242,8 @@ def nearest(data: Tensor, noise: Tensor) -> Tensor:
 def check(flow: Flow) -> None:
     """Raise ValueError, with the key at fault, for a flow that flow matching cannot train."""
     layers = [(layer, inverted) for layer, inverted in walk(flow.bijection) if not layer.container]
+    if any(isinstance(layer, VariationalDequantize) for layer, _ in layers):
+        raise ValueError("dequantize: flow matching does not train a density of noise; use dequantize=uniform")
     first = next((i for i, (layer, _) in enumerate(layers) if isinstance(layer, Continuous)), None)
     if first is None:
         raise ValueError(f"model: it has no differential equation, whose velocity flow matching learns; use {MODELS}")
