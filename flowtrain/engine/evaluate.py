@@ -31,10 +31,10 @@ class Evaluation:
     wᵢ times, the mean would be the same and the standard error smaller, as if copies were evidence.
 
     ``bits_per_dim_iw`` belongs to the importance-weighted bound log(1/K Σ p_k) of Burda et al. 2016; None for one draw.
-    It is a bound only where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased
+    It is a bound only where each p_k is an unbiased estimate. That of a stochastic trace is not: it is unbiased
     for log p_k.
 
-    ``probes_stderr`` is the part of the standard error that noises of stochastic traces of ODEs make, in nats, and
+    ``probes_stderr`` is the part of the standard error that noises of stochastic traces make, in nats, and
     ``trace_variance`` the mean over examples of the variance of log p from one of them: see
     :func:`flowtrain.bijections.ode.several_probes`. Both are 0 where they were not measured.
 

@@ -11,6 +11,7 @@ from flowtrain.nets.attention import CausalTransformer
 from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, ZeroConv
 from flowtrain.nets.dynamics import ConvODENet, ODENet
 from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPEmbedding
+from flowtrain.nets.lipschitz import LipschitzConvNet, LipschitzMLP
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
@@ -29,6 +30,8 @@ __all__ = [
     "DeepSet",
     "Dropout",
     "HiddenContext",
+    "LipschitzConvNet",
+    "LipschitzMLP",
     "MLPEmbedding",
     "ODENet",
     "PreactivatedConvNet",
