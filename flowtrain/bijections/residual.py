@@ -17,19 +17,20 @@ from flowtrain.bijections.ode import EXACT_LIMIT, NOISE, rows_of_trace
 from flowtrain.runtime import kept, modes
 
 TRUNCATION = 1e-4  # nats: the most that an evaluation may leave out of a layer's power series
+EXACT_IN_TRAINING = 8  # dimensions
 LONGEST = 10_000  # terms of such a series
 
 
 class Residual(Bijection):
     """z = x + g(x), log-determinant log det(I + J) with J = ∂g/∂x, where g has a Lipschitz constant below 1 in x.
 
-    In training the log-determinant is the power series Σ (−1)^(k+1)/k tr Jᵏ (Chen et al. 2019, eq. 6): the first
-    ``exact_terms`` of it, then a random number of terms, each divided by the probability that it is computed, with the
-    trace estimated as vᵀJᵏv. Its value is unbiased. So is its gradient, which is that of a single product wᵀJv, with
-    wᵀ = Σ (−1)^(k+1) cₖ vᵀJ^(k−1) a constant (eq. 8). The forward pass computes w and keeps nothing but x, v and w, of
-    the size of x; the backward pass runs g once more. So memory grows neither with the number of terms nor with the
-    network. (The paper finds the gradient itself in its forward pass, which is right only where all examples have the
-    same weight in the loss.)
+    In training the log-determinant of events of many dimensions is the power series Σ (−1)^(k+1)/k tr Jᵏ (Chen et al.
+    2019, eq. 6): the first ``exact_terms`` of it, then a random number of terms, each divided by the probability cₖ⁻¹
+    that it is computed, with traces estimated as vᵀJᵏv. Its value is unbiased. So is its gradient, which is that of a
+    single product wᵀJv, with wᵀ = Σ (−1)^(k+1) cₖ vᵀJ^(k−1) a constant (eq. 8). The forward pass computes w and keeps
+    nothing but x, v and w, of the size of x; the backward pass runs g once more. So memory grows neither with the
+    number of terms nor with the network. (The paper finds the gradient itself in its forward pass, which is right only
+    where all examples have the same weight in the loss.)
 
     In evaluation the log-determinant is exact for events of up to 64 dimensions, by their Jacobians. For larger ones it
     is the series with Hutchinson's noise, continued for each row until what is left cannot exceed 10⁻⁴ nats.
@@ -44,7 +45,8 @@ class Residual(Bijection):
         net: factory ``net(shape=…, context_shape=…)`` of g, called as ``g(x, context)``, with an attribute
             ``lipschitz``, a bound below 1 of its Lipschitz constant: :class:`flowtrain.nets.LipschitzMLP`,
             :class:`flowtrain.nets.LipschitzConvNet`.
-        trace: in training: "hutchinson", the random series, or "exact", a gradient for each dimension.
+        trace: in training: "exact", a gradient for each dimension; "hutchinson", the random series; or "auto": exact
+            for events of up to 8 dimensions, where that is cheaper and has no variance.
         noise: distribution of v: "rademacher" or "gaussian".
         exact_terms: of the series, that are always computed.
         terms: distribution of the number of the others: "geometric" or "poisson".
@@ -70,7 +72,7 @@ class Residual(Bijection):
         self,
         shape,
         net: Callable[..., nn.Module],
-        trace: str = "hutchinson",
+        trace: str = "auto",
         noise: str = "rademacher",
         exact_terms: int = 2,
         terms: str = "geometric",
@@ -85,7 +87,7 @@ class Residual(Bijection):
         if not 0 < mean_terms < math.inf:
             raise ValueError(f"mean_terms={mean_terms} must be above 0")
         for name, choice, options in (
-            ("trace", trace, ("hutchinson", "exact")),
+            ("trace", trace, ("auto", "exact", "hutchinson")),
             ("noise", noise, tuple(NOISE)),
             ("terms", terms, tuple(_SURVIVAL)),
         ):
@@ -129,7 +131,9 @@ class Residual(Bijection):
     def _is_exact(self) -> bool:
         if modes.current().exact_trace or self.trace == "exact":
             return True
-        return not self.training and size(self.shape) <= EXACT_LIMIT
+        if self.training:
+            return self.trace == "auto" and size(self.shape) <= EXACT_IN_TRAINING
+        return size(self.shape) <= EXACT_LIMIT
 
     def _run(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The input at which there are gradients, and g of it."""
@@ -201,19 +205,20 @@ class Residual(Bijection):
         """x with x + g(x) = z, to roundings. A contraction makes each step shorter than the last, until only roundings
         are left."""
         eps = torch.finfo(z.dtype).eps
-        x, moving = z, torch.ones(len(z), dtype=torch.bool, device=z.device)
-        before = _norm(z) + math.inf
-        with nullcontext() if modes.current().kept is not None else kept.keep():
+        x, settled = z, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        lost, before = ~_norm(z).isfinite(), _norm(z) + math.inf
+        if self.training:
+            self.net(z[:1], None if context is None else context[:1])  # updates its norms, which then stay
+        with modes.repeat(modes.current()), nullcontext() if modes.current().kept is not None else kept.keep():
             for _ in range(self.max_steps):
-                after = torch.where(_along(moving, x), z - self.net(x, context), x)
+                after = torch.where(_along(settled | lost, x), x, z - self.net(x, context))
                 step, length = _norm(after - x), 1 + _norm(after)
-                settled = (step <= 4 * eps * length) | ((step >= before) & (step <= math.sqrt(eps) * length))
-                x, before = after, step
-                moving = moving & ~settled & step.isfinite()
-                if not moving.any():
+                close = (step <= 4 * eps * length) | ((step >= before) & (step <= eps ** (2 / 3) * length))
+                lost = lost | ~step.isfinite()
+                settled, x, before = settled | close & ~lost, after, step
+                if (settled | lost).all():
                     break
-        bad = moving | (~_norm(x).isfinite() & _norm(z).isfinite())
-        if not bad.any():
+        if not (~settled & _norm(z).isfinite()).any():
             return x
         reason = (
             f"a residual layer ({self.extra_repr()}) has no fixed point after max_steps={self.max_steps} {_UNUSABLE}"

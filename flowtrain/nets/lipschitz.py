@@ -19,7 +19,7 @@ from flowtrain.nets.conv import channels_of
 from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init
 from flowtrain.runtime import kept, modes
 
-STEPS = 3  # of the power iteration after each change of the weights in training
+STEPS = 5  # of the power iteration after each change of the weights in training
 TOLERANCE, LONGEST = (
     1e-6,
     1000,
@@ -42,13 +42,14 @@ class SpectralNorm(nn.Module):
     weight: Tensor
     left: Tensor
     right: Tensor
+    seen: Tensor
 
     def __init__(self, coeff: float):
         super().__init__()
         if not 0 < coeff < 1:
             raise ValueError(f"coeff={coeff} must be above 0 and below 1")
         self.coeff = coeff
-        self._refined: int | None = None  # the version of the weights that the vectors are for; None: they are random
+        self._is_found = False  # the vectors are not random ones
 
     def map(self, vector: Tensor, weight: Tensor) -> Tensor:
         """What ``weight`` maps a vector to, without the bias."""
@@ -63,6 +64,9 @@ class SpectralNorm(nn.Module):
         right = torch.randn(shape)
         self.register_buffer("right", right / right.norm())
         self.register_buffer("left", torch.zeros_like(self.map(right, self.weight.detach())))
+        self.register_buffer(
+            "seen", torch.zeros_like(self.weight), persistent=False
+        )  # weights that the vectors are for
 
     def bounded(self) -> Tensor:
         """The weights as they are used."""
@@ -79,12 +83,19 @@ class SpectralNorm(nn.Module):
         """Left and right vectors u and v of the largest singular value uᵀWv."""
         if not self.training:
             return self.find()
-        if self._refined != self.weight._version and not modes.current().repeating:
-            left, right = self.find() if self._refined is None else self._iterate(self.left, self.right, STEPS)
+        if not modes.current().repeating:
             with torch.no_grad():
-                self.left.copy_(left)
-                self.right.copy_(right)
-            self._refined = self.weight._version
+                if (
+                    self._is_found
+                ):  # the weights are compared: an optimizer need not count the versions of what it changes
+                    changed = (self.seen != self.weight).any()
+                    new = self._iterate(self.left, self.right, STEPS)
+                    left, right = (torch.where(changed, *pair) for pair in zip(new, (self.left, self.right)))
+                else:
+                    left, right = self.find()
+                for buffer, value in ((self.left, left), (self.right, right), (self.seen, self.weight)):
+                    buffer.copy_(value)
+            self._is_found = True
         return self.left.clone(), self.right.clone()  # which the next change of the buffers leaves alone
 
     @torch.no_grad()
@@ -110,7 +121,7 @@ class SpectralNorm(nn.Module):
         fits = all(name in state_dict and state_dict[name].shape == one.shape for name, one in own.items())
         if not fits and prefix + "right" in state_dict:  # vectors of another size of image say nothing here
             state_dict.update(own)
-        self._refined = -1 if fits else None
+        self._is_found = fits
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self):
