@@ -64,9 +64,7 @@ class SpectralNorm(nn.Module):
         right = torch.randn(shape)
         self.register_buffer("right", right / right.norm())
         self.register_buffer("left", torch.zeros_like(self.map(right, self.weight.detach())))
-        self.register_buffer(
-            "seen", torch.zeros_like(self.weight), persistent=False
-        )  # weights that the vectors are for
+        self.register_buffer("seen", torch.zeros_like(self.weight), persistent=False)  # the weights of the vectors
 
     def bounded(self) -> Tensor:
         """The weights as they are used."""
@@ -85,9 +83,8 @@ class SpectralNorm(nn.Module):
             return self.find()
         if not modes.current().repeating:
             with torch.no_grad():
-                if (
-                    self._is_found
-                ):  # the weights are compared: an optimizer need not count the versions of what it changes
+                if self._is_found:
+                    # an optimizer need not count the versions of what it changes, so that the weights are compared
                     changed = (self.seen != self.weight).any()
                     new = self._iterate(self.left, self.right, STEPS)
                     left, right = (torch.where(changed, *pair) for pair in zip(new, (self.left, self.right)))
