@@ -1,5 +1,5 @@
-"""Every family without an ODE or residual layers is one graph without a break: training as the Trainer runs it, log_prob, the sampler, and
-samples with gradients."""
+"""Every family without an ODE or residual layers is one graph without a break: training as the Trainer runs it,
+log_prob, the sampler, and samples with gradients."""
 
 from functools import partial
 

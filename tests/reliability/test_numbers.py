@@ -25,7 +25,7 @@ GROUPS = {
     "residual": ["residual"],
     "residual, of images": ["residual_image"],
 }
-# examples: rows of 3 numbers, images of 64; root finding, fixed points and ODEs cost a hundred times an inverse in closed form
+# examples: rows of 3 numbers, images of 64; roots, fixed points and ODEs cost a hundred times a closed form
 EXAMPLES = {
     "couplings of vectors": 1_000_000,
     "autoregressive": 1_000_000,
