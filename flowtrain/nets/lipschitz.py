@@ -109,9 +109,8 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def _iterate(self, left: Tensor, right: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         for _ in range(steps):
-            left = _normalized(self.map(right, self.weight), left)
-            right = _normalized(self.adjoint(left, self.weight), right)
-        return left, right
+            right = _normalized(self.adjoint(self.map(right, self.weight), self.weight), right)
+        return _normalized(self.map(right, self.weight), left), right
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         own = {prefix + "left": self.left, prefix + "right": self.right}
