@@ -46,7 +46,7 @@ class Residual(Bijection):
             ``lipschitz``, a bound below 1 of its Lipschitz constant: :class:`flowtrain.nets.LipschitzMLP`,
             :class:`flowtrain.nets.LipschitzConvNet`.
         trace: in training: "exact", a gradient for each dimension; "hutchinson", the random series; or "auto": exact
-            for events of up to 8 dimensions, where that is cheaper and has no variance.
+            for events of up to 8 dimensions, where it costs about as much and has no variance.
         noise: distribution of v: "rademacher" or "gaussian".
         exact_terms: of the series, that are always computed.
         terms: distribution of the number of the others: "geometric" or "poisson".
