@@ -53,7 +53,7 @@ def residual_image(
     shape: Sequence[int],
     *,
     levels: int | None = None,
-    blocks: int = 4,
+    blocks: int = 2,
     hidden: int = 32,
     coeff: float = 0.98,
     dense_blocks: int = 2,
