@@ -38,6 +38,7 @@ IMAGES = (  # models
     "hybrid_image",
     "nsf_image",
     "realnvp",
+    "residual_image",
     "tarflow",
 )
 OTHERS = ("custom", "custom_image", "cnf_image")  # any layers: nothing to compare; minutes for a batch's exact trace

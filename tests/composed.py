@@ -59,6 +59,7 @@ ONLY_IMAGES = (
     "hybrid_image",
     "nsf_image",
     "realnvp",
+    "residual_image",
     "tarflow",
 )  # models
 

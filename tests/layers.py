@@ -18,6 +18,7 @@ ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10
 looser = partial(ode, solver="dopri8", rtol=1e-9, atol=1e-9)  # the logarithm of the time takes many steps
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
+contracting = partial(nets.LipschitzMLP, hidden=8)
 masked = partial(nets.MADE, hidden=12)
 circular = partial(nets.CircularMADE, hidden=12)
 residual_masked = partial(nets.ResidualMADE, hidden=12)
@@ -236,6 +237,10 @@ LAYERS = {
     ),
     "continuous_velocity": partial(looser, vector, partial(nets.VelocityMLP, hidden=6, depth=1), context_shape=(3,)),
     "continuous_velocity_image": partial(looser, (2, 2, 2), partial(nets.VelocityConvNet, hidden=4)),
+    "residual": partial(b.Residual, vector, contracting, trace="exact", context_shape=(3,)),
+    "residual_image": partial(
+        b.Residual, (2, 4, 4), partial(nets.LipschitzConvNet, hidden=4), trace="exact", context_shape=(3,)
+    ),
     "radial": partial(b.Radial, image),
     "elementwise_shared": partial(b.Elementwise, image, b.ExpAffine, share=[1, 2]),
     **{f"coupling_{name}": partial(b.Coupling, vector, map, mlp) for name, map in UNIVARIATE.items()},

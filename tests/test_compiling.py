@@ -117,7 +117,7 @@ def test_evaluation_compiles_nothing():
 def test_what_solves_or_goes_element_by_element_stays_as_it_is():
     found = list(regions(flows.hybrid((64,)).bijection))
     assert found and not any(isinstance(part, b.Continuous) for region in found for part in region.modules())
-    for make in (flows.ffjord, flows.iaf):
+    for make in (flows.ffjord, flows.iaf, flows.residual):
         with pytest.raises(UsageError, match="compile=true: nothing in this flow can be compiled"):
             compile_flow(make((64,)))
 

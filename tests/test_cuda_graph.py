@@ -221,6 +221,7 @@ def raises(error):
         ("model=maf dataset=moons trainer.accumulate=2", "it needs trainer.accumulate=1"),
         ("model=glow dataset=digits memory=checkpoint", "it needs memory=none"),
         ("model=ffjord dataset=moons", "a solver of ODEs reads values on the host"),
+        ("model=residual dataset=moons", "the number of terms of a log-determinant is drawn on the host"),
         ("model=iaf dataset=moons", "this flow trains through one element after another"),
     ],
 )

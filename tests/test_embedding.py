@@ -33,6 +33,7 @@ VECTOR_MODELS = {
     "realnvp_vector": {"hidden": 8},
     "ffjord": {"hidden": 8, "depth": 1},
     "hybrid": {"hidden": 8},
+    "residual": {"blocks": 2, "hidden": 8},
 }
 
 

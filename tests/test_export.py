@@ -45,7 +45,17 @@ def difference(flow, spec, what, to) -> tuple[float, float]:
     return reference.difference(run), reference.tolerance
 
 
-CONTINUOUS = {"cnf", "cnf_image", "ffjord", "ffjord_image", "hybrid", "hybrid_image", "custom"}
+CONTINUOUS = {
+    "cnf",
+    "cnf_image",
+    "ffjord",
+    "ffjord_image",
+    "hybrid",
+    "hybrid_image",
+    "custom",
+    "residual",
+    "residual_image",
+}
 DISCRETE = [name for name in options("model") if name not in CONTINUOUS]
 OTHER_TABLES = "bsds300", "hepmass", "miniboone", "power"  # gas stands for them: smoke=true makes their models alike
 SOLVED = "ffjord", "matching"

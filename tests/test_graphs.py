@@ -1,5 +1,5 @@
-"""Every family without an ODE is one graph without a break: training as the Trainer runs it, log_prob, the sampler, and
-samples with gradients."""
+"""Every family without an ODE or residual layers is one graph without a break: training as the Trainer runs it,
+log_prob, the sampler, and samples with gradients."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ FAMILIES = {
     "nsf_autoregressive": (flows.nsf_autoregressive, VECTOR, {"steps": 1}),
     "nsf_image": (flows.nsf_image, IMAGE, PIXELS | {"steps": 1, "levels": 1}),
 }
-SOLVED = {"cnf", "cnf_image", "ffjord", "ffjord_image", "hybrid", "hybrid_image"}
+SOLVED = {"cnf", "cnf_image", "ffjord", "ffjord_image", "hybrid", "hybrid_image", "residual", "residual_image"}
 TYPED = {"custom"}  # composed in YAML
 
 

@@ -51,6 +51,7 @@ def test_a_layer_of_known_scale_shows_it():
         ("model=realnvp", "dataset=digits", "norm=batchnorm"),
         ("model=iaf", "dataset=moons"),
         ("model=ffjord", "dataset=moons"),
+        ("model=residual", "dataset=moons"),
         ("model=nsf_coupling", "dataset=moons"),
         ("model=hybrid_image", "dataset=digits"),
     ],

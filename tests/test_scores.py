@@ -35,6 +35,7 @@ MIXED = {
     "nsf": (flows.nsf_autoregressive, r"layer 'steps.0.mixing.lu' \(LULinear\) mixes columns"),
     "coupling": (flows.realnvp_vector, r"\(Coupling\) mixes columns"),
     "ffjord": (flows.ffjord, "mixes columns"),
+    "residual": (flows.residual, "mixes columns"),
     "base": (partial(flows.made, base=distributions.Mixture), "Mixture, are not independent"),
 }
 

@@ -23,6 +23,7 @@ from flowtrain.bijections.ode import Continuous
 from flowtrain.bijections.preprocess import Center, Dequantize, Logit
 from flowtrain.bijections.radial import Radial
 from flowtrain.bijections.regression import Regression
+from flowtrain.bijections.residual import Residual
 from flowtrain.bijections.shape import Flatten, Patches, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     AffineRationalQuadratic,
@@ -79,6 +80,7 @@ __all__ = [
     "Radial",
     "RationalQuadratic",
     "Regression",
+    "Residual",
     "Reverse",
     "Scale",
     "ScaleShift",

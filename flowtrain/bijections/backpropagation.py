@@ -28,7 +28,7 @@ from flowtrain.bijections.bijection import (
     is_sequence,
     zero_log_det,
 )
-from flowtrain.bijections.ode import continuous_layers
+from flowtrain.bijections.ode import traced_layers
 from flowtrain.bijections.step import separate
 from flowtrain.runtime import global_batch, modes
 
@@ -38,8 +38,8 @@ KEEP, RECOMPUTE, INVERT = "keep", "recompute", "invert"  # what a segment does f
 class ActivationCheckpointing(Backpropagation):
     """Keeps the input of each segment and runs the segment again, bit for bit, for its gradient (Chen et al. 2016).
 
-    Activations are kept in surjections, in ODEs, whose solver can save memory by itself (``adjoint``), and in layers
-    that hold divided chains, such as a multi-scale layer.
+    Activations are kept in surjections, in ODEs, whose solver can save memory by itself (``adjoint``), in residual
+    layers, which always do, and in layers that hold divided chains, such as a multi-scale layer.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class ActivationCheckpointing(Backpropagation):
 
     def kind(self, layer: Bijection) -> str:
         """What a segment with ``layer`` in it does for its gradient."""
-        keep = not layer.exact or continuous_layers(layer) or any(_chains_to_divide(layer))
+        keep = not layer.exact or traced_layers(layer) or any(_chains_to_divide(layer))
         return KEEP if keep else RECOMPUTE
 
     def networks_per_segment(self, kind: str) -> int:

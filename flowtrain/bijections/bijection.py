@@ -48,6 +48,7 @@ class Bijection(nn.Module):
     """
 
     exact = True  # False for a surjection, whose log-determinant makes log_prob a lower bound
+    traced = False  # True: its log-determinant comes from traces, exact or estimated: see bijections.ode.exact_trace
     reversible = False
     container = False
     inverts_layers = False

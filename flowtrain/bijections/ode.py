@@ -23,15 +23,15 @@ _ROWS_AT_ONCE = 4096  # of an exact trace's gradients side by side, examples × 
 
 
 def exact_trace() -> AbstractContextManager[None]:
-    """Within it, every :class:`Continuous` layer integrates the exact trace, whatever its ``trace``.
+    """Within it, every traced layer computes its log-determinant from exact traces, whatever its ``trace``.
 
-    Gradients, if any, go through the solver's steps: they are exact for what was computed.
+    Gradients of an ODE, if any, go through the solver's steps: they are exact for what was computed.
     """
     return modes.using(exact_trace=True)
 
 
 def states_only() -> AbstractContextManager[None]:
-    """Within it, no :class:`Continuous` layer integrates a trace: its log-determinant is NaN and costs nothing."""
+    """Within it, no traced layer computes a trace: its log-determinant is NaN and costs nothing."""
     return modes.using(states_only=True)
 
 
@@ -43,8 +43,8 @@ def accuracy(tolerance: float, step_factor: int = 1) -> AbstractContextManager[N
 
 @contextmanager
 def several_probes(number: int) -> Iterator[list[Tensor]]:
-    """Within it, a stochastic trace is the mean over ``number`` noises; yields a list, to which each solve appends the
-    variance, for each example, that its log-determinant has from them, (B,)."""
+    """Within it, a stochastic trace is the mean over ``number`` noises; yields a list, to which each traced layer
+    appends the variance, for each example, that its log-determinant has from them, (B,)."""
     spreads: list[Tensor] = []
     with modes.using(probes=number, spreads=spreads):
         yield spreads
@@ -73,9 +73,15 @@ def continuous_layers(module: nn.Module) -> list[Continuous]:
     return [layer for layer in module.modules() if isinstance(layer, Continuous)]
 
 
+def traced_layers(module: nn.Module) -> list[Bijection]:
+    """The layers whose log-determinants come from traces, exact or estimated."""
+    return [layer for layer in module.modules() if isinstance(layer, Bijection) and layer.traced]
+
+
 def needs_exact_trace(module: nn.Module) -> bool:
-    """Whether a flow has ODEs, all of so few dimensions that it should be evaluated within :func:`exact_trace`."""
-    layers = continuous_layers(module)
+    """Whether a flow has traced layers, all of so few dimensions that it should be evaluated within
+    :func:`exact_trace`."""
+    layers = traced_layers(module)
     return bool(layers) and all(size(layer.shape) <= EXACT_LIMIT for layer in layers)
 
 
@@ -126,6 +132,8 @@ class Continuous(Bijection):
     torch.Size([5, 2])
     """
 
+    traced = True
+
     def __init__(
         self,
         shape,
@@ -161,7 +169,7 @@ class Continuous(Bijection):
             ("solver", solver, (*ADAPTIVE, *FIXED)),
             ("train_solver", train_solver, (*ADAPTIVE, *FIXED)),
             ("trace", trace, ("hutchinson", "exact")),
-            ("noise", noise, ("rademacher", "gaussian")),
+            ("noise", noise, tuple(NOISE)),
         ):
             if choice not in options:
                 raise ValueError(f"{name}='{choice}' must be one of {', '.join(options)}")
@@ -347,14 +355,13 @@ class _Rates(_Velocity):
         super().__init__(layer, context)
         self.penalized, self.zero, self.many_traces = penalized, zero_log_det(x), False
         if modes.current().exact_trace or layer.trace == "exact":
-            directions = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype)
             if modes.current().tracing:  # one after the other, in a program for a batch of any size
+                directions = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype)
                 self.probes = [direction.view(x.shape[1:]).expand_as(x) for direction in directions]
                 return
-            parts = directions.split(max(1, _ROWS_AT_ONCE // len(x)))
-            self.probes = [part.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape) for part in parts]
+            self.probes = rows_of_trace(x)
             return
-        noises = [_NOISE[layer.noise](x) for _ in range(modes.current().probes)]
+        noises = [NOISE[layer.noise](x) for _ in range(modes.current().probes)]
         self.probes = noises
         if len(noises) > 1:
             self.probes, self.many_traces = [torch.stack(noises)], True
@@ -455,6 +462,13 @@ def _greatest_error(state: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([part.reshape(len(part), -1).square().mean(1).max() for part in state[:2]]).max().sqrt()
 
 
+def rows_of_trace(x: Tensor) -> list[Tensor]:
+    """The unit vectors of the events of a batch, in parts that bound the memory of gradients side by side: each (n,
+    *x.shape)."""
+    parts = torch.eye(x[0].numel(), device=x.device, dtype=x.dtype).split(max(1, _ROWS_AT_ONCE // len(x)))
+    return [part.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape) for part in parts]
+
+
 def _sum(v: Tensor, many: bool) -> Tensor:
     """Over the event, and over probes where there are many: (B,)."""
     return sum_event(v.sum(0) if many else v)
@@ -470,4 +484,4 @@ def _gaussian(x: Tensor) -> Tensor:
     return (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * math.pi * v)
 
 
-_NOISE = {"rademacher": _rademacher, "gaussian": _gaussian}
+NOISE = {"rademacher": _rademacher, "gaussian": _gaussian}

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from flowtrain.bijections import Bijection, Logit, VariationalDequantize
-from flowtrain.bijections.ode import continuous_layers, needs_exact_trace
+from flowtrain.bijections.ode import continuous_layers, needs_exact_trace, traced_layers
 from flowtrain.commands import EvalConfig
 from flowtrain.commands.eval_target import evaluate_target, target_table
 from flowtrain.commands.evaluation import data_digest, evaluate_split, split_batches
 from flowtrain.commands.outputs import open_array
 from flowtrain.commands.restored import restore
-from flowtrain.commands.solver_error import evaluate_to_its_error
+from flowtrain.commands.solver_error import Errors, evaluate_to_its_error
 from flowtrain.config.schema import PublishedConfig
 from flowtrain.data import Split
 from flowtrain.data.spec import LabelContext
@@ -58,19 +58,20 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
     if config.unlabelled and not is_labelled:
         raise UsageError("unlabelled=true: this model is not class-conditional; leave unlabelled=false")
     split = restored.split(config.split)
-    has_ode = bool(continuous_layers(flow))
+    has_ode, is_traced = bool(continuous_layers(flow)), bool(traced_layers(flow))
     exact = needs_exact_trace(flow)
     examples = config.examples
     if examples == "auto":
-        examples = EXAMPLES if exact else None
-    probes = config.probes if has_ode and not exact else 1
+        examples = EXAMPLES if exact and has_ode else None
+    probes = config.probes if is_traced and not exact else 1
     evaluate = partial(evaluate_split, flow, split, config, examples, config.draws, exact, probes=probes)
     with out_of_memory(distributed.device(), f"the likelihoods of the {config.split} split"):
         if has_ode:
             result, errors = evaluate_to_its_error(evaluate, config.tolerance, flow.dimensions)
         else:
             result = evaluate()
-    is_bound = not flow.bijection.exact and config.draws > 1 and (exact or not has_ode)
+            errors = Errors.of(result)
+    is_bound = not flow.bijection.exact and config.draws > 1 and (exact or not is_traced)
     report = _figures(result, "bits_per_dim", is_bound) if restored.has_bits else {}
     if config.unlabelled:
         of_any = evaluate_split(
@@ -84,8 +85,8 @@ def evaluate(config: EvalConfig, run_dir: str) -> dict:
         "examples": result.examples,
         "draws": result.draws,
         **({"lower_bound": True} if restored.dataset.spec.has_gaps else {}),
-        **({"trace": "exact" if exact else f"Hutchinson's, {probes} noises a draw"} if has_ode else {}),
-        **({"errors": errors.to_record()} if has_ode else {}),
+        **({"trace": "exact" if exact else f"Hutchinson's, {probes} noises a draw"} if is_traced else {}),
+        **({"errors": errors.to_record()} if is_traced else {}),
         **({"weights_column": config.dataset.get("weights")} if split.weights is not None else {}),
         "split": config.split,
         "data": split.description,
@@ -187,7 +188,7 @@ def compare(
 
 
 def _error_rows(report: dict) -> list[tuple[str, str]]:
-    """The parts of the standard error of a flow with ODEs."""
+    """The parts of the standard error of a flow whose log-determinant comes from traces."""
     errors, trace = report["errors"], report["trace"]
     parts = [("rows", errors["rows"]), ("solver", errors["solver"])]
     if trace != "exact":
@@ -196,11 +197,10 @@ def _error_rows(report: dict) -> list[tuple[str, str]]:
     solves = errors["solves"]
     moves = ", ".join(f"{one['moved']:.2g} at {one['tolerance']:.3g}" for one in solves[1:])
     each = ", ".join(f"{name} {value:.2g}" for name, value in parts if value is not None)
-    return [
-        ("standard error from", f"{each} nats"),
-        ("trace of the ODE", trace),
-        ("tolerance", f"halved from {solves[0]['tolerance']:.3g}; the figure moved by {moves} (nats)"),
-    ]
+    rows = [("standard error from", f"{each} nats"), ("trace of the ODE" if solves else "log-determinant", trace)]
+    if solves:
+        rows.append(("tolerance", f"halved from {solves[0]['tolerance']:.3g}; the figure moved by {moves} (nats)"))
+    return rows
 
 
 def _with_two_errors(value: float, stderr: float | None) -> str:

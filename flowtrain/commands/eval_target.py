@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Autoregressive
-from flowtrain.bijections.ode import continuous_layers
+from flowtrain.bijections.ode import traced_layers
 from flowtrain.commands import EvalConfig
 from flowtrain.commands.draws import draw_samples
 from flowtrain.commands.evaluation import evaluate_split
@@ -109,7 +109,7 @@ def target_table(report: dict) -> str:
 
 
 def _is_slow(flow) -> bool:
-    return any(isinstance(layer, Autoregressive) for layer in flow.modules()) or bool(continuous_layers(flow))
+    return any(isinstance(layer, Autoregressive) for layer in flow.modules()) or bool(traced_layers(flow))
 
 
 def _modes(restored: Restored, target, n: int, seed: int) -> dict:

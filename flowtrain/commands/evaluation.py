@@ -32,8 +32,8 @@ def evaluate_split(
     measure: Measure | None = None,
     probes: int = 1,
 ) -> Evaluation:
-    """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with the exact trace of
-    its ODEs, else with the mean of ``probes`` stochastic ones; ``zeros``: a likelihood may be 0; ``measure``: what to
+    """Evaluate ``flow`` on ``examples`` of a split (None: all), each by its weight; ``exact``: with exact
+    traces, else with the mean of ``probes`` stochastic ones; ``zeros``: a likelihood may be 0; ``measure``: what to
     average, None: the split's own.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from flowtrain import __version__
-from flowtrain.bijections.ode import ADAPTIVE, continuous_layers
+from flowtrain.bijections.ode import ADAPTIVE, continuous_layers, traced_layers
 from flowtrain.commands import ExportConfig
 from flowtrain.commands.outputs import own_folder
 from flowtrain.commands.restored import Restored, restore
@@ -108,6 +108,11 @@ def _trace(program: Program, reference: Reference) -> torch.export.ExportedProgr
 def _fix_steps(flow, config: ExportConfig) -> list[str]:
     """Give ODEs the solver that was asked for; lines about what this changes."""
     layers = continuous_layers(flow)
+    if len(layers) < len(traced_layers(flow)):
+        raise UsageError(
+            f"to={config.to}: the inverses and log-determinants of this flow's residual layers take as many steps as"
+            " the data need, which no exported program can do; to=safetensors keeps its weights"
+        )
     if not layers:
         if config.solver:
             raise UsageError(f"solver={config.solver}: this flow has no ODE")

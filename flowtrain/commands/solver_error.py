@@ -1,10 +1,10 @@
-"""The error that a solver of differential equations leaves in an evaluation."""
+"""The parts of the error of an evaluation, the one that a solver of differential equations leaves among them."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from flowtrain.bijections.ode import accuracy
@@ -28,7 +28,7 @@ class Solve:
 @dataclass(frozen=True)
 class Errors:
     """The parts of a standard error, in nats: of the choice of the rows, of the noises of a stochastic trace (0 for an
-    exact one), and of the solver.
+    exact one), and of the solver (None without an ODE).
 
     Attributes:
         trace_variance: of the log-density of a row with one noise, in nats²; the mean over rows.
@@ -37,9 +37,16 @@ class Errors:
 
     rows: float | None
     probes: float
-    solver: float
+    solver: float | None
     trace_variance: float
     solves: list[Solve]
+
+    @classmethod
+    def of(cls, found: Evaluation, solver: float | None = None, solves: Sequence[Solve] = ()) -> Errors:
+        """Of an evaluation whose standard error holds that of the rows and of the noises."""
+        probes, stderr = found.probes_stderr, found.log_likelihood_stderr
+        rows = None if stderr is None else math.sqrt(max(0.0, stderr**2 - probes**2))
+        return cls(rows, probes, solver, found.trace_variance, [*solves])
 
     def to_record(self) -> dict:
         return asdict(self)
@@ -67,9 +74,7 @@ def evaluate_to_its_error(
             log.warning("the solver's tolerance is %.1g, and the figure still moves by %.3g nats", tolerance, moved)
             break
         tolerance, factor = tolerance / 2, 2 * factor
-    probes, stderr = found.probes_stderr, found.log_likelihood_stderr
-    rows = None if stderr is None else math.sqrt(max(0.0, stderr**2 - probes**2))
-    errors = Errors(rows, probes, moved, found.trace_variance, solves)
+    stderr, errors = found.log_likelihood_stderr, Errors.of(found, moved, solves)
     total = None if stderr is None else math.hypot(stderr, moved)
     in_bits = None if total is None else -to_bits_per_dim(total, dimensions)
     return replace(found, log_likelihood_stderr=total, bits_per_dim_stderr=in_bits), errors

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from flowtrain.bijections import Autoregressive, Bijection, Chain, Coupling
 from flowtrain.bijections.autoregressive import sequential_layers
-from flowtrain.bijections.ode import continuous_layers
+from flowtrain.bijections.ode import traced_layers
 from flowtrain.errors import FlowtrainError, UsageError
 from flowtrain.flow import Flow
 
@@ -110,10 +110,11 @@ def compile_flow(flow: Flow, whole: bool = True) -> Compilation:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch warns itself
     logging.getLogger("torch.utils.cpp_extension").addFilter(_matters)
     _try(found[0])
-    left_out = continuous_layers(flow) or sequential_layers(flow.bijection)
+    left_out = traced_layers(flow) or sequential_layers(flow.bijection)
     if left_out:
         log.info(
-            "compile: %d layers of the flow; what solves an ODE or goes element by element is left out", len(found)
+            "compile: %d layers of the flow; what solves an ODE, sums a series or goes element by element is left out",
+            len(found),
         )
     compilation = Compilation([flow] if whole and not left_out and len(found) <= DEEP else found)
     # torch counts all regions together, for each number of threads; see Compilation.shapes for the factor
@@ -166,11 +167,11 @@ def regions(bijection: Bijection) -> Iterator[Bijection]:
     """The modules that are compiled as one: each layer that a Chain repeats; elsewhere each coupling or autoregressive
     layer.
 
-    Never a layer that solves an ODE, whose steps depend on values, nor one that computes its elements one by one.
+    Never a layer whose steps or terms depend on values, such as an ODE, nor one that computes its elements one by one.
     """
     if bijection.inverts_layers:  # their forward is not called
         return
-    whole = not continuous_layers(bijection) and not sequential_layers(bijection)
+    whole = not traced_layers(bijection) and not sequential_layers(bijection)
     if whole and isinstance(bijection, Coupling | Autoregressive):
         yield bijection
     elif whole and isinstance(bijection, Chain) and _repeats(bijection):

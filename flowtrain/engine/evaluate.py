@@ -32,9 +32,9 @@ class Evaluation:
 
     ``bits_per_dim_iw`` and ``log_likelihood_iw`` belong to the importance-weighted bound log(1/K Σ p_k) of K draws
     (Burda et al. 2016, eq. 8), with the standard error of its mean over examples; None for one draw. It is a bound only
-    where each p_k is an unbiased estimate. That of an ODE's stochastic trace is not: it is unbiased for log p_k.
+    where each p_k is an unbiased estimate. That of a stochastic trace is not: it is unbiased for log p_k.
 
-    ``probes_stderr`` is the part of the standard error that noises of stochastic traces of ODEs make, in nats, and
+    ``probes_stderr`` is the part of the standard error that noises of stochastic traces make, in nats, and
     ``trace_variance`` the mean over examples of the variance of log p from one of them: see
     :func:`flowtrain.bijections.ode.several_probes`. Both are 0 where they were not measured.
 

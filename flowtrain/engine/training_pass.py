@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain.bijections.ode import continuous_layers, replace_unsolved_by_nan
+from flowtrain.bijections.ode import replace_unsolved_by_nan, traced_layers
 from flowtrain.data.batch import Batch
 from flowtrain.engine.objectives import Objective
 from flowtrain.flow import Flow
@@ -44,10 +44,10 @@ class TrainingPass:
     def synchronize(self) -> None:
         """From now on, average the gradients over all processes.
 
-        All backward passes use the same graph, except those of ODEs and of accumulated parts, of which only the last
+        All backward passes use the same graph, except those of traces and of accumulated parts, of which only the last
         sends: torch fails an assertion where ``no_sync`` meets ``static_graph``.
         """
-        self.loss = synchronize_gradients(self.loss, static_graph=self.parts == 1 and not continuous_layers(self.flow))
+        self.loss = synchronize_gradients(self.loss, static_graph=self.parts == 1 and not traced_layers(self.flow))
 
     def backpropagate(self, batch: Batch, step: int, rank: int, world: int) -> tuple[Tensor, list[str]]:
         """Add the gradient of the mean loss on ``batch``, slice ``rank`` of the ``world`` slices of a global batch.

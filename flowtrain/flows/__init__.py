@@ -26,6 +26,7 @@ from flowtrain.flows.maf import iaf, made, maf, maf_mog
 from flowtrain.flows.nice import nice
 from flowtrain.flows.nsf import nsf_autoregressive, nsf_coupling, nsf_image
 from flowtrain.flows.realnvp import realnvp, realnvp_vector
+from flowtrain.flows.residual import residual, residual_image
 from flowtrain.flows.tarflow import tarflow
 
 __all__ = [
@@ -49,5 +50,7 @@ __all__ = [
     "nsf_image",
     "realnvp",
     "realnvp_vector",
+    "residual",
+    "residual_image",
     "tarflow",
 ]

@@ -12,6 +12,7 @@ from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, Z
 from flowtrain.nets.dynamics import ConvODENet, ODENet
 from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPEmbedding
 from flowtrain.nets.features import Features
+from flowtrain.nets.lipschitz import LipschitzConvNet, LipschitzMLP
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
@@ -31,6 +32,8 @@ __all__ = [
     "Dropout",
     "Features",
     "HiddenContext",
+    "LipschitzConvNet",
+    "LipschitzMLP",
     "MLPEmbedding",
     "ODENet",
     "PreactivatedConvNet",

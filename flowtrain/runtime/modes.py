@@ -34,19 +34,20 @@ class Modes:
         affines: likewise W, b and the log-determinant of neighbouring affine maps, by the layers that they are of.
         repeating: this work has been done before, so that running statistics must not count it again.
         layer_by_layer: every layer is called by itself; none is fused with its neighbours.
-        exact_trace: ODEs integrate the exact trace.
-        states_only: ODEs integrate no trace; their log-determinant is NaN.
+        exact_trace: ODEs integrate the exact trace, and other log-determinants from traces are exact.
+        states_only: no trace is computed; log-determinants from them are NaN.
         jacobi: iterates the inverses of autoregressive layers to their fixed points; None: element after element.
         guidance: how much more the context of such an inverse counts; 0: as the flow has it.
         noisy: data come with the noise of training on them, and stay so.
         tracing: the work is recorded as a program for values to come: no check may read a value.
         equations: what stands in for the solution of each ODE, a function of its layer, input and context; None: it is
             solved.
-        probes: with how many noises an ODE's stochastic trace is estimated; their mean is the log-determinant.
+        probes: with how many noises a stochastic trace is estimated; their mean is the log-determinant.
         spreads: where to append the variance, for each example, of that mean; None: it is not computed.
         tolerance: of adaptive solvers of ODEs, in place of their own; None: their own.
         step_factor: how many times as many steps a fixed solver of ODEs takes.
-        unsolved: where to append why an ODE has no solution, which then is NaN; None: it raises FloatingPointError.
+        unsolved: where to append why an ODE or a fixed point has no solution, which then is NaN; None: it raises
+            FloatingPointError.
     """
 
     first_row: int = 0

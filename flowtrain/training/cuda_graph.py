@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowtrain.bijections.autoregressive import sequential_layers
-from flowtrain.bijections.ode import continuous_layers
+from flowtrain.bijections.ode import continuous_layers, traced_layers
 from flowtrain.config.schema import TrainConfig
 from flowtrain.engine.graphed_pass import GraphedPass
 from flowtrain.engine.objectives import Objective
@@ -40,6 +40,7 @@ def obstacle(config: TrainConfig, flow: Flow, device: torch.device) -> str | Non
         "it needs memory=none": config.memory != "none",  # what is computed again sets the generator back on the host
         "with a target, noise is drawn on the host": config.target is not None,
         "a solver of ODEs reads values on the host": bool(continuous_layers(flow)),
+        "the number of terms of a log-determinant is drawn on the host": bool(traced_layers(flow)),
         "this flow trains through one element after another": bool(sequential_layers(flow.bijection)),
         "before torch 2.13 a run could not go on after a failure": (
             config.trainer.cuda_graph == "auto" and not SURVIVES_FAILURE

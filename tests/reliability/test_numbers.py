@@ -22,8 +22,10 @@ GROUPS = {
     "continuous": ["cnf", "custom", "ffjord", "hybrid"],
     "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp", "tarflow"],
     "continuous, of images": ["cnf_image", "custom_image", "ffjord_image"],
+    "residual": ["residual"],
+    "residual, of images": ["residual_image"],
 }
-# examples: rows of 3 numbers, images of 64; root finding and ODEs cost a hundred times an inverse in closed form
+# examples: rows of 3 numbers, images of 64; roots, fixed points and ODEs cost a hundred times a closed form
 EXAMPLES = {
     "couplings of vectors": 1_000_000,
     "autoregressive": 1_000_000,
@@ -31,6 +33,8 @@ EXAMPLES = {
     "continuous": 50_000,
     "images": 15_625,
     "continuous, of images": 1_000,
+    "residual": 50_000,
+    "residual, of images": 1_000,
 }
 
 

@@ -24,6 +24,7 @@ FAMILIES = (
     "nsf_autoregressive",
     "ffjord_image",
     "hybrid_image",
+    "residual_image",
 )
 
 
