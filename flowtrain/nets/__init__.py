@@ -13,8 +13,10 @@ from flowtrain.nets.dynamics import ConvODENet, ODENet
 from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPEmbedding
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
+from flowtrain.nets.gated import GatedAttentionConvNet
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
+from flowtrain.nets.vision import VisionTransformer
 
 __all__ = [
     "MADE",
@@ -28,6 +30,7 @@ __all__ = [
     "ConvODENet",
     "DeepSet",
     "Dropout",
+    "GatedAttentionConvNet",
     "HiddenContext",
     "MLPEmbedding",
     "ODENet",
@@ -37,5 +40,6 @@ __all__ = [
     "ResidualMLP",
     "VelocityConvNet",
     "VelocityMLP",
+    "VisionTransformer",
     "ZeroConv",
 ]
