@@ -11,9 +11,9 @@ from flowtrain.nets.attention import CausalTransformer
 from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, ZeroConv
 from flowtrain.nets.dynamics import ConvODENet, ODENet
 from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPEmbedding
+from flowtrain.nets.gated import GatedAttentionConvNet
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
-from flowtrain.nets.gated import GatedAttentionConvNet
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
 from flowtrain.nets.vision import VisionTransformer

@@ -13,9 +13,11 @@ from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
 
 
 class VisionTransformer(nn.Module):
-    """(B, C, H, W) -> (B, out, H, W): each pixel, or patch where an image was squeezed, is a token; pre-normalized blocks
-    of attention over all of them, with a learned position, and a last layer that starts at zero (Dosovitskiy et al.
-    2021; Jet's conditioner, Kolesnikov et al. 2024, section 3).
+    """(B, C, H, W) -> (B, out, H, W): attention over all pixels, in pre-normalized blocks (Dosovitskiy et al. 2021; Jet's
+    conditioner, Kolesnikov et al. 2024, section 3).
+
+    Each pixel is a token, or each patch of an image that was squeezed. A learned row is added at each position. The
+    last layer starts at zero.
 
     Args:
         shape: (C, H, W).
