@@ -63,8 +63,8 @@ def flowpp(
             layers |= {f"norm_{name}{number}": norm, f"mixing_{name}{number}": mixing, f"{name}{number}": coupling}
         return layers
 
-    colours = [partial(checkerboard, colour=colour) for colour in (0, 1)]
-    halves = [Halves, partial(Halves, swap=True)]
+    colours: list[Factory] = [partial(checkerboard, colour=colour) for colour in (0, 1)]
+    halves: list[Factory] = [Halves, partial(Halves, swap=True)]
     first, channels, last = couplings
     layers = {
         "preprocess": preprocess,

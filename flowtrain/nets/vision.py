@@ -13,10 +13,9 @@ from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
 
 
 class VisionTransformer(nn.Module):
-    """(B, C, H, W) -> (B, out, H, W): attention over all pixels, in pre-normalized blocks (Dosovitskiy et al. 2021; Jet's
-    conditioner, Kolesnikov et al. 2024, section 3).
+    """Jet's conditioner (Kolesnikov et al. 2024, section 3; Dosovitskiy et al. 2021): (B, C, H, W) -> (B, out, H, W).
 
-    Each pixel is a token, or each patch of an image that was squeezed. A learned row is added at each position. The
+    Pre-normalized blocks of attention over all pixels. Each pixel is a token, or each patch of an image that was squeezed. A learned row is added at each position. The
     last layer starts at zero.
 
     Args:
