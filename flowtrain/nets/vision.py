@@ -15,8 +15,8 @@ from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
 class VisionTransformer(nn.Module):
     """Jet's conditioner (Kolesnikov et al. 2024, section 3; Dosovitskiy et al. 2021): (B, C, H, W) -> (B, out, H, W).
 
-    Pre-normalized blocks of attention over all pixels. Each pixel is a token, or each patch of an image that was squeezed. A learned row is added at each position. The
-    last layer starts at zero.
+    Pre-normalized blocks of attention over all pixels. Each pixel is a token, or each patch of an image that was
+    squeezed. A learned row is added at each position. The last layer starts at zero.
 
     Args:
         shape: (C, H, W).
