@@ -18,7 +18,7 @@ def jet(
     patch: int | None = None,
     steps: int = 10,
     spatial: int = 5,
-    hidden: int = 64,
+    hidden: int = 32,
     depth: int = 1,
     heads: int = 4,
     expand: int = 4,
