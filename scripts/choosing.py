@@ -34,8 +34,10 @@ from flowtrain.engine.audit import perturb
 IMAGES = (  # models
     "autoregressive",
     "ffjord_image",
+    "flowpp",
     "glow",
     "hybrid_image",
+    "jet",
     "nsf_image",
     "realnvp",
     "residual_image",

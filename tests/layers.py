@@ -17,6 +17,8 @@ conv = partial(nets.ConvNet, hidden=6)
 ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10)
 looser = partial(ode, solver="dopri8", rtol=1e-9, atol=1e-9)  # the logarithm of the time takes many steps
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
+gated = partial(nets.GatedAttentionConvNet, hidden=4, heads=2, blocks=2)
+vision = partial(nets.VisionTransformer, hidden=4, heads=2, depth=2)
 residual = partial(nets.ResidualConvNet, hidden=4, blocks=1)
 contracting = partial(nets.LipschitzMLP, hidden=8)
 masked = partial(nets.MADE, hidden=12)
@@ -124,6 +126,7 @@ LAYERS = {
     "shuffle": partial(b.Shuffle, image),
     "diagonal_first": partial(b.DiagonalFirst, (8, 2, 2)),
     "squeeze": partial(b.Squeeze, image),
+    "squeeze_patches": partial(b.Squeeze, (1, 3, 6), size=3),
     "unsqueeze": partial(b.Unsqueeze, image),
     "flatten": partial(b.Flatten, image),
     "patches": partial(b.Patches, image, size=2),
@@ -189,6 +192,11 @@ LAYERS = {
     "alternate_other": partial(b.Coupling, vector, b.Additive, mlp, partial(b.Alternate, first=1)),
     "checkerboard": partial(b.Coupling, image, b.TanhAffine, residual, b.Checkerboard),
     "checkerboard_other": partial(b.Coupling, image, b.Additive, conv, partial(b.Checkerboard, colour=1)),
+    "flowpp": partial(
+        b.Coupling, image, UNIVARIATE["mixture_logistic"], gated, b.PackedCheckerboard, context_shape=(3,)
+    ),
+    "jet": partial(b.Coupling, image, b.DoubleSigmoidAffine, vision, context_shape=(3,)),
+    "jet_spatial": partial(b.Coupling, image, b.DoubleSigmoidAffine, vision, partial(b.PackedCheckerboard, colour=1)),
     "multiscale": partial(
         b.MultiScale,
         (1, 8, 8),

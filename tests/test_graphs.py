@@ -27,6 +27,8 @@ FAMILIES = {
     "iaf": (flows.iaf, VECTOR, {"steps": 1}),
     "autoregressive": (flows.autoregressive, (1, 2, 2), {"grey_levels": 17, "depth": 1, "heads": 2, "dropout": 0.0}),
     "tarflow": (flows.tarflow, IMAGE, PIXELS | {"patch": 2, "depths": [1, 1], "heads": 2}),
+    "flowpp": (flows.flowpp, IMAGE, PIXELS | {"couplings": [1, 1, 1], "blocks": 1, "heads": 2, "dropout": 0.0}),
+    "jet": (flows.jet, IMAGE, PIXELS | {"steps": 2, "spatial": 2, "heads": 2}),
     "nsf_coupling": (flows.nsf_coupling, VECTOR, {"pairs": 1}),
     "nsf_autoregressive": (flows.nsf_autoregressive, VECTOR, {"steps": 1}),
     "nsf_image": (flows.nsf_image, IMAGE, PIXELS | {"steps": 1, "levels": 1}),

@@ -56,7 +56,7 @@ def test_a_model_of_images_says_so_of_vectors(model):
         flow_of(f"model={model}", "dataset=moons", device="meta")
 
 
-UNIVARIATE = "glow realnvp nice maf iaf made nsf_coupling nsf_autoregressive nsf_image tarflow".split()
+UNIVARIATE = "glow realnvp nice maf iaf made nsf_coupling nsf_autoregressive nsf_image tarflow flowpp jet".split()
 
 
 @pytest.mark.parametrize("model", UNIVARIATE)
@@ -81,6 +81,8 @@ TINY_GLOW = partial(flows.glow, steps=1, hidden=4)
         partial(flows.realnvp, levels=2, hidden=2),
         partial(flows.realnvp, levels=2, hidden=2, norm=b.ActNorm, univariate=b.SigmoidAffine),
         partial(flows.nice, hidden=4, base=StandardNormal),
+        partial(flows.flowpp, hidden=4, heads=2, blocks=1, couplings=(2, 2, 1)),
+        partial(flows.jet, hidden=4, heads=2, patch=2, steps=3, spatial=2),
     ],
 )
 def test_exact_on_3x8x8(make):
@@ -126,7 +128,7 @@ def test_images_of_any_sides(model, sides):
     words, spec = [f"model={model}"], DataSpec("images", (3, *sides), 256)
     if model == "custom_image":  # its file states the number of scales
         words.append("model.layers.scales.levels=1")
-    if model in ("glow", "nsf_image", "hybrid_image", "custom_image") and (sides[0] % 2 or sides[1] % 2):
+    if model in ("flowpp", "glow", "nsf_image", "hybrid_image", "custom_image") and (sides[0] % 2 or sides[1] % 2):
         with pytest.raises(UsageError, match="{}×{}.* cannot be halved".format(*sides)):
             flow_of(*words, spec=spec, device="meta")
     else:

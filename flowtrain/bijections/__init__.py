@@ -11,7 +11,7 @@ from flowtrain.bijections.columns import (
     Standardize,
     Turns,
 )
-from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves
+from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves, PackedCheckerboard
 from flowtrain.bijections.elementwise import Conditional, Elementwise
 from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
@@ -34,7 +34,15 @@ from flowtrain.bijections.spline import (
 )
 from flowtrain.bijections.standardize import StandardizeChannels
 from flowtrain.bijections.support import Box, Positive, Simplex, Support
-from flowtrain.bijections.univariate import Additive, ExpAffine, Scale, ScaleShift, SigmoidAffine, TanhAffine
+from flowtrain.bijections.univariate import (
+    Additive,
+    DoubleSigmoidAffine,
+    ExpAffine,
+    Scale,
+    ScaleShift,
+    SigmoidAffine,
+    TanhAffine,
+)
 from flowtrain.bijections.variational import VariationalDequantize
 
 __all__ = [
@@ -60,6 +68,7 @@ __all__ = [
     "Dequantize",
     "DequantizeColumns",
     "DiagonalFirst",
+    "DoubleSigmoidAffine",
     "Elementwise",
     "ExpAffine",
     "Factored",
@@ -72,6 +81,7 @@ __all__ = [
     "MixtureLogistic",
     "MixtureNormal",
     "MultiScale",
+    "PackedCheckerboard",
     "Patches",
     "Permutation",
     "PiecewiseLinear",

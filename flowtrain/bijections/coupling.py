@@ -141,6 +141,42 @@ class Checkerboard(Partition):
         return sum_event(log_derivative.masked_fill(~self.transforms, 0))
 
 
+class PackedCheckerboard(Partition):
+    """The colours of a :class:`Checkerboard`, each packed into an image of half the width, so that a conditioner reads
+    and computes half as many pixels. Pixel (row, i) of a part is that of its colour in columns 2i and 2i + 1.
+
+    Raises:
+        ValueError: not an image, an odd width, or ``colour`` not 0 or 1.
+
+    >>> image = torch.tensor([[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]])
+    >>> PackedCheckerboard((1, 2, 4)).split(image[None, None])[0]
+    tensor([[[[0., 2.],
+              [5., 7.]]]])
+    """
+
+    odd: Tensor
+
+    def __init__(self, shape, colour: int = 0):
+        super().__init__()
+        if len(shape) != 3 or shape[2] % 2:
+            raise ValueError(f"a packed checkerboard needs images (channels, height, even width), not {list(shape)}")
+        if colour not in (0, 1):
+            raise ValueError(f"colour={colour} must be 0 or 1")
+        channels, height, width = shape
+        rows = torch.arange(height)[:, None]
+        self.register_buffer("odd", (rows + colour) % 2 == 1, persistent=False)  # where the second pixel conditions
+        self.conditioning_shape = self.transformed_shape = (channels, height, width // 2)
+
+    def split(self, x):
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.where(self.odd, second, first), torch.where(self.odd, first, second)
+
+    def merge(self, conditioning, transformed):
+        first = torch.where(self.odd, transformed, conditioning)
+        second = torch.where(self.odd, conditioning, transformed)
+        return torch.stack((first, second), -1).flatten(-2)
+
+
 class Coupling(Bijection):
     """z = (a, τ(b; net(a))) for x split into a conditioning part a and a transformed part b (Dinh et al. 2015, section
     3.2; Dinh et al. 2017, eq. 4 and 5).

@@ -7,19 +7,19 @@ from torch import Tensor
 from flowtrain.bijections.bijection import Bijection, size, zero_log_det
 
 
-def pixels_to_channels(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 4C, H/2, W/2)."""
+def pixels_to_channels(x: Tensor, n: int = 2) -> Tensor:
+    """(B, C, H, W) -> (B, n²·C, H/n, W/n)."""
     # not F.pixel_unshuffle: it loses the channels of an empty batch
     batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
-    return x.reshape(batch, 4 * channels, height // 2, width // 2)
+    x = x.reshape(batch, channels, height // n, n, width // n, n).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, n * n * channels, height // n, width // n)
 
 
-def channels_to_pixels(x: Tensor) -> Tensor:
-    """(B, 4C, H, W) -> (B, C, 2H, 2W)."""
+def channels_to_pixels(x: Tensor, n: int = 2) -> Tensor:
+    """(B, n²·C, H, W) -> (B, C, n·H, n·W)."""
     batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
-    return x.reshape(batch, channels // 4, 2 * height, 2 * width)
+    x = x.reshape(batch, channels // n**2, n, n, height, width).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(batch, channels // n**2, n * height, n * width)
 
 
 class Squeeze(Bijection):
@@ -27,8 +27,13 @@ class Squeeze(Bijection):
 
     Pixel (row, column) of each 2×2 block of channel c becomes channel 4c + 2·row + column.
 
+    Args:
+        shape: (C, H, W).
+        size: of the sides of a block, in pixels; size² channels in place of 4.
+        context_shape: not used.
+
     Raises:
-        ValueError: not an image, or an odd side.
+        ValueError: not an image, or sides that are no multiples of ``size``.
 
     >>> import torch
     >>> Squeeze((3, 8, 8))(torch.randn(5, 3, 8, 8))[0].shape
@@ -37,20 +42,22 @@ class Squeeze(Bijection):
 
     reversible = True
 
-    def __init__(self, shape, context_shape=None):
+    def __init__(self, shape, size: int = 2, context_shape=None):
         super().__init__(shape, context_shape)
         if len(self.shape) != 3:
             raise ValueError(f"a squeeze needs images (channels, height, width), not {list(self.shape)}")
         channels, height, width = self.shape
-        if height % 2 or width % 2:
-            raise ValueError(f"sides of {height}×{width} cannot be halved; fewer levels are needed")
-        self.out_shape = (4 * channels, height // 2, width // 2)
+        if size < 1 or height % size or width % size:
+            parts = "halved; fewer levels are needed" if size == 2 else f"divided into blocks of {size}×{size}"
+            raise ValueError(f"sides of {height}×{width} cannot be {parts}")
+        self.size = size
+        self.out_shape = (size**2 * channels, height // size, width // size)
 
     def forward(self, x, context=None):
-        return pixels_to_channels(x), zero_log_det(x)
+        return pixels_to_channels(x, self.size), zero_log_det(x)
 
     def inverse(self, z, context=None):
-        return channels_to_pixels(z), zero_log_det(z)
+        return channels_to_pixels(z, self.size), zero_log_det(z)
 
 
 class Unsqueeze(Bijection):

@@ -190,6 +190,32 @@ class SigmoidAffine(_Affine):
         return scale, scale.log()
 
 
+class DoubleSigmoidAffine(_Affine):
+    """y = (x + t)·exp(s) with exp(s) = floor + 2·(1 − floor)·sigmoid(θ₂), 1 at 0: Jet's scale (Kolesnikov et al. 2024,
+    section 3).
+
+    Args:
+        shape: of the elements.
+        floor: the smallest scale. Without it the scale reaches 0 and samples explode.
+
+    Raises:
+        ValueError: ``floor`` outside (0, 1).
+
+    >>> DoubleSigmoidAffine((2,))(torch.ones(1, 2), torch.zeros(1, 2, 2))
+    (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
+
+    def __init__(self, shape, floor: float = 1e-3):
+        super().__init__(shape)
+        if not 0 < floor < 1:
+            raise ValueError(f"floor={floor} must lie between 0 and 1")
+        self.floor = floor
+
+    def scale(self, raw):
+        scale = self.floor + 2 * (1 - self.floor) * torch.sigmoid(raw)
+        return scale, scale.log()
+
+
 class TanhAffine(_Affine):
     """y = (x + t)·exp(s) with s = rescale·tanh(θ₂): Real NVP's scale (Dinh et al. 2017, section 4.1).
 

@@ -20,8 +20,10 @@ from flowtrain.flows.autoregressive import autoregressive
 from flowtrain.flows.cnf import cnf, cnf_image
 from flowtrain.flows.custom import custom
 from flowtrain.flows.ffjord import ffjord, ffjord_image
+from flowtrain.flows.flowpp import flowpp
 from flowtrain.flows.glow import glow, glow_vector
 from flowtrain.flows.hybrid import hybrid, hybrid_image
+from flowtrain.flows.jet import jet
 from flowtrain.flows.maf import iaf, made, maf, maf_mog
 from flowtrain.flows.nice import nice
 from flowtrain.flows.nsf import nsf_autoregressive, nsf_coupling, nsf_image
@@ -36,11 +38,13 @@ __all__ = [
     "custom",
     "ffjord",
     "ffjord_image",
+    "flowpp",
     "glow",
     "glow_vector",
     "hybrid",
     "hybrid_image",
     "iaf",
+    "jet",
     "made",
     "maf",
     "maf_mog",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import gcd
 from typing import Any
 
 from flowtrain.bijections import (
@@ -31,6 +32,7 @@ from flowtrain.bijections import (
     Halves,
     Logit,
     LULinear,
+    PackedCheckerboard,
     Positive,
     QuantileColumns,
     Regression,
@@ -47,6 +49,7 @@ from flowtrain.nets import MLP, CircularMADE, ConvNet
 
 Factory = Callable[..., Any]  # of a layer, a univariate map or a base distribution: called with ``shape``
 PER_CHANNEL = (1, 2)  # the axes of an image along which all pixels of a channel share their parameters
+PATCHES = 256  # most of them, where a larger patch divides the sides
 
 
 def chain(repeat: int = 1, **layers: Factory | None) -> Factory:
@@ -119,6 +122,24 @@ def count_scales(shape: Sequence[int], levels: int | None, halves_last: bool = T
         times = f"{halvings} time{'' if halvings == 1 else 's'}"
         raise ValueError(f"levels={levels} must be at most {most}: the sides can be halved {times} ({path})")
     return levels
+
+
+def smallest_patch(shape: Sequence[int], numbers: int = 1) -> int:
+    """The smallest side of a patch that divides those of an image, leaves at most 256 patches, and gives a patch so
+    many ``numbers``; if none does, the largest that divides them.
+
+    >>> [smallest_patch((1, side, side)) for side in (8, 28, 32, 64)]
+    [1, 2, 2, 4]
+    """
+    channels, height, width = shape
+    common = gcd(height, width)
+    sides = [side for side in range(1, common + 1) if common % side == 0 and channels * side**2 >= numbers]
+    return next((side for side in sides if height * width <= PATCHES * side**2), common)
+
+
+def checkerboard(shape, colour: int = 0) -> Checkerboard | PackedCheckerboard:
+    """The partition by the colours of a checkerboard, packed where the width is even: half the work."""
+    return Checkerboard(shape, colour) if shape[-1] % 2 else PackedCheckerboard(shape, colour)
 
 
 def single_scale(shape, levels: int, level: Factory, context_shape=None) -> Bijection:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import gcd
 
 from flowtrain.bijections import Autoregressive, Chain, Dequantize, ExpAffine, Flatten, Logit, Patches, PiecewiseLinear
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
-from flowtrain.flows.parts import Factory, check_image
+from flowtrain.flows.parts import Factory, check_image, smallest_patch
 from flowtrain.nets import CausalTransformer, HiddenContext
-
-TOKENS = 256  # most of them, where a larger patch divides the sides
 
 
 def tarflow(
@@ -92,16 +89,3 @@ def tarflow(
     size = smallest_patch(shape) if patch is None else patch
     layers = {"preprocess": preprocess, "patches": partial(Patches, size=size), **blocks, "flatten": Flatten}
     return Flow(shape, partial(Chain, layers=layers), base, context_shape, embedding)
-
-
-def smallest_patch(shape: Sequence[int]) -> int:
-    """The smallest side of a patch that divides those of an image and leaves at most 256 tokens; if none does, the
-    largest that divides them.
-
-    >>> [smallest_patch((1, side, side)) for side in (8, 28, 32, 64)]
-    [1, 2, 2, 4]
-    """
-    _, height, width = shape
-    common = gcd(height, width)
-    sides = [side for side in range(1, common + 1) if common % side == 0]
-    return next((side for side in sides if height * width <= TOKENS * side**2), common)

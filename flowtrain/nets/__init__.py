@@ -12,11 +12,13 @@ from flowtrain.nets.conv import ConvNet, PreactivatedConvNet, ResidualConvNet, Z
 from flowtrain.nets.dynamics import ConvODENet, ODENet
 from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPEmbedding
 from flowtrain.nets.features import Features
+from flowtrain.nets.gated import GatedAttentionConvNet
 from flowtrain.nets.lipschitz import LipschitzConvNet, LipschitzMLP
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
+from flowtrain.nets.vision import VisionTransformer
 
 __all__ = [
     "MADE",
@@ -31,6 +33,7 @@ __all__ = [
     "DeepSet",
     "Dropout",
     "Features",
+    "GatedAttentionConvNet",
     "HiddenContext",
     "LipschitzConvNet",
     "LipschitzMLP",
@@ -42,5 +45,6 @@ __all__ = [
     "ResidualMLP",
     "VelocityConvNet",
     "VelocityMLP",
+    "VisionTransformer",
     "ZeroConv",
 ]

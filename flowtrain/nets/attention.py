@@ -1,4 +1,4 @@
-"""Attention as a conditioner of autoregressive maps."""
+"""Attention over tokens, in blocks, and as a conditioner of autoregressive maps."""
 
 from __future__ import annotations
 
@@ -58,8 +58,6 @@ class CausalTransformer(nn.Module):
         if len(shape) not in (1, 2):
             raise ValueError(f"a causal transformer takes vectors or tokens, not {list(shape)}; flatten first")
         check_at_least_one(hidden=hidden, depth=depth, heads=heads, expand=expand)
-        if hidden % heads:
-            raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}")
         self.offsets = list(offsets or [1])
         if min(self.offsets) < 1:
             raise ValueError(f"offsets={self.offsets} must be at least 1: an element cannot see itself")
@@ -69,7 +67,7 @@ class CausalTransformer(nn.Module):
         self.position = nn.Parameter(0.05 * torch.randn(self.length, hidden))
         self.context = context_layer(hidden, context_shape)
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(hidden, heads, expand, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(hidden, heads, expand, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden)
         self.last = zero_init(nn.Linear(hidden, prod(self.row)))
         self.bias = nn.Parameter(torch.zeros(self.length, prod(self.row)))
@@ -150,12 +148,23 @@ class _Store:
         return self.whole.narrow(3, 0, self.length)
 
 
-class _Block(nn.Module):
+class TransformerBlock(nn.Module):
+    """Attention and a feed-forward layer, pre-normalized, each added to its input (Vaswani et al. 2017): (B, tokens,
+    hidden) -> the same shape.
+
+    Args:
+        causal: each token sees those before it and itself; else all of them.
+
+    Raises:
+        ValueError: ``hidden`` is no multiple of ``heads``.
+    """
+
     gathers_alone = True  # see flowtrain.engine.sharded_weights
 
-    def __init__(self, hidden, heads, expand, dropout):
+    def __init__(self, hidden: int, heads: int, expand: int, dropout: float, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        check_heads(hidden, heads)
+        self.heads, self.causal = heads, causal
         self.norm_attention, self.norm_feed = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.query_key_value, self.attention_out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.feed = nn.Linear(hidden, expand * hidden)
@@ -163,20 +172,32 @@ class _Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, h, cache=None):
-        """h (B, tokens, hidden) -> the same shape. ``cache``, if given, holds the keys and values of the tokens before
-        those of h, and is extended."""
-        three = self.query_key_value(self.norm_attention(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, mask = three[0], None
-        if cache is None:
-            key, value = three[1:]
-        else:
-            key, value = cache.append(three[1:])
-            if (new := query.shape[2]) > 1:
-                mask = torch.ones(new, key.shape[2], dtype=torch.bool, device=h.device).tril(key.shape[2] - new)
-        attention = F.scaled_dot_product_attention(query, key, value, mask, is_causal=cache is None)
+        """``cache``, if given, holds the keys and values of the tokens before those of h, and is extended."""
+        attention = attend(self.query_key_value(self.norm_attention(h)), self.heads, self.causal, cache)
         drop = self.dropout if self.training else _same
-        h = h + drop(self.attention_out(attention.transpose(1, 2).flatten(2)))
+        h = h + drop(self.attention_out(attention))
         return h + drop(self.feed_out(drop(F.gelu(self.feed(self.norm_feed(h))))))
+
+
+def check_heads(hidden: int, heads: int) -> None:
+    """ValueError if ``hidden`` channels cannot be shared among the heads."""
+    if hidden % heads:
+        raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}")
+
+
+def attend(query_key_value: Tensor, heads: int, causal: bool = False, cache: _Store | None = None) -> Tensor:
+    """Attention of ``heads`` heads: queries, keys and values (B, tokens, 3·hidden) -> (B, tokens, hidden). With a
+    ``cache`` the tokens see those that it holds too, in order."""
+    three = query_key_value.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    query, mask = three[0], None
+    if cache is None:
+        key, value = three[1:]
+    else:
+        key, value = cache.append(three[1:])
+        if (new := query.shape[2]) > 1:
+            mask = torch.ones(new, key.shape[2], dtype=torch.bool, device=key.device).tril(key.shape[2] - new)
+    attention = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and cache is None)
+    return attention.transpose(1, 2).flatten(2)
 
 
 def _same(h: Tensor) -> Tensor:

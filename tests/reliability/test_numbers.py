@@ -20,7 +20,7 @@ GROUPS = {
     "autoregressive": ["iaf", "made", "maf", "nsf_autoregressive"],
     "mixtures of normals": ["made_mog", "maf_mog"],
     "continuous": ["cnf", "custom", "ffjord", "hybrid"],
-    "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp", "tarflow"],
+    "images": ["autoregressive", "flowpp", "glow", "hybrid_image", "jet", "nsf_image", "realnvp", "tarflow"],
     "continuous, of images": ["cnf_image", "custom_image", "ffjord_image"],
     "residual": ["residual"],
     "residual, of images": ["residual_image"],
