@@ -231,8 +231,8 @@ class Coupling(Bijection):
         self.unconditional = unconditional and unconditional(shape=conditioning, context_shape=context_shape)
         self.reversible = type(self).reversible and (self.unconditional is None or self.unconditional.reversible)
         self.places = None
-        is_elementwise = type(self.unconditional) is Elementwise and len(self.shape) == 1
-        if is_elementwise and self.univariate.joins(self.unconditional.univariate):
+        other = self.unconditional if type(self.unconditional) is Elementwise and len(self.shape) == 1 else None
+        if other and self.univariate.joins(other.univariate):
             numbers = [torch.arange(n, device="cpu")[None] for n in (*conditioning, *transformed)]
             self.places = self.partition.merge(-1 - numbers[0], numbers[1])[0]
 

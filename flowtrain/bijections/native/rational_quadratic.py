@@ -128,35 +128,33 @@ def _backward(
     grad_log: Tensor,
     settings,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     inputs = [one.contiguous() for one in (values, grad_out, grad_log)]
     values, parameters = inputs[0], theta.shape[-1]
-    parts, rows, grads = native.parts(values.numel(), parameters), [], []
-    for one in (theta, shared):
-        if one is None:
-            continue
-        found, grad = _rows(one, values), None
-        if is_shared := not found.row:  # a sum of gradients for each thread
-            grad = found.numbers.new_zeros(parts, *found.numbers.shape)
-        elif (grad := torch.empty_like(found.numbers)).stride() != found.numbers.stride():
-            found = _rows(one.contiguous(), values)  # a part of a larger tensor: the gradient has a layout of its own
-            grad = torch.empty_like(found.numbers)
-        rows.append(found)
-        grads.append(grad if is_shared else grad.expand(parts, *grad.shape))
+    parts, sources, grads = native.parts(values.numel(), parameters), [], []
+    given = [theta] if shared is None else [theta, shared]
+    for one in given:
+        rows = _rows(one, values)
+        if not rows.row:  # a sum of gradients for each thread
+            grads.append(rows.numbers.new_zeros(parts, *rows.numbers.shape))
+        else:
+            grad = torch.empty_like(rows.numbers)
+            if grad.stride() != rows.numbers.stride():  # a part of a larger tensor: it has a layout of its own
+                rows = _rows(one.contiguous(), values)
+                grad = torch.empty_like(rows.numbers)
+            grads.append(grad.expand(parts, *grad.shape))
+        sources.append(rows)
     grad_values = torch.empty_like(values)
     pointers = [one.data_ptr() for one in (*inputs, grad_values)]
     function, numbers = native.function(SOURCE, "backward", values.dtype, _BACKWARD), _numbers(settings)
-    layouts = [_layout(places, rows, [one[part] for one in grads]) for part in range(parts)]
+    layouts = [_layout(places, sources, [one[part] for one in grads]) for part in range(parts)]
 
     def compute(part, first, last):
         function(*pointers, first, last, layouts[part], numbers, inverse)
 
     native.in_parts(compute, values.numel(), parameters)
-    found = [
-        (grad[0] if parts == 1 or of.row else grad.sum(0)).view(one.shape)
-        for of, grad, one in zip(rows, grads, (theta, shared))
-    ]
-    return grad_values, *found
+    found = [grad[0] if parts == 1 or rows.row else grad.sum(0) for rows, grad in zip(sources, grads)]
+    return grad_values, *(grad.view(one.shape) for grad, one in zip(found, given))
 
 
 class _Rows(NamedTuple):
@@ -177,13 +175,13 @@ def _rows(theta: Tensor, values: Tensor) -> _Rows:
         rows = theta.unsqueeze(first)
     if shared or 0 in rows.stride():  # an expanded θ: each number's gradient needs a place of its own
         rows = rows.contiguous()
-    strides = rows.stride()
-    return _Rows(rows, *((0, *strides) if shared else strides))
+    *row, element, parameter = rows.stride()
+    return _Rows(rows, 0 if shared else row[0], element, parameter)
 
 
 def _layout(places: Tensor | None, rows: Sequence[_Rows], grads: Sequence[Tensor] = ()) -> Layout:
     columns = rows[0].numbers.shape[-2] if places is None else len(places)
-    to = [one.data_ptr() for one in grads] or [None] * len(rows)
+    to = [one.data_ptr() for one in grads] or [0] * len(rows)
     sources = [Source(one.numbers.data_ptr(), grad, *one[1:]) for one, grad in zip(rows, to)]
     return Layout(columns, None if places is None else places.data_ptr(), (Source * 2)(*sources))
 
