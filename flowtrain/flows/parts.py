@@ -179,6 +179,7 @@ def noise_couplings(
     steps: int = 4,
     hidden: int = 32,
     univariate: Factory = partial(ExpAffine, bound=2.0),
+    net: Factory | None = None,
     context_shape=None,
 ) -> Bijection:
     """Couplings that depend on features of the data, for :class:`flowtrain.bijections.VariationalDequantize`.
@@ -192,6 +193,7 @@ def noise_couplings(
         steps: couplings.
         hidden: channels, or units, of their networks.
         univariate: factory of their map. A bound keeps the noise far wider than a rounding.
+        net: factory of other networks, in place of those with ``hidden``; None: a ConvNet for images, else an MLP.
         context_shape: of the features.
 
     >>> import torch
@@ -211,7 +213,7 @@ def noise_couplings(
         partitions += [Halves, partial(Halves, swap=True)]
     elif is_image:
         partitions = [partial(Checkerboard, colour=0), partial(Checkerboard, colour=1)]
-    net = partial(ConvNet, hidden=hidden, norm=None) if is_image else partial(MLP, hidden=hidden)
+    net = net or (partial(ConvNet, hidden=hidden, norm=None) if is_image else partial(MLP, hidden=hidden))
     layers: dict[str, Factory] = {
         f"coupling{i}": partial(Coupling, univariate=univariate, net=net, partition=partitions[i % len(partitions)])
         for i in range(steps)

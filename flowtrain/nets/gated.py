@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.attention import attend, check_heads
-from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
+from flowtrain.nets.conv import add_context, channels_of, image_context
+from flowtrain.nets.mlp import check_at_least_one, zero_init
 from flowtrain.nets.norm import Dropout
 
 
@@ -28,7 +28,8 @@ class GatedAttentionConvNet(nn.Module):
         blocks: number of blocks.
         heads: of the attention.
         dropout: probability, before the gates.
-        context_shape: (C,), or None. A linear map of the context is added after the first convolution.
+        context_shape: (C,), (C, H, W) or None. A linear map of the context, of that at each pixel, is added after the
+            first convolution.
 
     Raises:
         ValueError: ``shape`` is not an image's, a size below 1, or ``hidden`` no multiple of ``heads``.
@@ -50,16 +51,15 @@ class GatedAttentionConvNet(nn.Module):
         super().__init__()
         check_at_least_one(hidden=hidden, blocks=blocks, heads=heads)
         self.first = nn.Conv2d(channels_of(shape), hidden, 3, padding=1)
-        self.context = context_layer(hidden, context_shape)
+        self.context = image_context(hidden, context_shape, shape)
         self.position = nn.Parameter(0.01 * torch.randn(prod(shape[1:]), hidden))
         self.blocks = nn.ModuleList(_Block(hidden, heads, dropout) for _ in range(blocks))
         self.last = zero_init(nn.Conv2d(hidden, out, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):
-        h = self.first(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        if self.context is not None:
-            h = h + self.context(context)[:, None, None]
+        h = self.first(x.contiguous(memory_format=torch.channels_last))
+        h = add_context(h, self.context, context).permute(0, 2, 3, 1)
         for block in self.blocks:
             h = block(h, self.position)
         return self.last(h.permute(0, 3, 1, 2))
