@@ -37,6 +37,7 @@ IMAGES = (  # models
     "glow",
     "hybrid_image",
     "nsf_image",
+    "pixelcnn",
     "realnvp",
     "tarflow",
 )

@@ -58,6 +58,7 @@ ONLY_IMAGES = (
     "glow",
     "hybrid_image",
     "nsf_image",
+    "pixelcnn",
     "realnvp",
     "tarflow",
 )  # models

@@ -25,6 +25,7 @@ from flowtrain.flows.hybrid import hybrid, hybrid_image
 from flowtrain.flows.maf import iaf, made, maf, maf_mog
 from flowtrain.flows.nice import nice
 from flowtrain.flows.nsf import nsf_autoregressive, nsf_coupling, nsf_image
+from flowtrain.flows.pixelcnn import pixelcnn
 from flowtrain.flows.realnvp import realnvp, realnvp_vector
 from flowtrain.flows.tarflow import tarflow
 
@@ -47,6 +48,7 @@ __all__ = [
     "nsf_autoregressive",
     "nsf_coupling",
     "nsf_image",
+    "pixelcnn",
     "realnvp",
     "realnvp_vector",
     "tarflow",

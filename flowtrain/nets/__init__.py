@@ -14,6 +14,7 @@ from flowtrain.nets.embedding import ConvEmbedding, DeepSet, HiddenContext, MLPE
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
+from flowtrain.nets.pixelcnn import PixelCNN
 from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MLPEmbedding",
     "ODENet",
     "PreactivatedConvNet",
+    "PixelCNN",
     "ResidualConvNet",
     "ResidualMADE",
     "ResidualMLP",

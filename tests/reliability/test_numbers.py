@@ -20,7 +20,7 @@ GROUPS = {
     "autoregressive": ["iaf", "made", "maf", "nsf_autoregressive"],
     "mixtures of normals": ["made_mog", "maf_mog"],
     "continuous": ["cnf", "custom", "ffjord", "hybrid"],
-    "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "realnvp", "tarflow"],
+    "images": ["autoregressive", "glow", "hybrid_image", "nsf_image", "pixelcnn", "realnvp", "tarflow"],
     "continuous, of images": ["cnf_image", "custom_image", "ffjord_image"],
 }
 # examples: rows of 3 numbers, images of 64; root finding and ODEs cost a hundred times an inverse in closed form
