@@ -12,19 +12,19 @@ class DiscretizedLogistic(Univariate):
     mixture of logistic distributions, with what lies outside of [0, 1] in the first and the last bin (Salimans et al.
     2017, section 2.1); the identity outside.
 
-    θ holds the components' logits, means and log-scales. A pass computes two values of the mixture's distribution
-    function, its inverse those at all edges. With θ = 0 the means spread over [0, 1].
+    θ holds a shift of all components, and their logits, means and log-scales. A pass computes two values of the
+    mixture's distribution function, its inverse those at all edges. With θ = 0 the means spread over [0, 1].
 
     Args:
         shape: of the elements.
         bins: number of bins.
-        components: of the mixture; 3·components parameters per element.
+        components: of the mixture; 3·components + 1 parameters per element.
         floor: the smallest probability of a bin, which bounds the slope of the inverse.
 
     Raises:
         ValueError: ``bins`` below 2, ``components`` below 1, or ``floor`` outside (0, 1/bins).
 
-    >>> DiscretizedLogistic((3,), bins=8)(torch.full((1, 3), 0.5), torch.zeros(1, 3, 30))[0]
+    >>> DiscretizedLogistic((3,), bins=8)(torch.full((1, 3), 0.5), torch.zeros(1, 3, 31))[0]
     tensor([[0.5000, 0.5000, 0.5000]])
     """
 
@@ -39,7 +39,7 @@ class DiscretizedLogistic(Univariate):
             raise ValueError(f"components={components} must be at least 1")
         if not 0 < floor < 1 / bins:
             raise ValueError(f"floor={floor} must lie between 0 and 1/bins")
-        self.bins, self.components, self.floor, self.params = bins, components, floor, 3 * components
+        self.bins, self.components, self.floor, self.params = bins, components, floor, 3 * components + 1
         self.register_buffer("means", (torch.arange(components) + 0.5) / components, persistent=False)
 
     def forward(self, x, theta):
@@ -62,9 +62,11 @@ class DiscretizedLogistic(Univariate):
 
     def _below(self, edge, theta):
         """The probability below each edge, (…, n), counted from 0 to ``bins``."""
-        logits, mean, log_scale = theta.unflatten(-1, (3, 1, self.components)).unbind(-3)
+        shift, *rest = theta[..., None, :].split([1, *[self.components] * 3], -1)
+        logits, mean, log_scale = rest
         slope = 2 * self.components * (-log_scale).clamp(max=-self.narrowest).exp()
-        z = (edge[..., None] / self.bins - mean - self.means.to(mean.dtype)) * slope
+        mean = self.means.to(mean.dtype) + shift + mean / (2 * self.components)  # in units of the scale at the start
+        z = (edge[..., None] / self.bins - mean) * slope
         below = (logits.softmax(-1) * torch.sigmoid(z)).sum(-1)
         below = torch.where(edge <= 0, 0.0, torch.where(edge >= self.bins, 1.0, below))
         return self.floor * edge + (1 - self.bins * self.floor) * below

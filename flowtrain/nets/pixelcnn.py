@@ -59,43 +59,47 @@ class PixelCNN(nn.Module):
         check_at_least_one(hidden=hidden, depth=depth, levels=levels)
         self.image = tuple(image)
         channels, height, width = self.image
+        around = range(channels * (width - 1), channels * (width + 1) + 1)  # an element, in the row above
+        self.offsets = sorted({*range(1, 2 * channels + 1), *around} - {0})
         self.above = nn.Conv2d(channels, hidden, (ABOVE, 2 * ABOVE + 1), padding=(0, ABOVE))
         self.left = nn.Conv2d(channels, hidden, (1, LEFT))
         self.position = nn.Parameter(0.05 * torch.randn(2 * hidden, height, width))
         self.context = context_layer(2 * hidden, context_shape)
-        self.rows = _Rows(hidden, depth, levels, dropout)
+        self.columns = _Rows(hidden, depth, levels, dropout)
         self.pixels = nn.ModuleList(_Block(hidden, (1, 3), ACROSS, dropout) for _ in range(2 * depth))
         self.norm = nn.LayerNorm(hidden)
         self.features = nn.Conv2d(hidden, channels * hidden, 1)
-        self.earlier = nn.Conv2d(channels, channels * hidden, 1, bias=False) if channels > 1 else None
-        mask = torch.ones(channels, channels).tril(-1).repeat_interleave(hidden, 0)
-        self.register_buffer("mask", mask[..., None, None], persistent=False)
-        self.last = zero_init(nn.Conv2d(hidden, out, 1))
+        self.near = nn.Conv2d(channels * len(self.offsets), channels * hidden, 1, groups=channels, bias=False)
+        self.last = zero_init(nn.Conv2d(channels * (hidden + len(self.offsets)), channels * out, 1, groups=channels))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):
         channels, height, width = self.image
+        x = _spread(x)
         image = x.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
         before_rows, before_pixels = self._constants(context)
         above = self.above(F.pad(image[:, :, :-1], (0, 0, ABOVE, 0)))
-        h = self.left(F.pad(image[..., :-1], (LEFT, 0))) + self.rows(above + before_rows) + before_pixels
+        h = self.left(F.pad(image[..., :-1], (LEFT, 0))) + self.columns(above + before_rows) + before_pixels
         for block in self.pixels:
             h = block(h)
-        return self._theta(self._features(h), image)
+        before = [F.pad(x, (offset, 0))[:, : x.shape[1]] for offset in self.offsets]
+        near = torch.stack(before, 2).view(len(x), height, width, self.near.in_channels).permute(0, 3, 1, 2)
+        return self._rows(self._features(h), near)
 
     def _constants(self, context):
         """What enters each of the two stacks, whatever the pixels are."""
         constant = self.position if self.context is None else self.position + self.context(context)[..., None, None]
         return constant.chunk(2, -3)
 
-    def _theta(self, features, image):
-        """The rows of pixels, (B, pixels·channels, out), from their features and from the pixels themselves."""
-        if self.earlier is not None:
-            features = features + F.conv2d(image, self.earlier.weight * self.mask)
-        batch, _, height, width = features.shape
-        each = features.permute(0, 2, 3, 1).reshape(batch, height, width * self.image[0], self.last.in_channels)
-        each = each.permute(0, 3, 1, 2)
-        return self.last(F.silu(each)).permute(0, 2, 3, 1).flatten(1, 2)
+    def _rows(self, features, near):
+        """The rows of pixels, (B, pixels·channels, out), from their features (B, channels·hidden, height, width) and
+        the elements near each, (B, channels·offsets, height, width)."""
+        channels = self.image[0]
+        h = F.silu(features + self.near(near))
+        with torch.autocast(near.device.type, enabled=False):  # a rounded grey level would be another
+            parts = [part.to(near.dtype).unflatten(1, (channels, -1)) for part in (h, near)]
+            theta = self.last(torch.cat(parts, 2).flatten(1, 2))
+        return theta.permute(0, 2, 3, 1).unflatten(3, (channels, -1)).flatten(1, 3)
 
     def init_cache(self, x: Tensor, context: Tensor | None = None) -> dict:
         """An empty cache for a pass over the elements of a batch like x (B, D)."""
@@ -104,30 +108,29 @@ class PixelCNN(nn.Module):
             "constants": self._constants(context),
             "above": x.new_zeros(len(x), channels, ABOVE, width),
             "row": [x.new_zeros(len(x), channels, 1, 1)] * LEFT,
-            "pixel": [],
-            "pixels": 0,
+            "elements": [],
             "layers": {},
         }
 
     def step(self, x: Tensor, cache: dict) -> Tensor:
         """The next element's row, (B, 1, out), from the newest element, (B, 1), or none, (B, 0); extends ``cache``."""
-        channels, _, width = self.image
+        channels, elements = self.image[0], cache["elements"]
         if x.shape[1]:
-            cache["pixel"].append(x)
-        if len(cache["pixel"]) == channels:
-            cache["row"].append(torch.cat(cache["pixel"], 1)[..., None, None])
-            cache["pixel"] = []
-        channel = len(cache["pixel"])
+            elements.append(_spread(x))
+        i = len(elements)
+        pixel, channel = divmod(i, channels)
         if channel == 0:
-            cache["features"] = self._next_features(cache)
-        so_far = [*cache["pixel"], x.new_zeros(len(x), channels - channel)]
-        theta = self._theta(cache["features"], torch.cat(so_far, 1)[..., None, None])
-        return theta[:, channel : channel + 1]
+            if i:
+                cache["row"].append(torch.cat(elements[-channels:], 1)[..., None, None])
+            cache["features"] = self._next_features(*divmod(pixel, self.image[2]), cache)
+        zeros = torch.zeros_like(cache["row"][0][:, :1, 0, 0])
+        near = torch.cat([elements[i - offset] if offset <= i else zeros for offset in self.offsets], 1)
+        count = near.shape[1]
+        near = F.pad(near, (channel * count, (channels - 1 - channel) * count))  # the others' rows are not wanted
+        return self._rows(cache["features"], near[..., None, None])[:, channel : channel + 1]
 
-    def _next_features(self, cache):
+    def _next_features(self, row, column, cache):
         """The features of the next pixel, (B, channels·hidden, 1, 1)."""
-        row, column = divmod(cache["pixels"], self.image[2])
-        cache["pixels"] += 1
         before_rows, before_pixels = cache["constants"]
         if column == 0:
             if row:
@@ -135,7 +138,7 @@ class PixelCNN(nn.Module):
                 cache["above"] = torch.cat((cache["above"][:, :, 1:], newest), 2)
                 cache["row"] = [torch.zeros_like(cache["row"][0])] * LEFT
             above = self.above(cache["above"]) + before_rows[..., row : row + 1, :]
-            cache["rows"] = self.rows(above, cache["layers"], row)
+            cache["rows"] = self.columns(above, cache["layers"], row)
             for block in self.pixels:
                 cache["layers"].pop(block, None)
         here = (..., slice(row, row + 1), slice(column, column + 1))
@@ -197,6 +200,11 @@ class _Block(nn.Module):
     def forward(self, h: Tensor, cache: dict | None = None) -> Tensor:
         padded = _with_before(F.silu(h), self.axis, self.before, cache, self)
         return h + self.mix(self.dropout(F.silu(self.conv(padded))))
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Numbers in [0, 1] to about mean 0 and variance 1."""
+    return 4 * x - 2
 
 
 def _with_before(h: Tensor, axis: int, count: int, cache: dict | None, key: nn.Module) -> Tensor:
