@@ -112,3 +112,13 @@ def test_what_a_network_refuses():
             build(shape, image=image)
     with pytest.raises(ValueError, match="real numbers"):
         flows.pixelcnn((1, 4, 4), grey_levels=None)
+
+
+@pytest.mark.parametrize("map", [partial(b.PiecewiseLinear, bins=256), partial(b.DiscretizedLogistic, bins=256)])
+def test_the_last_bin_ends_at_one(map):
+    """In float32 too, where sums of probabilities are rounded: the logit of more is not a number."""
+    torch.manual_seed(0)
+    map = map((1,))
+    theta = 3 * torch.randn(4000, 1, map.params)
+    x = torch.full((4000, 1), 1 - torch.finfo(torch.float32).eps)
+    assert b.Logit((1,), alpha=0.0)(map(x, theta)[0])[0].isfinite().all()

@@ -46,7 +46,7 @@ class DiscretizedLogistic(Univariate):
         index = (x * self.bins).floor().clamp(0, self.bins - 1)
         before, after = self._below(torch.stack((index, index + 1), -1), theta).unbind(-1)
         own = after - before
-        y = before + own * (x * self.bins - index)
+        y = (before + own * (x * self.bins - index)).clamp(0, 1)  # not beyond by a rounding
         inside = (x >= 0) & (x <= 1)
         return torch.where(inside, y, x), torch.where(inside, (own * self.bins).log(), 0.0)
 

@@ -83,7 +83,7 @@ class PixelCNN(nn.Module):
         for block in self.pixels:
             h = block(h)
         before = [F.pad(x, (offset, 0))[:, : x.shape[1]] for offset in self.offsets]
-        near = torch.stack(before, 2).view(len(x), height, width, self.near.in_channels).permute(0, 3, 1, 2)
+        near = torch.stack(before, 2).view(x.shape[0], height, width, self.near.in_channels).permute(0, 3, 1, 2)
         return self._rows(self._features(h), near)
 
     def _constants(self, context):
@@ -106,8 +106,8 @@ class PixelCNN(nn.Module):
         channels, _, width = self.image
         return {
             "constants": self._constants(context),
-            "above": x.new_zeros(len(x), channels, ABOVE, width),
-            "row": [x.new_zeros(len(x), channels, 1, 1)] * LEFT,
+            "above": x.new_zeros(x.shape[0], channels, ABOVE, width),
+            "row": [x.new_zeros(x.shape[0], channels, 1, 1)] * LEFT,
             "elements": [],
             "layers": {},
         }
