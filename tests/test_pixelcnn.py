@@ -37,7 +37,7 @@ def test_each_element_sees_all_before_it_and_no_others(image):
 @pytest.mark.parametrize("context_shape", [None, (2,)])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_steps_give_the_rows_of_the_whole_pass(image, context_shape, levels):
-    net = random_net(image, context_shape, levels=levels)
+    net = random_net(image, context_shape, levels=levels, knots=2)
     x = torch.randn(4, image[0] * image[1] * image[2]).double()
     context = None if context_shape is None else torch.randn(4, *context_shape).double()
     torch.testing.assert_close(in_steps(net, x, context), net(x, context))
@@ -97,6 +97,14 @@ def test_probabilities_of_a_mixture_of_logistic_distributions():
     y, log_derivative = map(x, theta[None])
     torch.testing.assert_close(log_derivative[:, 0].exp() / 16, expected, atol=1e-7, rtol=0)
     torch.testing.assert_close(map.inverse(y, theta[None])[0], x)
+
+
+def test_parameters_between_knots_are_interpolated():
+    net = nets.PixelCNN((4,), 5, (1, 2, 2), hidden=4, knots=3)
+    torch.nn.init.normal_(net.knots.weight)
+    theta = net(torch.rand(2, 4))
+    torch.testing.assert_close(theta[..., 1::2], (theta[..., :-1:2] + theta[..., 2::2]) / 2)
+    assert (theta[..., 0] != theta[..., 2]).all()
 
 
 @pytest.mark.parametrize("change", [{"bins": 1}, {"components": 0}, {"floor": 0.2}])

@@ -20,6 +20,7 @@ from flowtrain.flows.parts import Factory, chain, check_image
 from flowtrain.nets import PixelCNN
 
 FLOOR = 1e-6  # the smallest probability of a grey level
+KNOTS = 33  # between which the logits of more grey levels than twice as many are interpolated
 
 
 def pixelcnn(
@@ -61,7 +62,8 @@ def pixelcnn(
     histogram: Factory = partial(PiecewiseLinear, bins=grey_levels, floor=FLOOR)
     if components is not None:
         histogram = partial(DiscretizedLogistic, bins=grey_levels, components=components, floor=FLOOR)
-    net = partial(PixelCNN, image=tuple(shape), hidden=hidden, depth=depth, levels=levels, dropout=dropout)
+    knots = KNOTS if components is None and grey_levels > 2 * KNOTS else 0
+    net = partial(PixelCNN, image=tuple(shape), hidden=hidden, depth=depth, levels=levels, dropout=dropout, knots=knots)
     layers = chain(
         dequantize=partial(Dequantize, grey_levels=grey_levels),
         pixels=partial(Patches, size=1),

@@ -33,10 +33,13 @@ class PixelCNN(nn.Module):
             second stack.
         levels: resolutions.
         dropout: probability, inside each block.
+        knots: if above 0, the parameters of an element are those of levels in order: besides its own weights each has
+            those of knots in equal distances, between which they are interpolated. So levels close to each other learn
+            together.
         context_shape: (C,), or None. A linear map of the context is added at every pixel.
 
     Raises:
-        ValueError: a size below 1, or ``image`` is not one of D numbers.
+        ValueError: a size below 1, ``knots`` of 1, or ``image`` is not one of D numbers.
 
     >>> PixelCNN((48,), out=2, image=(3, 4, 4), hidden=8)(torch.randn(5, 48)).shape
     torch.Size([5, 48, 2])
@@ -51,12 +54,15 @@ class PixelCNN(nn.Module):
         depth: int = 2,
         levels: int = 2,
         dropout: float = 0.0,
+        knots: int = 0,
         context_shape=None,
     ):
         super().__init__()
         if len(image) != 3 or tuple(shape) != (prod(image),):
             raise ValueError(f"image={list(image)} must be (channels, height, width), of {list(shape)} numbers")
         check_at_least_one(hidden=hidden, depth=depth, levels=levels)
+        if knots and knots < 2:
+            raise ValueError(f"knots={knots} must be 0 or at least 2")
         self.image = tuple(image)
         channels, height, width = self.image
         around = range(channels * (width - 1), channels * (width + 1) + 1)  # an element, in the row above
@@ -70,7 +76,11 @@ class PixelCNN(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.features = nn.Conv2d(hidden, channels * hidden, 1)
         self.near = nn.Conv2d(channels * len(self.offsets), channels * hidden, 1, groups=channels, bias=False)
-        self.last = zero_init(nn.Conv2d(channels * (hidden + len(self.offsets)), channels * out, 1, groups=channels))
+        inputs = channels * (hidden + len(self.offsets))
+        self.last = zero_init(nn.Conv2d(inputs, channels * out, 1, groups=channels))
+        self.knots = zero_init(nn.Conv2d(inputs, channels * knots, 1, groups=channels)) if knots else None
+        places = torch.linspace(0, knots - 1, out)[:, None] - torch.arange(knots)
+        self.register_buffer("hats", (1 - places.abs()).clamp(min=0), persistent=False)  # (out, knots)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):
@@ -98,8 +108,16 @@ class PixelCNN(nn.Module):
         h = F.silu(features + self.near(near))
         with torch.autocast(near.device.type, enabled=False):  # a rounded grey level would be another
             parts = [part.to(near.dtype).unflatten(1, (channels, -1)) for part in (h, near)]
-            theta = self.last(torch.cat(parts, 2).flatten(1, 2))
+            theta = self._last(torch.cat(parts, 2).flatten(1, 2))
         return theta.permute(0, 2, 3, 1).unflatten(3, (channels, -1)).flatten(1, 3)
+
+    def _last(self, h):
+        if self.knots is None:
+            return self.last(h)
+        channels, knots = self.image[0], self.hats.shape[1]
+        weight = torch.matmul(self.hats, self.knots.weight.view(channels, knots, -1)).view_as(self.last.weight)
+        bias = torch.matmul(self.knots.bias.view(channels, knots), self.hats.T).flatten()
+        return F.conv2d(h, self.last.weight + weight, self.last.bias + bias, groups=channels)
 
     def init_cache(self, x: Tensor, context: Tensor | None = None) -> dict:
         """An empty cache for a pass over the elements of a batch like x (B, D)."""
