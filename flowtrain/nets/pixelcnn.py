@@ -140,7 +140,8 @@ class PixelCNN(nn.Module):
         if channel == 0:
             if i:
                 cache["row"].append(torch.cat(elements[-channels:], 1)[..., None, None])
-            cache["features"] = self._next_features(*divmod(pixel, self.image[2]), cache)
+            row, column = divmod(pixel, self.image[2])
+            cache["features"] = self._next_features(row, column, cache)
         zeros = torch.zeros_like(cache["row"][0][:, :1, 0, 0])
         near = torch.cat([elements[i - offset] if offset <= i else zeros for offset in self.offsets], 1)
         count = near.shape[1]
