@@ -55,15 +55,15 @@ def test_all_steps_together_cost_hardly_more_than_the_whole_pass():
     assert multiplications(in_steps) < 1.1 * multiplications(lambda net, x: net(x))
 
 
-@pytest.mark.parametrize("components", [None, 2])
+@pytest.mark.parametrize("keys", [{}, {"components": 2}, {"components": 2, "atoms": [0, 2]}])
 @pytest.mark.parametrize("noise", [0.1, 0.8])
-def test_probabilities_of_all_images_sum_to_one(monkeypatch, components, noise):
+def test_probabilities_of_all_images_sum_to_one(monkeypatch, keys, noise):
     """Of two pixels with two channels, whatever the noise: it moves a number inside its bin, where the density is the
     same."""
     monkeypatch.setattr(
         "flowtrain.runtime.global_batch.uniform", lambda shape, **kind: torch.full(shape, noise, **kind)
     )
-    flow = randomize(flows.pixelcnn((2, 1, 2), grey_levels=3, hidden=4, components=components), scale=0.5)
+    flow = randomize(flows.pixelcnn((2, 1, 2), grey_levels=3, hidden=4, **keys), scale=0.5)
     images = torch.tensor(list(product(range(3), repeat=4))).view(-1, 2, 1, 2)
     log_p = flow.log_prob(images)
     torch.testing.assert_close(log_p.exp().sum(), torch.tensor(1.0).double())
@@ -83,19 +83,22 @@ def test_a_flow_is_exact_and_samples_what_it_scores(components):
     assert (flow.log_prob(images, context) != flow.log_prob(images, context.flip(1))).all()
 
 
-def test_probabilities_of_a_mixture_of_logistic_distributions():
+@pytest.mark.parametrize("atoms", [[], [0, 7]])
+def test_probabilities_of_a_mixture_of_logistic_distributions(atoms):
     """The masses of the bins, from the distribution function, against the map's derivative in float64."""
     torch.manual_seed(0)
-    map = b.DiscretizedLogistic((1,), bins=16, components=2, floor=1e-9).double()
+    map = b.DiscretizedLogistic((1,), bins=16, components=2, floor=1e-9, atoms=atoms).double()
     theta = torch.randn(map.params).double()
-    shift, logits, raw, log_scale = theta.split([1, 2, 2, 2])
+    shift, logits, raw, log_scale = theta.split([1, len(atoms) + 2, 2, 2])
+    weights = logits.softmax(0)
     mean, scale = torch.tensor([0.25, 0.75]) + shift + raw / 4, log_scale.exp() / 4
     edges = torch.arange(1, 16).double() / 16
-    inner = (logits.softmax(0) * torch.special.expit((edges[:, None] - mean) / scale)).sum(1)
-    expected = torch.cat((inner[:1], inner.diff(), 1 - inner[-1:]))
+    inner = torch.special.expit((edges[:, None] - mean) / scale)
+    masses = torch.cat((inner[:1], inner.diff(dim=0), 1 - inner[-1:])) @ weights[len(atoms) :]
+    masses[atoms] += weights[: len(atoms)]
     x = (torch.arange(16).double() + 0.3)[:, None] / 16
     y, log_derivative = map(x, theta[None])
-    torch.testing.assert_close(log_derivative[:, 0].exp() / 16, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(log_derivative[:, 0].exp() / 16, masses, atol=1e-7, rtol=0)
     torch.testing.assert_close(map.inverse(y, theta[None])[0], x)
 
 
@@ -107,7 +110,7 @@ def test_parameters_between_knots_are_interpolated():
     assert (theta[..., 0] != theta[..., 2]).all()
 
 
-@pytest.mark.parametrize("change", [{"bins": 1}, {"components": 0}, {"floor": 0.2}])
+@pytest.mark.parametrize("change", [{"bins": 1}, {"components": 0}, {"floor": 0.2}, {"atoms": [8]}])
 def test_what_a_mixture_refuses(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         b.DiscretizedLogistic((1,), **({"bins": 8} | change))

@@ -32,6 +32,7 @@ def pixelcnn(
     levels: int = 2,
     dropout: float = 0.0,
     components: int | None = None,
+    atoms: Sequence[int] = (),
     base: Factory = Logistic,
     context_shape: Sequence[int] | None = None,
     embedding: Factory | None = None,
@@ -48,10 +49,11 @@ def pixelcnn(
         hidden, depth, levels, dropout: of the network; see :class:`flowtrain.nets.PixelCNN`.
         components: the histogram's bins have the probabilities of a mixture of so many logistic distributions (Salimans
             et al. 2017, section 2.1); None: each bin has a parameter of its own.
+        atoms: grey levels that get a probability besides that of the mixture, such as those of paper and ink.
         base, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     Raises:
-        ValueError: not an image, or not of integers.
+        ValueError: not an image, not of integers, or ``atoms`` without ``components``.
 
     >>> pixelcnn((1, 4, 4), grey_levels=5, hidden=8).sample(5).dtype
     torch.uint8
@@ -60,8 +62,12 @@ def pixelcnn(
     if grey_levels is None:
         raise ValueError("this model takes images of integers; these are real numbers")
     histogram: Factory = partial(PiecewiseLinear, bins=grey_levels, floor=FLOOR)
+    if len(atoms) and components is None:
+        raise ValueError(f"atoms={list(atoms)}: each grey level has a probability of its own; set components")
     if components is not None:
-        histogram = partial(DiscretizedLogistic, bins=grey_levels, components=components, floor=FLOOR)
+        histogram = partial(
+            DiscretizedLogistic, bins=grey_levels, components=components, floor=FLOOR, atoms=list(atoms)
+        )
     knots = KNOTS if components is None and grey_levels > 2 * KNOTS else 0
     net = partial(PixelCNN, image=tuple(shape), hidden=hidden, depth=depth, levels=levels, dropout=dropout, knots=knots)
     layers = chain(
