@@ -49,7 +49,7 @@ CONTINUOUS = {"cnf", "cnf_image", "ffjord", "ffjord_image", "hybrid", "hybrid_im
 DISCRETE = [name for name in options("model") if name not in CONTINUOUS]
 OTHER_TABLES = "bsds300", "hepmass", "miniboone", "power"  # gas stands for them: smoke=true makes their models alike
 SOLVED = "ffjord", "matching"
-LIKE_OTHERS = *OTHER_TABLES, "tarflow_digits"  # its layers are those of digits_best and of tarflow_imagenet64
+LIKE_OTHERS = *OTHER_TABLES, "tarflow_digits", "mnist_best"  # whose layers are those of others
 EXPERIMENTS = [name for name in options("experiment") if not name.startswith(SOLVED) and not name.endswith(LIKE_OTHERS)]
 VECTORS = {
     "glow_vector",
