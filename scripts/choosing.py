@@ -39,6 +39,7 @@ IMAGES = (  # models
     "hybrid_image",
     "jet",
     "nsf_image",
+    "pixelcnn",
     "realnvp",
     "residual_image",
     "tarflow",

@@ -60,6 +60,7 @@ ONLY_IMAGES = (
     "hybrid_image",
     "jet",
     "nsf_image",
+    "pixelcnn",
     "realnvp",
     "residual_image",
     "tarflow",

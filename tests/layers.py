@@ -16,6 +16,7 @@ mlp = partial(nets.MLP, hidden=8)
 conv = partial(nets.ConvNet, hidden=6)
 ode = partial(b.Continuous, trace="exact", adjoint=False, rtol=1e-10, atol=1e-10)
 looser = partial(ode, solver="dopri8", rtol=1e-9, atol=1e-9)  # the logarithm of the time takes many steps
+pixels = partial(nets.PixelCNN, hidden=6, depth=1)
 causal = partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3])
 gated = partial(nets.GatedAttentionConvNet, hidden=4, heads=2, blocks=2)
 vision = partial(nets.VisionTransformer, hidden=4, heads=2, depth=2)
@@ -28,6 +29,7 @@ noise = partial(noise_couplings, hidden=6, univariate=b.SigmoidAffine)
 image, vector, tokens = (4, 4, 6), (5,), (4, 3)
 
 ARGUMENTS = {  # arguments of the univariate maps that need them
+    b.DiscretizedLogistic: {"bins": 5, "components": 3},
     b.PiecewiseLinear: {"bins": 5},
     b.RationalQuadratic: {"bins": 5},
     b.AffineRationalQuadratic: {"bins": 5},
@@ -136,6 +138,9 @@ LAYERS = {
         )
         for name in ("exp_affine", "rational_quadratic", "mixture_logistic")
     },
+    "pixels": partial(
+        b.Autoregressive, (24,), b.ExpAffine, partial(pixels, image=(2, 3, 4)), order="reversed", context_shape=(3,)
+    ),
     "center": partial(b.Center, image),
     "standardize": partial(fitted, b.Standardize, vector),
     "quantile_columns": partial(fitted, b.QuantileColumns, vector),

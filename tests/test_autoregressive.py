@@ -22,7 +22,9 @@ NETS = {
     "residual_made": partial(nets.ResidualMADE, hidden=24),
     "residual_made_random": partial(nets.ResidualMADE, hidden=60, degrees="random", blocks=1),
     "transformer": partial(nets.CausalTransformer, hidden=8, heads=2, offsets=[1, 3]),
+    "pixelcnn": lambda shape, **words: nets.PixelCNN(shape, image=IMAGES[shape], hidden=6, **words),
 }
+IMAGES = {(1,): (1, 1, 1), (2,): (2, 1, 1), (6,): (2, 3, 1), (70,): (2, 5, 7)}
 EVERY = pytest.mark.parametrize("name", NETS)
 
 

@@ -59,8 +59,9 @@ CONTINUOUS = {
 DISCRETE = [name for name in options("model") if name not in CONTINUOUS]
 OTHER_TABLES = "bsds300", "hepmass", "miniboone", "power"  # gas stands for them: smoke=true makes their models alike
 SOLVED = "ffjord", "matching"
-# the layers of tarflow_digits are those of digits_best and of tarflow_imagenet64, those of the others their model's
-LIKE_OTHERS = *OTHER_TABLES, "tarflow_digits", "flowpp_cifar10", "jet_imagenet64"
+# the layers of tarflow_digits are those of digits_best and of tarflow_imagenet64, those of the others are
+# their models'
+LIKE_OTHERS = *OTHER_TABLES, "tarflow_digits", "flowpp_cifar10", "jet_imagenet64", "mnist_best"
 EXPERIMENTS = [name for name in options("experiment") if not name.startswith(SOLVED) and not name.endswith(LIKE_OTHERS)]
 VECTORS = {
     "glow_vector",

@@ -50,6 +50,7 @@ FLOWS = {
     "maf": partial(flows.maf, (2,), norm=b.ActNorm),
     "iaf": partial(flows.iaf, (2,), norm=b.ActNorm),
     "autoregressive": partial(flows.autoregressive, SMALL, grey_levels=17),
+    "pixelcnn": partial(flows.pixelcnn, SMALL, grey_levels=17, hidden=8, depth=1),
     "hybrid": partial(flows.hybrid, (2,), pairs=2),
     "hybrid_image": partial(flows.hybrid_image, SMALL, steps=2, hidden=16, preprocess=LOGIT),
     "ffjord": partial(flows.ffjord, (2,)),

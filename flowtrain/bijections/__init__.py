@@ -12,6 +12,7 @@ from flowtrain.bijections.columns import (
     Turns,
 )
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves, PackedCheckerboard
+from flowtrain.bijections.discretized import DiscretizedLogistic
 from flowtrain.bijections.elementwise import Conditional, Elementwise
 from flowtrain.bijections.factored import Factored
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
@@ -68,6 +69,7 @@ __all__ = [
     "Dequantize",
     "DequantizeColumns",
     "DiagonalFirst",
+    "DiscretizedLogistic",
     "DoubleSigmoidAffine",
     "Elementwise",
     "ExpAffine",

@@ -43,7 +43,7 @@ class PiecewiseLinear(Univariate):
         weight = self._weight(theta)
         index = (x * self.params).floor().long().clamp(0, self.params - 1)
         before, own = self._at(weight, index)
-        y = before + own * (x * self.params - index)
+        y = (before + own * (x * self.params - index)).clamp(0, 1)  # not beyond by a rounding
         inside = (x >= 0) & (x <= 1)
         return torch.where(inside, y, x), torch.where(inside, (own * self.params).log(), 0.0)
 

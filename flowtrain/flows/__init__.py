@@ -27,6 +27,7 @@ from flowtrain.flows.jet import jet
 from flowtrain.flows.maf import iaf, made, maf, maf_mog
 from flowtrain.flows.nice import nice
 from flowtrain.flows.nsf import nsf_autoregressive, nsf_coupling, nsf_image
+from flowtrain.flows.pixelcnn import pixelcnn
 from flowtrain.flows.realnvp import realnvp, realnvp_vector
 from flowtrain.flows.residual import residual, residual_image
 from flowtrain.flows.tarflow import tarflow
@@ -52,6 +53,7 @@ __all__ = [
     "nsf_autoregressive",
     "nsf_coupling",
     "nsf_image",
+    "pixelcnn",
     "realnvp",
     "realnvp_vector",
     "residual",

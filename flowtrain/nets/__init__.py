@@ -17,6 +17,7 @@ from flowtrain.nets.lipschitz import LipschitzConvNet, LipschitzMLP
 from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
+from flowtrain.nets.pixelcnn import PixelCNN
 from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
 from flowtrain.nets.vision import VisionTransformer
 
@@ -40,6 +41,7 @@ __all__ = [
     "MLPEmbedding",
     "ODENet",
     "PreactivatedConvNet",
+    "PixelCNN",
     "ResidualConvNet",
     "ResidualMADE",
     "ResidualMLP",
