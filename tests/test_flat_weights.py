@@ -87,7 +87,7 @@ def test_a_state_of_other_groups_is_refused():
 def test_a_parameter_without_a_gradient_stays_where_it_is():
     flat = weights(FlatWeights, torch.optim.Adam, average=False)
     flat.flow.unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
-    flat = FlatWeights(flat.flow, torch.optim.Adam(flat.flow.parameters(), fused=True), None)
+    flat = FlatWeights(flat.flow, torch.optim.AdamW(flat.flow.parameters(), weight_decay=0.5, fused=True), None)
     train(flat, 0, 2)
     assert flat.flow.unused.tolist() == [1, 1]
 
@@ -113,5 +113,8 @@ def test_weights_stay_apart_where_one_tensor_does_not_serve(monkeypatch):
     assert not fit(torch.optim.Adam)  # the user's own choice of how it computes
     assert not fit(torch.optim.Adamax)
     assert not FlatWeights.fit(flow, torch.optim.Adam([*flow.parameters()][1:], fused=True))
+    next(flow.parameters()).requires_grad_(False)
+    assert not fit(torch.optim.Adam, fused=True)
+    next(flow.parameters()).requires_grad_(True)
     monkeypatch.setattr("flowtrain.engine.flat_weights.MOST", 10)
     assert not fit(torch.optim.Adam, fused=True)

@@ -137,10 +137,10 @@ def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
 @pytest.mark.parametrize(
     "partition", [b.Halves, partial(b.Halves, swap=True), b.Alternate, partial(b.Alternate, first=1)]
 )
-@pytest.mark.parametrize("kind", [b.RationalQuadratic, b.SoftClippedRationalQuadratic])
-def test_one_call_maps_both_parts_of_a_coupling(kind, partition, size, monkeypatch):
+@pytest.mark.parametrize("kind, share", [(b.RationalQuadratic, [0]), (b.SoftClippedRationalQuadratic, [])])
+def test_one_call_maps_both_parts_of_a_coupling(kind, share, partition, size, monkeypatch):
     torch.manual_seed(0)
-    unconditional = partial(b.Elementwise, univariate=kind)
+    unconditional = partial(b.Elementwise, univariate=kind, share=share)
     layer = b.Coupling((size,), kind, partial(nets.MLP, hidden=8), partition, unconditional).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)

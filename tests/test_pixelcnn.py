@@ -70,6 +70,12 @@ def test_probabilities_of_all_images_sum_to_one(monkeypatch, keys, noise):
     assert log_p.std() > 0.1
 
 
+def test_noise_within_a_bin_changes_no_probability():
+    flow = randomize(flows.pixelcnn((2, 3, 4), grey_levels=5, hidden=6), scale=0.3)
+    images = torch.randint(5, (4, 2, 3, 4))
+    torch.testing.assert_close(flow.log_prob(images), flow.log_prob(images), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("components", [None, 3])
 def test_a_flow_is_exact_and_samples_what_it_scores(components):
     flow = randomize(

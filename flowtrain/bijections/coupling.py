@@ -289,8 +289,9 @@ class Coupling(Bijection):
             conditioning, transformed = self.univariate(conditioning, shared), self.univariate(transformed, theta)
             return [self.partition.merge(*pair) for pair in zip(conditioning, transformed)]
 
+        shared = self.unconditional.theta.expand(*self.unconditional.shape, -1)
         with full_precision(x):
-            joined = self.univariate.of_parts(x, theta, self.unconditional.theta, self.places, in_turn)
+            joined = self.univariate.of_parts(x, theta, shared, self.places, in_turn)
         return joined and (joined[0], sum_event(joined[1]))
 
     def _map(self, univariate, transformed, theta):

@@ -19,6 +19,7 @@ from flowtrain.runtime import kept, modes
 TRUNCATION = 1e-4  # nats: the most that an evaluation may leave out of a layer's power series
 EXACT_IN_TRAINING = 8  # dimensions
 LONGEST = 10_000  # terms of such a series
+MOST_TERMS = 100  # the mean of their random number: far above what training needs
 
 
 class Residual(Bijection):
@@ -82,10 +83,10 @@ class Residual(Bijection):
     ):
         super().__init__(shape, context_shape)
         for name, value in {"exact_terms": exact_terms, "max_steps": max_steps}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 < mean_terms < math.inf:
-            raise ValueError(f"mean_terms={mean_terms} must be above 0")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be a whole number of at least 1")
+        if not 0 < mean_terms <= MOST_TERMS:
+            raise ValueError(f"mean_terms={mean_terms} must be above 0, and at most {MOST_TERMS}")
         for name, choice, options in (
             ("trace", trace, ("auto", "exact", "hutchinson")),
             ("noise", noise, tuple(NOISE)),
@@ -123,9 +124,9 @@ class Residual(Bijection):
                 at, g = self._run(x, context)
                 found = [self._series(at, g, noise)[0] for noise in noises]
             log_dets = torch.stack(found, 1)
-            if (spreads := modes.current().spreads) is not None:
+            if (spreads := modes.current().spreads) is not None and len(noises) > 1:
                 spreads.append(log_dets.detach().var(1) / len(noises))
-            return x + g.detach() if not torch.is_grad_enabled() else x + g, log_dets.mean(1)
+            return x + (g if torch.is_grad_enabled() else g.detach()), log_dets.mean(1)
 
     @property
     def _is_exact(self) -> bool:
@@ -138,7 +139,7 @@ class Residual(Bijection):
     def _run(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The input at which there are gradients, and g of it."""
         with torch.enable_grad():
-            if not (x.requires_grad and torch.is_grad_enabled()):
+            if not x.requires_grad:
                 x = x.detach().requires_grad_()
             return x, self.net(x, context)
 
@@ -163,7 +164,7 @@ class Residual(Bijection):
             (pulled,) = torch.autograd.grad(g, x, pulled, retain_graph=True)
             total = total + factor / k * sum_event(pulled * noise)
             if not self.training:
-                counts = counts * ~(self._rest(noise, pulled, k) <= TRUNCATION)
+                counts = counts * (self._rest(noise, pulled, k) > TRUNCATION)  # none of a row that is NaN
                 if not counts.any():
                     break
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ADDED = {"dry_run": False, "report": True, "embedding": {}, "target": None}  # keys that they lack
-ADDED_TO_TRAINER = {"layer_statistics": False, "cuda_graph": False}
+ADDED_TO_TRAINER = {"layer_statistics": False, "cuda_graph": False, "strategy": "ddp"}
 OF_EVERY_RUN = ("JsonLines", "ImageFiles", "progress")  # once loggers to choose, now part of every run
 
 

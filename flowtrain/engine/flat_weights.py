@@ -20,7 +20,7 @@ MOST = 1 << 20  # numbers, beyond which functions take no time beside what they 
 class FlatWeights(Weights):
     """Updates all weights, and averages them, as parts of one tensor, of which each parameter is a view.
 
-    A parameter without a gradient has one of 0. States are those of :class:`Weights`.
+    A parameter without a gradient keeps its value. States are those of :class:`Weights`.
     """
 
     def __init__(self, flow: Flow, optimizer: torch.optim.Optimizer, ema: EMA | None):
@@ -38,6 +38,7 @@ class FlatWeights(Weights):
         for group, part in zip(optimizer.param_groups, self.parts):
             group["params"] = [part]
         self.sizes = sizes
+        self.left_out: list[nn.Parameter] = []  # those without a gradient
 
     @staticmethod
     def fit(flow: Flow, optimizer: torch.optim.Optimizer) -> bool:
@@ -48,6 +49,7 @@ class FlatWeights(Weights):
             type(optimizer) in ELEMENTWISE
             and all(group["fused"] for group in optimizer.param_groups)
             and {*parameters} == {*flow.parameters()}
+            and all(one.requires_grad for one in parameters)
             and distributed.world() == 1
             and sum(one.numel() for one in parameters) <= MOST
             and {(one.device.type, one.dtype, one.is_contiguous()) for one in parameters}
@@ -55,6 +57,7 @@ class FlatWeights(Weights):
         )
 
     def clip(self, limit):
+        self.left_out = [one for one in self.parameters if one.grad is None]
         found = [torch.zeros_like(one) if one.grad is None else one.grad for one in self.parameters]
         gradient = _flatten_dense_tensors(found)
         norm = torch.linalg.vector_norm(gradient)
@@ -63,6 +66,13 @@ class FlatWeights(Weights):
         for part, of_part in zip(self.parts, gradient.split(self.sizes)):
             part.grad = of_part
         return norm
+
+    @torch.no_grad()
+    def step(self, condition=None):
+        before = [one.clone() for one in self.left_out]
+        super().step(condition)
+        for one, value in zip(self.left_out, before):
+            one.copy_(value)
 
     def release(self):
         """Give each parameter memory of its own."""

@@ -52,7 +52,8 @@ def flowpp(
     torch.Size([5, 3, 8, 8])
     """
     count_scales(shape, 1)
-    if not isinstance(couplings, Sequence) or len(couplings) != 3 or min(couplings) < 0:
+    are_counts = isinstance(couplings, Sequence) and all(isinstance(one, int) and one >= 0 for one in couplings)
+    if not are_counts or len(couplings) != 3:
         raise ValueError(f"couplings={couplings} must be three numbers of at least 0, such as [4, 2, 3]")
     net = partial(GatedAttentionConvNet, hidden=hidden, blocks=blocks, heads=heads, dropout=dropout)
 

@@ -50,8 +50,8 @@ def jet(
         base, preprocess, context_shape, embedding: see :mod:`flowtrain.flows`.
 
     Raises:
-        ValueError: not an image, a ``patch`` that does not divide its sides, a patch of one number, or ``steps`` or
-            ``spatial`` below 1.
+        ValueError: not an image, a ``patch`` that does not divide its sides or is the whole image, a patch of one
+            number, or ``steps`` or ``spatial`` below 1.
 
     >>> jet((1, 8, 8), steps=3, hidden=16).sample(5).shape
     torch.Size([5, 1, 8, 8])
@@ -60,6 +60,8 @@ def jet(
     if steps < 1 or spatial < 1:
         raise ValueError(f"steps={steps} and spatial={spatial} must be at least 1")
     size = smallest_patch(shape, numbers=2) if patch is None else patch
+    if steps >= spatial and tuple(shape[1:]) == (size, size):
+        raise ValueError(f"patch={size}: couplings of patches need two or more; use a smaller one")
     net = partial(VisionTransformer, hidden=hidden, depth=depth, heads=heads, expand=expand, dropout=dropout)
     coupling = partial(Coupling, univariate=univariate, net=net)
     layers: dict[str, Factory | None] = {"preprocess": preprocess, "patches": partial(Squeeze, size=size)}

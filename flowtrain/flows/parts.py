@@ -184,9 +184,9 @@ def noise_couplings(
 ) -> Bijection:
     """Couplings that depend on features of the data, for :class:`flowtrain.bijections.VariationalDequantize`.
 
-    Images whose features have half their sides are squeezed, and couplings transform every second column, the others,
-    every second row, the others, and so on; at equal sides, the two colours of a checkerboard; of vectors, every second
-    element and the others.
+    Images whose features have half their sides are squeezed. Couplings then transform every second column, the others,
+    half of the squeezed channels (of one channel, every second row), the other half, and so on. At equal sides they
+    transform the two colours of a checkerboard; of vectors, every second element and the others.
 
     Args:
         shape: of one event.

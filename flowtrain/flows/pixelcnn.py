@@ -39,8 +39,9 @@ def pixelcnn(
 ) -> Flow:
     """Causal convolutions give each grey level of a pixel a probability, from the pixels before it.
 
-    Each number is mapped by the distribution function of a histogram with one bin for each grey level, so that the
-    density is the same throughout a bin, and the bound that dequantization gives is the probability itself. It works on
+    Each number is mapped by the distribution function of a histogram with one bin for each grey level, and the network
+    reads the levels without the noise. So the density is the same throughout a bin, and the bound that dequantization
+    gives is the probability itself. It works on
     the unit interval that dequantization maps to, so it takes no ``preprocess``, and it has no ``univariate``.
 
     Args:
@@ -62,6 +63,10 @@ def pixelcnn(
     if grey_levels is None:
         raise ValueError("this model takes images of integers; these are real numbers")
     histogram: Factory = partial(PiecewiseLinear, bins=grey_levels, floor=FLOOR)
+    if components is not None and (not isinstance(components, int) or components < 1):
+        raise ValueError(f"components={components} must be a whole number of at least 1, or null")
+    if not isinstance(atoms, Sequence) or not all(isinstance(one, int) for one in atoms):
+        raise ValueError(f"atoms={atoms} must be a list of grey levels, such as [0, 255]")
     if len(atoms) and components is None:
         raise ValueError(f"atoms={list(atoms)}: each grey level has a probability of its own; set components")
     if components is not None:
@@ -69,7 +74,8 @@ def pixelcnn(
             DiscretizedLogistic, bins=grey_levels, components=components, floor=FLOOR, atoms=list(atoms)
         )
     knots = KNOTS if components is None and grey_levels > 2 * KNOTS else 0
-    net = partial(PixelCNN, image=tuple(shape), hidden=hidden, depth=depth, levels=levels, dropout=dropout, knots=knots)
+    net = partial(PixelCNN, image=tuple(shape), bins=grey_levels, hidden=hidden, depth=depth, levels=levels)
+    net = partial(net, dropout=dropout, knots=knots)
     layers = chain(
         dequantize=partial(Dequantize, grey_levels=grey_levels),
         pixels=partial(Patches, size=1),

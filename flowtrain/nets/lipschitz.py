@@ -20,10 +20,8 @@ from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init
 from flowtrain.runtime import kept, modes
 
 STEPS = 5  # of the power iteration after each change of the weights in training
-TOLERANCE, LONGEST = (
-    1e-6,
-    1000,
-)  # relative change of a norm over ten iterations at which it is found; most of these tens
+TOLERANCE = 1e-6  # relative change of a norm over ten iterations, at which it is found
+LONGEST = 1000  # tens of iterations
 
 
 class SpectralNorm(nn.Module):
@@ -98,6 +96,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def find(self) -> tuple[Tensor, Tensor]:
         """The vectors, to a tolerance."""
+        check_finite(self.weight)
         left, right, norm = self.left, self.right, -1.0
         for _ in range(LONGEST):
             left, right = self._iterate(left, right, 10)
@@ -122,6 +121,12 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self):
         return f"{list(self.weight.shape)}, coeff={self.coeff}"
+
+
+def check_finite(weight: Tensor) -> None:
+    """FloatingPointError where a weight is NaN or infinite: it has no norm."""
+    if not weight.isfinite().all():
+        raise FloatingPointError("a network of a residual flow has weights that are not finite")
 
 
 def _normalized(vector: Tensor, other: Tensor) -> Tensor:
@@ -156,6 +161,7 @@ class LipschitzLinear(SpectralNorm):
 
     @torch.no_grad()
     def find(self):
+        check_finite(self.weight)
         left, _, right = torch.linalg.svd(self.weight, full_matrices=False)
         return left[:, 0].contiguous(), right[0].contiguous()
 

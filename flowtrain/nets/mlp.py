@@ -81,10 +81,12 @@ class ResidualMLP(nn.Module):
 
 
 def check_at_least_one(**sizes: int) -> None:
-    """ValueError with the name of a size below 1."""
+    """ValueError with the name of a size that is below 1, or no whole number."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
+        if not isinstance(size, int):
+            raise ValueError(f"{name}={size} must be a whole number")
 
 
 def context_layer(channels: int, context_shape) -> nn.Linear | None:

@@ -28,6 +28,8 @@ class PixelCNN(nn.Module):
         shape: (D,), with D = channels·height·width.
         out: parameters per element.
         image: (channels, height, width).
+        bins: equal ones of [0, 1], of which the network reads the centres in place of the numbers, so that the noise of
+            dequantization tells it nothing; None: it reads the numbers.
         hidden: channels of the convolutions.
         depth: residual blocks at each resolution on the way down, as many on the way up, and twice as many in the
             second stack.
@@ -50,6 +52,7 @@ class PixelCNN(nn.Module):
         shape,
         out: int,
         image,
+        bins: int | None = None,
         hidden: int = 64,
         depth: int = 2,
         levels: int = 2,
@@ -63,7 +66,7 @@ class PixelCNN(nn.Module):
         check_at_least_one(hidden=hidden, depth=depth, levels=levels)
         if knots and knots < 2:
             raise ValueError(f"knots={knots} must be 0 or at least 2")
-        self.image = tuple(image)
+        self.image, self.bins = tuple(image), bins
         channels, height, width = self.image
         around = range(channels * (width - 1), channels * (width + 1) + 1)  # an element, in the row above
         self.offsets = sorted({*range(1, 2 * channels + 1), *around} - {0})
@@ -85,7 +88,7 @@ class PixelCNN(nn.Module):
 
     def forward(self, x, context=None):
         channels, height, width = self.image
-        x = _spread(x)
+        x = self._spread(x)
         image = x.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
         before_rows, before_pixels = self._constants(context)
         above = self.above(F.pad(image[:, :, :-1], (0, 0, ABOVE, 0)))
@@ -95,6 +98,12 @@ class PixelCNN(nn.Module):
         before = [F.pad(x, (offset, 0))[:, : x.shape[1]] for offset in self.offsets]
         near = torch.stack(before, 2).view(x.shape[0], height, width, self.near.in_channels).permute(0, 3, 1, 2)
         return self._rows(self._features(h), near)
+
+    def _spread(self, x):
+        """What is read of numbers in [0, 1], at about mean 0 and variance 1."""
+        if self.bins:
+            x = ((x * self.bins).floor().clamp(0, self.bins - 1) + 0.5) / self.bins
+        return 4 * x - 2
 
     def _constants(self, context):
         """What enters each of the two stacks, whatever the pixels are."""
@@ -134,7 +143,7 @@ class PixelCNN(nn.Module):
         """The next element's row, (B, 1, out), from the newest element, (B, 1), or none, (B, 0); extends ``cache``."""
         channels, elements = self.image[0], cache["elements"]
         if x.shape[1]:
-            elements.append(_spread(x))
+            elements.append(self._spread(x))
         i = len(elements)
         pixel, channel = divmod(i, channels)
         if channel == 0:
@@ -219,11 +228,6 @@ class _Block(nn.Module):
     def forward(self, h: Tensor, cache: dict | None = None) -> Tensor:
         padded = _with_before(F.silu(h), self.axis, self.before, cache, self)
         return h + self.mix(self.dropout(F.silu(self.conv(padded))))
-
-
-def _spread(x: Tensor) -> Tensor:
-    """Numbers in [0, 1] to about mean 0 and variance 1."""
-    return 4 * x - 2
 
 
 def _with_before(h: Tensor, axis: int, count: int, cache: dict | None, key: nn.Module) -> Tensor:
