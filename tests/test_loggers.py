@@ -254,7 +254,8 @@ def test_a_checkpoint_of_an_earlier_version_opens(tmp_path):
     config = state["config"]
     names = {"metrics": "JsonLines", "images": "ImageFiles", "tensorboard": "TensorBoard", "progress": "progress"}
     config["logger"] = {name: {"_target_": f"flowtrain.engine.loggers.{target}"} for name, target in names.items()}
-    del config["trainer"]["layer_statistics"], config["trainer"]["cuda_graph"]
+    del config["trainer"]["layer_statistics"], config["trainer"]["cuda_graph"], config["trainer"]["strategy"]
+    del config["dequantize"]
     config["trainer"]["tensorboard"] = False
     assert earlier.update(config)["logger"] == {} and "tensorboard" not in earlier.update(config)["trainer"]
     assert earlier.update(config)["trainer"]["cuda_graph"] is False  # as it was trained
