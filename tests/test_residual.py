@@ -335,14 +335,14 @@ def test_what_is_exact_when():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"exact_terms": 0}, "exact_terms=0 must be at least 1"),
+        ({"exact_terms": 0}, "exact_terms=0 must be a whole number of at least 1"),
         ({"mean_terms": 0}, "mean_terms=0 must be above 0"),
-        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0 must be a whole number of at least 1"),
         ({"terms": "uniform"}, "terms='uniform' must be one of geometric, poisson"),
         ({"trace": "none"}, "trace='none' must be one of auto, exact, hutchinson"),
         ({"noise": "uniform"}, "noise='uniform' must be one of rademacher, gaussian"),
         ({"net": partial(net, coeff=1.0)}, "coeff=1.0 must be above 0 and below 1"),
-        ({"net": partial(net, hidden=0)}, "hidden=0 must be at least 1"),
+        ({"net": partial(net, hidden=0)}, "hidden=0 must be a whole number of at least 1"),
     ],
 )
 def test_arguments_out_of_range(options, says):

@@ -67,7 +67,7 @@ def compare(folder):
     found["norms"] = train(whole, x, range(3)), train(shared, half, range(3))
     found["states"] = [copy.deepcopy(one.state_dict()) for one in (whole, shared)]
     found["model"] = shared.model_state()
-    average = shared.whole_average()
+    average = shared.whole(shared.average)
     if distributed.is_main():
         with torch.no_grad():
             found["density"] = average(x[0]), whole.average(x[0])
@@ -142,13 +142,12 @@ def test_processes_have_as_many_batches():
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_and_evaluated_by_one(tmp_path):
-    words = (
-        "model=tarflow dataset=digits model.depths=[1,1] model.hidden=8 batch_size=8 logger=none report=false".split()
-    )
+    words = "model=tarflow dataset=digits model.depths=[1,1] model.hidden=8 batch_size=8 logger=none".split()
     words += ["trainer.val_every=2", "trainer.val_examples=3", "trainer.sample_n=2", "trainer.sample_every=2"]
     words += ["devices=2", "trainer.strategy=fsdp", "max_steps=2", "hydra.run.dir=run"]
     assert flowtrain(tmp_path, "train", *words) == 0
     assert (tmp_path / "run" / "samples" / "samples_00000002.png").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
     assert flowtrain(tmp_path, "train", "resume=run", "max_steps=3", "devices=2") == 0
     assert flowtrain(tmp_path, "train", "resume=run", "max_steps=4", "devices=1") == 0
     assert flowtrain(tmp_path, "eval", "ckpt=run", "devices=1") == 0

@@ -71,9 +71,9 @@ class ShardedWeights(Weights):
             torch._foreach_mul_(own, (limit / (norm + 1e-6)).clamp_(max=1.0))
         return norm
 
-    def whole_average(self):
-        """On the first process; the outline on the others."""
-        state = get_model_state_dict(self.average, options=GATHER)
+    def whole(self, flow):
+        """A copy; on the other processes, the outline."""
+        state = get_model_state_dict(flow, options=GATHER)
         whole = copy.deepcopy(self.outline)
         if distributed.is_main():
             device = self.parameters[0].device

@@ -260,7 +260,7 @@ class Trainer(Stateful):
         if self.previews.step == self.step:
             return
         with self.pause_compilation():
-            image = self.previews.run(self.weights.whole_average(), self.step)
+            image = self.previews.run(self.weights.whole(self.weights.average), self.step)
         if image is not None:
             self.loggers.image(self.step, "samples", image)
 

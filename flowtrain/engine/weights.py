@@ -66,9 +66,9 @@ class Weights:
         """The flow that is validated and previewed."""
         return self.ema.model if self.ema else self.flow
 
-    def whole_average(self) -> Flow:
-        """The flow that samples are drawn from, on the first process. Called on every process."""
-        return self.average
+    def whole(self, flow: Flow) -> Flow:
+        """The flow, or its average, with all of its weights on the first process. Called on every process."""
+        return flow
 
     def model_state(self) -> dict:
         """The flow's state, whole on every process. Called on every process."""

@@ -28,9 +28,10 @@ def write_report(run: SetUp, trainer: Trainer) -> None:
             raise FlowtrainError(f"the test split cannot be opened: {failed}")
         return splits[name]
 
+    flow = trainer.weights.whole(trainer.flow)
     if distributed.is_main():
         path = report.of_training(
-            run.config, run.stored, run.run_dir, trainer.seconds, trainer.flow, run.spec, run.train.columns, split
+            run.config, run.stored, run.run_dir, trainer.seconds, flow, run.spec, run.train.columns, split
         )
         if path:
             log.info("report: %s", path)
