@@ -342,7 +342,7 @@ def test_what_is_exact_when():
         ({"trace": "none"}, "trace='none' must be one of auto, exact, hutchinson"),
         ({"noise": "uniform"}, "noise='uniform' must be one of rademacher, gaussian"),
         ({"net": partial(net, coeff=1.0)}, "coeff=1.0 must be above 0 and below 1"),
-        ({"net": partial(net, hidden=0)}, "hidden=0 must be a whole number of at least 1"),
+        ({"net": partial(net, hidden=0)}, "hidden=0 must be at least 1"),
     ],
 )
 def test_arguments_out_of_range(options, says):
