@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.bijection import Bijection, full_precision, size, sum_event
 from flowtrain.bijections.elementwise import Elementwise
 from flowtrain.bijections.univariate import Univariate, per_element
+from flowtrain.runtime import fusion
 
 
 class Partition(nn.Module):
@@ -282,7 +283,9 @@ class Coupling(Bijection):
         return per_element(self.net(conditioning, context).to(conditioning.dtype), self.univariate.params)
 
     def _map_both(self, x, theta):
-        """Both parts by one call of τ; None where it has none."""
+        """Both parts by one call of τ; None where it has none, or the layer of the other part has to be called."""
+        if not fusion.may_fuse(self.unconditional):
+            return None
 
         def in_turn(x, theta, shared):
             conditioning, transformed = self.partition.split(x)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from flowtrain.engine.ema import EMA
-from flowtrain.engine.weights import Weights
+from flowtrain.engine.weights import Weights, clip_factor
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
 
@@ -33,11 +33,10 @@ class FlatWeights(Weights):
             averages = dict(ema.model.named_parameters())
             self.averages = [averages[names[one]] for one in self.parameters]
             ema.parameters = [_join(self.averages)], [self.flat]
-        sizes = [sum(one.numel() for one in group) for group in self.groups]
-        self.parts = [nn.Parameter(part) for part in self.flat.split(sizes)]  # one for each group
+        self.sizes = [sum(one.numel() for one in group) for group in self.groups]
+        self.parts = [nn.Parameter(part) for part in self.flat.split(self.sizes)]  # one for each group
         for group, part in zip(optimizer.param_groups, self.parts):
             group["params"] = [part]
-        self.sizes = sizes
         self.left_out: list[nn.Parameter] = []  # those without a gradient
 
     @staticmethod
@@ -62,7 +61,7 @@ class FlatWeights(Weights):
         gradient = _flatten_dense_tensors(found)
         norm = torch.linalg.vector_norm(gradient)
         if limit:
-            gradient.mul_((limit / (norm + 1e-6)).clamp_(max=1.0))
+            gradient.mul_(clip_factor(norm, limit))
         for part, of_part in zip(self.parts, gradient.split(self.sizes)):
             part.grad = of_part
         return norm

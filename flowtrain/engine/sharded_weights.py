@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from flowtrain.engine.ema import EMA
-from flowtrain.engine.weights import Weights
+from flowtrain.engine.weights import Weights, clip_factor
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
 
@@ -68,7 +68,7 @@ class ShardedWeights(Weights):
         own = [_own(one.grad) for one in self.parameters if one.grad is not None]
         norm = distributed.all_sum(torch.stack(torch._foreach_norm(own)).square().sum()).sqrt()
         if limit:
-            torch._foreach_mul_(own, (limit / (norm + 1e-6)).clamp_(max=1.0))
+            torch._foreach_mul_(own, clip_factor(norm, limit))
         return norm
 
     def whole(self, flow):

@@ -42,7 +42,7 @@ class Weights:
         found = [one.grad for one in self.parameters if one.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
         if limit:
-            torch._foreach_mul_(found, (limit / (norm + 1e-6)).clamp_(max=1.0))
+            torch._foreach_mul_(found, clip_factor(norm, limit))
         return norm
 
     def step(self, condition: Tensor | None = None) -> None:
@@ -90,3 +90,8 @@ class Weights:
         if self.ema:
             self.ema.model.load_state_dict(state["ema"] or state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What scales a gradient of ``norm`` down to ``limit``; 1 where it is shorter."""
+    return (limit / (norm + 1e-6)).clamp_(max=1.0)
