@@ -12,9 +12,9 @@ from flowtrain.bijections.columns import (
     Turns,
 )
 from flowtrain.bijections.coupling import Alternate, Checkerboard, Coupling, Halves, PackedCheckerboard
-from flowtrain.bijections.discretized import DiscretizedLogistic
 from flowtrain.bijections.elementwise import Conditional, Elementwise
 from flowtrain.bijections.factored import Factored
+from flowtrain.bijections.histogram import DiscretizedLogistic, PiecewiseLinear
 from flowtrain.bijections.linear import DenseLinear, DiagonalFirst, LULinear, Permutation, Reverse, Shuffle
 from flowtrain.bijections.mixture import MixtureLogistic, MixtureNormal
 from flowtrain.bijections.multiscale import MultiScale
@@ -29,7 +29,6 @@ from flowtrain.bijections.shape import Flatten, Patches, Squeeze, Unsqueeze
 from flowtrain.bijections.spline import (
     AffineRationalQuadratic,
     CircularRationalQuadratic,
-    PiecewiseLinear,
     RationalQuadratic,
     SoftClippedRationalQuadratic,
 )

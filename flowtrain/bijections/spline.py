@@ -13,62 +13,6 @@ from flowtrain.bijections.native import rational_quadratic as native
 from flowtrain.bijections.univariate import ExpAffine, Univariate, soft_clip
 
 
-class PiecewiseLinear(Univariate):
-    """The cumulative distribution of a histogram of ``bins`` equal bins on [0, 1]; the identity outside.
-
-    θ holds the bins' logits (Müller et al. 2019, section 4.1). With as many bins as integer data have values it gives
-    each value its own probability.
-
-    Args:
-        shape: of the elements.
-        bins: number of bins, and of parameters per element.
-        floor: the smallest probability of a bin, which bounds the slope of the inverse.
-
-    Raises:
-        ValueError: ``bins`` below 2, or ``floor`` outside (0, 1/bins).
-
-    >>> PiecewiseLinear((3,))(torch.full((1, 3), 0.5), torch.zeros(1, 3, 8))[0]
-    tensor([[0.5000, 0.5000, 0.5000]])
-    """
-
-    def __init__(self, shape, bins: int = 8, floor: float = 1e-5):
-        super().__init__(shape)
-        if bins < 2:
-            raise ValueError(f"bins={bins} must be at least 2")
-        if not 0 < floor < 1 / bins:
-            raise ValueError(f"floor={floor} must lie between 0 and 1/bins")
-        self.params, self.floor = bins, floor
-
-    def forward(self, x, theta):
-        weight = self._weight(theta)
-        index = (x * self.params).floor().long().clamp(0, self.params - 1)
-        before, own = self._at(weight, index)
-        y = (before + own * (x * self.params - index)).clamp(0, 1)  # not beyond by a rounding
-        inside = (x >= 0) & (x <= 1)
-        return torch.where(inside, y, x), torch.where(inside, (own * self.params).log(), 0.0)
-
-    def inverse(self, y, theta):
-        weight = self._weight(theta)
-        edges = weight.cumsum(-1)[..., :-1]
-        index = (y[..., None] >= edges).sum(-1)
-        before, own = self._at(weight, index)
-        x = (index + ((y - before) / own).clamp(0, 1)) / self.params
-        inside = (y >= 0) & (y <= 1)
-        return torch.where(inside, x, y), torch.where(inside, -(own * self.params).log(), 0.0)
-
-    def _weight(self, theta):
-        """The probability of each bin."""
-        return self.floor + (1 - self.params * self.floor) * torch.softmax(theta, -1)
-
-    @staticmethod
-    def _at(weight, index):
-        """The probability below bin ``index``, and that of the bin."""
-        index = index[..., None]
-        weight = weight.expand(*index.shape[:-1], -1)
-        own = weight.gather(-1, index)[..., 0]
-        return weight.cumsum(-1).gather(-1, index)[..., 0] - own, own
-
-
 class RationalQuadratic(Univariate):
     """A monotone rational-quadratic spline on [−bound, bound]; the identity outside (Durkan et al. 2019, section 3.1).
 
