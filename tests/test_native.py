@@ -14,9 +14,11 @@ from flowtrain.bijections.bijection import apply_in_turn, fuse
 from flowtrain.bijections.channels import FusedVectorAffine
 from flowtrain.bijections.native import rational_quadratic, vector_affine
 from flowtrain.flows.parts import permuted_lu_actnorm
+from flowtrain.nets import made, mlp
+from flowtrain.nets.native import dense
 from flowtrain.runtime import native
 
-SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE
+SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE, dense.SOURCE
 needs_compiler = pytest.mark.skipif(not native.load(SOURCES[0]), reason="no C++ compiler")
 ROWS, SIZE, PARAMS = 70, 5, 23  # more than a block of numbers, and no multiple of one
 
@@ -155,6 +157,106 @@ def test_one_call_maps_both_parts_of_a_coupling(kind, share, partition, size, mo
     torch.testing.assert_close(layer.inverse(found[0])[0], x)
     monkeypatch.undo()
     assert torch.autograd.gradgradcheck(lambda x: layer(x), (x[:2].detach().requires_grad_(),))
+
+
+NETWORKS = {
+    "MLP": partial(nets.MLP, (SIZE,), out=7, hidden=20, depth=3),
+    "MLP of two layers": partial(nets.MLP, (SIZE,), out=33, hidden=16, depth=1),
+    "ResidualMLP": partial(nets.ResidualMLP, (SIZE,), out=PARAMS),
+    "ResidualMLP without blocks": partial(nets.ResidualMLP, (SIZE,), out=PARAMS, blocks=1, hidden=1),
+    "with a context": partial(nets.ResidualMLP, (SIZE,), out=PARAMS, hidden=24, context_shape=(3,)),
+    "MADE": partial(nets.MADE, (SIZE,), out=3, hidden=40),
+    "ResidualMADE": partial(nets.ResidualMADE, (SIZE,), out=3, hidden=40),
+}
+
+
+def network(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    net = NETWORKS[name]().to(dtype)
+    for parameter in net.parameters():  # the last layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [0, 1, ROWS, 200])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_by_cpp_is_the_network_by_torch(name, rows, monkeypatch):
+    net = network(name)
+    x = torch.randn(rows, SIZE, dtype=torch.float64).requires_grad_()
+    context = torch.randn(rows, 3, dtype=torch.float64) if name == "with a context" else None
+
+    def run(*inputs):
+        return (net(inputs[0], context),)
+
+    inputs = x, *net.parameters()
+    grad_fn = net(x, context).grad_fn
+    while grad_fn.name() != "_DenseBackward":  # the views of its output, in MADE
+        grad_fn = grad_fn.next_functions[0][0]
+    found, in_single = gradients(run, *inputs), net.float()(x.float(), None if context is None else context.float())
+    with torch.no_grad():
+        assert torch.equal(net(x.float(), None if context is None else context.float()), in_single)
+    net = network(name)
+    for module in (made, mlp):
+        monkeypatch.setattr(module, "dense", lambda *args: None)
+    expected = gradients(run, *(x, *net.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(in_single.double(), expected[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_network_by_cpp_gives_what_is_asked_of_a_network():
+    net, x = network("ResidualMLP"), torch.randn(3, SIZE, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(net, (x.clone().requires_grad_(),))
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda row: net(row[None])[0]))(x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(lambda x: net(x).sum(0), x).movedim(1, 0), jacobian)
+    x[1, 0] = torch.nan
+    assert net(x).isnan().all(1).tolist() == [False, True, False]
+    calls = []
+    handle = net.ones[1].register_forward_hook(lambda *_: calls.append(1))
+    net(x)
+    handle.remove()
+    assert calls == [1]
+    net.dropout.p = 0.5
+    torch.manual_seed(0)
+    dropped, whole = net(x), net.eval()(x)
+    assert not torch.equal(dropped[0], whole[0])
+
+
+@needs_compiler
+def test_networks_share_the_work_among_threads():
+    net, threads = network("ResidualMLP", torch.float32), torch.get_num_threads()
+    x = torch.randn(1000, SIZE, requires_grad=True)
+    try:
+        found = {}
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found[number] = gradients(lambda *inputs: (net(inputs[0]),), x, *net.parameters())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in list(zip(*found.values()))[:2])  # those of each row
+    for pair in zip(*found.values()):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-3)
+
+
+@needs_compiler
+def test_without_openmp_the_parts_follow_one_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tried = []
+
+    def run(*command):
+        tried.append(command)
+        if "-fopenmp" in command:
+            raise subprocess.CalledProcessError(1, command)
+        subprocess.run(command, check=True)
+
+    monkeypatch.setattr(native, "_run", run)
+    assert native.load.__wrapped__(dense.SOURCE)
+    assert [("-march=native" in command, "-fopenmp" in command) for command in tried[:2]] == [
+        (True, True),
+        (True, False),
+    ]
 
 
 @needs_compiler

@@ -26,6 +26,10 @@ class Partition(nn.Module):
         """x (B, *shape) -> conditioning part (B, *conditioning_shape), transformed part (B, *transformed_shape)."""
         raise NotImplementedError
 
+    def conditioning(self, x: Tensor) -> Tensor:
+        """The first part alone."""
+        return self.split(x)[0]
+
     def merge(self, conditioning: Tensor, transformed: Tensor) -> Tensor:
         """The inverse of :meth:`split`."""
         raise NotImplementedError
@@ -88,7 +92,10 @@ class Alternate(Partition):
         if self._is_paired(x):
             pair = x.reshape(x.shape[0], -1, 2).unbind(2)  # its gradient is one operation, that of slices seven
             return pair[1 - self.first], pair[self.first]
-        return x[:, 1 - self.first :: 2], x[:, self.first :: 2]
+        return self.conditioning(x), x[:, self.first :: 2]
+
+    def conditioning(self, x):
+        return x[:, 1 - self.first :: 2]
 
     def merge(self, conditioning, transformed):
         if self._is_paired(conditioning):
@@ -238,10 +245,14 @@ class Coupling(Bijection):
             self.places = self.partition.merge(-1 - numbers[0], numbers[1])[0]
 
     def forward(self, x, context=None):
-        conditioning, transformed = self.partition.split(x)
-        theta = self._theta(conditioning, context)
-        if self.places is not None and (joined := self._map_both(x, theta)):
-            return joined
+        if self.places is None:
+            conditioning, transformed = self.partition.split(x)
+            theta = self._theta(conditioning, context)
+        else:
+            theta = self._theta(self.partition.conditioning(x), context)
+            if joined := self._map_both(x, theta):
+                return joined
+            conditioning, transformed = self.partition.split(x)
         transformed, log_det = self._map(self.univariate, transformed, theta)
         if self.unconditional is not None:
             conditioning, unconditional_log_det = self.unconditional(conditioning, context)

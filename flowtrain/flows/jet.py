@@ -61,7 +61,7 @@ def jet(
         raise ValueError(f"steps={steps} and spatial={spatial} must be at least 1")
     size = smallest_patch(shape, numbers=2) if patch is None else patch
     if steps >= spatial and tuple(shape[1:]) == (size, size):
-        raise ValueError(f"shape={tuple(shape)}: one patch of {size}×{size} is the whole image; couplings need two or more")
+        raise ValueError(f"shape={tuple(shape)}: a patch of {size}×{size} is the whole image; couplings need two")
     net = partial(VisionTransformer, hidden=hidden, depth=depth, heads=heads, expand=expand, dropout=dropout)
     coupling = partial(Coupling, univariate=univariate, net=net)
     layers: dict[str, Factory | None] = {"preprocess": preprocess, "patches": partial(Squeeze, size=size)}

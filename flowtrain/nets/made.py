@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
+from flowtrain.nets.native.dense import Kind, dense
 from flowtrain.nets.norm import Dropout
-from flowtrain.runtime import gradients, native
+from flowtrain.runtime import fusion, gradients, native
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
@@ -174,6 +175,7 @@ class _Masked(nn.Module):
     """``depth`` masked hidden layers of units of the same degrees, run at once or in steps."""
 
     degrees: Tensor
+    kinds: tuple[Kind, ...]  # of its layers
     numbers = 1  # by which the network sees an element
 
     def __init__(self, shape, out, hidden, depth, degrees, activation, dropout, context_shape):
@@ -229,6 +231,14 @@ class _Masked(nn.Module):
         """What the network sees of elements x (B, n): (B, n·numbers)."""
         return x
 
+    def _by_cpp(self, h, linears, context):
+        """The network by one C++ function; None where that does not apply."""
+        whole = linears is self.linears and context is None and self.activation is F.relu
+        drops = self.dropout.p > 0 and self.training
+        if not whole or drops or torch.compiler.is_compiling() or not fusion.may_fuse(self.dropout, *linears):
+            return None
+        return dense(h, self.kinds, [one for linear in linears for one in (linear.weight * linear.mask, linear.bias)])
+
     def _network(self, h, linears, context):
         """The network; each of ``linears`` computes all units of its layer, or the new ones of a step."""
         raise NotImplementedError
@@ -282,8 +292,11 @@ class MADE(_Masked):
     ):
         check_at_least_one(depth=depth)
         super().__init__(shape, out, hidden, depth, degrees, activation, dropout, context_shape)
+        self.kinds = Kind(), *[Kind(rectifies=True)] * depth
 
     def _network(self, h, linears, context):
+        if (found := self._by_cpp(h, linears, context)) is not None:
+            return found
         first, *others = linears
         h = _add(first(h), context)
         for linear in others:
@@ -328,8 +341,11 @@ class ResidualMADE(_Masked):
         super().__init__(shape, out, hidden, 1 + 2 * blocks, degrees, activation, dropout, context_shape)
         for linear in self.linears[2:-1:2]:
             small_init(linear)
+        self.kinds = Kind(), *[Kind(rectifies=True), Kind(rectifies=True, skips=True)] * blocks, Kind()
 
     def _network(self, h, linears, context):
+        if (found := self._by_cpp(h, linears, context)) is not None:
+            return found
         first, *inner, last = linears
         h = _add(first(h), context)
         for one, other in zip(inner[::2], inner[1::2]):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.nets.native.dense import Kind, dense
 from flowtrain.nets.norm import Dropout
+from flowtrain.runtime import fusion
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,8 +40,12 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
         self.dropout = Dropout(dropout)
         self.last = zero_init(nn.Linear(hidden, out))
+        self.kinds = Kind(), *[Kind(rectifies=True)] * depth
 
     def forward(self, x, context=None):
+        linears = self.first, *self.hidden, self.last
+        if (found := by_cpp(self, x, context, linears)) is not None:
+            return found
         h = self.first(x)
         if self.context is not None:
             h = h + self.context(context)
@@ -70,14 +79,31 @@ class ResidualMLP(nn.Module):
         self.others = nn.ModuleList(small_init(nn.Linear(hidden, hidden)) for _ in range(blocks))
         self.dropout = Dropout(dropout)
         self.last = zero_init(nn.Linear(hidden, out))
+        self.kinds = Kind(), *[Kind(rectifies=True), Kind(rectifies=True, skips=True)] * blocks, Kind()
 
     def forward(self, x, context=None):
+        linears = self.first, *chain(*zip(self.ones, self.others)), self.last
+        if (found := by_cpp(self, x, context, linears)) is not None:
+            return found
         h = self.first(x)
         if self.context is not None:
             h = h + self.context(context)
         for one, other in zip(self.ones, self.others):
             h = h + other(F.relu(self.dropout(one(F.relu(h)))))
         return self.last(h)
+
+
+def by_cpp(net: MLP | ResidualMLP, x: Tensor, context: Tensor | None, linears: Sequence[nn.Linear]) -> Tensor | None:
+    """``net(x, context)``, whose layers are ``linears``, by one C++ function; None where that does not apply."""
+    drops = net.dropout.p > 0 and net.training
+    if drops or torch.compiler.is_compiling() or not fusion.may_fuse(net.dropout, *linears):
+        return None
+    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    if net.context is not None:  # one product of both inputs
+        if context is None or context.shape[:-1] != x.shape[:-1] or not fusion.may_fuse(net.context):
+            return None
+        x, tensors[0] = torch.cat((x, context), -1), torch.cat((tensors[0], net.context.weight), 1)
+    return dense(x, net.kinds, tensors)
 
 
 def check_at_least_one(**sizes: int) -> None:

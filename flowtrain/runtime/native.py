@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -29,8 +28,10 @@ from torch import Tensor
 from flowtrain.runtime import gradients
 
 log = logging.getLogger(__name__)
-FLAGS = "-O3 -std=c++17 -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math".split()
-PART = 1 << 14  # numbers of work, below which a thread costs more than it saves
+HEADERS = [Path(__file__).with_name("parts.h")]
+FLAGS = f"-O3 -std=c++17 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -I{HEADERS[0].parent}".split()
+TUNINGS = [["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]  # the first one that builds is used
+PART = 1 << 12  # numbers of work, below which a thread costs more than it saves
 
 
 @cache
@@ -88,21 +89,30 @@ def _key(source: Path, compiler: list[str]) -> str:
         processor = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = platform.processor()
-    parts = [source.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), processor.encode()]
+    code = [path.read_bytes() for path in (source, *HEADERS)]
+    parts = [*code, version, " ".join([*compiler, *FLAGS]).encode(), processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    """Build ``target``, whole or not at all, for this processor if the compiler can, else for all of its kind."""
+    """Build ``target``, whole or not at all: for this processor and with threads if the compiler can."""
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        built = Path(directory) / target.name
-        for tuning in (["-march=native"], []):
-            command = [*compiler, *FLAGS, *tuning, str(source), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode == 0:
+        object, built = Path(directory) / "code.o", Path(directory) / target.name
+        for tuning in TUNINGS:
+            try:
+                _run(*compiler, *FLAGS, *tuning, "-c", str(source), "-o", str(object))
+                # without -fopenmp, for a library of its own threads: torch has loaded one
+                _run(*compiler, "-shared", str(object), "-o", str(built))
+                ctypes.CDLL(str(built))
                 break
-        done.check_returncode()
+            except (OSError, subprocess.CalledProcessError):
+                if tuning is TUNINGS[-1]:
+                    raise
         os.replace(built, target)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
 
 @cache
@@ -128,21 +138,5 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def parts(count: int, work: int) -> int:
-    """The number of parts in which :func:`in_parts` computes ``count`` elements of ``work`` numbers each."""
+    """The number of parts of ``count`` elements of ``work`` numbers each: no more than torch has threads."""
     return max(1, min(torch.get_num_threads(), count * work // PART))
-
-
-def in_parts(function: Callable[[int, int, int], object], count: int, work: int) -> None:
-    """``function(part, first, last)`` for each part of ``range(count)``, in as many threads as torch has."""
-    last = parts(count, work)
-    edges = [count * part // last for part in range(last + 1)]
-    others = [_threads(os.getpid()).submit(function, part, *edges[part : part + 2]) for part in range(1, last)]
-    function(0, 0, edges[1])
-    for other in others:
-        other.result()
-
-
-@cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """The threads of a process: a fork has none of its parent's."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "flowtrain-native")

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <vector>
 
+#include "parts.h"
+
 namespace {
 
 constexpr int WIDTH = 64;
@@ -329,15 +331,20 @@ void run_backward(const T* values, const T* grad_out, const T* grad_log, T* grad
 
 }  // namespace
 
+// The numbers of each part have a layout of their own, since each adds up the gradients of a shared θ in its own place.
 #define EXPORT(NAME, T)                                                                                               \
-  extern "C" void forward_##NAME(const T* values, T* out, T* log_slope, int64_t first, int64_t last, const Layout* at, \
-                                 const Settings* settings, int inverse) {                                             \
-    run<T>(values, out, log_slope, first, last, *at, *settings, inverse);                                             \
+  extern "C" void forward_##NAME(const T* values, T* out, T* log_slope, int64_t count, int64_t parts,                 \
+                                 const Layout* at, const Settings* settings, int inverse) {                           \
+    in_parts(count, parts, [=](int64_t part, int64_t first, int64_t last) {                                           \
+      run<T>(values, out, log_slope, first, last, at[part], *settings, inverse);                                      \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" void backward_##NAME(const T* values, const T* grad_out, const T* grad_log, T* grad_values,              \
-                                  int64_t first, int64_t last, const Layout* at, const Settings* settings,            \
+                                  int64_t count, int64_t parts, const Layout* at, const Settings* settings,           \
                                   int inverse) {                                                                      \
-    run_backward<T>(values, grad_out, grad_log, grad_values, first, last, *at, *settings, inverse);                   \
+    in_parts(count, parts, [=](int64_t part, int64_t first, int64_t last) {                                           \
+      run_backward<T>(values, grad_out, grad_log, grad_values, first, last, at[part], *settings, inverse);            \
+    });                                                                                                               \
   }
 
 EXPORT(float32, float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,28 +15,6 @@ from torch import Tensor
 from flowtrain.runtime import gradients, modes, native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-
-
-class Source(ctypes.Structure):
-    """Where θ lies, and its gradient: number i of row r has its parameter p at r·row + i·element + p·parameter."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("theta", "grad")),
-        *((name, ctypes.c_int64) for name in ("row", "element", "parameter")),
-    ]
-
-
-class Layout(ctypes.Structure):
-    """The columns of a row of numbers, and the sources of their θ."""
-
-    _fields_ = [("columns", ctypes.c_int64), ("places", ctypes.c_void_p), ("sources", Source * 2)]
-
-
-# the tensors' places, the first and the last number, the layout of θ, the settings, and whether it is the inverse
-_FORWARD, _BACKWARD = (
-    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.POINTER(Layout), ctypes.c_void_p, ctypes.c_int)
-    for tensors in (3, 4)
-)
 
 
 def spline(
@@ -107,15 +86,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     values = values.contiguous()
     results = torch.empty_like(values), torch.empty_like(values)
-    rows = [_rows(one, values) for one in (theta, shared) if one is not None]
+    sources = [_rows(one, values) for one in (theta, shared) if one is not None]
     pointers = [one.data_ptr() for one in (values, *results)]
-    function, numbers = native.function(SOURCE, "forward", values.dtype, _FORWARD), _numbers(settings)
-    layout = _layout(places, rows)
-
-    def compute(part, first, last):
-        function(*pointers, first, last, layout, numbers, inverse)
-
-    native.in_parts(compute, values.numel(), theta.shape[-1])
+    parts = native.parts(values.numel(), theta.shape[-1])
+    layouts, function = _layout(places, sources) * parts, _function("forward", values.dtype)
+    function(*pointers, values.numel(), parts, layouts, _numbers(settings), inverse)
     return results
 
 
@@ -130,30 +105,25 @@ def _backward(
     inverse: bool,
 ) -> tuple[Tensor, ...]:
     inputs = [one.contiguous() for one in (values, grad_out, grad_log)]
-    values, parameters = inputs[0], theta.shape[-1]
-    parts, sources, grads = native.parts(values.numel(), parameters), [], []
+    values = inputs[0]
+    parts, sources, grads = native.parts(values.numel(), theta.shape[-1]), [], []
     given = [theta] if shared is None else [theta, shared]
     for one in given:
         rows = _rows(one, values)
-        if not rows.row:  # a sum of gradients for each thread
+        if not rows.row:  # a sum of gradients for each part
             grads.append(rows.numbers.new_zeros(parts, *rows.numbers.shape))
         else:
             grad = torch.empty_like(rows.numbers)
             if grad.stride() != rows.numbers.stride():  # a part of a larger tensor: it has a layout of its own
                 rows = _rows(one.contiguous(), values)
                 grad = torch.empty_like(rows.numbers)
-            grads.append(grad.expand(parts, *grad.shape))
+            grads.append(grad)
         sources.append(rows)
     grad_values = torch.empty_like(values)
     pointers = [one.data_ptr() for one in (*inputs, grad_values)]
-    function, numbers = native.function(SOURCE, "backward", values.dtype, _BACKWARD), _numbers(settings)
-    layouts = [_layout(places, sources, [one[part] for one in grads]) for part in range(parts)]
-
-    def compute(part, first, last):
-        function(*pointers, first, last, layouts[part], numbers, inverse)
-
-    native.in_parts(compute, values.numel(), parameters)
-    found = [grad[0] if parts == 1 or rows.row else grad.sum(0) for rows, grad in zip(sources, grads)]
+    layouts = b"".join(_layout(places, sources, grads, part) for part in range(parts))
+    _function("backward", values.dtype)(*pointers, values.numel(), parts, layouts, _numbers(settings), inverse)
+    found = [grad if rows.row or parts == 1 else grad.sum(0) for rows, grad in zip(sources, grads)]
     return grad_values, *(grad.view(one.shape) for grad, one in zip(found, given))
 
 
@@ -179,11 +149,25 @@ def _rows(theta: Tensor, values: Tensor) -> _Rows:
     return _Rows(rows, 0 if shared else row[0], element, parameter)
 
 
-def _layout(places: Tensor | None, rows: Sequence[_Rows], grads: Sequence[Tensor] = ()) -> Layout:
-    columns = rows[0].numbers.shape[-2] if places is None else len(places)
-    to = [one.data_ptr() for one in grads] or [0] * len(rows)
-    sources = [Source(one.numbers.data_ptr(), grad, *one[1:]) for one, grad in zip(rows, to)]
-    return Layout(columns, None if places is None else places.data_ptr(), (Source * 2)(*sources))
+def _layout(places: Tensor | None, sources: Sequence[_Rows], grads: Sequence[Tensor] = (), part: int = 0) -> bytes:
+    """A ``Layout`` of the C++ file: number i of row r has its parameter p at r·row + i·element + p·parameter. A part of
+    the numbers adds up the gradients of a shared θ in a place of its own."""
+    columns = sources[0].numbers.shape[-2] if places is None else places.shape[0]
+    layout = [columns, 0 if places is None else places.data_ptr()]
+    for number, (numbers, row, *strides) in enumerate(sources):
+        to = grads[number].data_ptr() if grads else 0
+        if to and not row:
+            to += part * numbers.numel() * numbers.itemsize
+        layout += numbers.data_ptr(), to, row, *strides
+    return struct.pack("12q", *layout, *[0] * (12 - len(layout)))
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable:
+    # the tensors' places, the numbers and their parts, the layouts of θ, the settings, and whether it is the inverse
+    tensors = {"forward": 3, "backward": 4}[name]
+    types = *[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int
+    return native.function(SOURCE, name, dtype, types)
 
 
 @cache

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "parts.h"
+
 namespace {
 
 constexpr int64_t ROWS = 16;
@@ -177,14 +179,20 @@ void backward(const T* x, const T* grad_y, const T* grad_log_det, T* grad_x, int
 
 }  // namespace
 
+// Each part of the rows adds up the gradients of the steps in its own places: ``steps`` holds those of one part after
+// those of another.
 #define EXPORT(NAME, T)                                                                                               \
-  extern "C" void forward_##NAME(const T* x, T* y, T* log_det, int64_t first, int64_t last, int64_t size,             \
+  extern "C" void forward_##NAME(const T* x, T* y, T* log_det, int64_t rows, int64_t parts, int64_t size,             \
                                  const Step<T>* steps, int64_t count) {                                               \
-    forward<T>(x, y, log_det, first, last, size, steps, count);                                                       \
+    in_parts(rows, parts, [=](int64_t, int64_t first, int64_t last) {                                                 \
+      forward<T>(x, y, log_det, first, last, size, steps, count);                                                     \
+    });                                                                                                               \
   }                                                                                                                   \
-  extern "C" void backward_##NAME(const T* x, const T* grad_y, const T* grad_log_det, T* grad_x, int64_t first,       \
-                                  int64_t last, int64_t size, const Step<T>* steps, int64_t count) {                  \
-    backward<T>(x, grad_y, grad_log_det, grad_x, first, last, size, steps, count);                                    \
+  extern "C" void backward_##NAME(const T* x, const T* grad_y, const T* grad_log_det, T* grad_x, int64_t rows,        \
+                                  int64_t parts, int64_t size, const Step<T>* steps, int64_t count) {                 \
+    in_parts(rows, parts, [=](int64_t part, int64_t first, int64_t last) {                                            \
+      backward<T>(x, grad_y, grad_log_det, grad_x, first, last, size, steps + part * count, count);                   \
+    });                                                                                                               \
   }
 
 EXPORT(float32, float)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,19 +34,6 @@ class Step(NamedTuple):
     second: Tensor | None = None
 
 
-class _Step(ctypes.Structure):
-    _fields_ = [
-        ("kind", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("order", "first", "second", "grad_first", "grad_second")),
-    ]
-
-
-# the tensors' places, the first and the last row, the size, the steps and their number
-_FORWARD, _BACKWARD = (
-    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 3, ctypes.POINTER(_Step), ctypes.c_int64) for tensors in (3, 4)
-)
-
-
 def may_apply(size: int) -> bool:
     """Whether vectors of ``size`` numbers are short enough, and the function is there."""
     return size <= LONGEST and native.load(SOURCE) is not None
@@ -70,14 +59,10 @@ class _Affine(torch.autograd.Function):
         ctx.save_for_backward(x, *numbers)
         ctx.steps, ctx.by_torch = steps, by_torch
         x = x.contiguous()
-        y, log_det = torch.empty_like(x), x.new_empty(len(x))
+        y, log_det = torch.empty_like(x), x.new_empty(x.shape[0])
         size, pointers = x.shape[1], [one.data_ptr() for one in (x, y, log_det)]
-        table, function = _table(steps, None), native.function(SOURCE, "forward", x.dtype, _FORWARD)
-
-        def compute(part, first, last):
-            function(*pointers, first, last, size, table, len(steps))
-
-        native.in_parts(compute, len(x), size * size)
+        parts = native.parts(x.shape[0], size * size)
+        _function("forward", x.dtype)(*pointers, x.shape[0], parts, size, _table(steps, None), len(steps))
         return y, log_det
 
     @staticmethod
@@ -89,27 +74,27 @@ class _Affine(torch.autograd.Function):
             return found[0], None, None, *found[1:]
         x, grads = x.contiguous(), [one.contiguous() for one in grads]
         size, grad_x = x.shape[1], torch.empty_like(x)
-        found = [[torch.zeros_like(one) for one in numbers] for _ in range(native.parts(len(x), size * size))]
-        tables = [_table(ctx.steps, one) for one in found]
+        found = [[*map(torch.zeros_like, numbers)] for _ in range(native.parts(x.shape[0], size * size))]
+        tables = b"".join(_table(ctx.steps, one) for one in found)
         pointers = [one.data_ptr() for one in (x, *grads, grad_x)]
-        function, count = native.function(SOURCE, "backward", x.dtype, _BACKWARD), len(ctx.steps)
-
-        def compute(part, first, last):
-            function(*pointers, first, last, size, tables[part], count)
-
-        native.in_parts(compute, len(x), size * size)
+        _function("backward", x.dtype)(*pointers, x.shape[0], len(found), size, tables, len(ctx.steps))
         return grad_x, None, None, *(sum(same[1:], same[0]) for same in zip(*found))
 
 
-def _table(steps: Sequence[Step], grads: list[Tensor] | None) -> ctypes.Array:
-    """The steps, and where their gradients are added, as C++ reads them."""
-    each = iter(grads or ())
-    table = (_Step * len(steps))()
-    for row, step in zip(table, steps):
-        row.kind = step.kind
-        row.order = None if step.order is None else step.order.data_ptr()
-        for name in ("first", "second"):
-            if (numbers := getattr(step, name)) is not None:
-                setattr(row, name, numbers.data_ptr())
-                setattr(row, f"grad_{name}", next(each).data_ptr() if grads else None)
-    return table
+def _table(steps: Sequence[Step], grads: list[Tensor] | None) -> bytes:
+    """The steps as C++ reads them, and where their gradients are added."""
+    table: list[int] = []
+    to = iter(grads or ())
+    for kind, order, *numbers in steps:
+        table += kind, 0 if order is None else order.data_ptr()
+        table += [0 if one is None else one.data_ptr() for one in numbers]
+        table += [0 if one is None or not grads else next(to).data_ptr() for one in numbers]
+    return struct.pack(f"{len(table)}q", *table)
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable:
+    # the tensors' places, the rows and their parts, the size, the steps and their number
+    tensors = {"forward": 3, "backward": 4}[name]
+    types = *[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 3, ctypes.c_char_p, ctypes.c_int64
+    return native.function(SOURCE, name, dtype, types)
