@@ -158,7 +158,7 @@ def test_threads_take_the_turns_of_the_first_run():
     first.start()
     for _ in range(40):
         used.append(now[0])
-        first.after_step({2: 0.010, 1: 0.012}[now[0]])
+        first.after_step({2: 0.10, 1: 0.12}[now[0]])
     assert len({*used}) == 2 and first.chosen == 2
     again, repeated = [], RepeatedThreads(first.turns, lambda number: now.__setitem__(0, number))
     repeated.start()

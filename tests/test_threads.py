@@ -46,7 +46,7 @@ def threads():
 @pytest.mark.parametrize(("fast", "slow"), [(1, 2), (2, 1)])
 def test_the_fastest_number_is_kept_after_its_turns(fast, slow, caplog):
     caplog.set_level("INFO", "flowtrain")
-    steps = Steps([2, 1], {fast: 0.010, slow: 0.012}).run(100)
+    steps = Steps([2, 1], {fast: 0.10, slow: 0.12}).run(100)
     trial = ([2] * TURN + [1] * TURN) * ROUNDS
     assert steps.used == trial + [fast] * (100 - len(trial)) and steps.threads.chosen == fast
     (line,) = caplog.messages
@@ -68,10 +68,17 @@ def test_a_number_between_is_found():
 
 
 def test_an_outlier_does_not_decide():
-    steps = Steps([2, 1], {2: 0.011, 1: 0.010})
+    steps = Steps([2, 1], {2: 0.11, 1: 0.10})
     for step in range(2 * TURN * ROUNDS):
         steps.threads.after_step(9.0 if step in (5, 13) else steps.seconds[steps.now])
     assert steps.threads.chosen == 1
+
+
+def test_a_number_has_more_turns_where_steps_are_quick():
+    steps = Steps([2, 1], {2: 0.004, 1: 0.005}).run(200)
+    trial = ([2] * 4 * TURN + [1] * 3 * TURN) * ROUNDS  # 64 and 60 milliseconds
+    assert steps.used == trial + [2] * (200 - len(trial)) and steps.threads.chosen == 2
+    assert [number for number in steps.threads.turns for _ in range(TURN)] == trial + [2] * TURN
 
 
 @pytest.mark.parametrize("done", [3, TURN + 2, 2 * TURN * ROUNDS, 60])
@@ -126,7 +133,8 @@ def test_a_job_of_a_sweep_gets_its_share(tmp_path, monkeypatch):
     assert json.loads(summary.read_text())["threads"] == 1
 
 
-def test_a_run_chooses_and_records_its_threads_and_keeps_them_when_it_resumes(tmp_path, threads):
+def test_a_run_chooses_and_records_its_threads_and_keeps_them_when_it_resumes(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr("flowtrain.engine.threads.LEAST", 0.0)
     torch.set_num_threads(2)
     words = [*TINY, "max_steps=26", "trainer.val_every=100", "trainer.save_every=100"]
     assert flowtrain(tmp_path, "train", *words) == 0

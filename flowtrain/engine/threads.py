@@ -13,6 +13,7 @@ from flowtrain.engine.state import Stateful
 log = logging.getLogger("flowtrain")
 
 ROUNDS, KEPT = 3, 3  # turns of each number; the steps of a turn that count, after one that does not
+LEAST = 0.05  # seconds: a number whose turn was shorter, as of a small flow, has another at once
 SLOW = 1.5  # a number with which steps take this many times as long as with the best gets no more turns
 
 
@@ -40,12 +41,13 @@ class Threads(Stateful):
         turns: the numbers in the order of their turns, the present one included.
     """
 
-    STATE = ("chosen", "round", "waiting", "steps", "seconds", "turns")
+    STATE = ("chosen", "round", "waiting", "steps", "elapsed", "seconds", "turns")
 
     def __init__(self, numbers: list[int], use: Callable[[int], object] = torch.set_num_threads):
         self.numbers, self.use = numbers, use
         self.chosen = numbers[0] if len(numbers) == 1 else None
-        self.round, self.waiting, self.steps = 0, list(numbers), 0  # steps of the turn of the first that waits
+        self.round, self.waiting = 0, list(numbers)
+        self.steps, self.elapsed = 0, 0.0  # steps of the turn of the first that waits, and the seconds of its turns
         self.seconds: dict[int, list[float]] = {number: [] for number in numbers}  # of the numbers in question
         self.turns = [numbers[0]]
 
@@ -59,14 +61,17 @@ class Threads(Stateful):
             return
         if self.steps:
             self.seconds[self.waiting[0]].append(seconds)
-        self.steps += 1
+        self.steps, self.elapsed = self.steps + 1, self.elapsed + seconds
         if self.steps > KEPT:
-            self._end_turn()
+            self.steps = 0
+            if self.elapsed >= LEAST:
+                self._next()
             self.turns.append(self.chosen or self.waiting[0])
             self.use(self.turns[-1])
 
-    def _end_turn(self) -> None:
-        number, self.steps = self.waiting.pop(0), 0
+    def _next(self) -> None:
+        """Go on to the next number, or choose."""
+        number, self.elapsed = self.waiting.pop(0), 0.0
         typical = {one: median(times) for one, times in self.seconds.items() if times}
         limit = SLOW * min(typical.values())
         if self.waiting and typical[number] <= limit:
@@ -84,7 +89,7 @@ class Threads(Stateful):
         if len(self.numbers) == 1:
             self.turns = state.get("turns") or self.turns
         else:
-            super().load_state_dict({"turns": []} | state)  # older files do not know them
+            super().load_state_dict({"turns": [], "elapsed": 0.0} | state)  # older files do not know them
             self.chosen = self.chosen and min(self.chosen, self.numbers[0])
 
 
