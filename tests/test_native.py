@@ -10,13 +10,13 @@ import torch
 
 from flowtrain import bijections as b
 from flowtrain import nets
+from flowtrain.bijections import spline
 from flowtrain.bijections.bijection import apply_in_turn, fuse
 from flowtrain.bijections.channels import FusedVectorAffine
 from flowtrain.bijections.native import rational_quadratic, vector_affine
 from flowtrain.flows.parts import permuted_lu_actnorm
 from flowtrain.nets import made, mlp
-from flowtrain.nets.native import dense
-from flowtrain.runtime import native
+from flowtrain.runtime import dense, native
 
 SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE, dense.SOURCE
 needs_compiler = pytest.mark.skipif(not native.load(SOURCES[0]), reason="no C++ compiler")
@@ -47,8 +47,8 @@ def gradients(function, *inputs):
 @pytest.mark.parametrize("layout", list(thetas(torch.float32)))
 def test_a_spline_by_cpp_is_the_spline_by_torch(layout, inverse, kind):
     torch.manual_seed(0)
-    spline = kind((SIZE,))
-    by_cpp, by_torch = (spline.inverse, spline._inverse) if inverse else (spline.forward, spline._forward)
+    one = kind((SIZE,))
+    by_cpp, by_torch = (one.inverse, one._inverse) if inverse else (one.forward, one._forward)
     x = (3 * torch.randn(ROWS, 2 * SIZE, dtype=torch.float64))[:, ::2].requires_grad_()  # some lie outside
     theta = (3 * thetas(torch.float64)[layout]).requires_grad_()
     assert by_cpp(x, theta)[0].grad_fn.name() == "_SplineBackward"
@@ -148,12 +148,12 @@ def test_one_call_maps_both_parts_of_a_coupling(kind, share, partition, size, mo
         torch.nn.init.normal_(parameter, std=0.7)
     x = (2 * torch.randn(ROWS, size, dtype=torch.float64)).requires_grad_()
     inputs = x, *layer.parameters()
-    found = gradients(lambda x, *_: layer(x), *inputs)
-    calls = []
-    monkeypatch.setattr(rational_quadratic, "spline_of_parts", lambda *args: calls.append(args))
-    for one, other in zip(found, gradients(lambda x, *_: layer(x), *inputs)):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
-    assert len(calls) == 1
+    found, calls = gradients(lambda x, *_: layer(x), *inputs), []
+    for module, name in ((spline, "coupling"), (rational_quadratic, "spline_of_parts")):  # first the network by itself
+        monkeypatch.setattr(module, name, lambda *args: calls.append(args))
+        for one, other in zip(found, gradients(lambda x, *_: layer(x), *inputs)):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+    assert len(calls) == 3
     torch.testing.assert_close(layer.inverse(found[0])[0], x)
     monkeypatch.undo()
     assert torch.autograd.gradgradcheck(lambda x: layer(x), (x[:2].detach().requires_grad_(),))

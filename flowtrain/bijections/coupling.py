@@ -249,6 +249,8 @@ class Coupling(Bijection):
             conditioning, transformed = self.partition.split(x)
             theta = self._theta(conditioning, context)
         else:
+            if context is None and (whole := self._with_network(x)):
+                return whole
             theta = self._theta(self.partition.conditioning(x), context)
             if joined := self._map_both(x, theta):
                 return joined
@@ -293,20 +295,40 @@ class Coupling(Bijection):
     def _theta(self, conditioning, context):
         return per_element(self.net(conditioning, context).to(conditioning.dtype), self.univariate.params)
 
+    def _with_network(self, x):
+        """The coupling as one function; None where its network, or a layer of it, has to be called."""
+        layers = getattr(self.net, "dense_layers", None)
+        if layers is None or type(self.partition) not in (Halves, Alternate):
+            return None
+        if not fusion.may_fuse(self.net, self.unconditional) or torch.is_autocast_enabled(x.device.type):
+            return None
+
+        def in_turn(x, h, shared):
+            z, log_slope = self._in_turn(x, per_element(h, self.univariate.params), shared)
+            return z, sum_event(log_slope)
+
+        found = layers()
+        return found and self.univariate.of_network(
+            x, self._shared(), self.places, self.partition.conditioning, found, in_turn
+        )
+
     def _map_both(self, x, theta):
         """Both parts by one call of τ; None where it has none, or the layer of the other part has to be called."""
         if not fusion.may_fuse(self.unconditional):
             return None
-
-        def in_turn(x, theta, shared):
-            conditioning, transformed = self.partition.split(x)
-            conditioning, transformed = self.univariate(conditioning, shared), self.univariate(transformed, theta)
-            return [self.partition.merge(*pair) for pair in zip(conditioning, transformed)]
-
-        shared = self.unconditional.theta.expand(*self.unconditional.shape, -1)
         with full_precision(x):
-            joined = self.univariate.of_parts(x, theta, shared, self.places, in_turn)
+            joined = self.univariate.of_parts(x, theta, self._shared(), self.places, self._in_turn)
         return joined and (joined[0], sum_event(joined[1]))
+
+    def _in_turn(self, x, theta, shared):
+        """Both parts by two calls of τ."""
+        conditioning, transformed = self.partition.split(x)
+        conditioning, transformed = self.univariate(conditioning, shared), self.univariate(transformed, theta)
+        return [self.partition.merge(*pair) for pair in zip(conditioning, transformed)]
+
+    def _shared(self):
+        """The parameters (n, params) of the other part, which all rows share."""
+        return self.unconditional.theta.expand(*self.unconditional.shape, -1)
 
     def _map(self, univariate, transformed, theta):
         with full_precision(transformed):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowtrain.bijections.native import rational_quadratic as native
+from flowtrain.bijections.native.coupling import Plan, coupling
 from flowtrain.bijections.univariate import ExpAffine, Univariate, soft_clip
 
 
@@ -72,6 +73,10 @@ class RationalQuadratic(Univariate):
 
     def of_parts(self, x, theta, shared, places, in_turn):
         return native.spline_of_parts(x, theta, shared, places, self._settings(), in_turn)
+
+    def of_network(self, x, shared, places, conditioning, layers, in_turn):
+        kinds, tensors = layers
+        return coupling(x, shared, Plan(conditioning, kinds, places, self._settings(), in_turn), tensors)
 
     def _by_native(self, values, theta, inverse, by_torch):
         """The map by a C++ function; None where that does not apply."""

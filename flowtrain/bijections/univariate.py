@@ -6,7 +6,7 @@ The review of Papamakarios et al. (2021, section 3.1) calls these maps transform
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,26 @@ class Univariate(nn.Module):
         Args:
             places: (D,), i for a number that has ``theta[:, i]`` and −1 − i for one that has ``shared[i]``.
             in_turn: the same function of x, ``theta`` and ``shared`` by two calls.
+        """
+        return None
+
+    def of_network(
+        self,
+        x: Tensor,
+        shared: Tensor,
+        places: Tensor,
+        conditioning: Callable[[Tensor], Tensor],
+        layers: tuple[Sequence, Sequence[Tensor]],
+        in_turn: Callable,
+    ) -> tuple[Tensor, Tensor] | None:
+        """:meth:`of_parts` of vectors, and the log-determinant (B,), together with the network that computes θ; None
+        where the network must run by itself.
+
+        Args:
+            conditioning: a view of the part of x that the network sees.
+            layers: what its ``dense_layers`` returns.
+            in_turn: as for :meth:`of_parts`, with the network's output (B, params·n) in place of θ, and the
+                log-determinant (B,) in place of its terms.
         """
         return None
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
-from flowtrain.nets.native.dense import Kind, dense
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import fusion, gradients, native
+from flowtrain.runtime.dense import Kind, dense
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 

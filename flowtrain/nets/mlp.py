@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.native.dense import Kind, dense
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import fusion
+from flowtrain.runtime.dense import Kind, dense
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -43,8 +43,7 @@ class MLP(nn.Module):
         self.kinds = Kind(), *[Kind(rectifies=True)] * depth
 
     def forward(self, x, context=None):
-        linears = self.first, *self.hidden, self.last
-        if (found := by_cpp(self, x, context, linears)) is not None:
+        if (found := by_cpp(self, x, context)) is not None:
             return found
         h = self.first(x)
         if self.context is not None:
@@ -52,6 +51,10 @@ class MLP(nn.Module):
         for layer in self.hidden:
             h = layer(F.relu(self.dropout(h)))
         return self.last(F.relu(self.dropout(h)))
+
+    def dense_layers(self) -> Layers | None:
+        """The layers as one function has them; None where they are to be called one by one."""
+        return layers_of(self, [self.first, *self.hidden, self.last])
 
 
 class ResidualMLP(nn.Module):
@@ -82,8 +85,7 @@ class ResidualMLP(nn.Module):
         self.kinds = Kind(), *[Kind(rectifies=True), Kind(rectifies=True, skips=True)] * blocks, Kind()
 
     def forward(self, x, context=None):
-        linears = self.first, *chain(*zip(self.ones, self.others)), self.last
-        if (found := by_cpp(self, x, context, linears)) is not None:
+        if (found := by_cpp(self, x, context)) is not None:
             return found
         h = self.first(x)
         if self.context is not None:
@@ -92,18 +94,34 @@ class ResidualMLP(nn.Module):
             h = h + other(F.relu(self.dropout(one(F.relu(h)))))
         return self.last(h)
 
+    def dense_layers(self) -> Layers | None:
+        """The layers as one function has them; None where they are to be called one by one."""
+        inner = chain.from_iterable(zip(self.ones, self.others))
+        return layers_of(self, [self.first, *inner, self.last])  # type: ignore[list-item]
 
-def by_cpp(net: MLP | ResidualMLP, x: Tensor, context: Tensor | None, linears: Sequence[nn.Linear]) -> Tensor | None:
-    """``net(x, context)``, whose layers are ``linears``, by one C++ function; None where that does not apply."""
+
+Layers = tuple[Sequence[Kind], list[Tensor]]  # of each layer its kind, and its weight and bias in turn
+
+
+def layers_of(net: MLP | ResidualMLP, linears: Sequence[nn.Linear]) -> Layers | None:
+    """Those of ``net``; None if it drops units, or if a compiler or a hook is to see each layer."""
     drops = net.dropout.p > 0 and net.training
     if drops or torch.compiler.is_compiling() or not fusion.may_fuse(net.dropout, *linears):
         return None
-    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    return net.kinds, [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+
+
+def by_cpp(net: MLP | ResidualMLP, x: Tensor, context: Tensor | None) -> Tensor | None:
+    """``net(x, context)`` by one C++ function; None where that does not apply."""
+    layers = net.dense_layers()
+    if layers is None:
+        return None
+    kinds, tensors = layers
     if net.context is not None:  # one product of both inputs
         if context is None or context.shape[:-1] != x.shape[:-1] or not fusion.may_fuse(net.context):
             return None
         x, tensors[0] = torch.cat((x, context), -1), torch.cat((tensors[0], net.context.weight), 1)
-    return dense(x, net.kinds, tensors)
+    return dense(x, kinds, tensors)
 
 
 def check_at_least_one(**sizes: int) -> None:

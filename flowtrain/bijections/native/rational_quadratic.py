@@ -67,13 +67,13 @@ class _Spline(torch.autograd.Function):
     def forward(ctx, values, theta, shared, places, settings, inverse, by_torch):
         ctx.save_for_backward(values, theta, shared)
         ctx.places, ctx.settings, ctx.inverse, ctx.by_torch = places, settings, inverse, by_torch
-        return _forward(values, theta, shared, places, settings, inverse)
+        return forward(values, theta, shared, places, settings, inverse)
 
     @staticmethod
     def backward(ctx, *grads):
         inputs = ctx.saved_tensors
         if gradients.in_place(*grads):
-            found = _backward(*inputs, ctx.places, *grads, ctx.settings, ctx.inverse)
+            found = backward(*inputs, ctx.places, *grads, ctx.settings, ctx.inverse)
         else:
             given = [one for one in inputs if one is not None]
             needed = ctx.needs_input_grad[: len(given)]
@@ -81,9 +81,10 @@ class _Spline(torch.autograd.Function):
         return *found, *[None] * (7 - len(found))
 
 
-def _forward(
+def forward(
     values: Tensor, theta: Tensor, shared: Tensor | None, places: Tensor | None, settings, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    """Both results, without a gradient; the arguments are those of :func:`spline` and :func:`spline_of_parts`."""
     values = values.contiguous()
     results = torch.empty_like(values), torch.empty_like(values)
     sources = [_rows(one, values) for one in (theta, shared) if one is not None]
@@ -94,7 +95,7 @@ def _forward(
     return results
 
 
-def _backward(
+def backward(
     values: Tensor,
     theta: Tensor,
     shared: Tensor | None,
@@ -104,6 +105,7 @@ def _backward(
     settings,
     inverse: bool,
 ) -> tuple[Tensor, ...]:
+    """The gradients of ``values``, ``theta`` and, if there is one, ``shared``, given those of both results."""
     inputs = [one.contiguous() for one in (values, grad_out, grad_log)]
     values = inputs[0]
     parts, sources, grads = native.parts(values.numel(), theta.shape[-1]), [], []
@@ -180,14 +182,14 @@ def _numbers(settings: tuple[float, ...]) -> ctypes.Array:
 
 @torch.library.custom_op("flowtrain::rational_quadratic", mutates_args=(), device_types="cpu")
 def _operator(values: Tensor, theta: Tensor, settings: list[float], inverse: bool) -> tuple[Tensor, Tensor]:
-    return _forward(values, theta, None, None, tuple(settings), inverse)
+    return forward(values, theta, None, None, tuple(settings), inverse)
 
 
 @torch.library.custom_op("flowtrain::rational_quadratic_backward", mutates_args=(), device_types="cpu")
 def _operator_backward(
     values: Tensor, theta: Tensor, grad_out: Tensor, grad_log: Tensor, settings: list[float], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_values, grad_theta = _backward(values, theta, None, None, grad_out, grad_log, tuple(settings), inverse)
+    grad_values, grad_theta = backward(values, theta, None, None, grad_out, grad_log, tuple(settings), inverse)
     return grad_values, grad_theta.contiguous()
 
 

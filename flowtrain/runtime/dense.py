@@ -39,17 +39,20 @@ def dense(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor
         kinds: of the layers.
         tensors: their weights (out, in) and biases (out,), in turn.
     """
+    return _Dense.apply(x, kinds, *tensors) if applies(x, tensors) else None
+
+
+def applies(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether C++ may compute a network of these weights and biases for x."""
     if x.dim() != 2 or sum(map(Tensor.numel, tensors)) > MOST:
-        return None
+        return False
     if not native.applies(x, *tensors) or torch.is_autocast_enabled("cpu") or native.load(SOURCE) is None:
-        return None
-    if any(one.dtype != x.dtype or not one.is_contiguous() for one in tensors):
-        return None
-    return _Dense.apply(x, kinds, *tensors)
+        return False
+    return all(one.dtype == x.dtype and one.is_contiguous() for one in tensors)
 
 
-def _by_torch(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor:
-    """The same by torch's operations, for derivatives of gradients."""
+def by_torch(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor:
+    """The network by torch's operations, for derivatives of gradients."""
     before, z = x, x
     for kind, weight, bias in zip(kinds, tensors[::2], tensors[1::2]):
         found = F.linear(F.relu(z) if kind.rectifies else z, weight, bias)
@@ -57,36 +60,58 @@ def _by_torch(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Te
     return z
 
 
+def forward(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor], keeps: bool) -> tuple[Tensor, Tensor | None]:
+    """The network's output for a contiguous x, and what :func:`backward` needs, if it ``keeps`` that."""
+    rows, kept = x.shape[0], None
+    if keeps:  # the outputs of all layers but the last
+        width = sum(-(-bias.shape[0] // WIDTH) * WIDTH for bias in tensors[1:-1:2])
+        kept = x.new_empty(_blocks(rows) * ROWS * width)
+    y = x.new_empty(rows, tensors[-1].shape[0])
+    pointers = x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr()
+    _function("forward", x.dtype)(*pointers, rows, _parts(rows, tensors), _table(kinds, tensors), len(kinds))
+    return y, kept
+
+
+def backward(
+    x: Tensor, kept: Tensor, grad: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor], needs_x: bool
+) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The gradients of a contiguous x, if that is needed, and of ``tensors``, given that of the output, contiguous."""
+    grad_x, parts = torch.empty_like(x) if needs_x else None, _parts(x.shape[0], tensors)
+    sums = x.new_empty(parts, sum(map(Tensor.numel, tensors)))
+    starts = range(sums.data_ptr(), sums.data_ptr() + sums.nbytes, sums.nbytes // parts)
+    tables = b"".join(_table(kinds, tensors, start) for start in starts)
+    pointers = x.data_ptr(), grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(), kept.data_ptr()
+    _function("backward", x.dtype)(*pointers, x.shape[0], parts, tables, len(kinds))
+    return grad_x, torch._C._nn.unflatten_dense_tensors(sums[0] if parts == 1 else sums.sum(0), tensors)
+
+
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kinds, *tensors):
-        ctx.kinds, given, x = kinds, x, x.contiguous()
-        blocks, work = -(-x.shape[0] // ROWS), sum(map(Tensor.numel, tensors))
-        kept = None
-        if any(ctx.needs_input_grad):  # the outputs of all layers but the last
-            kept = x.new_empty(blocks * ROWS * sum(-(-bias.shape[0] // WIDTH) * WIDTH for bias in tensors[1:-1:2]))
-        y, ctx.parts = x.new_empty(x.shape[0], tensors[-1].shape[0]), min(blocks, native.parts(x.shape[0], work)) or 1
-        pointers = x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr()
-        _function("forward", x.dtype)(*pointers, x.shape[0], ctx.parts, _table(kinds, tensors), len(kinds))
-        ctx.save_for_backward(given, kept, *tensors)
+        y, kept = forward(x.contiguous(), kinds, tensors, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, kept, *tensors)
+        ctx.kinds = kinds
         return y
 
     @staticmethod
     def backward(ctx, grad):
         x, kept, *tensors = ctx.saved_tensors
-        if not gradients.in_place(grad):
+        if gradients.in_place(grad):
+            needs_x = ctx.needs_input_grad[0]
+            grad_x, grads = backward(x.contiguous(), kept, grad.contiguous(), ctx.kinds, tensors, needs_x)
+        else:
             needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-            found = gradients.by_autograd(lambda: [_by_torch(x, ctx.kinds, tensors)], (x, *tensors), needed, [grad])
-            return found[0], None, *found[1:]
-        x, grad = x.contiguous(), grad.contiguous()
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        sums = x.new_empty(ctx.parts, sum(map(Tensor.numel, tensors)))
-        starts = range(sums.data_ptr(), sums.data_ptr() + sums.nbytes, sums.nbytes // ctx.parts)
-        tables = b"".join(_table(ctx.kinds, tensors, start) for start in starts)
-        pointers = x.data_ptr(), grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(), kept.data_ptr()
-        _function("backward", x.dtype)(*pointers, x.shape[0], ctx.parts, tables, len(ctx.kinds))
-        found = sums[0] if ctx.parts == 1 else sums.sum(0)
-        return grad_x, None, *torch._C._nn.unflatten_dense_tensors(found, tensors)
+            found = gradients.by_autograd(lambda: [by_torch(x, ctx.kinds, tensors)], (x, *tensors), needed, [grad])
+            grad_x, *grads = found
+        return grad_x, None, *grads
+
+
+def _blocks(rows: int) -> int:
+    return -(-rows // ROWS)
+
+
+def _parts(rows: int, tensors: Sequence[Tensor]) -> int:
+    return max(1, min(_blocks(rows), native.parts(rows, sum(map(Tensor.numel, tensors)))))
 
 
 def _table(kinds: Sequence[Kind], tensors: Sequence[Tensor], to: int = 0) -> bytes:

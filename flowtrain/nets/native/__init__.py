@@ -1,1 +1,0 @@
-"""Networks' inner loops as C++ functions for the CPU; see :mod:`flowtrain.bijections.native`."""
