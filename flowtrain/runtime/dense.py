@@ -44,11 +44,13 @@ def dense(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor
 
 def applies(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether C++ may compute a network of these weights and biases for x."""
-    if x.dim() != 2 or sum(map(Tensor.numel, tensors)) > MOST:
+    if x.dim() != 2 or x.dtype not in native.NAMES or not native.in_memory(x, *tensors):
         return False
-    if not native.applies(x, *tensors) or torch.is_autocast_enabled("cpu") or native.load(SOURCE) is None:
-        return False
-    return all(one.dtype == x.dtype and one.is_contiguous() for one in tensors)
+    for one in tensors:
+        if one.dtype != x.dtype or not one.is_contiguous():
+            return False
+    may = sum(map(Tensor.numel, tensors)) <= MOST and not torch.is_autocast_enabled("cpu")
+    return may and native.load(SOURCE) is not None
 
 
 def by_torch(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor:

@@ -45,11 +45,16 @@ def affine(x: Tensor, steps: Sequence[Step], by_torch: Callable) -> tuple[Tensor
     Args:
         by_torch: the same function of x by torch's operations, for derivatives of gradients.
     """
-    tensors = [one for step in steps for one in step[1:] if one is not None]
-    numbers = [one for one in tensors if one.is_floating_point()]
-    fits = x.dim() == 2 and all(one.shape[-1] == x.shape[1] and one.is_contiguous() for one in tensors)
-    if not (fits and native.applies(x) and native.in_memory(*tensors)) or any(one.dtype != x.dtype for one in numbers):
+    given = [one for _, *tensors in steps for one in tensors if one is not None]
+    if x.dim() != 2 or x.dtype not in native.NAMES or not native.in_memory(x, *given):
         return None
+    numbers = [one for one in given if one.is_floating_point()]
+    for one in given:
+        if one.shape[-1] != x.shape[1] or not one.is_contiguous():
+            return None
+    for one in numbers:
+        if one.dtype != x.dtype:
+            return None
     return _Affine.apply(x, steps, by_torch, *numbers)
 
 
