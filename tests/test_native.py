@@ -218,6 +218,9 @@ def test_a_network_by_cpp_gives_what_is_asked_of_a_network():
     net(x)
     handle.remove()
     assert calls == [1]
+    last, net.last = net.last, torch.nn.Sequential(net.last, torch.nn.Softplus())  # a layer of the user's
+    assert (net(x)[0] > 0).all()
+    net.last = last
     net.dropout.p = 0.5
     torch.manual_seed(0)
     dropped, whole = net(x), net.eval()(x)

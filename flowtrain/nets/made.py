@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import fusion, gradients, native
-from flowtrain.runtime.dense import Kind, dense
+from flowtrain.runtime.dense import Kind, applies, dense
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
@@ -233,9 +233,11 @@ class _Masked(nn.Module):
 
     def _by_cpp(self, h, linears, context):
         """The network by one C++ function; None where that does not apply."""
-        whole = linears is self.linears and context is None and self.activation is F.relu
+        plain = linears is self.linears and context is None and self.activation is F.relu
         drops = self.dropout.p > 0 and self.training
-        if not whole or drops or torch.compiler.is_compiling() or not fusion.may_fuse(self.dropout, *linears):
+        if not plain or drops or torch.compiler.is_compiling() or not fusion.may_fuse(self.dropout, *linears):
+            return None
+        if not applies(h, [one for linear in linears for one in (linear.weight, linear.bias)]):
             return None
         return dense(h, self.kinds, [one for linear in linears for one in (linear.weight * linear.mask, linear.bias)])
 

@@ -104,10 +104,13 @@ Layers = tuple[Sequence[Kind], list[Tensor]]  # of each layer its kind, and its 
 
 
 def layers_of(net: MLP | ResidualMLP, linears: Sequence[nn.Linear]) -> Layers | None:
-    """Those of ``net``; None if it drops units, or if a compiler or a hook is to see each layer."""
+    """Those of ``net``; None if it drops units, if one is of another kind, or a compiler or a hook is to see each."""
     drops = net.dropout.p > 0 and net.training
     if drops or torch.compiler.is_compiling() or not fusion.may_fuse(net.dropout, *linears):
         return None
+    for linear in linears:
+        if type(linear) is not nn.Linear or linear.bias is None:
+            return None
     return net.kinds, [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
 
 
