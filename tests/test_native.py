@@ -154,6 +154,7 @@ def test_one_call_maps_both_parts_of_a_coupling(kind, share, partition, size, mo
         for one, other in zip(found, gradients(lambda x, *_: layer(x), *inputs)):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
     assert len(calls) == 3
+    assert [len(one) for one in layer(x[:0])] == [0, 0]
     torch.testing.assert_close(layer.inverse(found[0])[0], x)
     monkeypatch.undo()
     assert torch.autograd.gradgradcheck(lambda x: layer(x), (x[:2].detach().requires_grad_(),))

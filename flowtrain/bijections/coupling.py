@@ -90,7 +90,7 @@ class Alternate(Partition):
 
     def split(self, x):
         if self._is_paired(x):
-            pair = x.reshape(x.shape[0], -1, 2).unbind(2)  # its gradient is one operation, that of slices seven
+            pair = x.reshape(x.shape[0], x.shape[1] // 2, 2).unbind(2)  # its gradient: one operation, not seven
             return pair[1 - self.first], pair[self.first]
         return self.conditioning(x), x[:, self.first :: 2]
 

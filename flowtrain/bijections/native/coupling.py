@@ -79,4 +79,5 @@ class _Coupling(torch.autograd.Function):
 
 def _per_element(h: Tensor, shared: Tensor) -> Tensor:
     """The network's output (B, parameters·n) as θ (B, n, parameters); a view."""
-    return h.view(h.shape[0], shared.shape[-1], -1).transpose(1, 2)
+    parameters = shared.shape[-1]
+    return h.view(h.shape[0], parameters, h.shape[1] // parameters).transpose(1, 2)
