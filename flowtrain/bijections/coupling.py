@@ -298,7 +298,7 @@ class Coupling(Bijection):
     def _with_network(self, x):
         """The coupling as one function; None where its network, or a layer of it, has to be called."""
         layers = getattr(self.net, "dense_layers", None)
-        if layers is None or type(self.partition) not in (Halves, Alternate):
+        if layers is None or not x.is_cpu or type(self.partition) not in (Halves, Alternate):
             return None
         if not fusion.may_fuse(self.net, self.unconditional) or torch.is_autocast_enabled(x.device.type):
             return None

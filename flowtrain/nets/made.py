@@ -233,7 +233,7 @@ class _Masked(nn.Module):
 
     def _by_cpp(self, h, linears, context):
         """The network by one C++ function; None where that does not apply."""
-        plain = linears is self.linears and context is None and self.activation is F.relu
+        plain = h.is_cpu and linears is self.linears and context is None and self.activation is F.relu
         drops = self.dropout.p > 0 and self.training
         if not plain or drops or torch.compiler.is_compiling() or not fusion.may_fuse(self.dropout, *linears):
             return None

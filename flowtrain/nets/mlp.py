@@ -116,7 +116,7 @@ def layers_of(net: MLP | ResidualMLP, linears: Sequence[nn.Linear]) -> Layers | 
 
 def by_cpp(net: MLP | ResidualMLP, x: Tensor, context: Tensor | None) -> Tensor | None:
     """``net(x, context)`` by one C++ function; None where that does not apply."""
-    layers = net.dense_layers()
+    layers = net.dense_layers() if x.is_cpu else None
     if layers is None:
         return None
     kinds, tensors = layers
