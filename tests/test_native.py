@@ -164,7 +164,7 @@ NETWORKS = {
     "MLP": partial(nets.MLP, (SIZE,), out=7, hidden=20, depth=3),
     "MLP of two layers": partial(nets.MLP, (SIZE,), out=33, hidden=16, depth=1),
     "ResidualMLP": partial(nets.ResidualMLP, (SIZE,), out=PARAMS),
-    "ResidualMLP without blocks": partial(nets.ResidualMLP, (SIZE,), out=PARAMS, blocks=1, hidden=1),
+    "ResidualMLP of one unit": partial(nets.ResidualMLP, (SIZE,), out=PARAMS, blocks=1, hidden=1),
     "with a context": partial(nets.ResidualMLP, (SIZE,), out=PARAMS, hidden=24, context_shape=(3,)),
     "MADE": partial(nets.MADE, (SIZE,), out=3, hidden=40),
     "ResidualMADE": partial(nets.ResidualMADE, (SIZE,), out=3, hidden=40),

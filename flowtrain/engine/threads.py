@@ -13,7 +13,7 @@ from flowtrain.engine.state import Stateful
 log = logging.getLogger("flowtrain")
 
 ROUNDS, KEPT = 3, 3  # turns of each number; the steps of a turn that count, after one that does not
-LEAST = 0.05  # seconds: a number whose turn was shorter, as of a small flow, has another at once
+LEAST = 0.05  # seconds that a number's turns in a row take: where steps are quick, it has several
 SLOW = 1.5  # a number with which steps take this many times as long as with the best gets no more turns
 
 

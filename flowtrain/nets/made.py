@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
+from flowtrain.nets.mlp import called_as_one, check_at_least_one, context_layer, small_init, zero_init
 from flowtrain.nets.norm import Dropout
-from flowtrain.runtime import fusion, gradients, native
-from flowtrain.runtime.dense import Kind, applies, dense
+from flowtrain.runtime import gradients, native
+from flowtrain.runtime.dense import Kind, applies, dense, kinds_of_mlp, kinds_of_residual_mlp
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
@@ -234,8 +234,7 @@ class _Masked(nn.Module):
     def _by_cpp(self, h, linears, context):
         """The network by one C++ function; None where that does not apply."""
         plain = h.is_cpu and linears is self.linears and context is None and self.activation is F.relu
-        drops = self.dropout.p > 0 and self.training
-        if not plain or drops or torch.compiler.is_compiling() or not fusion.may_fuse(self.dropout, *linears):
+        if not plain or not called_as_one(linears, MaskedLinear, self.dropout):
             return None
         if not applies(h, [one for linear in linears for one in (linear.weight, linear.bias)]):
             return None
@@ -294,7 +293,7 @@ class MADE(_Masked):
     ):
         check_at_least_one(depth=depth)
         super().__init__(shape, out, hidden, depth, degrees, activation, dropout, context_shape)
-        self.kinds = Kind(), *[Kind(rectifies=True)] * depth
+        self.kinds = kinds_of_mlp(depth)
 
     def _network(self, h, linears, context):
         if (found := self._by_cpp(h, linears, context)) is not None:
@@ -343,7 +342,7 @@ class ResidualMADE(_Masked):
         super().__init__(shape, out, hidden, 1 + 2 * blocks, degrees, activation, dropout, context_shape)
         for linear in self.linears[2:-1:2]:
             small_init(linear)
-        self.kinds = Kind(), *[Kind(rectifies=True), Kind(rectifies=True, skips=True)] * blocks, Kind()
+        self.kinds = kinds_of_residual_mlp(blocks)
 
     def _network(self, h, linears, context):
         if (found := self._by_cpp(h, linears, context)) is not None:

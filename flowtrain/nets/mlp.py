@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import fusion
-from flowtrain.runtime.dense import Kind, dense
+from flowtrain.runtime.dense import Kind, applies, dense, kinds_of_mlp, kinds_of_residual_mlp
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,7 +40,7 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
         self.dropout = Dropout(dropout)
         self.last = zero_init(nn.Linear(hidden, out))
-        self.kinds = Kind(), *[Kind(rectifies=True)] * depth
+        self.kinds = kinds_of_mlp(depth)
 
     def forward(self, x, context=None):
         if (found := by_cpp(self, x, context)) is not None:
@@ -82,7 +82,7 @@ class ResidualMLP(nn.Module):
         self.others = nn.ModuleList(small_init(nn.Linear(hidden, hidden)) for _ in range(blocks))
         self.dropout = Dropout(dropout)
         self.last = zero_init(nn.Linear(hidden, out))
-        self.kinds = Kind(), *[Kind(rectifies=True), Kind(rectifies=True, skips=True)] * blocks, Kind()
+        self.kinds = kinds_of_residual_mlp(blocks)
 
     def forward(self, x, context=None):
         if (found := by_cpp(self, x, context)) is not None:
@@ -104,14 +104,22 @@ Layers = tuple[Sequence[Kind], list[Tensor]]  # of each layer its kind, and its 
 
 
 def layers_of(net: MLP | ResidualMLP, linears: Sequence[nn.Linear]) -> Layers | None:
-    """Those of ``net``; None if it drops units, if one is of another kind, or a compiler or a hook is to see each."""
-    drops = net.dropout.p > 0 and net.training
-    if drops or torch.compiler.is_compiling() or not fusion.may_fuse(net.dropout, *linears):
+    """Those of ``net``; None where they are to be called one by one."""
+    if not called_as_one(linears, nn.Linear, net.dropout):
         return None
-    for linear in linears:
-        if type(linear) is not nn.Linear or linear.bias is None:
-            return None
     return net.kinds, [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+
+
+def called_as_one(linears: Iterable[nn.Linear], kind: type[nn.Linear], dropout: Dropout) -> bool:
+    """Whether one function may take the place of ``linears``: each is a plain layer of its ``kind``, none of their
+    units are dropped, and neither a compiler nor a hook is to see them."""
+    drops = dropout.p > 0 and dropout.training
+    if drops or torch.compiler.is_compiling() or not fusion.may_fuse(dropout, *linears):
+        return False
+    for linear in linears:
+        if type(linear) is not kind or linear.bias is None:
+            return False
+    return True
 
 
 def by_cpp(net: MLP | ResidualMLP, x: Tensor, context: Tensor | None) -> Tensor | None:
@@ -124,7 +132,7 @@ def by_cpp(net: MLP | ResidualMLP, x: Tensor, context: Tensor | None) -> Tensor 
         if context is None or context.shape[:-1] != x.shape[:-1] or not fusion.may_fuse(net.context):
             return None
         x, tensors[0] = torch.cat((x, context), -1), torch.cat((tensors[0], net.context.weight), 1)
-    return dense(x, kinds, tensors)
+    return dense(x, kinds, tensors) if applies(x, tensors) else None
 
 
 def check_at_least_one(**sizes: int) -> None:

@@ -43,7 +43,8 @@ struct Vector {
 
 // TILE rows and COUNT vectors of columns of c += a·b, where a (row, i) lies at a[row·row_a + i·column_a].
 template <typename T, int COUNT>
-inline void tile(const T* a, int64_t row_a, int64_t column_a, const T* b, int64_t row_b, T* c, int64_t row_c, int64_t depth) {
+inline void tile(const T* a, int64_t row_a, int64_t column_a, const T* b, int64_t row_b, T* c, int64_t row_c,
+                 int64_t depth) {
   using V = Vector<T>;
   typename V::type sum[TILE][COUNT] = {};
   for (int64_t i = 0; i < depth; ++i) {
@@ -64,8 +65,8 @@ inline void tile(const T* a, int64_t row_a, int64_t column_a, const T* b, int64_
 
 // c += a·b of ``rows`` rows, a multiple of TILE, and ``columns`` columns, a multiple of WIDTH.
 template <typename T>
-void add_product(const T* a, int64_t row_a, int64_t column_a, const T* b, int64_t row_b, T* c, int64_t row_c, int64_t rows,
-                 int64_t columns, int64_t depth) {
+void add_product(const T* a, int64_t row_a, int64_t column_a, const T* b, int64_t row_b, T* c, int64_t row_c,
+                 int64_t rows, int64_t columns, int64_t depth) {
   constexpr int SIZE = Vector<T>::SIZE;
   int64_t j = 0;
   for (; j + 2 * SIZE <= columns; j += 2 * SIZE)
@@ -196,6 +197,7 @@ void backward(const T* x, const T* grad_y, T* grad_x, const T* kept, int64_t fir
     }
   }
   T *of_x = memory.take(ROWS * widest), *rectified = memory.take(ROWS * widest);
+  // gradients of the outputs of three layers in succession: of the layer in turn, and of those above and below it
   T *above = memory.take(ROWS * widest), *here = memory.take(ROWS * widest), *below = memory.take(ROWS * widest);
   for (int64_t block = first; block < last; ++block) {
     int64_t in_block = std::min(ROWS, rows - block * ROWS);

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +31,30 @@ class Kind(NamedTuple):
     skips: bool = False
 
 
-def dense(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor | None:
-    """The output (B, out) of linear layers in turn, given x (B, in); None where C++ does not apply.
+# the tensors' places, the rows and the parts of their blocks, the layers and their number
+_FORWARD, _BACKWARD = (
+    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.c_char_p, ctypes.c_int64) for tensors in (3, 4)
+)
+
+
+def kinds_of_mlp(depth: int) -> tuple[Kind, ...]:
+    """Those of the layers of a network with ``depth`` hidden ones."""
+    return Kind(), *[Kind(rectifies=True)] * depth
+
+
+def kinds_of_residual_mlp(blocks: int) -> tuple[Kind, ...]:
+    """Those of the layers of a network of residual blocks, with a linear layer before and after them."""
+    return Kind(), *[Kind(rectifies=True), Kind(rectifies=True, skips=True)] * blocks, Kind()
+
+
+def dense(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor]) -> Tensor:
+    """The output (B, out) of linear layers in turn, given x (B, in), where C++ :func:`applies`.
 
     Args:
         kinds: of the layers.
         tensors: their weights (out, in) and biases (out,), in turn.
     """
-    return _Dense.apply(x, kinds, *tensors) if applies(x, tensors) else None
+    return _Dense.apply(x, kinds, *tensors)
 
 
 def applies(x: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -70,7 +85,9 @@ def forward(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor], keeps: 
         kept = x.new_empty(_blocks(rows) * ROWS * width)
     y = x.new_empty(rows, tensors[-1].shape[0])
     pointers = x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr()
-    _function("forward", x.dtype)(*pointers, rows, _parts(rows, tensors), _table(kinds, tensors), len(kinds))
+    native.function(SOURCE, "forward", x.dtype, _FORWARD)(
+        *pointers, rows, _parts(rows, tensors), _table(kinds, tensors), len(kinds)
+    )
     return y, kept
 
 
@@ -83,7 +100,8 @@ def backward(
     starts = range(sums.data_ptr(), sums.data_ptr() + sums.nbytes, sums.nbytes // parts)
     tables = b"".join(_table(kinds, tensors, start) for start in starts)
     pointers = x.data_ptr(), grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(), kept.data_ptr()
-    _function("backward", x.dtype)(*pointers, x.shape[0], parts, tables, len(kinds))
+    function = native.function(SOURCE, "backward", x.dtype, _BACKWARD)
+    function(*pointers, x.shape[0], parts, tables, len(kinds))
     return grad_x, torch._C._nn.unflatten_dense_tensors(sums[0] if parts == 1 else sums.sum(0), tensors)
 
 
@@ -125,11 +143,3 @@ def _table(kinds: Sequence[Kind], tensors: Sequence[Tensor], to: int = 0) -> byt
         numbers += inputs, outputs, *kind, weight.data_ptr(), bias.data_ptr(), to, of_bias
         to = of_bias and of_bias + bias.nbytes
     return struct.pack(f"{len(numbers)}q", *numbers)
-
-
-@cache
-def _function(name: str, dtype: torch.dtype) -> Callable:
-    # the tensors' places, the rows and the parts of their blocks, the layers and their number
-    tensors = {"forward": 3, "backward": 4}[name]
-    types = *[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.c_char_p, ctypes.c_int64
-    return native.function(SOURCE, name, dtype, types)

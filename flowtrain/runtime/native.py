@@ -28,8 +28,8 @@ from torch import Tensor
 from flowtrain.runtime import gradients
 
 log = logging.getLogger(__name__)
-HEADERS = [Path(__file__).with_name("parts.h")]
-FLAGS = f"-O3 -std=c++17 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -I{HEADERS[0].parent}".split()
+HEADER = Path(__file__).with_name("parts.h")
+FLAGS = f"-O3 -std=c++17 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -I{HEADER.parent}".split()
 TUNINGS = [["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]  # the first one that builds is used
 PART = 1 << 12  # numbers of work, below which a thread costs more than it saves
 
@@ -89,7 +89,7 @@ def _key(source: Path, compiler: list[str]) -> str:
         processor = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = platform.processor()
-    code = [path.read_bytes() for path in (source, *HEADERS)]
+    code = [path.read_bytes() for path in (source, HEADER)]
     parts = [*code, version, " ".join([*compiler, *FLAGS]).encode(), processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -97,12 +97,12 @@ def _key(source: Path, compiler: list[str]) -> str:
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
     """Build ``target``, whole or not at all: for this processor and with threads if the compiler can."""
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        object, built = Path(directory) / "code.o", Path(directory) / target.name
+        code, built = Path(directory) / "code.o", Path(directory) / target.name
         for tuning in TUNINGS:
             try:
-                _run(*compiler, *FLAGS, *tuning, "-c", str(source), "-o", str(object))
-                # without -fopenmp, for a library of its own threads: torch has loaded one
-                _run(*compiler, "-shared", str(object), "-o", str(built))
+                _run(*compiler, *FLAGS, *tuning, "-c", str(source), "-o", str(code))
+                # not with -fopenmp, which would load a second library of threads beside torch's
+                _run(*compiler, "-shared", str(code), "-o", str(built))
                 ctypes.CDLL(str(built))
                 break
             except (OSError, subprocess.CalledProcessError):

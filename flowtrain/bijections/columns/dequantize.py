@@ -48,6 +48,7 @@ class DequantizeColumns(ColumnBijection):
     def forward(self, x, context=None):
         x = x.to(self.width.dtype)
         u = global_batch.uniform(x.shape, device=x.device, dtype=x.dtype)
+        # noise is drawn all the same: what is drawn next does not depend on the device, or on a compiler
         if modes.values_are_known() and x.is_cpu and not self.width.any():
             return x, zero_log_det(x)
         # the sum rounds up to the next value now and then

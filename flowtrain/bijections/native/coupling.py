@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.native import rational_quadratic
+from flowtrain.bijections.univariate import per_element
 from flowtrain.runtime import dense, gradients, native
 
 
@@ -48,7 +49,7 @@ class _Coupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shared, plan, *tensors):
         h, kept = dense.forward(plan.conditioning(x).contiguous(), plan.kinds, tensors, any(ctx.needs_input_grad))
-        theta = _per_element(h, shared)
+        theta = per_element(h, shared.shape[-1])
         z, log_slope = rational_quadratic.forward(x, theta, shared, plan.places, plan.settings, False)
         ctx.save_for_backward(x, h, kept, shared, *tensors)
         ctx.plan = plan
@@ -66,7 +67,7 @@ class _Coupling(torch.autograd.Function):
             found = gradients.by_autograd(by_torch, (x, shared, *tensors), needed, (grad_z, grad_log_det))
             return *found[:2], None, *found[2:]
         given = grad_z, grad_log_det[:, None].expand_as(x)
-        theta = _per_element(h, shared)
+        theta = per_element(h, shared.shape[-1])
         grad_x, grad_theta, grad_shared = rational_quadratic.backward(
             x, theta, shared, plan.places, *given, plan.settings, False
         )
@@ -75,9 +76,3 @@ class _Coupling(torch.autograd.Function):
         grad_conditioning, grads = dense.backward(conditioning, kept, grad_h, plan.kinds, tensors, True)
         plan.conditioning(grad_x).add_(grad_conditioning)
         return grad_x, grad_shared, None, *grads
-
-
-def _per_element(h: Tensor, shared: Tensor) -> Tensor:
-    """The network's output (B, parameters·n) as θ (B, n, parameters); a view."""
-    parameters = shared.shape[-1]
-    return h.view(h.shape[0], parameters, h.shape[1] // parameters).transpose(1, 2)

@@ -16,6 +16,12 @@ from flowtrain.runtime import gradients, modes, native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
+# the tensors' places, the numbers and their parts, the layouts of θ, the settings, and whether it is the inverse
+_FORWARD, _BACKWARD = (
+    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+    for tensors in (3, 4)
+)
+
 
 def spline(
     values: Tensor, theta: Tensor, settings: Sequence[float], inverse: bool, by_torch: Callable
@@ -90,7 +96,7 @@ def forward(
     sources = [_rows(one, values) for one in (theta, shared) if one is not None]
     pointers = [one.data_ptr() for one in (values, *results)]
     parts = native.parts(values.numel(), theta.shape[-1])
-    layouts, function = _layout(places, sources) * parts, _function("forward", values.dtype)
+    layouts, function = _layout(places, sources) * parts, native.function(SOURCE, "forward", values.dtype, _FORWARD)
     function(*pointers, values.numel(), parts, layouts, _numbers(settings), inverse)
     return results
 
@@ -124,7 +130,9 @@ def backward(
     grad_values = torch.empty_like(values)
     pointers = [one.data_ptr() for one in (*inputs, grad_values)]
     layouts = b"".join(_layout(places, sources, grads, part) for part in range(parts))
-    _function("backward", values.dtype)(*pointers, values.numel(), parts, layouts, _numbers(settings), inverse)
+    native.function(SOURCE, "backward", values.dtype, _BACKWARD)(
+        *pointers, values.numel(), parts, layouts, _numbers(settings), inverse
+    )
     found = [grad if rows.row or parts == 1 else grad.sum(0) for rows, grad in zip(sources, grads)]
     return grad_values, *(grad.view(one.shape) for grad, one in zip(found, given))
 
@@ -162,14 +170,6 @@ def _layout(places: Tensor | None, sources: Sequence[_Rows], grads: Sequence[Ten
             to += part * numbers.numel() * numbers.itemsize
         layout += numbers.data_ptr(), to, row, *strides
     return struct.pack("12q", *layout, *[0] * (12 - len(layout)))
-
-
-@cache
-def _function(name: str, dtype: torch.dtype) -> Callable:
-    # the tensors' places, the numbers and their parts, the layouts of θ, the settings, and whether it is the inverse
-    tensors = {"forward": 3, "backward": 4}[name]
-    types = *[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 2, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int
-    return native.function(SOURCE, name, dtype, types)
 
 
 @cache

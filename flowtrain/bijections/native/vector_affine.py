@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,12 @@ class Step(NamedTuple):
     order: Tensor | None = None
     first: Tensor | None = None
     second: Tensor | None = None
+
+
+# the tensors' places, the rows and their parts, the size, the steps and their number
+_FORWARD, _BACKWARD = (
+    (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 3, ctypes.c_char_p, ctypes.c_int64) for tensors in (3, 4)
+)
 
 
 def may_apply(size: int) -> bool:
@@ -67,7 +72,9 @@ class _Affine(torch.autograd.Function):
         y, log_det = torch.empty_like(x), x.new_empty(x.shape[0])
         size, pointers = x.shape[1], [one.data_ptr() for one in (x, y, log_det)]
         parts = native.parts(x.shape[0], size * size)
-        _function("forward", x.dtype)(*pointers, x.shape[0], parts, size, _table(steps, None), len(steps))
+        native.function(SOURCE, "forward", x.dtype, _FORWARD)(
+            *pointers, x.shape[0], parts, size, _table(steps, None), len(steps)
+        )
         return y, log_det
 
     @staticmethod
@@ -82,7 +89,9 @@ class _Affine(torch.autograd.Function):
         found = [[*map(torch.zeros_like, numbers)] for _ in range(native.parts(x.shape[0], size * size))]
         tables = b"".join(_table(ctx.steps, one) for one in found)
         pointers = [one.data_ptr() for one in (x, *grads, grad_x)]
-        _function("backward", x.dtype)(*pointers, x.shape[0], len(found), size, tables, len(ctx.steps))
+        native.function(SOURCE, "backward", x.dtype, _BACKWARD)(
+            *pointers, x.shape[0], len(found), size, tables, len(ctx.steps)
+        )
         return grad_x, None, None, *(sum(same[1:], same[0]) for same in zip(*found))
 
 
@@ -95,11 +104,3 @@ def _table(steps: Sequence[Step], grads: list[Tensor] | None) -> bytes:
         table += [0 if one is None else one.data_ptr() for one in numbers]
         table += [0 if one is None or not grads else next(to).data_ptr() for one in numbers]
     return struct.pack(f"{len(table)}q", *table)
-
-
-@cache
-def _function(name: str, dtype: torch.dtype) -> Callable:
-    # the tensors' places, the rows and their parts, the size, the steps and their number
-    tensors = {"forward": 3, "backward": 4}[name]
-    types = *[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 3, ctypes.c_char_p, ctypes.c_int64
-    return native.function(SOURCE, name, dtype, types)
