@@ -31,6 +31,8 @@ from flowtrain.flow_distribution import FlowDistribution
 from flowtrain.runtime import fusion, global_batch, modes
 from flowtrain.runtime.events import as_tensor, batch_shape, check_rows, distinct, map_events, repeat_events
 
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 1 << 12, 1 << 18
+
 
 class Flow(nn.Module):
     """log p(x) = log p(z) + log|det ∂z/∂x|, z = bijection(x).
@@ -143,7 +145,9 @@ class Flow(nn.Module):
         """
         x, features, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
         density = self if self.embedding is None else self.log_prob_given
-        return map_events("x", x, features, "log-likelihood", density, explain=self.explain).reshape(batch)
+        most = self._rows_at_once(x)
+        found = map_events("x", x, features, "log-likelihood", density, explain=self.explain, most=most)
+        return found.reshape(batch)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """−log p(x)/(D ln 2), (*batch)."""
@@ -155,7 +159,8 @@ class Flow(nn.Module):
         the same integers."""
         x, features, batch = self._check_events("x", x, self.shape, context, self.hide_missing)
         with global_batch.bin_centres(), states_only(), self._stacked_weights():
-            z = map_events("x", x, features, "latent", lambda *inputs: self.bijection(*inputs)[0], explain=self.explain)
+            encode, most = lambda *inputs: self.bijection(*inputs)[0], self._rows_at_once(x)
+            z = map_events("x", x, features, "latent", encode, explain=self.explain, most=most)
         return z.reshape(*batch, *z.shape[1:])
 
     @torch.no_grad()
@@ -170,7 +175,17 @@ class Flow(nn.Module):
         """The data of the rows z, given embedded contexts."""
         invert = self._invert_and_denoise if denoise else lambda *inputs: self.bijection.inverse(*inputs)[0]
         with states_only(), self._stacked_weights():
-            return map_events("z", z, features, "inverse", invert, self.hide_missing)
+            most = self._rows_at_once(z)
+            return map_events("z", z, features, "inverse", invert, self.hide_missing, most=most)
+
+    def _rows_at_once(self, x: Tensor) -> int | None:
+        """How many of many rows x one pass takes: what it computes then fits into a processor's caches. None: all of
+        them, as for a gradient, for statistics of the batch, for a GPU and in a compiled program."""
+        if torch.is_grad_enabled() or self.training or global_batch.is_numbered():
+            return None
+        if x.device.type != "cpu" or not modes.values_are_known():
+            return None
+        return max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // self.dimensions))
 
     @property
     def noise(self) -> AddNoise | None:

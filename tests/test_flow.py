@@ -446,3 +446,26 @@ def test_compiled_layers_give_the_same_numbers(name):
     layer = randomize(LAYERS[name]()).float()
     x = torch.randn(3, *layer.shape)
     torch.testing.assert_close(torch.compile(layer)(x), layer(x), atol=1e-4, rtol=1e-4)
+
+
+def test_many_rows_pass_in_parts_and_give_what_each_would_alone(monkeypatch):
+    torch.manual_seed(0)
+    flow = flows.nsf_coupling((3,), hidden=8, context_shape=(2,)).eval()
+    randomize(flow)
+    x, context, sizes = torch.randn(1000, 3, dtype=torch.float64), torch.randn(1000, 2), []
+    with torch.no_grad():
+        whole = flow.log_prob(x, context), flow.encode(x, context), flow.decode(x, context)
+        monkeypatch.setattr("flowtrain.flow.ROWS_AT_ONCE", 300)
+        flow.bijection.register_forward_hook(lambda _layer, inputs, _out: sizes.append(len(inputs[0])))
+        parts = flow.log_prob(x, context), flow.encode(x, context), flow.decode(x, context)
+        for one, other in zip(whole, parts):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert sizes == [300, 300, 300, 100] * 2
+        x[700, 1] = 1e200
+        with pytest.raises(ValueError, match="row 700 of x, .* has no log-likelihood that is finite"):
+            flow.log_prob(x, context)
+        with global_batch.examples(torch.arange(1000), 1):
+            flow.encode(x, context)
+        assert sizes[-1] == 1000
+    flow.log_prob(x[:500].requires_grad_(), context[:500])
+    assert sizes[-1] == 500

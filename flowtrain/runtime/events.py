@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -71,21 +72,30 @@ def map_events(
     function: Callable[..., Tensor],
     hide: Callable[[Tensor], Tensor] | None = None,
     explain: Callable[[Tensor], str] = lambda row: "",
+    most: int | None = None,
 ) -> Tensor:
     """``function(x, context)``, each row of which is the ``what`` of a row of x. ``hide`` replaces the numbers of it
-    that need not be finite; ``explain`` says more of a row without a finite one.
+    that need not be finite; ``explain`` says more of a row without a finite one. ``function`` gets at most ``most``
+    rows at a time.
 
     Raises:
         ValueError: a row of it is not finite, or ``function`` raised FloatingPointError.
     """
     try:
-        result = function(x, context)
+        result = _map_parts(function, x, context, most)
     except FloatingPointError as error:
         first = _first_failure(function, x, context)
         raise ValueError(f"{_row(name, x, first)} {what}: {error}") from error
     if (row := _first_not_finite(result if hide is None else hide(result))) is not None:
         raise ValueError(f"{_row(name, x, row)} {what} that is finite{explain(x[row])}")
     return result
+
+
+def _map_parts(function: Callable[..., Tensor], x: Tensor, context: Tensor | None, most: int | None) -> Tensor:
+    if most is None or len(x) <= most:
+        return function(x, context)
+    contexts = repeat(None) if context is None else context.split(most)
+    return torch.cat([function(*part) for part in zip(x.split(most), contexts)])
 
 
 def _row(name: str, x: Tensor, row: int) -> str:

@@ -29,6 +29,12 @@ def examples(index: Tensor, *seed: int) -> AbstractContextManager[None]:
     return modes.using(noise=ExampleNoise(index, *seed))
 
 
+def is_numbered() -> bool:
+    """Whether the rows of a batch have numbers, which their random numbers depend on."""
+    mode = modes.current()
+    return mode.noise is not None or mode.global_rows is not None
+
+
 def example_numbers() -> Tensor:
     """The numbers of the examples of a batch, (B,), within :func:`examples`."""
     return modes.current().noise.index
