@@ -6,7 +6,10 @@ SUITES = {  # name -> module
     "decode": "decoding",
     "spline": "splines",
     "memory": "peak_memory",
+    "serve": "serving",
     "data": "data_loading",
+    "epoch": "epochs",
+    "processes": "processes",
     "start": "start_up",
     "commands": "command_speed",
 }

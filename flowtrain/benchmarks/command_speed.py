@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain.benchmarks.session import Row, Session, clock, row
+from flowtrain.benchmarks.session import Load, Row, Session, clock, per_second, row
 from flowtrain.benchmarks.start_up import environment
 from flowtrain.benchmarks.timing import MIN_ROUNDS, Spread, Times
 from flowtrain.errors import FlowtrainError
@@ -67,7 +67,7 @@ def rows(session: Session) -> Iterator[Row]:
 
 
 def _time_rows(session: Session, runner: Runner, words: dict, count: int) -> Iterator[Row]:
-    ratios, mine, theirs = ({command: [] for command in words} for _ in range(3))
+    ratios, mine, theirs, starts = ({command: [] for command in words} for _ in range(4))
     start = time.perf_counter()
     for done in range(1 if session.smoke else session.rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - start > session.seconds:
@@ -75,15 +75,30 @@ def _time_rows(session: Session, runner: Runner, words: dict, count: int) -> Ite
         library = runner.library()
         for command in session.order.sample(list(words), len(words)):
             few, every, work = words[command]
-            seconds = runner.run(command, *every).seconds - runner.run(command, *few).seconds
+            whole, start_up = (runner.run(command, *these).seconds for these in (every, few))
+            seconds = whole - start_up
+            starts[command].append(start_up)
             mine[command].append(seconds)
             theirs[command].append(library[work])
             ratios[command].append(seconds / library[work])
     for command, (_, _, work) in words.items():
         found = Spread.of(ratios[command])
-        amounts = tuple(clock(Spread.of(times[command]).median) for times in (mine, theirs))
+        seconds = [Spread.of(times[command]).median for times in (mine, theirs)]
         what = f"flowtrain {command} of {count:,} rows, without its start"
-        yield Row("commands", what, "flowtrain", f"flow.{work}", found.median, found.half_range, TIME, amounts=amounts)
+        yield Row(
+            "commands",
+            what,
+            "flowtrain",
+            f"flow.{work}",
+            found.median,
+            found.half_range,
+            TIME,
+            amounts=tuple(map(clock, seconds)),
+            rate=per_second(Load(count, "rows"), seconds[0]),
+        )
+    start_up = Spread.of(starts["eval"])
+    what = f"flowtrain eval of {FEW} rows, start and end"
+    yield Row("commands", what, "flowtrain", None, start_up.median, start_up.half_range, None, unit="s")
 
 
 @dataclass(frozen=True)

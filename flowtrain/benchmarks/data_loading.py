@@ -11,7 +11,7 @@ import torch
 
 from flowtrain import data, flows
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.session import Row, Session, row
+from flowtrain.benchmarks.session import Load, Row, Session, row
 from flowtrain.data.batch import Batch
 
 WITH_DATA, FIXED = "with data", "one fixed batch"
@@ -60,7 +60,7 @@ def _measure(session: Session, name: str, dataset: data.Dataset, preprocess, tar
     variants = {WITH_DATA: lambda: step(next(batches)), FIXED: lambda: step(fixed)}
     times = session.times(variants, slice=SLICE)
     batches.close()
-    return row("data", f"training step: {name}", times, WITH_DATA, FIXED, target)
+    return row("data", f"training step: {name}", times, WITH_DATA, FIXED, target, Load(batch, "images"))
 
 
 def _write_images(folder: Path, count: int) -> None:

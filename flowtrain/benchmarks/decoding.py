@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flowtrain import flows
 from flowtrain.benchmarks import ours
 from flowtrain.benchmarks.sampling import without_gradients
-from flowtrain.benchmarks.session import Row, Session, row
+from flowtrain.benchmarks.session import Load, Row, Session, row
 from flowtrain.bijections import Autoregressive
 from flowtrain.bijections.decoding import jacobi
 
@@ -55,8 +55,9 @@ def _of_batch(session: Session, layer: Autoregressive, batch: int) -> Iterator[R
             GROWING: without_gradients(layer, lambda: grow(layer, z)),
         }
     )
-    yield row("decode", what, times, CACHE, GROWING, TARGET if batch > 1 else None)
-    yield row("decode", what, times, JACOBI, GROWING, None if batch > 1 else TARGET)
+    load = Load(batch, "images")
+    yield row("decode", what, times, CACHE, GROWING, TARGET if batch > 1 else None, load)
+    yield row("decode", what, times, JACOBI, GROWING, None if batch > 1 else TARGET, load)
 
 
 def grow(layer: Autoregressive, z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.session import OURS, Row, Session, row
+from flowtrain.benchmarks.session import OURS, Load, Row, Session, row
 from flowtrain.benchmarks.training_steps import vector_peers
 
 DENSITY = "one density pass"
@@ -47,10 +47,10 @@ def _autoregressive_rows(session: Session, work: str, name: str, sizes, targets,
                 for name, peer in compared.items()
             },
         }
-        times = session.times(variants)
+        times, load = session.times(variants), Load(batch, "samples")
         for peer in compared:
-            yield row("sample", what, times, OURS, peer, target if peer == "nflows" else None)
-        yield row("sample", what, times, OURS, DENSITY, passes)
+            yield row("sample", what, times, OURS, peer, target if peer == "nflows" else None, load)
+        yield row("sample", what, times, OURS, DENSITY, passes, load)
 
 
 def _glow_rows(session: Session) -> Iterator[Row]:
@@ -69,7 +69,7 @@ def _glow_rows(session: Session) -> Iterator[Row]:
             DENSITY: without_gradients(flow, lambda: flow(x)),
         }
     )
-    yield row("sample", what, times, OURS, DENSITY, GLOW_PASSES)
+    yield row("sample", what, times, OURS, DENSITY, GLOW_PASSES, Load(count, "images"))
 
 
 def without_gradients(module: nn.Module, run: Callable) -> Callable[[], None]:

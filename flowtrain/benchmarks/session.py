@@ -12,12 +12,23 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from flowtrain.benchmarks.peers import PACKAGES
 from flowtrain.benchmarks.timing import Spread, Times, ratio, time_in_turns
 from flowtrain.engine.jacobian import log_abs_det
 from flowtrain.errors import FlowtrainError
 
 TOLERANCE = 1e-5  # in float64; some constants of peers are float32
 OURS, COMPILED, BARE = "flowtrain", "flowtrain, compiled", "bare nets"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a variant of ours costs, as a multiple of what the best peer costs: ``of`` is time or memory."""
+
+    peer: str
+    ratio: float
+    spread: float
+    of: str = "time"
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Row:
     target: float | None  # at most; None: for comparison only
     unit: str = "×"
     amounts: tuple[str, ...] = ()  # what ours and theirs cost, as text
+    rate: str = ""  # what ours does in a second, as text
+    beside: Beside | None = None  # the best peer in the same comparison
 
     @property
     def reached(self) -> bool | None:
@@ -50,7 +63,6 @@ class Session:
     peers: dict[str, ModuleType]
     parameters: dict[str, dict[str, int]] = field(default_factory=dict)
     exactness: list[dict] = field(default_factory=list)
-    compile_seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         self.order = random.Random(self.seed)
@@ -115,23 +127,65 @@ class Session:
             variants, self.rounds, self.seconds, self.order, self.synchronize, 1e-9 if self.smoke else slice
         )
 
+    def latencies(self, variants: dict[str, Callable[[], object]], calls: int) -> Times:
+        """The seconds of single calls of the variants, in turns."""
+        return time_in_turns(variants, calls, self.seconds, self.order, self.synchronize, 1e-9)
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def ratios(suite: str, work: str, times: Times, theirs: str, targets: Mapping[str, float | None]) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Load:
+    """What a timed call works on, such as 512 rows."""
+
+    count: int
+    unit: str
+
+
+def ratios(
+    suite: str, work: str, times: Times, theirs: str, targets: Mapping[str, float | None], load: Load | None = None
+) -> Iterator[Row]:
     """A row for each variant against ``theirs``, rows with targets first."""
     for name in [*targets, *(name for name in times if name not in targets)]:
         if name in times and name != theirs:
-            yield row(suite, work, times, name, theirs, targets.get(name))
+            yield row(suite, work, times, name, theirs, targets.get(name), load)
 
 
-def row(suite: str, work: str, times: Times, ours: str, theirs: str, target: float | None) -> Row:
+def row(
+    suite: str, work: str, times: Times, ours: str, theirs: str, target: float | None, load: Load | None = None
+) -> Row:
     """A row with the ratio of two variants' times."""
     found = ratio(times, ours, theirs)
     amounts = tuple(clock(Spread.of(times[name]).median) for name in (ours, theirs))
-    return Row(suite, work, ours, theirs, found.median, found.half_range, target, amounts=amounts)
+    rate = "" if load is None else per_second(load, Spread.of(times[ours]).median)
+    beside = best_peer(times, ours)
+    return Row(
+        suite, work, ours, theirs, found.median, found.half_range, target, amounts=amounts, rate=rate, beside=beside
+    )
+
+
+def alone(suite: str, work: str, times: Times, ours: str, load: Load) -> Row:
+    """A row with the seconds of a variant, where there is nothing to compare it with."""
+    found = Spread.of(times[ours])
+    rate = per_second(load, found.median)
+    return Row(suite, work, ours, None, found.median, found.half_range, None, unit="s", rate=rate)
+
+
+def best_peer(times: Times, ours: str) -> Beside | None:
+    """The fastest peer beside ``ours``; None if ``ours`` is itself a peer, or nobody's, or there is no peer."""
+    peers = [name for name in times if name in PACKAGES]
+    if not peers or not ours.startswith(OURS):
+        return None
+    peer = min(peers, key=lambda name: Spread.of(times[name]).median)
+    found = ratio(times, ours, peer)
+    return Beside(peer, found.median, found.half_range)
+
+
+def per_second(load: Load, seconds: float) -> str:
+    """A rate with three significant digits."""
+    return f"{float(f'{load.count / seconds:.3g}'):,.0f} {load.unit}/s"
 
 
 def clock(seconds: float) -> str:

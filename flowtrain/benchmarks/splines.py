@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.benchmarks.ours import BINS
-from flowtrain.benchmarks.session import COMPILED, OURS, TOLERANCE, Row, Session, ratios
+from flowtrain.benchmarks.session import COMPILED, OURS, TOLERANCE, Load, Row, Session, ratios
 from flowtrain.bijections import RationalQuadratic
 
 TARGETS = {OURS: 0.20, COMPILED: 0.12}
@@ -37,10 +37,11 @@ def rows(session: Session) -> Iterator[Row]:
     x, theta = x.requires_grad_(), theta.requires_grad_()
     times = session.times({name: _forward_and_backward(function, x, theta) for name, function in functions.items()})
     work = f"spline forward and backward, {side * side:,} elements of {BINS} bins"
+    load = Load(side * side, "elements")
     if "nflows" in times:
-        yield from ratios("spline", work, times, "nflows", TARGETS)
+        yield from ratios("spline", work, times, "nflows", TARGETS, load)
     else:
-        yield from ratios("spline", work, times, OURS, {})
+        yield from ratios("spline", work, times, OURS, {}, load)
 
 
 def _peers(session: Session) -> dict[str, Callable]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MIN_ROUNDS = 3  # however long they take
+LONG = 20  # slices, after which a first call has said enough
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def time_in_turns(
     """
     calls = {}
     for name, run in variants.items():
-        run()
-        calls[name] = max(1, math.ceil(slice / _time(run, 1, synchronize, clock)))
+        first = _time(run, 1, synchronize, clock)
+        calls[name] = 1 if first > LONG * slice else max(1, math.ceil(slice / _time(run, 1, synchronize, clock)))
     times: Times = {name: [] for name in variants}
     start = time.perf_counter()
     for done in range(rounds):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.session import BARE, COMPILED, OURS, Row, Session, ratios
+from flowtrain.benchmarks.session import BARE, COMPILED, OURS, Load, Row, Session, ratios
 from flowtrain.engine.compiling import compile_flow
 
 # work -> (name, sizes, sizes of a smoke test, targets of ours to bare networks)
@@ -30,6 +30,7 @@ SMALL = [
 SMALL_BATCHES = 64, 256
 GLOW, SMOKE_GLOW = (32, 128, 3, 8), (8, 8, 2, 1)  # side, hidden, scales, steps of flow
 IMAGES, SMOKE_IMAGES = 16, 4
+COLD = 15.0  # seconds that compiling may take
 WHOLE = "flowtrain, the whole Glow"  # dequantization, learned priors, actnorms inside the networks
 GLOW_TARGETS = {OURS: 1.10, COMPILED: 0.95, WHOLE: 1.20}
 
@@ -53,7 +54,7 @@ def _vector_rows(session: Session, work: str, name: str, sizes, x: Tensor, targe
     flow = ours.build_perturbed(partial(getattr(ours, work), *sizes), x, session.seed)
     bare = getattr(ours, f"bare_{work}")(*sizes)
     modules = {OURS: flow, BARE: bare, **vector_peers(session, work, flow, sizes, x)}
-    yield from _step_rows(session, name, modules, x, targets)
+    yield from _step_rows(session, name, modules, x, targets, Load(len(x), "rows"))
 
 
 def vector_peers(session: Session, work: str, flow: nn.Module, sizes, x: Tensor) -> dict[str, nn.Module]:
@@ -80,7 +81,7 @@ def _glow_rows(session: Session) -> Iterator[Row]:
     images = torch.randint(0, 256, x.shape, dtype=torch.uint8).to(x.device)
     whole = step(ours.build_perturbed(partial(ours.whole_glow, *sizes), images, session.seed), ours.optimizer, images)
     name = f"Glow training step, {sizes[0]}×{sizes[0]}"
-    yield from _step_rows(session, name, modules, x, GLOW_TARGETS, {WHOLE: whole})
+    yield from _step_rows(session, name, modules, x, GLOW_TARGETS, Load(len(x), "images"), {WHOLE: whole})
 
 
 def glow_peers(session: Session, sizes, x: Tensor) -> dict[str, nn.Module]:
@@ -101,16 +102,18 @@ def glow_peers(session: Session, sizes, x: Tensor) -> dict[str, nn.Module]:
 
 
 def _step_rows(
-    session: Session, name: str, modules: dict[str, nn.Module], x: Tensor, targets, more=None
+    session: Session, name: str, modules: dict[str, nn.Module], x: Tensor, targets, load: Load, more=None
 ) -> Iterator[Row]:
     """Time the training steps of ``modules`` and the steps ``more``, as multiples of the bare networks'."""
     session.count(name, modules)
     make = ours.optimizer
     variants = {variant: step(module, make, x) for variant, module in modules.items()} | (more or {})
+    compile_rows = []
     if session.compiled and COMPILED in targets:
-        variants[COMPILED] = compiled_step(session, name, modules[OURS], make, x)
+        variants[COMPILED], compile_rows = compiled_step(session, name, modules[OURS], make, x)
     times = session.times(variants)
-    yield from ratios("train", name, times, BARE, targets)
+    yield from ratios("train", name, times, BARE, targets, load)
+    yield from compile_rows
 
 
 def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
@@ -126,17 +129,28 @@ def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def compiled_step(session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
-    """A training step of a compiled copy of ``flow``; checks that the copy gives the same densities."""
-    torch.compiler.reset()  # torch counts the compilations of other flows too
-    fast = copy.deepcopy(flow)
-    compiled = compile_flow(fast)
-    run = step(fast, make, x)
-    density, eager = fast(x), flow.train()(x)
-    error = ((density - eager).abs() / eager.abs().clamp(min=1)).max().item()
-    session.check(f"{name}, compiled: our density", error, 1e-4)
-    run()
-    compiled.settle()
-    session.compile_seconds[name] = round(compiled.seconds, 1)
-    session.say(f"{name}: compiled in {compiled.seconds:.0f} s")
-    return run
+def compiled_step(
+    session: Session, name: str, flow: nn.Module, make: Callable, x: Tensor
+) -> tuple[Callable[[], None], list[Row]]:
+    """A training step of a compiled copy of ``flow``, and rows of how long compiling took: with an empty
+    cache, and again with what that left there. Checks that the copy gives the same densities."""
+    from torch._inductor.utils import fresh_cache
+
+    seconds = []
+    with fresh_cache():
+        for _ in range(2):
+            torch.compiler.reset()  # torch counts the compilations of other flows too
+            fast = copy.deepcopy(flow)
+            compiled = compile_flow(fast)
+            run = step(fast, make, x)
+            density, eager = fast(x), flow.train()(x)
+            error = ((density - eager).abs() / eager.abs().clamp(min=1)).max().item()
+            session.check(f"{name}, compiled: our density", error, 1e-4)
+            run()
+            compiled.settle()
+            seconds.append(compiled.seconds)
+    what = f"{name}, compiling"
+    return run, [
+        Row("train", what, "for the first time", None, seconds[0], 0.0, COLD, unit="s"),
+        Row("train", what, "with the code kept", None, seconds[1], 0.0, None, unit="s"),
+    ]

@@ -145,7 +145,20 @@ class ImportConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(JobConfig):
-    suite: Literal["train", "sample", "decode", "spline", "memory", "data", "start", "commands", "all"]
+    suite: Literal[
+        "train",
+        "sample",
+        "decode",
+        "spline",
+        "memory",
+        "serve",
+        "data",
+        "epoch",
+        "processes",
+        "start",
+        "commands",
+        "all",
+    ]
     peers: list[Literal["nflows", "zuko", "normflows", "freia"]]
     threads: int = number(least=1)
     compile: bool

@@ -18,7 +18,7 @@ from flowtrain.benchmarks import SUITES, peers, report
 from flowtrain.benchmarks.session import Session
 from flowtrain.commands import BenchConfig
 from flowtrain.engine.precision import set_tf32
-from flowtrain.runtime import distributed, files, native
+from flowtrain.runtime import distributed, environment, files, native
 
 
 def main(config: BenchConfig, run_dir: str) -> dict:
@@ -59,6 +59,7 @@ def main(config: BenchConfig, run_dir: str) -> dict:
         "peers": peers.versions(present),
         "absent": absent,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "processor": environment.processor(),
         "platform": platform.platform(),
         "cores": cores,
         "threads": config.threads,
@@ -72,7 +73,6 @@ def main(config: BenchConfig, run_dir: str) -> dict:
         "rows": rows,
         "parameters": session.parameters,
         "exactness": session.exactness,
-        "compile_seconds": session.compile_seconds,
     }
     files.write_json(Path(run_dir) / "bench.json", found)
     if config.plot:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -132,11 +131,8 @@ class Known:
 
 
 def _machine(device: torch.device) -> tuple:
-    model = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if line.startswith("model name"))
-    return environment.device_name(device), model, distributed.cores(), torch.get_num_threads(), torch.__version__
+    name = environment.device_name(device), environment.processor()
+    return *name, distributed.cores(), torch.get_num_threads(), torch.__version__
 
 
 def _code() -> str:

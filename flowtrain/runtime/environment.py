@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +22,17 @@ PACKAGES = ("hydra-core", "numpy", "omegaconf", "pillow", "scikit-learn", "torch
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def processor() -> str:
+    """The processor in words: its model, and the widest vectors that torch uses on it."""
+    found = {}
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {found[name]}" for key, name in (("family", "cpu family"), ("model", "model")) if name in found]
+    return ", ".join([name, *numbers, torch.backends.cpu.get_cpu_capability()])
 
 
 def record(directory: str, device: torch.device, **measured) -> None:
@@ -51,6 +63,7 @@ def describe(device: torch.device) -> dict:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
         "c++": native.status(),
+        "processor": processor(),
         "host": platform.node(),
         "platform": platform.platform(),
         "command": sys.argv,
