@@ -13,12 +13,12 @@ from flowtrain import nets
 from flowtrain.bijections import spline
 from flowtrain.bijections.bijection import apply_in_turn, fuse
 from flowtrain.bijections.channels import FusedVectorAffine
-from flowtrain.bijections.native import rational_quadratic, vector_affine
+from flowtrain.bijections.native import elementwise_affine, rational_quadratic, vector_affine
 from flowtrain.flows.parts import permuted_lu_actnorm
 from flowtrain.nets import made, mlp
 from flowtrain.runtime import dense, native
 
-SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE, dense.SOURCE
+SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE, elementwise_affine.SOURCE, dense.SOURCE
 needs_compiler = pytest.mark.skipif(not native.load(SOURCES[0]), reason="no C++ compiler")
 ROWS, SIZE, PARAMS = 70, 5, 23  # more than a block of numbers, and no multiple of one
 
@@ -132,6 +132,79 @@ def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
     torch.testing.assert_close(fused.inverse(fused(x)[0])[0], x)
     longer = permuted_lu_actnorm((vector_affine.LONGEST + 1,))
     assert len(fuse(longer)) == 3
+
+
+AFFINE = [b.ExpAffine, b.SigmoidAffine, b.DoubleSigmoidAffine, b.TanhAffine]
+
+
+def affine_of(kind, inverse, places, dtype=torch.float64):
+    """The maps of some numbers of vectors by C++ and by torch, as functions of x and θ."""
+    one = kind((SIZE if places is None else len(places),)).to(dtype)
+    for weight in one.parameters():
+        weight.data.add_(0.3 * torch.randn_like(weight))
+
+    def by_torch(x, theta):
+        y, log = (one.inverse if inverse else one.forward)(x if places is None else x[:, places], theta)
+        return y if places is None else x.index_copy(1, places, y), log.sum(1)
+
+    return one, lambda x, theta: one.of_vectors(x, theta, places, inverse, by_torch), by_torch
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", AFFINE)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("places", [None, torch.tensor([3, 0])])
+@pytest.mark.parametrize("layout", ["by element", "by parameter", "expanded"])
+def test_affine_maps_of_numbers_by_cpp_are_those_by_torch(layout, places, inverse, kind):
+    torch.manual_seed(0)
+    one, by_cpp, by_torch = affine_of(kind, inverse, places)
+    x = torch.randn(ROWS, 2 * SIZE, dtype=torch.float64)[:, ::2].requires_grad_()
+    theta = (2 * thetas(torch.float64)[layout][:, : None if places is None else len(places), 3:5]).detach()
+    theta[3, 0, 1], theta[4, 0, 1] = 100.0, -100.0  # beyond the bounds of scales
+    theta.requires_grad_()
+    assert by_cpp(x, theta)[0].grad_fn.name() == "_AffineElementsBackward"
+    weights = [*one.parameters()]
+    expected = gradients(lambda *given: by_torch(*given[:2]), x, theta, *weights)
+    for mine, other in zip(gradients(lambda *given: by_cpp(*given[:2]), x, theta, *weights), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-10)
+    slopes = []
+    for function in (by_cpp, by_torch):  # and a second derivative
+        y, log_det = function(x, theta)
+        (slope,) = torch.autograd.grad(y.sin().sum() + log_det.cos().sum(), x, create_graph=True)
+        slopes.append(torch.autograd.grad(slope.square().sum(), theta)[0])
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", AFFINE)
+def test_affine_maps_in_float32_are_as_near_to_exact_as_torch_comes(kind):
+    torch.manual_seed(0)
+    one, by_cpp, by_torch = affine_of(kind, False, None, torch.float32)
+    x, theta = torch.randn(2000, SIZE), 3 * torch.randn(2000, SIZE, 2)
+    theta[:1000] /= 1e4  # numbers near 0, of which tanh is nearly the number itself
+    found, rough = ([*map(torch.Tensor.double, function(x, theta))] for function in (by_cpp, by_torch))
+    one.double()
+    for mine, other, true in zip(found, rough, by_torch(x.double(), theta.double())):
+        errors = [((numbers - true) / true.abs().clamp(min=1e-3)).abs().flatten() for numbers in (mine, other)]
+        mine, other = (error.quantile(0.99) for error in errors)
+        assert mine <= 2 * other + 2e-7
+
+
+@needs_compiler
+def test_affine_maps_take_what_is_not_finite_and_subclasses_have_their_own():
+    one = b.ExpAffine((SIZE,))
+    x, theta = torch.randn(3, SIZE), torch.randn(3, SIZE, 2)
+    x[0, 0], x[1, 1], theta[2, 2, 1] = torch.inf, torch.nan, torch.nan
+    found, expected = one.of_vectors(x, theta, None, False, None), one(x, theta)
+    torch.testing.assert_close(found[0], expected[0], equal_nan=True)
+    torch.testing.assert_close(found[1], expected[1].sum(1), equal_nan=True)
+
+    class Own(b.ExpAffine):
+        def scale(self, raw):
+            return torch.ones_like(raw), torch.zeros_like(raw)
+
+    assert Own((SIZE,)).of_vectors(x, theta, None, False, None) is None
+    assert one.of_vectors(x, theta[:1], None, False, None) is None  # torch broadcasts
 
 
 @needs_compiler

@@ -73,17 +73,26 @@ class Autoregressive(Bijection):
             self.register_buffer("back", elements.argsort())
 
     def forward(self, x, context=None):
-        z, log_derivative = self._map(self._sort(x), context)
-        return self._unsort(z), sum_event(log_derivative)
+        x = self._sort(x)
+        z, log_det = self._map(x, self.net(x, context).to(x.dtype), False)
+        return self._unsort(z), log_det
+
+    def _map(self, x, theta, inverse):
+        """The elements by τ in one of its directions, and the log-determinant (B,)."""
+
+        def by_torch(x, theta):
+            with full_precision(x):
+                z, log_derivative = (self.univariate.inverse if inverse else self.univariate)(x, theta)
+            return z, sum_event(log_derivative)
+
+        return self.univariate.of_vectors(x, theta, None, inverse, by_torch) or by_torch(x, theta)
 
     def log_derivatives(self, x, context=None):
-        z, log_derivative = self._map(self._sort(x), context)
-        return self._unsort(z), self._unsort(log_derivative)
-
-    def _map(self, x, context):
+        x = self._sort(x)
         theta = self.net(x, context).to(x.dtype)
         with full_precision(x):
-            return self.univariate(x, theta)
+            z, log_derivative = self.univariate(x, theta)
+        return self._unsort(z), self._unsort(log_derivative)
 
     def inverse(self, z, context=None):
         mode = modes.current()
@@ -106,15 +115,14 @@ class Autoregressive(Bijection):
         z, net = self._sort(z), self._conditioner(weight)
         cache = net.init_cache(z, context)
         rows = z.movedim(1, 0).contiguous()  # one for each element: the columns of a matrix are scattered in memory
-        end, elements, log_derivatives = 0, [z[:, :0]], []
+        end, elements, log_dets = 0, [z[:, :0]], []
         while end < len(rows):
             theta = net.step(elements[-1], cache).to(z.dtype)
             start, end = end, end + theta.shape[1]
-            with full_precision(z):
-                element, log_derivative = self.univariate.inverse(rows[start:end].movedim(0, 1), theta)
+            element, log_det = self._map(rows[start:end].movedim(0, 1), theta, True)
             elements.append(element)
-            log_derivatives.append(log_derivative)
-        return self._unsort(_concatenate(elements)), sum_event(_concatenate(log_derivatives))
+            log_dets.append(log_det)
+        return self._unsort(_concatenate(elements)), torch.stack(log_dets).sum(0)
 
     def _sort(self, x):
         return x if self.sequential else x.index_select(1, self.order)

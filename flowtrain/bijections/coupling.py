@@ -212,6 +212,7 @@ class Coupling(Bijection):
 
     reversible = True  # if ``unconditional`` is
     places: Tensor | None  # of the numbers of a vector, where one call of τ may map both parts; on the CPU
+    mapped: Tensor | None  # of the transformed part of a vector, where the other part stays; on the CPU
 
     def __init__(
         self,
@@ -238,7 +239,9 @@ class Coupling(Bijection):
             )
         self.unconditional = unconditional and unconditional(shape=conditioning, context_shape=context_shape)
         self.reversible = type(self).reversible and (self.unconditional is None or self.unconditional.reversible)
-        self.places = None
+        self.places = self.mapped = None
+        if self.unconditional is None and len(self.shape) == 1 and type(self.partition) in (Halves, Alternate):
+            self.mapped = self.partition.split(torch.arange(self.shape[0], device="cpu")[None])[1][0].contiguous()
         other = self.unconditional if type(self.unconditional) is Elementwise and len(self.shape) == 1 else None
         if other and self.univariate.joins(other.univariate):
             numbers = [torch.arange(n, device="cpu")[None] for n in (*conditioning, *transformed)]
@@ -248,6 +251,8 @@ class Coupling(Bijection):
         if self.places is None:
             conditioning, transformed = self.partition.split(x)
             theta = self._theta(conditioning, context)
+            if whole := self._map_part(x, theta, False):
+                return whole
         else:
             if context is None and (whole := self._with_network(x)):
                 return whole
@@ -266,7 +271,10 @@ class Coupling(Bijection):
         unconditional_log_det = 0
         if self.unconditional is not None:
             conditioning, unconditional_log_det = self.unconditional.inverse(conditioning, context)
-        transformed, log_det = self._map(self.univariate.inverse, transformed, self._theta(conditioning, context))
+        theta = self._theta(conditioning, context)
+        if whole := self._map_part(z, theta, True):
+            return whole
+        transformed, log_det = self._map(self.univariate.inverse, transformed, theta)
         return self.partition.merge(conditioning, transformed), log_det + unconditional_log_det
 
     def exact_inputs(self, x):
@@ -311,6 +319,20 @@ class Coupling(Bijection):
         return found and self.univariate.of_network(
             x, self._shared(), self.places, self.partition.conditioning, found, in_turn
         )
+
+    def _map_part(self, x, theta, inverse):
+        """A vector whose conditioning part stays, by one call of τ; None where it has none."""
+        if self.mapped is None:
+            return None
+
+        def by_torch(x, theta):
+            conditioning, transformed = self.partition.split(x)
+            transformed, log_det = self._map(
+                self.univariate.inverse if inverse else self.univariate, transformed, theta
+            )
+            return self.partition.merge(conditioning, transformed), log_det
+
+        return self.univariate.of_vectors(x, theta, self.mapped, inverse, by_torch)
 
     def _map_both(self, x, theta):
         """Both parts by one call of τ; None where it has none, or the layer of the other part has to be called."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.bijections.native import elementwise_affine
+
 # torch's log1p for AVX-512 (softplus, logsigmoid, expm1) loads a constant under a mask that is empty unless x = −0.
 # Until the constant's page of memory has been read, each such load is slow, and the function twenty times slower.
 torch.full((64,), -0.0, device="cpu").log1p()
@@ -84,6 +86,19 @@ class Univariate(nn.Module):
         """
         return None
 
+    def of_vectors(
+        self, x: Tensor, theta: Tensor, places: Tensor | None, inverse: bool, by_torch: Callable
+    ) -> tuple[Tensor, Tensor] | None:
+        """Vectors (B, D), of which some numbers are mapped with θ (B, n, params) and the others stay, and the
+        log-determinant (B,); None where :meth:`forward` or :meth:`inverse` must do it.
+
+        Args:
+            places: (n,), of the numbers that are mapped, on the CPU; None: all of them, in order.
+            inverse: the direction.
+            by_torch: the same function of x and ``theta`` by that method.
+        """
+        return None
+
     def guide(self, theta: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
         """θ of the map whose density is p·(p/q)ʷ up to a constant, with p that of ``theta`` on a standard normal base
         and q that of ``unconditional``; see :func:`flowtrain.bijections.decoding.guidance`. Raises ValueError where
@@ -150,6 +165,14 @@ class _Affine(Univariate):
         scale, s = self.scale(raw)
         return y / scale - t, (-s).expand_as(y)
 
+    def of_vectors(self, x, theta, places, inverse, by_torch):
+        found = self._settings()
+        return found and elementwise_affine.affine(x, theta, *found, places, inverse, by_torch)
+
+    def _settings(self) -> tuple[tuple[float, ...], Tensor | None] | None:
+        """For C++, those of the scale and its weights; None for a subclass, which may have a scale of its own."""
+        return None
+
 
 class ExpAffine(_Affine):
     """y = (x + t)·exp(s) with s a parameter: MAF's map, a Gaussian with conditional mean and standard deviation
@@ -175,6 +198,9 @@ class ExpAffine(_Affine):
     def scale(self, raw):
         s = F.hardtanh(raw, -self.bound, self.bound)  # one kernel each way, where the gradient of clamp takes four
         return s.exp(), s
+
+    def _settings(self):
+        return ((elementwise_affine.EXPONENTIAL, self.bound, 0, 0), None) if type(self) is ExpAffine else None
 
     def guide(self, theta, unconditional, weight):
         (t, s), (t_other, s_other) = split_parameters(theta), split_parameters(unconditional)
@@ -209,6 +235,9 @@ class SigmoidAffine(_Affine):
         scale = self.floor + (1 - self.floor) * torch.sigmoid(raw + 2)
         return scale, scale.log()
 
+    def _settings(self):
+        return ((elementwise_affine.SIGMOID, self.floor, 1, 2), None) if type(self) is SigmoidAffine else None
+
 
 class DoubleSigmoidAffine(_Affine):
     """y = (x + t)·exp(s) with exp(s) = floor + 2·(1 − floor)·sigmoid(θ₂), 1 at 0: Jet's scale (Kolesnikov et al. 2024,
@@ -235,6 +264,9 @@ class DoubleSigmoidAffine(_Affine):
         scale = self.floor + 2 * (1 - self.floor) * torch.sigmoid(raw)
         return scale, scale.log()
 
+    def _settings(self):
+        return ((elementwise_affine.SIGMOID, self.floor, 2, 0), None) if type(self) is DoubleSigmoidAffine else None
+
 
 class TanhAffine(_Affine):
     """y = (x + t)·exp(s) with s = rescale·tanh(θ₂): Real NVP's scale (Dinh et al. 2017, section 4.1).
@@ -253,6 +285,9 @@ class TanhAffine(_Affine):
     def scale(self, raw):
         s = self.rescale * torch.tanh(raw)
         return s.exp(), s
+
+    def _settings(self):
+        return ((elementwise_affine.TANH, 0, 0, 0), self.rescale) if type(self) is TanhAffine else None
 
 
 class ScaleShift(Univariate):

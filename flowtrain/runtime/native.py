@@ -28,8 +28,8 @@ from torch import Tensor
 from flowtrain.runtime import gradients
 
 log = logging.getLogger(__name__)
-HEADER = Path(__file__).with_name("parts.h")
-FLAGS = f"-O3 -std=c++17 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -I{HEADER.parent}".split()
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+FLAGS = f"-O3 -std=c++17 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -I{Path(__file__).parent}".split()
 TUNINGS = [["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]  # the first one that builds is used
 PART = 1 << 12  # numbers of work, below which a thread costs more than it saves
 
@@ -89,7 +89,7 @@ def _key(source: Path, compiler: list[str]) -> str:
         processor = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = platform.processor()
-    code = [path.read_bytes() for path in (source, HEADER)]
+    code = [path.read_bytes() for path in (source, *HEADERS)]
     parts = [*code, version, " ".join([*compiler, *FLAGS]).encode(), processor.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "elementary.h"
 #include "parts.h"
 
 namespace {
@@ -37,58 +38,6 @@ struct Layout {
   Source sources[2];
 };
 
-// exp for x ≤ 88 and log for positive normal x, in arithmetic that vectorizes: errors below 2 units in the last place.
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  float n = std::nearbyintf(x * 1.44269504f);
-  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
-}
-
-inline float log_of(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest lies in [√½, √2)
-  bits -= exponent << 23;
-  float f, e = static_cast<float>(exponent);
-  std::memcpy(&f, &bits, sizeof f);
-  f -= 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  float square = f * f;
-  float rest = p * f * square - e * 2.12194440e-4f - 0.5f * square;
-  float found = f + rest + e * 0.693359375f;
-  return x == x && x < INFINITY ? found : x;
-}
-
-inline double exp_of(double x) { return std::exp(x); }
-inline double log_of(double x) { return std::log(x); }
-
-// log(1 + u) for u ≥ 0, exact for small u too (Kahan).
-template <class T>
-inline T log1p_of(T u) {
-  T w = T(1) + u;
-  T ratio = u / (w == T(1) ? T(1) : w - T(1));
-  return w == T(1) ? u : log_of(w) * ratio;
-}
-
 // One block: the bin of each number, and what backward needs of the softmaxes.
 template <class T>
 struct Block {
@@ -98,8 +47,9 @@ struct Block {
   T* to[WIDTH];
   int64_t stride[WIDTH];
   bool adds[WIDTH];
-  T index[WIDTH], before[2][WIDTH], own[2][WIDTH], number[2][WIDTH], slope[2][WIDTH];
+  T index[WIDTH], own[2][WIDTH], number[2][WIDTH], slope[2][WIDTH];
   T start[2][WIDTH], size[2][WIDTH], t[WIDTH], value[WIDTH];
+  double before[2][WIDTH];  // sums of shares: rounded to float32 each time, they would be the largest error
 
   explicit Block(const Settings& s) : theta(parameters_of(s) * WIDTH), damping(s.soft ? theta.size() : 0) {}
 
@@ -192,7 +142,7 @@ struct Block {
     const T soft = s.soft ? T(1 / s.soft) : T(0);
     for (int side = 0; side < 2; side++)
       for (int i = 0; i < WIDTH; i++) {
-        start[side][i] = T(s.share[side]) * before[side][i] + (T(s.least[side]) * index[i] - bound);
+        start[side][i] = T(s.share[side] * before[side][i] + (s.least[side] * index[i] - s.bound));
         size[side][i] = T(s.share[side]) * own[side][i] + T(s.least[side]);
         const bool at_end = index[i] == (side ? last : T(0));
         const T x = number[side][i] + shift, far = x > T(20) ? T(20) : x;
@@ -302,7 +252,7 @@ void run_backward(const T* values, const T* grad_out, const T* grad_log, T* grad
         const T share = T(s.share[side]);
         of_start[side][i] = inside[i] ? share * of_start[side][i] : T(0);
         of_size[side][i] = inside[i] ? share * of_size[side][i] : T(0);
-        dot[side][i] = of_start[side][i] * block.before[side][i] + of_size[side][i] * block.own[side][i];
+        dot[side][i] = of_start[side][i] * T(block.before[side][i]) + of_size[side][i] * block.own[side][i];
       }
     for (int64_t k = 0; k < bins; k++) {
       const T at_bin = T(k);
