@@ -40,12 +40,12 @@ def affine(
         places: (n,), those of the numbers that are mapped; None: of all, in order.
         by_torch: the same function of ``x`` and ``theta`` by torch's operations, for derivatives of gradients.
     """
-    if x.dim() != 2 or theta.dim() != 3 or x.dtype != theta.dtype or len(theta) != len(x):  # torch broadcasts
-        return None
     given = (x, theta) if rescale is None else (x, theta, rescale)
     if not native.applies(*given) or native.load(SOURCE) is None:
         return None
-    if rescale is not None and rescale.dtype != x.dtype:
+    if x.dim() != 2 or theta.dim() != 3 or theta.shape[0] != x.shape[0]:  # torch broadcasts
+        return None
+    if x.dtype != theta.dtype or rescale is not None and rescale.dtype != x.dtype:
         return None
     return _AffineElements.apply(x, theta, rescale, places, settings, inverse, by_torch)
 
