@@ -31,7 +31,7 @@ from flowtrain.flow_distribution import FlowDistribution
 from flowtrain.runtime import fusion, global_batch, modes
 from flowtrain.runtime.events import as_tensor, batch_shape, check_rows, distinct, map_events, repeat_events
 
-ROWS_AT_ONCE, NUMBERS_AT_ONCE = 1 << 12, 1 << 18
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 1 << 12, 1 << 18  # of x in one pass; see Flow._rows_at_once
 
 
 class Flow(nn.Module):

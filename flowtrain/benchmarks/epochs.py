@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, repeat
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import data
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.session import OURS, Load, Row, Session, alone, row
-from flowtrain.benchmarks.training_steps import vector_peers
+from flowtrain.benchmarks.session import OURS, Load, Row, Session, against_peers
+from flowtrain.benchmarks.training_steps import step_on, vector_peers
 
 ROWS, SMOKE_ROWS = 10_000_000, 1000
 SIZES, SMOKE_SIZES = (6, 64, 4), (6, 8, 2)  # dimensions, width, couplings
@@ -35,16 +35,12 @@ def rows(session: Session) -> Iterator[Row]:
         batches = _our_batches(session, table, batch) if name == OURS else _usual_batches(table, batch)
         next(batches)  # shuffles the rows
         begin[name] = time.perf_counter() - start
-        steps[name] = _step(module.to(session.device).train(), batches, session.device)
+        on_device = (each.to(session.device) for each in batches)
+        steps[name] = step_on(on_device, module.to(session.device), ours.optimizer)
     times = session.times(steps)
     epochs = {name: [begin[name] + count // batch * seconds for seconds in times[name]] for name in times}
     work = f"epoch of {count:,} × {sizes[0]}, batch {batch}, from some of its steps"
-    load = Load(count, "rows")
-    for name in epochs:
-        if name != OURS:
-            yield row("epoch", work, epochs, OURS, name, 1.0, load)
-    if len(epochs) == 1:
-        yield alone("epoch", work, epochs, OURS, load)
+    yield from against_peers("epoch", work, epochs, Load(count, "rows"))
 
 
 def _our_batches(session: Session, table: Tensor, batch: int) -> Iterator[Tensor]:
@@ -55,14 +51,3 @@ def _our_batches(session: Session, table: Tensor, batch: int) -> Iterator[Tensor
 def _usual_batches(table: Tensor, batch: int) -> Iterator[Tensor]:
     loader = DataLoader(TensorDataset(table), batch, shuffle=True, drop_last=True)
     return (x for (x,) in chain.from_iterable(repeat(loader)))
-
-
-def _step(module: nn.Module, batches: Iterator[Tensor], device: torch.device) -> Callable[[], None]:
-    optimizer = ours.optimizer(module.parameters())
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        module(next(batches).to(device)).mean().neg().backward()
-        optimizer.step()
-
-    return run

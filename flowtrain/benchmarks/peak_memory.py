@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.peers import PACKAGES
-from flowtrain.benchmarks.session import BARE, OURS, Beside, Row, Session, row
+from flowtrain.benchmarks.session import BARE, OURS, Row, Session, best_peer, row
 from flowtrain.benchmarks.training_steps import GLOW, IMAGES, SMOKE_GLOW, SMOKE_IMAGES, glow_peers, step
 from flowtrain.bijections.backpropagation import MEMORY_MODES
 from flowtrain.engine.peak import peak_bytes
@@ -85,17 +84,8 @@ def _peak(run: Callable[[], None], session: Session) -> int:
 
 def _peak_row(work: str, peaks: dict[str, int], mine: str, theirs: str, target: float | None) -> Row:
     amounts = tuple(f"{peaks[name] / 2**20:.3g} MiB" for name in (mine, theirs))
-    beside = _least_peer(peaks) if mine == OURS else None
+    beside = best_peer({name: [peak] for name, peak in peaks.items()}, mine, of="memory")
     return Row("memory", work, mine, theirs, peaks[mine] / peaks[theirs], 0.0, target, amounts=amounts, beside=beside)
-
-
-def _least_peer(peaks: dict[str, int]) -> Beside | None:
-    """The peer that needs the least memory, beside our flow."""
-    peers = [name for name in peaks if name in PACKAGES]
-    if not peers:
-        return None
-    peer = min(peers, key=peaks.get)
-    return Beside(peer, peaks[OURS] / peaks[peer], 0.0, of="memory")
 
 
 def _gradients(flow: Flow, weights: nn.Module, x: Tensor) -> list[Tensor]:

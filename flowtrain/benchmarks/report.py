@@ -62,7 +62,7 @@ def _align(lines: list[tuple[str, ...]]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """How many rows reached their targets, which did not, and how many are ahead of the best peer."""
+    """How many rows reached their targets, which did not, and how many are not behind the best peer."""
     with_target = [row for row in rows if row["target"] is not None]
     missed = [row for row in with_target if not row["reached"]]
     names = "".join(

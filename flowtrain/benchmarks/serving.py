@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from flowtrain.benchmarks import ours
-from flowtrain.benchmarks.peers import PACKAGES
 from flowtrain.benchmarks.sampling import without_gradients
-from flowtrain.benchmarks.session import OURS, Beside, Load, Row, Session, alone, clock, row
-from flowtrain.benchmarks.timing import Times
+from flowtrain.benchmarks.session import OURS, Load, Row, Session, against_peers
 from flowtrain.benchmarks.training_steps import vector_peers
 
 SIZES, SMOKE_SIZES = (6, 64, 4), (4, 8, 2)  # dimensions, width, couplings
@@ -41,12 +39,7 @@ def _many_rows(session: Session, flow: nn.Module, peers: dict[str, nn.Module], d
         samples[name] = without_gradients(peer, lambda peer=peer: peer.decode(torch.randn_like(x)))
     for what, unit, variants in (("log_prob", "rows", densities), ("sample", "samples", samples)):
         work = f"{COUPLINGS}, D = {dimensions}: {what} of {count:,} rows in one call"
-        times = session.times(variants)
-        load = Load(count, unit)
-        for name in peers:
-            yield row("serve", work, times, OURS, name, 1.0, load)
-        if not peers:
-            yield alone("serve", work, times, OURS, load)
+        yield from against_peers("serve", work, session.times(variants), Load(count, unit))
 
 
 def _one_row(session: Session, flow: nn.Module, peers: dict[str, nn.Module], dimensions: int) -> Iterator[Row]:
@@ -56,20 +49,9 @@ def _one_row(session: Session, flow: nn.Module, peers: dict[str, nn.Module], dim
     times = session.latencies(variants, SMOKE_CALLS if session.smoke else CALLS)
     work = f"{COUPLINGS}, D = {dimensions}: log_prob of one row"
     for percentile in (50, 99):
-        yield from _at_percentile(times, work, percentile)
+        found = {name: [_percentile(calls, percentile)] for name, calls in times.items()}
+        yield from against_peers("serve", f"{work}, p{percentile}", found)
 
 
-def _at_percentile(times: Times, work: str, percentile: int) -> Iterator[Row]:
-    """Rows of the calls' times at a percentile, ours against each peer's."""
-    found = {
-        name: statistics.quantiles(values, n=100, method="inclusive")[percentile - 1] for name, values in times.items()
-    }
-    peers = [name for name in found if name in PACKAGES]
-    best = min(peers, key=found.__getitem__, default=None)
-    beside = None if best is None else Beside(best, found[OURS] / found[best], 0.0)
-    for name in peers:
-        amounts = clock(found[OURS]), clock(found[name])
-        ratio = found[OURS] / found[name]
-        yield Row("serve", f"{work}, p{percentile}", OURS, name, ratio, 0.0, 1.0, amounts=amounts, beside=beside)
-    if not peers:
-        yield Row("serve", f"{work}, p{percentile}", OURS, None, found[OURS], 0.0, None, unit="s")
+def _percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -166,21 +166,25 @@ def row(
     )
 
 
-def alone(suite: str, work: str, times: Times, ours: str, load: Load) -> Row:
-    """A row with the seconds of a variant, where there is nothing to compare it with."""
-    found = Spread.of(times[ours])
-    rate = per_second(load, found.median)
-    return Row(suite, work, ours, None, found.median, found.half_range, None, unit="s", rate=rate)
-
-
-def best_peer(times: Times, ours: str) -> Beside | None:
-    """The fastest peer beside ``ours``; None if ``ours`` is itself a peer, or nobody's, or there is no peer."""
+def against_peers(suite: str, work: str, times: Times, load: Load | None = None) -> Iterator[Row]:
+    """A row of our flow against each peer, which it should not be slower than; without peers one with its seconds."""
     peers = [name for name in times if name in PACKAGES]
+    for peer in peers:
+        yield row(suite, work, times, OURS, peer, 1.0, load)
+    if not peers:
+        found = Spread.of(times[OURS])
+        rate = "" if load is None else per_second(load, found.median)
+        yield Row(suite, work, OURS, None, found.median, found.half_range, None, unit="s", rate=rate)
+
+
+def best_peer(costs: Times, ours: str, of: str = "time") -> Beside | None:
+    """The peer that costs the least, beside ``ours``; None if that is not a flow of ours, or there is no peer."""
+    peers = [name for name in costs if name in PACKAGES]
     if not peers or not ours.startswith(OURS):
         return None
-    peer = min(peers, key=lambda name: Spread.of(times[name]).median)
-    found = ratio(times, ours, peer)
-    return Beside(peer, found.median, found.half_range)
+    peer = min(peers, key=lambda name: Spread.of(costs[name]).median)
+    found = ratio(costs, ours, peer)
+    return Beside(peer, found.median, found.half_range, of)
 
 
 def per_second(load: Load, seconds: float) -> str:

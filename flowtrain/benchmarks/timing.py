@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MIN_ROUNDS = 3  # however long they take
-LONG = 20  # slices, after which a first call has said enough
+LONG = 20  # slices: how long a call takes that is not measured again to find how many fit into one
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -118,12 +119,17 @@ def _step_rows(
 
 def step(module: nn.Module, make: Callable, x: Tensor) -> Callable[[], None]:
     """A training step of ``module`` on ``x``, with its own optimizer."""
-    module.to(x.device).train()
+    return step_on(repeat(x), module.to(x.device), make)
+
+
+def step_on(batches: Iterator[Tensor], module: nn.Module, make: Callable) -> Callable[[], None]:
+    """A training step of ``module`` on the next of ``batches``, with its own optimizer."""
+    module.train()
     optimizer = make(module.parameters())
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        module(x).mean().neg().backward()
+        module(next(batches)).mean().neg().backward()
         optimizer.step()
 
     return run

@@ -84,7 +84,7 @@ def forward(x: Tensor, kinds: Sequence[Kind], tensors: Sequence[Tensor], keeps: 
         width = sum(-(-bias.shape[0] // WIDTH) * WIDTH for bias in tensors[1:-1:2])
         kept = x.new_empty(_blocks(rows) * ROWS * width)
     y = x.new_empty(rows, tensors[-1].shape[0])
-    pointers = x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr()
+    pointers = x.data_ptr(), y.data_ptr(), native.pointer(kept)
     native.function(SOURCE, "forward", x.dtype, _FORWARD)(
         *pointers, rows, _parts(rows, tensors), _table(kinds, tensors), len(kinds)
     )
@@ -99,7 +99,7 @@ def backward(
     sums = x.new_empty(parts, sum(map(Tensor.numel, tensors)))
     starts = range(sums.data_ptr(), sums.data_ptr() + sums.nbytes, sums.nbytes // parts)
     tables = b"".join(_table(kinds, tensors, start) for start in starts)
-    pointers = x.data_ptr(), grad.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(), kept.data_ptr()
+    pointers = x.data_ptr(), grad.data_ptr(), native.pointer(grad_x), kept.data_ptr()
     function = native.function(SOURCE, "backward", x.dtype, _BACKWARD)
     function(*pointers, x.shape[0], parts, tables, len(kinds))
     return grad_x, torch._C._nn.unflatten_dense_tensors(sums[0] if parts == 1 else sums.sum(0), tensors)

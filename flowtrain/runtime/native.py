@@ -143,6 +143,11 @@ _PLAIN = Tensor, torch.nn.Parameter
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
+def pointer(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers begin; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def parts(count: int, work: int) -> int:
     """The number of parts of ``count`` elements of ``work`` numbers each: no more than torch has threads."""
     return max(1, min(torch.get_num_threads(), count * work // PART))

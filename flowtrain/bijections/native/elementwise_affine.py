@@ -57,7 +57,7 @@ class _AffineElements(torch.autograd.Function):
         ctx.rest = places, settings, inverse, by_torch
         x = x.contiguous()
         y, log_det = torch.empty_like(x), x.new_empty(x.shape[0])
-        pointers = [_pointer(one) for one in (x, theta, rescale, y, log_det)]
+        pointers = [native.pointer(one) for one in (x, theta, rescale, y, log_det)]
         native.function(SOURCE, "forward", x.dtype, _FORWARD)(
             *pointers, x.shape[0], _parts(theta), _layout(x, theta, places), struct.pack("4d", *settings), inverse
         )
@@ -78,15 +78,11 @@ class _AffineElements(torch.autograd.Function):
             grad_theta = torch.empty_like(theta)
         parts, grad_x = _parts(theta), torch.empty_like(x)
         sums = None if rescale is None else x.new_zeros(parts, theta.shape[1])
-        pointers = [_pointer(one) for one in (x, theta, rescale, *grads, grad_x, grad_theta, sums)]
+        pointers = [native.pointer(one) for one in (x, theta, rescale, *grads, grad_x, grad_theta, sums)]
         native.function(SOURCE, "backward", x.dtype, _BACKWARD)(
             *pointers, x.shape[0], parts, _layout(x, theta, places), struct.pack("4d", *settings), inverse
         )
         return grad_x, grad_theta, None if sums is None else sums.sum(0), None, None, None, None
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _parts(theta: Tensor) -> int:
@@ -94,4 +90,4 @@ def _parts(theta: Tensor) -> int:
 
 
 def _layout(x: Tensor, theta: Tensor, places: Tensor | None) -> bytes:
-    return struct.pack("6q", x.shape[1], theta.shape[1], _pointer(places), *theta.stride())
+    return struct.pack("6q", x.shape[1], theta.shape[1], native.pointer(places), *theta.stride())

@@ -163,7 +163,7 @@ def _layout(places: Tensor | None, sources: Sequence[_Rows], grads: Sequence[Ten
     """A ``Layout`` of the C++ file: number i of row r has its parameter p at r·row + i·element + p·parameter. A part of
     the numbers adds up the gradients of a shared θ in a place of its own."""
     columns = sources[0].numbers.shape[-2] if places is None else places.shape[0]
-    layout = [columns, 0 if places is None else places.data_ptr()]
+    layout = [columns, native.pointer(places)]
     for number, (numbers, row, *strides) in enumerate(sources):
         to = grads[number].data_ptr() if grads else 0
         if to and not row:

@@ -100,7 +100,7 @@ def _table(steps: Sequence[Step], grads: list[Tensor] | None) -> bytes:
     table: list[int] = []
     to = iter(grads or ())
     for kind, order, *numbers in steps:
-        table += kind, 0 if order is None else order.data_ptr()
-        table += [0 if one is None else one.data_ptr() for one in numbers]
+        table += kind, native.pointer(order)
+        table += map(native.pointer, numbers)
         table += [0 if one is None or not grads else next(to).data_ptr() for one in numbers]
     return struct.pack(f"{len(table)}q", *table)
