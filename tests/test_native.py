@@ -134,6 +134,7 @@ def test_affine_maps_of_vectors_by_cpp_are_the_layers_in_turn(size):
     assert len(fuse(longer)) == 3
 
 
+SPLINES = partial(b.Elementwise, univariate=b.RationalQuadratic)
 AFFINE = [b.ExpAffine, b.SigmoidAffine, b.DoubleSigmoidAffine, b.TanhAffine]
 
 
@@ -173,6 +174,21 @@ def test_affine_maps_of_numbers_by_cpp_are_those_by_torch(layout, places, invers
         (slope,) = torch.autograd.grad(y.sin().sum() + log_det.cos().sum(), x, create_graph=True)
         slopes.append(torch.autograd.grad(slope.square().sum(), theta)[0])
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: b.Coupling((SIZE,), b.ExpAffine, nets.MLP),
+        lambda: b.Autoregressive((SIZE,), b.ExpAffine, nets.MADE),
+        lambda: b.Coupling((SIZE,), b.RationalQuadratic, nets.MLP, unconditional=SPLINES),
+    ],
+)
+def test_hooks_of_a_map_are_called(layer):
+    layer, seen = layer(), []
+    layer.univariate.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.randn(ROWS, SIZE))
+    assert seen == [1]
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.bijection import Bijection, full_precision, sum_event, walk
 from flowtrain.bijections.decoding import Guided, Jacobi
 from flowtrain.bijections.univariate import Univariate
-from flowtrain.runtime import modes
+from flowtrain.runtime import fusion, modes
 from flowtrain.runtime.cuda_graph import as_graph
 
 GRAPH = 1024  # elements, dozens of kernels each, that a CUDA graph may hold
@@ -85,7 +85,8 @@ class Autoregressive(Bijection):
                 z, log_derivative = (self.univariate.inverse if inverse else self.univariate)(x, theta)
             return z, sum_event(log_derivative)
 
-        return self.univariate.of_vectors(x, theta, None, inverse, by_torch) or by_torch(x, theta)
+        whole = fusion.may_fuse(self.univariate) and self.univariate.of_vectors(x, theta, None, inverse, by_torch)
+        return whole or by_torch(x, theta)
 
     def log_derivatives(self, x, context=None):
         x = self._sort(x)

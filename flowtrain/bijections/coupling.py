@@ -308,7 +308,8 @@ class Coupling(Bijection):
         layers = getattr(self.net, "dense_layers", None)
         if layers is None or not x.is_cpu or type(self.partition) not in (Halves, Alternate):
             return None
-        if not fusion.may_fuse(self.net, self.unconditional) or torch.is_autocast_enabled(x.device.type):
+        may_fuse = fusion.may_fuse(self.net, self.univariate, self.unconditional)
+        if not may_fuse or torch.is_autocast_enabled(x.device.type):
             return None
 
         def in_turn(x, h, shared):
@@ -322,7 +323,7 @@ class Coupling(Bijection):
 
     def _map_part(self, x, theta, inverse):
         """A vector whose conditioning part stays, by one call of τ; None where it has none."""
-        if self.mapped is None:
+        if self.mapped is None or not fusion.may_fuse(self.univariate):
             return None
 
         def by_torch(x, theta):
@@ -336,7 +337,7 @@ class Coupling(Bijection):
 
     def _map_both(self, x, theta):
         """Both parts by one call of τ; None where it has none, or the layer of the other part has to be called."""
-        if not fusion.may_fuse(self.unconditional):
+        if not fusion.may_fuse(self.univariate, self.unconditional):
             return None
         with full_precision(x):
             joined = self.univariate.of_parts(x, theta, self._shared(), self.places, self._in_turn)
