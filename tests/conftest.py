@@ -47,14 +47,24 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path == RELIABILITY and not config.option.all else None
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one file run in one process, for its fixtures. So do all of reliability, which watch the clock. Pages of
+    test_docs are shared out. (xdist's own groups have no effect from pytest 9.2 on.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            if file.endswith("test_docs.py"):
+                return nodeid
+            return "reliability" if "reliability" in file else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        # A file stays in one process, for its fixtures, unless a test has a group of its own. So does reliability: its
-        # tests watch the clock.
-        group = "reliability" if RELIABILITY in item.path.parents else item.path.stem
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(group))
         if "long" in item.keywords and not config.option.long:
             item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --long"))
     if config.getoption("--reliability"):

@@ -154,12 +154,7 @@ def check_container(words: list[str], place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.name, marks=pytest.mark.xdist_group(page.name))
-        for page in PAGES
-        if page.name not in NOTHING_TO_RUN
-    ],
+    "page", [page for page in PAGES if page.name not in NOTHING_TO_RUN], ids=lambda page: page.name
 )
 def test_the_page_runs(page, folder, monkeypatch):
     found = executed(page)

@@ -110,9 +110,9 @@ class Process:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Read metrics.jsonl without its times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("system/")} for line in lines]
+    """Read metrics.jsonl without its times and without a line that is being written."""
+    *lines, _ = (run / "metrics.jsonl").read_text().split("\n")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("system/")} for line in lines]
 
 
 def read_state(run: Path) -> dict:
