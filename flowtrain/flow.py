@@ -383,7 +383,7 @@ class Flow(nn.Module):
         x, context = as_tensor(name, x, self._weight.device), self.as_context(context)
         own, given = batch_shape(name, x, shape), self.context_batch(context)
         try:
-            batch = torch.broadcast_shapes(own, given)
+            batch = own if own == given or not given else torch.broadcast_shapes(own, given)
         except RuntimeError as error:
             raise ValueError(
                 f"{name} has a batch of {list(own)} and context one of {list(given)}: they do not broadcast"

@@ -215,7 +215,7 @@ class LULinear(_Linear):
     def allocate(self):
         self.lu = nn.Parameter(torch.empty(self.channels, self.channels))
         self.register_buffer("sign", torch.ones(self.channels))
-        self.register_buffer("order", torch.arange(self.channels))  # row i of W is row order[i] of L·U
+        self.register_buffer("order", torch.tensor([*range(self.channels)]))  # row i of W is row order[i] of L·U
 
     @torch.no_grad()
     def set_weight(self, matrix):

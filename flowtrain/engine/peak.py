@@ -57,6 +57,11 @@ class _Storages(TorchDispatchMode):
         self.alive: dict[int, int] = {}  # storage -> bytes
         self.now = self.peak = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else torch imports its compiler, which takes seconds, at the first operation."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
+from flowtrain.nets.initial import random_normal, zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import modes
 
@@ -64,7 +65,7 @@ class CausalTransformer(nn.Module):
         self.length, *token = shape
         self.row = (*token, out)  # of the output
         self.embed = nn.Linear(len(self.offsets) * prod(token), hidden)
-        self.position = nn.Parameter(0.05 * torch.randn(self.length, hidden))
+        self.position = nn.Parameter(random_normal(self.length, hidden, std=0.05))
         self.context = context_layer(hidden, context_shape)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(TransformerBlock(hidden, heads, expand, dropout) for _ in range(depth))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
+from flowtrain.nets.initial import random_normal, small_init, zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 from flowtrain.runtime import fusion
 
@@ -82,7 +83,7 @@ class ConvNet(nn.Module):
         self.last = ZeroConv((hidden, *shape[1:]), out)
         if norm:
             for conv in (self.first, self.second):
-                nn.init.normal_(conv.weight, std=0.05)
+                conv.weight = nn.Parameter(random_normal(*conv.weight.shape, std=0.05))
         self.to(memory_format=torch.channels_last)  # on a CPU several times faster, and what tensor cores want
 
     def convolutions(self) -> list[tuple[Any, Any, Any, float]] | None:

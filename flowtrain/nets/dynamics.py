@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
+from flowtrain.nets.initial import zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 
 
 class Concat(nn.Module):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from flowtrain.nets.attention import attend, check_heads
 from flowtrain.nets.conv import add_context, channels_of, image_context
-from flowtrain.nets.mlp import check_at_least_one, zero_init
+from flowtrain.nets.initial import random_normal, zero_init
+from flowtrain.nets.mlp import check_at_least_one
 from flowtrain.nets.norm import Dropout
 
 
@@ -52,7 +53,7 @@ class GatedAttentionConvNet(nn.Module):
         check_at_least_one(hidden=hidden, blocks=blocks, heads=heads)
         self.first = nn.Conv2d(channels_of(shape), hidden, 3, padding=1)
         self.context = image_context(hidden, context_shape, shape)
-        self.position = nn.Parameter(0.01 * torch.randn(prod(shape[1:]), hidden))
+        self.position = nn.Parameter(random_normal(prod(shape[1:]), hidden, std=0.01))
         self.blocks = nn.ModuleList(_Block(hidden, heads, dropout) for _ in range(blocks))
         self.last = zero_init(nn.Conv2d(hidden, out, 3, padding=1))
         self.to(memory_format=torch.channels_last)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init
+from flowtrain.nets.initial import small_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.runtime import kept, modes
 
 STEPS = 5  # of the power iteration after each change of the weights in training
@@ -57,11 +58,11 @@ class SpectralNorm(nn.Module):
         """What its transpose maps a vector to."""
         raise NotImplementedError
 
-    def begin(self, *shape: int) -> None:
-        """Create the vectors, at random; ``shape`` is that of one that the map takes."""
-        right = torch.randn(shape)
-        self.register_buffer("right", right / right.norm())
-        self.register_buffer("left", torch.zeros_like(self.map(right, self.weight.detach())))
+    def begin(self, shape: Sequence[int], mapped: Sequence[int]) -> None:
+        """Create the vectors, one at random; the map takes one of ``shape`` to one of the shape ``mapped``."""
+        right = torch.randn(shape, device="cpu")
+        self.register_buffer("right", (right / right.norm()).to(self.weight.device))
+        self.register_buffer("left", torch.zeros(tuple(mapped)))
         self.register_buffer("seen", torch.zeros_like(self.weight), persistent=False)  # the weights of the vectors
 
     def bounded(self) -> Tensor:
@@ -151,7 +152,7 @@ class LipschitzLinear(SpectralNorm):
         super().__init__(coeff)
         linear = nn.Linear(n, out)
         self.weight, self.bias = linear.weight, linear.bias
-        self.begin(n)
+        self.begin((n,), (out,))
 
     def map(self, vector, weight):
         return weight @ vector
@@ -192,7 +193,9 @@ class LipschitzConv(SpectralNorm):
         self.padding = kernel // 2
         conv = nn.Conv2d(channels_of(shape), out, kernel, padding=self.padding)
         self.weight, self.bias = conv.weight, conv.bias
-        self.begin(1, shape[0], *(shape[1:] if kernel > 1 else (1, 1)))  # all pixels have the norm of one
+        pixels = [n + 2 * self.padding + 1 - kernel for n in shape[1:]]
+        sizes = (shape[1:], pixels) if kernel > 1 else ((1, 1), (1, 1))  # all pixels have the norm of one
+        self.begin((1, shape[0], *sizes[0]), (1, out, *sizes[1]))
 
     def map(self, vector, weight):
         return F.conv2d(vector, weight, padding=self.padding)

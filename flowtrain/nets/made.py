@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.mlp import called_as_one, check_at_least_one, context_layer, small_init, zero_init
+from flowtrain.nets.initial import small_init, zero_init
+from flowtrain.nets.mlp import called_as_one, check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import gradients, native
-from flowtrain.runtime.dense import Kind, applies, dense, kinds_of_mlp, kinds_of_residual_mlp
+from flowtrain.runtime.dense import applies, dense, kinds_of_mlp, kinds_of_residual_mlp
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
@@ -175,7 +176,7 @@ class _Masked(nn.Module):
     """``depth`` masked hidden layers of units of the same degrees, run at once or in steps."""
 
     degrees: Tensor
-    kinds: tuple[Kind, ...]  # of its layers
+    kinds: tuple[int, ...]  # of its layers
     numbers = 1  # by which the network sees an element
 
     def __init__(self, shape, out, hidden, depth, degrees, activation, dropout, context_shape):

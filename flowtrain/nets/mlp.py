@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.nets.initial import small_init, zero_init
 from flowtrain.nets.norm import Dropout
 from flowtrain.runtime import fusion
-from flowtrain.runtime.dense import Kind, applies, dense, kinds_of_mlp, kinds_of_residual_mlp
-
-Module = TypeVar("Module", bound=nn.Module)
+from flowtrain.runtime.dense import applies, dense, kinds_of_mlp, kinds_of_residual_mlp
 
 
 class MLP(nn.Module):
@@ -100,7 +98,7 @@ class ResidualMLP(nn.Module):
         return layers_of(self, [self.first, *inner, self.last])  # type: ignore[list-item]
 
 
-Layers = tuple[Sequence[Kind], list[Tensor]]  # of each layer its kind, and its weight and bias in turn
+Layers = tuple[Sequence[int], list[Tensor]]  # of each layer its kind, and its weight and bias in turn
 
 
 def layers_of(net: MLP | ResidualMLP, linears: Sequence[nn.Linear]) -> Layers | None:
@@ -112,9 +110,9 @@ def layers_of(net: MLP | ResidualMLP, linears: Sequence[nn.Linear]) -> Layers | 
 
 def called_as_one(linears: Iterable[nn.Linear], kind: type[nn.Linear], dropout: Dropout) -> bool:
     """Whether one function may take the place of ``linears``: each is a plain layer of its ``kind``, none of their
-    units are dropped, and neither a compiler nor a hook is to see them."""
+    units are dropped, and no hook is to see them."""
     drops = dropout.p > 0 and dropout.training
-    if drops or torch.compiler.is_compiling() or not fusion.may_fuse(dropout, *linears):
+    if drops or not fusion.may_fuse(dropout, *linears):
         return False
     for linear in linears:
         if type(linear) is not kind or linear.bias is None:
@@ -151,17 +149,3 @@ def context_layer(channels: int, context_shape) -> nn.Linear | None:
     if len(context_shape) != 1:
         raise ValueError(f"this network takes a context vector, not {list(context_shape)}")
     return nn.Linear(context_shape[0], channels, bias=False)
-
-
-def zero_init(layer: Module) -> Module:
-    """``layer`` with all parameters 0."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
-def small_init(layer: Module) -> Module:
-    """``layer`` with small parameters: a residual block with such a second layer starts near the identity."""
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, -1e-3, 1e-3)
-    return layer

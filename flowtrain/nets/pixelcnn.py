@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
+from flowtrain.nets.initial import random_normal, small_init, zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 
 ABOVE, LEFT = 3, 4  # rows above and pixels to the left that the first convolutions read
@@ -72,7 +73,7 @@ class PixelCNN(nn.Module):
         self.offsets = sorted({*range(1, 2 * channels + 1), *around} - {0})
         self.above = nn.Conv2d(channels, hidden, (ABOVE, 2 * ABOVE + 1), padding=(0, ABOVE))
         self.left = nn.Conv2d(channels, hidden, (1, LEFT))
-        self.position = nn.Parameter(0.05 * torch.randn(2 * hidden, height, width))
+        self.position = nn.Parameter(random_normal(2 * hidden, height, width, std=0.05))
         self.context = context_layer(2 * hidden, context_shape)
         self.columns = _Rows(hidden, depth, levels, dropout)
         self.pixels = nn.ModuleList(_Block(hidden, (1, 3), ACROSS, dropout) for _ in range(2 * depth))
@@ -82,8 +83,10 @@ class PixelCNN(nn.Module):
         inputs = channels * (hidden + len(self.offsets))
         self.last = zero_init(nn.Conv2d(inputs, channels * out, 1, groups=channels))
         self.knots = zero_init(nn.Conv2d(inputs, channels * knots, 1, groups=channels)) if knots else None
-        places = torch.linspace(0, knots - 1, out)[:, None] - torch.arange(knots)
-        self.register_buffer("hats", (1 - places.abs()).clamp(min=0), persistent=False)  # (out, knots)
+        cpu = torch.device("cpu")
+        places = torch.linspace(0, knots - 1, out, device=cpu)[:, None] - torch.arange(knots, device=cpu)
+        hats = (1 - places.abs()).clamp(min=0)
+        self.register_buffer("hats", torch.tensor(hats.tolist()).view(hats.shape), persistent=False)  # (out, knots)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):

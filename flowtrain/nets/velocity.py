@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import check_at_least_one, context_layer, small_init, zero_init
+from flowtrain.nets.initial import small_init, zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 
 WAVES, FEATURES = 8, 64  # sines and cosines of the logarithm of the time; features of it
@@ -36,7 +37,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, features: int, context_shape=None):
         super().__init__()
-        self.register_buffer("frequencies", torch.linspace(0.25, 2, WAVES), persistent=False)
+        frequencies = torch.linspace(0.25, 2, WAVES, device="cpu")
+        self.register_buffer("frequencies", torch.tensor(frequencies.tolist()), persistent=False)
         self.first = nn.Linear(2 * WAVES + 1, features)
         self.context = context_layer(features, context_shape)
         self.second = nn.Linear(features, features)

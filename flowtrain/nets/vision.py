@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import nn
 
 from flowtrain.nets.attention import TransformerBlock
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.mlp import check_at_least_one, context_layer, zero_init
+from flowtrain.nets.initial import random_normal, zero_init
+from flowtrain.nets.mlp import check_at_least_one, context_layer
 
 
 class VisionTransformer(nn.Module):
@@ -49,7 +49,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         check_at_least_one(hidden=hidden, depth=depth, heads=heads, expand=expand)
         self.embed = nn.Linear(channels_of(shape), hidden)
-        self.position = nn.Parameter(0.02 * torch.randn(prod(shape[1:]), hidden))
+        self.position = nn.Parameter(random_normal(prod(shape[1:]), hidden, std=0.02))
         self.context = context_layer(hidden, context_shape)
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden, heads, expand, dropout, causal=False) for _ in range(depth)

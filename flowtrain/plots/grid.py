@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flowtrain.plots.colours import shade
 from flowtrain.runtime import files
 
+DARK = 64  # of 255
 TEXT = 18  # pixels of the lowest row with a label
 
 
@@ -25,13 +27,20 @@ def image_grid(images: Tensor, grey_levels: int | None, columns: int | None = No
     Three channels are red, green and blue; any other number of channels lie side by side. Small images are enlarged by
     a whole factor until the grid is about ``side`` pixels wide.
     """
-    from torchvision.utils import make_grid
-
     columns = columns or math.ceil(math.sqrt(len(images)))
     shown = to_pixels(images, grey_levels)
     times = max(1, round(side / (columns * shown.shape[-1])))
     shown = shown.repeat_interleave(times, -1).repeat_interleave(times, -2)
-    return make_grid(shown, columns, padding=max(1, times // 2), pad_value=64)
+    return _lay_out(shown.expand(-1, 3, -1, -1), columns, max(1, times // 2))
+
+
+def _lay_out(images: Tensor, columns: int, margin: int) -> Tensor:
+    """Images (n, 3, H, W), uint8, in rows of ``columns``, with a dark margin around each: (3, height, width)."""
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    images = F.pad(images, (margin, 0, margin, 0, 0, 0, 0, missing), value=DARK)
+    rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (3, rows, H, columns, W)
+    return F.pad(rows.flatten(3).flatten(1, 2), (0, margin, 0, margin), value=DARK)
 
 
 def labelled_rows(images: Tensor, grey_levels: int | None, labels: Sequence[str]) -> Tensor:

@@ -1,0 +1,31 @@
+"""Numbers that weights start from."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def random_normal(*shape: int, std: float) -> Tensor:
+    """Numbers drawn from a normal distribution; on the meta device none, where torch would import its compiler for
+    them, which takes seconds."""
+    numbers = torch.empty(shape)
+    return numbers if numbers.is_meta else numbers.normal_(std=std)
+
+
+def zero_init(layer: Module) -> Module:
+    """``layer`` with all parameters 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def small_init(layer: Module) -> Module:
+    """``layer`` with small parameters: a residual block with such a second layer starts near the identity."""
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1e-3, 1e-3)
+    return layer
