@@ -1,5 +1,6 @@
 """C++ functions give what torch's operations give, in every layout, and their absence changes nothing but the speed."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from flowtrain import nets
 from flowtrain.bijections import spline
 from flowtrain.bijections.bijection import apply_in_turn, fuse
 from flowtrain.bijections.channels import FusedVectorAffine
-from flowtrain.bijections.native import elementwise_affine, rational_quadratic, vector_affine
+from flowtrain.bijections.native import coupling, elementwise_affine, rational_quadratic, vector_affine
 from flowtrain.flows.parts import permuted_lu_actnorm
 from flowtrain.nets import made, mlp
 from flowtrain.runtime import dense, native
@@ -21,6 +22,7 @@ from flowtrain.runtime import dense, native
 SOURCES = rational_quadratic.SOURCE, vector_affine.SOURCE, elementwise_affine.SOURCE, dense.SOURCE
 needs_compiler = pytest.mark.skipif(not native.load(SOURCES[0]), reason="no C++ compiler")
 ROWS, SIZE, PARAMS = 70, 5, 23  # more than a block of numbers, and no multiple of one
+SETTINGS = b.RationalQuadratic((SIZE,))._settings()
 
 
 def thetas(dtype):
@@ -247,6 +249,61 @@ def test_one_call_maps_both_parts_of_a_coupling(kind, share, partition, size, mo
     torch.testing.assert_close(layer.inverse(found[0])[0], x)
     monkeypatch.undo()
     assert torch.autograd.gradgradcheck(lambda x: layer(x), (x[:2].detach().requires_grad_(),))
+
+
+OPERATORS = {
+    "spline": lambda x, theta: rational_quadratic.spline(x, theta, SETTINGS, True, None),
+    "spline of parts": lambda x, theta: rational_quadratic.spline_of_parts(
+        x, theta[:, :3], theta[0, 3:], torch.tensor([0, -1, 1, -2, 2]), SETTINGS, None
+    ),
+    "affine": lambda x, theta: elementwise_affine.affine(
+        x, theta[..., :2], (elementwise_affine.EXPONENTIAL, 0.0, 0.0, 0.0), None, None, True, None
+    ),
+    "affine of parts": lambda x, theta: elementwise_affine.affine(
+        x,
+        theta[:, :2, :2],
+        (elementwise_affine.TANH, 0.0, 0.0, 0.0),
+        theta[0, 0, :2],
+        torch.tensor([0, 3]),
+        False,
+        None,
+    ),
+    "network": lambda x, theta: [dense.dense(x, dense.kinds_of_mlp(1), weights(theta))],
+    "coupling": lambda x, theta: coupling.coupling(
+        x,
+        theta[0, 3:],
+        coupling.Plan(slice(0, 2), dense.kinds_of_mlp(1), torch.tensor([0, -1, 1, -2, 2]), SETTINGS),
+        weights(theta, 2),
+        None,
+    ),
+}
+
+
+def weights(theta, inputs=SIZE):
+    """Those of a network of ``inputs`` numbers, 16 units and PARAMS·3 outputs, made of θ."""
+    numbers = theta.flatten()
+    sizes = [(16, inputs), (16,), (3 * PARAMS, 16), (3 * PARAMS,)]
+    return [numbers[: math.prod(size)].view(size) for size in sizes]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_compiler_calls_cpp_as_operators(name, monkeypatch):
+    """With the same numbers, and shapes and gradients that torch has checked."""
+    function, calls = OPERATORS[name], []
+    x = torch.randn(ROWS, SIZE, dtype=torch.float64).requires_grad_()
+    theta = (0.3 * torch.randn(ROWS, SIZE, PARAMS, dtype=torch.float64)).requires_grad_()
+    expected = gradients(function, x, theta)
+    monkeypatch.setattr(native, "as_operator", lambda *_: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for module in (rational_quadratic, elementwise_affine, dense, coupling):
+        operator = module._operator
+        monkeypatch.setattr(module, "_operator", lambda *args, o=operator: (calls.append((o, args)), o(*args))[1])
+    for one, other in zip(gradients(function, x, theta), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    monkeypatch.undo()
+    ((operator, arguments),) = calls
+    torch.library.opcheck(operator, arguments)
 
 
 NETWORKS = {

@@ -14,13 +14,18 @@ from flowtrain.runtime import fusion
 
 
 class Partition(nn.Module):
-    """Splits an event into a conditioning part and a transformed part, of the shapes given by its two attributes.
+    """Splits an event into a conditioning part and a transformed part.
 
     A vector of one number is transformed, and its conditioning part is empty.
+
+    Attributes:
+        conditioning_shape, transformed_shape: of the parts.
+        seen: the channels of the conditioning part, where it is a slice of them.
     """
 
     conditioning_shape: tuple[int, ...]
     transformed_shape: tuple[int, ...]
+    seen: slice
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, *shape) -> conditioning part (B, *conditioning_shape), transformed part (B, *transformed_shape)."""
@@ -57,6 +62,7 @@ class Halves(Partition):
         self.swap, self.first = swap and channels > 1, channels // 2
         first, second = (self.first, *rest), (channels - self.first, *rest)
         self.conditioning_shape, self.transformed_shape = (second, first) if self.swap else (first, second)
+        self.seen = slice(self.first, channels) if self.swap else slice(0, self.first)
 
     def split(self, x):
         first, second = x.split([self.first, x.shape[1] - self.first], 1)
@@ -87,6 +93,7 @@ class Alternate(Partition):
         self.first = first if channels > 1 else 0
         transformed = len(range(self.first, channels, 2))
         self.conditioning_shape, self.transformed_shape = (channels - transformed, *rest), (transformed, *rest)
+        self.seen = slice(1 - self.first, channels, 2)
 
     def split(self, x):
         if self._is_paired(x):
@@ -95,7 +102,7 @@ class Alternate(Partition):
         return self.conditioning(x), x[:, self.first :: 2]
 
     def conditioning(self, x):
-        return x[:, 1 - self.first :: 2]
+        return x[:, self.seen]
 
     def merge(self, conditioning, transformed):
         if self._is_paired(conditioning):
@@ -135,8 +142,8 @@ class Checkerboard(Partition):
         if colour not in (0, 1):
             raise ValueError(f"colour={colour} must be 0 or 1")
         _, height, width = shape
-        row, column = torch.arange(height)[:, None], torch.arange(width)
-        self.register_buffer("transforms", (row + column + colour) % 2 == 1, persistent=False)
+        transforms = [[(row + column + colour) % 2 == 1 for column in range(width)] for row in range(height)]
+        self.register_buffer("transforms", torch.tensor(transforms), persistent=False)
         self.conditioning_shape = self.transformed_shape = tuple(shape)
 
     def split(self, x):
@@ -171,8 +178,8 @@ class PackedCheckerboard(Partition):
         if colour not in (0, 1):
             raise ValueError(f"colour={colour} must be 0 or 1")
         channels, height, width = shape
-        rows = torch.arange(height)[:, None]
-        self.register_buffer("odd", (rows + colour) % 2 == 1, persistent=False)  # where the second pixel conditions
+        odd = [[(row + colour) % 2 == 1] for row in range(height)]
+        self.register_buffer("odd", torch.tensor(odd), persistent=False)  # where the second pixel conditions
         self.conditioning_shape = self.transformed_shape = (channels, height, width // 2)
 
     def split(self, x):
@@ -317,9 +324,7 @@ class Coupling(Bijection):
             return z, sum_event(log_slope)
 
         found = layers()
-        return found and self.univariate.of_network(
-            x, self._shared(), self.places, self.partition.conditioning, found, in_turn
-        )
+        return found and self.univariate.of_network(x, self._shared(), self.places, self.partition.seen, found, in_turn)
 
     def _map_part(self, x, theta, inverse):
         """A vector whose conditioning part stays, by one call of τ; None where it has none."""

@@ -74,9 +74,9 @@ class RationalQuadratic(Univariate):
     def of_parts(self, x, theta, shared, places, in_turn):
         return native.spline_of_parts(x, theta, shared, places, self._settings(), in_turn)
 
-    def of_network(self, x, shared, places, conditioning, layers, in_turn):
+    def of_network(self, x, shared, places, seen, layers, in_turn):
         kinds, tensors = layers
-        return coupling(x, shared, Plan(conditioning, kinds, places, self._settings(), in_turn), tensors)
+        return coupling(x, shared, Plan(seen, kinds, places, self._settings()), tensors, in_turn)
 
     def _by_native(self, values, theta, inverse, by_torch):
         """The map by a C++ function; None where that does not apply."""

@@ -71,7 +71,7 @@ class Univariate(nn.Module):
         x: Tensor,
         shared: Tensor,
         places: Tensor,
-        conditioning: Callable[[Tensor], Tensor],
+        seen: slice,
         layers: tuple[Sequence, Sequence[Tensor]],
         in_turn: Callable,
     ) -> tuple[Tensor, Tensor] | None:
@@ -79,7 +79,7 @@ class Univariate(nn.Module):
         where the network must run by itself.
 
         Args:
-            conditioning: a view of the part of x that the network sees.
+            seen: the places in x of the part that the network sees.
             layers: what its ``dense_layers`` returns.
             in_turn: as for :meth:`of_parts`, with the network's output (B, params·n) in place of θ, and the
                 log-determinant (B,) in place of its terms.

@@ -211,7 +211,6 @@ void backward(const T* x, const T* grad_y, T* grad_x, const T* kept, int64_t fir
       add_product(here, int64_t(1), out, input_of(layer, z, rectified), in, grad_weight, in, out, in, ROWS);
       for (int64_t r = 0; r < ROWS; ++r)
         for (int64_t o = 0; o < out; ++o) grad_bias[o] += here[r * out + o];
-      if (!l && !grad_x) break;
       std::memset(below, 0, ROWS * in * sizeof(T));
       add_product(here, out, int64_t(1), weights + starts[l], in, below, in, ROWS, in, layer.out);
       if (layer.rectifies)
@@ -221,9 +220,8 @@ void backward(const T* x, const T* grad_y, T* grad_x, const T* kept, int64_t fir
       std::swap(above, below);
       std::swap(above, here);
     }
-    if (grad_x)
-      for (int64_t r = 0; r < in_block; ++r)
-        std::memcpy(grad_x + (block * ROWS + r) * layers[0].in, here + r * padded(layers[0].in), layers[0].in * sizeof(T));
+    for (int64_t r = 0; r < in_block; ++r)
+      std::memcpy(grad_x + (block * ROWS + r) * layers[0].in, here + r * padded(layers[0].in), layers[0].in * sizeof(T));
   }
   for (int64_t l = 0; l < count; ++l) {
     const Layer& layer = layers[l];

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtrain.runtime import gradients
+from flowtrain.runtime import gradients, modes
 
 log = logging.getLogger(__name__)
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -137,6 +137,23 @@ def in_memory(*tensors: Tensor) -> bool:
         if type(one) not in _PLAIN or not one.is_cpu:
             return False
     return gradients.only_autograd_watches()
+
+
+def as_operator(*tensors: Tensor) -> bool:
+    """Whether torch.compile, which takes an operator as it is, is at work on tensors in the CPU's memory. No exported
+    program has operators of ours."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or modes.current().tracing:
+        return False
+    for one in tensors:
+        if one.dtype not in NAMES or one.device.type != "cpu":
+            return False
+    return True
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` does. That imports the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 _PLAIN = Tensor, torch.nn.Parameter

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowtrain.runtime import gradients, modes, native
+from flowtrain.runtime import gradients, native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -36,11 +36,9 @@ def spline(
     each = values.shape if theta.dim() > values.dim() else values.shape[1:]
     if values.dtype != theta.dtype or theta.shape != (*each, 3 * settings[0] - 1):  # torch broadcasts, or refuses
         return None
-    if torch.compiler.is_compiling():  # an operator that the compiler takes as it is; no exported program has it
-        is_exported = torch.compiler.is_exporting() or modes.current().tracing
-        by_operator = not is_exported and _compiles_on(values.device.type)
-        return _operator(values, theta, list(settings), inverse) if by_operator else None
-    if not native.applies(values, theta) or native.load(SOURCE) is None:
+    if native.as_operator(values, theta) and is_built():
+        return _operator(values, theta, None, None, list(settings), inverse)
+    if not native.applies(values, theta) or not is_built():
         return None
     return _Spline.apply(values, theta, None, None, settings, inverse, by_torch)
 
@@ -56,16 +54,19 @@ def spline_of_parts(
         shared: of the latter, (D − n, parameters).
         places: (D,), i for a number that has ``theta[:, i]`` and −1 − i for one that has ``shared[i]``.
     """
-    if not native.applies(values, theta, shared) or native.load(SOURCE) is None:
-        return None
     if not values.dtype == theta.dtype == shared.dtype:
+        return None
+    if native.as_operator(values, theta, shared) and is_built():
+        return _operator(values, theta, shared, places, list(settings), False)
+    if not native.applies(values, theta, shared) or not is_built():
         return None
     return _Spline.apply(values, theta, shared, places, settings, False, by_torch)
 
 
-@torch.compiler.assume_constant_result
-def _compiles_on(device: str) -> bool:
-    return device == "cpu" and native.load(SOURCE) is not None
+@native.constant_when_compiled
+def is_built() -> bool:
+    """Whether there are C++ functions of splines."""
+    return native.load(SOURCE) is not None
 
 
 class _Spline(torch.autograd.Function):
@@ -181,35 +182,45 @@ def _numbers(settings: tuple[float, ...]) -> ctypes.Array:
 
 
 @torch.library.custom_op("flowtrain::rational_quadratic", mutates_args=(), device_types="cpu")
-def _operator(values: Tensor, theta: Tensor, settings: list[float], inverse: bool) -> tuple[Tensor, Tensor]:
-    return forward(values, theta, None, None, tuple(settings), inverse)
+def _operator(
+    values: Tensor, theta: Tensor, shared: Tensor | None, places: Tensor | None, settings: list[float], inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return forward(values, theta, shared, places, tuple(settings), inverse)
 
 
 @torch.library.custom_op("flowtrain::rational_quadratic_backward", mutates_args=(), device_types="cpu")
 def _operator_backward(
-    values: Tensor, theta: Tensor, grad_out: Tensor, grad_log: Tensor, settings: list[float], inverse: bool
-) -> tuple[Tensor, Tensor]:
-    grad_values, grad_theta = backward(values, theta, None, None, grad_out, grad_log, tuple(settings), inverse)
-    return grad_values, grad_theta.contiguous()
+    values: Tensor,
+    theta: Tensor,
+    shared: Tensor | None,
+    places: Tensor | None,
+    grad_out: Tensor,
+    grad_log: Tensor,
+    settings: list[float],
+    inverse: bool,
+) -> list[Tensor]:
+    found = backward(values, theta, shared, places, grad_out, grad_log, tuple(settings), inverse)
+    return [one.contiguous() for one in found]
 
 
 @_operator.register_fake
-def _(values, theta, settings, inverse):
+def _(values, theta, shared, places, settings, inverse):
     return values.new_empty(values.shape), values.new_empty(values.shape)
 
 
 @_operator_backward.register_fake
-def _(values, theta, grad_out, grad_log, settings, inverse):
-    return values.new_empty(values.shape), theta.new_empty(theta.shape)
+def _(values, theta, shared, places, grad_out, grad_log, settings, inverse):
+    return [one.new_empty(one.shape) for one in (values, theta, shared) if one is not None]
 
 
 def _setup(ctx, inputs, output):
-    values, theta, ctx.settings, ctx.inverse = inputs
-    ctx.save_for_backward(values, theta)
+    *tensors, ctx.settings, ctx.inverse = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, grad_out, grad_log):
-    return *_operator_backward(*ctx.saved_tensors, grad_out, grad_log, ctx.settings, ctx.inverse), None, None
+def _gradients(ctx, *grads):
+    found = _operator_backward(*ctx.saved_tensors, *grads, ctx.settings, ctx.inverse)
+    return *found, *[None] * (6 - len(found))
 
 
 _operator.register_autograd(_gradients, setup_context=_setup)
