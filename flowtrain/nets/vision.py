@@ -31,6 +31,7 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: ``shape`` is not an image's, a size below 1, or ``hidden`` no multiple of ``heads``.
 
+    >>> import torch
     >>> VisionTransformer((3, 8, 8), out=4)(torch.randn(5, 3, 8, 8)).shape
     torch.Size([5, 4, 8, 8])
     """

@@ -18,8 +18,9 @@ ROWS, WIDTH = 64, 16  # of a block, and numbers to which its rows are padded, as
 MOST = 1 << 17  # weights: the products of larger networks are faster by torch
 
 
-RECTIFIES, SKIPS = 1, 2  # what a layer does besides its product, as bits of its kind:
-# it rectifies what it is given; it ends a residual block, and adds the output of the layer before the last one
+# bits of the kind of a layer: what it does besides its product
+RECTIFIES = 1  # it rectifies its input
+SKIPS = 2  # it ends a residual block of two layers, and adds the block's input
 
 # the tensors' places, the rows and the parts of their blocks, the layers and their number
 _FORWARD, _BACKWARD = (
