@@ -68,8 +68,9 @@ def run(tmp_path, parts, found, seconds=100.0):
     return code, json.loads((tmp_path / "gpu.json").read_text())["parts"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_is_rehearsed(tmp_path):
+    """To be run after a change in scripts/on_gpu or scripts/gpu.py, and before a GPU is used."""
     from on_gpu.parts import PARTS
 
     path = tmp_path / "gpu.json"
