@@ -101,7 +101,7 @@ def test_every_discrete_model_is_exported(model, what):
     assert greatest <= tolerance
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_discrete_experiment_is_exported(name):
     data = (
