@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.split("::")[0]
             if file.endswith("test_docs.py"):
                 return nodeid
-            return "reliability" if "reliability" in file else file
+            return "reliability" if file.startswith("tests/reliability/") else file
 
     return ByFile(config, log)
 

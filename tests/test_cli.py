@@ -12,7 +12,7 @@ from pathlib import Path
 
 import inprocess
 import pytest
-from composed import configuration, options
+from composed import options
 
 from flowtrain import __version__
 from flowtrain.cli import exit_codes, main, worker
@@ -200,8 +200,9 @@ def test_a_run_its_evaluation_and_its_samples(trained):
     assert len(list(run.glob("eval/*/eval.json"))) == 1
     assert flowtrain("sample", "n=4", f"ckpt={run}", cwd=trained).returncode == 0
     assert len(list(run.glob("sample/*/samples.npy"))) == 1
-    with pytest.raises(UsageError, match="fixed by the checkpoint"):
+    with pytest.raises(UsageError, match="fixed by the checkpoint") as refused:
         inprocess.flowtrain(trained, "eval", "model.steps=3")
+    assert exit_codes.describe_error(refused.value)[1] == 2
 
 
 def test_the_compiler_is_not_imported_to_evaluate(trained):
@@ -356,9 +357,12 @@ def test_a_signal_ends_the_command_though_a_library_swallows_its_exit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["model", "dataset", "optimizer", "scheduler", "experiment"])
-def test_every_option_composes(group):
+def test_every_option_composes(group, tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     for name in options(group):
-        assert configuration(f"{group}={name}", *(["dataset.path=a.csv"] if name == "table" else [])), name
+        file = ["dataset.path=a.csv"] if name == "table" else []
+        assert inprocess.flowtrain(tmp_path, "train", f"{group}={name}", *file, "--cfg", "job") == 0, name
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_vectors_have_no_keys_of_images(tmp_path, monkeypatch):

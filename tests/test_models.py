@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +92,16 @@ def test_exact_on_3x8x8(make):
     """The whole flow without preprocessing, against the autograd Jacobian."""
     bijection = randomize(make((3, 8, 8)).bijection, scale=0.03)
     assert_exact(bijection, 0.3 * torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_shapes_alone_need_no_compiler():
+    """A flow on the meta device, as checkpoints are checked: torch's compiler takes as long to import as torch."""
+    models = [name for name in options("model") if name != "realnvp"]  # whose weight normalization imports it
+    words = [[f"model={name}", "dataset=digits"] for name in models]
+    code = f"import sys; from composed import flow_of; [flow_of(*each, device='meta') for each in {words}]; "
+    code += "sys.exit(' '.join({'torch._dynamo', 'sympy'} & {*sys.modules}) or None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("model", options("model"))

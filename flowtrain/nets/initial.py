@@ -11,10 +11,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def random_normal(*shape: int, std: float) -> Tensor:
-    """Numbers drawn from a normal distribution; on the meta device none, where torch would import its compiler for
-    them, which takes seconds."""
+    """Numbers drawn from a normal distribution. On the meta device, which has no numbers, nothing is drawn: torch would
+    import its compiler for that, which takes seconds."""
     numbers = torch.empty(shape)
     return numbers if numbers.is_meta else numbers.normal_(std=std)
+
+
+def on_default_device(numbers: Tensor) -> Tensor:
+    """A constant that was computed on the CPU, where torch creates tensors now. Arithmetic on the meta device would
+    import the compiler too."""
+    return numbers.to(torch.get_default_device())
 
 
 def zero_init(layer: Module) -> Module:

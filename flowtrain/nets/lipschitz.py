@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.initial import small_init
+from flowtrain.nets.initial import on_default_device, small_init
 from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.runtime import kept, modes
 
@@ -61,9 +61,9 @@ class SpectralNorm(nn.Module):
     def begin(self, shape: Sequence[int], mapped: Sequence[int]) -> None:
         """Create the vectors, one at random; the map takes one of ``shape`` to one of the shape ``mapped``."""
         right = torch.randn(shape, device="cpu")
-        self.register_buffer("right", (right / right.norm()).to(self.weight.device))
+        self.register_buffer("right", on_default_device(right / right.norm()))
         self.register_buffer("left", torch.zeros(tuple(mapped)))
-        self.register_buffer("seen", torch.zeros_like(self.weight), persistent=False)  # the weights of the vectors
+        self.register_buffer("seen", torch.zeros(self.weight.shape), persistent=False)  # the weights of the vectors
 
     def bounded(self) -> Tensor:
         """The weights as they are used."""

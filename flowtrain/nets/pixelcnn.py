@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.initial import random_normal, small_init, zero_init
+from flowtrain.nets.initial import on_default_device, random_normal, small_init, zero_init
 from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 
@@ -83,10 +83,9 @@ class PixelCNN(nn.Module):
         inputs = channels * (hidden + len(self.offsets))
         self.last = zero_init(nn.Conv2d(inputs, channels * out, 1, groups=channels))
         self.knots = zero_init(nn.Conv2d(inputs, channels * knots, 1, groups=channels)) if knots else None
-        cpu = torch.device("cpu")
-        places = torch.linspace(0, knots - 1, out, device=cpu)[:, None] - torch.arange(knots, device=cpu)
-        hats = (1 - places.abs()).clamp(min=0)
-        self.register_buffer("hats", torch.tensor(hats.tolist()).view(hats.shape), persistent=False)  # (out, knots)
+        places = torch.linspace(0, knots - 1, out, device="cpu")[:, None] - torch.arange(knots, device="cpu")
+        hats = (1 - places.abs()).clamp(min=0)  # (out, knots)
+        self.register_buffer("hats", on_default_device(hats), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):

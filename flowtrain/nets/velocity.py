@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.initial import small_init, zero_init
+from flowtrain.nets.initial import on_default_device, small_init, zero_init
 from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 
@@ -38,7 +38,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, features: int, context_shape=None):
         super().__init__()
         frequencies = torch.linspace(0.25, 2, WAVES, device="cpu")
-        self.register_buffer("frequencies", torch.tensor(frequencies.tolist()), persistent=False)
+        self.register_buffer("frequencies", on_default_device(frequencies), persistent=False)
         self.first = nn.Linear(2 * WAVES + 1, features)
         self.context = context_layer(features, context_shape)
         self.second = nn.Linear(features, features)
