@@ -2,9 +2,9 @@
 their posteriors from the references, and how long they train.
 
 Each estimator, with the defaults of its library, is trained once for a task and a number of simulations, on the same
-simulations, by sbi's own loop with its defaults. Then 10,000 posterior samples for each observation are kept, and
-compared with the reference one after the other. Times are CPU seconds on one thread. A training step is also timed for
-the three in turns, since a busy machine slows one training more than another.
+simulations, by sbi's own loop with its defaults, but for the learning rate of ours. Then 10,000 posterior samples for
+each of ten observations are compared with the references. Times are CPU seconds on one thread. A training step is also
+timed for the three in turns, since a busy machine slows one training more than another.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import sections
 import torch
+from c2st import c2sts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, KEPT = ROOT / "results" / "sbibm.json", ROOT / "docs" / "inference.md", ROOT / "data" / "sbibm"
@@ -35,7 +37,9 @@ PUBLISHED = {  # mean C2ST of NPE by budget
     "gaussian_mixture": (0.731, 0.661, 0.555),
     "bernoulli_glm": (0.863, 0.678, 0.559),
 }
-ESTIMATORS = ("ours", "nflows", "zuko")
+LEARNING_RATES = {"ours": 2e-3, "nflows": 5e-4, "zuko": 5e-4}  # sbi's default is 5e-4
+OBSERVATIONS = range(1, 11)
+PAIRS = 5  # of samples whose classifiers are trained at a time: about what a core's cache holds
 
 
 def builder(estimator: str, prior) -> Callable:
@@ -50,7 +54,7 @@ def builder(estimator: str, prior) -> Callable:
     return posterior_nn({"nflows": "nsf", "zuko": "zuko_nsf"}[estimator])
 
 
-def train(task, simulations: int, estimator: str, observations: int) -> dict:
+def train(task, simulations: int, estimator: str) -> dict:
     """Posterior samples for each observation, (observations, 10,000, D), and what training took."""
     from sbi.inference import NPE
 
@@ -61,17 +65,17 @@ def train(task, simulations: int, estimator: str, observations: int) -> dict:
         prior, density_estimator=builder(estimator, prior), show_progress_bars=False, summary_writer=Nothing()
     )
     start, wall = time.process_time(), time.perf_counter()
-    network = inference.append_simulations(theta, x).train()
+    network = inference.append_simulations(theta, x).train(learning_rate=LEARNING_RATES[estimator])
     seconds, wall = time.process_time() - start, time.perf_counter() - wall
     posterior = inference.build_posterior(network)
     drawn = [
-        posterior.sample((SAMPLES,), x=task.get_observation(i), show_progress_bars=False)
-        for i in range(1, observations + 1)
+        posterior.sample((SAMPLES,), x=task.get_observation(i), show_progress_bars=False).numpy() for i in OBSERVATIONS
     ]
     return {
-        "samples": torch.stack(drawn).numpy(),
-        "seconds": seconds,
-        "wall": wall,
+        "samples": np.stack(drawn),
+        "learning_rate": LEARNING_RATES[estimator],
+        "train_seconds": round(seconds, 1),
+        "train_wall_seconds": round(wall, 1),
         "epochs": inference.summary["epochs_trained"][-1],
         "parameters": sum(p.numel() for p in network.parameters()),
     }
@@ -87,9 +91,9 @@ def simulate(task, simulations: int) -> tuple[torch.Tensor, torch.Tensor]:
 def step_times(task, rounds: int = 40) -> dict[str, float]:
     """The median CPU milliseconds of a training step of sbi's loop, on 200 rows, of each estimator in turns."""
     theta, x = simulate(task, 1_000)
-    networks = {name: builder(name, task.get_prior_dist())(theta, x) for name in ESTIMATORS}
+    networks = {name: builder(name, task.get_prior_dist())(theta, x) for name in LEARNING_RATES}
     optimizers = {name: torch.optim.Adam(network.parameters(), 5e-4) for name, network in networks.items()}
-    times: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    times: dict[str, list[float]] = {name: [] for name in LEARNING_RATES}
     for _ in range(rounds):
         for name, network in networks.items():
             start = time.thread_time()
@@ -115,7 +119,7 @@ def kept(task, simulations: int, estimator: str) -> dict:
     file = KEPT / f"{task.name}-{simulations}-{estimator}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = train(task, simulations, estimator, 10)
+        found = train(task, simulations, estimator)
         temporary = file.with_suffix(".tmp.npz")
         np.savez(temporary, **found)
         os.replace(temporary, file)
@@ -123,43 +127,29 @@ def kept(task, simulations: int, estimator: str) -> dict:
         return {name: found[name] if name == "samples" else found[name].item() for name in found.files}
 
 
-def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
-    """What is to be measured: an observation of all tasks, then the next one; all estimators after one another."""
-    for simulations in options.simulations:
-        for observation in options.observations:
-            for task in options.tasks:
-                yield from ((task, simulations, estimator, observation) for estimator in options.estimators)
+def scores(task, samples: np.ndarray) -> list[float]:
+    """C2ST of the samples for each observation."""
+    references = np.stack([task.get_reference_posterior_samples(i)[:SAMPLES].numpy() for i in OBSERVATIONS])
+    found = []
+    for i in range(0, len(samples), PAIRS):
+        found += c2sts(references[i : i + PAIRS], samples[i : i + PAIRS])
+    return [round(value, 4) for value in found]
 
 
-def tables(found: list[dict], steps: dict[str, dict[str, float]]) -> str:
-    """The means over observations, and the times of trainings and of steps, with what is not measured yet."""
+def tables(found: dict[str, dict], steps: dict[str, dict[str, float]]) -> str:
+    """The means over observations, and the times of trainings and of steps; a dash for what is not measured yet."""
     lines = ["| task | simulations | ours | nflows | zuko | published | training: ours | nflows | zuko |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for task, published in PUBLISHED.items():
         for simulations, value in zip(BUDGETS, published):
-            own = {
-                name: [
-                    row
-                    for row in found
-                    if (row["task"], row["simulations"], row["estimator"]) == (task, simulations, name)
-                ]
-                for name in ESTIMATORS
-            }
-            scores = [score([row["c2st"] for row in rows]) for rows in own.values()]
-            seconds = [f"{rows[0]['train_seconds']:,.0f} s" if rows else "–" for rows in own.values()]
-            cells = [task, f"{simulations:,}", *scores, f"{value:.3f}", *seconds]
-            lines.append("| " + " | ".join(cells) + " |")
+            own = [found.get(f"{task} {simulations} {name}") for name in LEARNING_RATES]
+            means = [f"{statistics.mean(cell['c2st']):.3f}" if cell else "–" for cell in own]
+            seconds = [f"{cell['train_seconds']:,.0f} s" if cell else "–" for cell in own]
+            lines.append("| " + " | ".join([task, f"{simulations:,}", *means, f"{value:.3f}", *seconds]) + " |")
     lines += ["", "| a training step of 200 rows, in turns | ours | nflows | zuko |", "|---|---:|---:|---:|"]
     for task, times in steps.items():
-        lines.append("| " + " | ".join([task, *(f"{times[name]:.1f} ms" for name in ESTIMATORS)]) + " |")
+        lines.append("| " + " | ".join([task, *(f"{times[name]:.1f} ms" for name in LEARNING_RATES)]) + " |")
     return "\n".join(lines)
-
-
-def score(values: list[float]) -> str:
-    if not values:
-        return "not measured yet"
-    few = f" ({len(values)} of 10)" if len(values) < 10 else ""
-    return f"{statistics.mean(values):.3f}{few}"
 
 
 def main() -> None:
@@ -167,59 +157,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="sbibm's tasks by sbi's NPE with three libraries' flows")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=[*PUBLISHED])
     parser.add_argument("--simulations", type=numbers, default=[*BUDGETS])
-    parser.add_argument("--observations", type=numbers, default=[*range(1, 11)])
-    parser.add_argument("--estimators", type=lambda text: text.split(","), default=[*ESTIMATORS])
+    parser.add_argument("--estimators", type=lambda text: text.split(","), default=[*LEARNING_RATES])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--table", action="store_true", help="only write the table of docs/inference.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found, steps = results.get("cells", []), results.get("step_milliseconds", {})
     if not options.table:
-        measure(options, found, steps)
-    sections.write(PAGE, "sbibm", tables(found, steps))
+        measure(options)
+    results = read()
+    sections.write(PAGE, "sbibm", tables(results["cells"], results["step_milliseconds"]))
 
 
-def measure(options: argparse.Namespace, found: list[dict], steps: dict[str, dict[str, float]]) -> None:
-    """Add what ``options`` ask for to ``found``, to ``steps`` and to the file, cell by cell."""
+def read() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"step_milliseconds": {}, "cells": {}}
+
+
+def write(part: str, name: str, value: dict) -> None:
+    """Add one value to the file, which another process may have changed meanwhile."""
+    results = read()
+    results["machine"] = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "architecture": os.uname().machine,
+    }
+    results[part][name] = value
+    temporary = RESULTS.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, RESULTS)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Add what ``options`` ask for to the file, cell by cell."""
     sys.path.remove(str(Path(__file__).parent))  # where this file hides the package of its name
     import sbibm
 
-    from flowtrain.engine.calibration import c2st
-
     end = time.monotonic() + 60 * options.minutes
-    done = {(row["task"], row["simulations"], row["estimator"], row["observation"]) for row in found}
-    for cell in cells(options):
-        if cell in done:
+    for simulations, name, estimator in product(options.simulations, options.tasks, options.estimators):
+        cell, task = f"{name} {simulations} {estimator}", sbibm.get_task(name)
+        if cell in read()["cells"]:
             continue
         if time.monotonic() > end:
             print("time is up; the same command continues", file=sys.stderr)
             return
-        name, simulations, estimator, observation = cell
-        task = sbibm.get_task(name)
-        if name not in steps:
-            steps[name] = step_times(task)
-        trained = kept(task, simulations, estimator)
-        reference = task.get_reference_posterior_samples(observation)[:SAMPLES].numpy()
-        row = {
-            "task": name,
-            "simulations": simulations,
-            "estimator": estimator,
-            "observation": observation,
-            "c2st": round(c2st(reference, trained["samples"][observation - 1]), 4),
-            "train_seconds": round(trained["seconds"], 1),
-            "train_wall_seconds": round(trained["wall"], 1),
-            "epochs": trained["epochs"],
-            "parameters": trained["parameters"],
-        }
-        found.append(row)
-        machine = {"date": date.today().isoformat(), "torch": torch.__version__, "architecture": os.uname().machine}
-        temporary = RESULTS.with_suffix(".tmp")
-        results = {"machine": machine, "step_milliseconds": steps, "cells": found}
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, RESULTS)
-        print(row, file=sys.stderr, flush=True)
+        if name not in read()["step_milliseconds"]:
+            write("step_milliseconds", name, step_times(task))
+        found = kept(task, simulations, estimator)
+        row = {"c2st": scores(task, found.pop("samples"))} | found
+        write("cells", cell, row)
+        print(cell, row, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

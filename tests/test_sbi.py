@@ -283,6 +283,56 @@ def test_an_estimator_pickles_and_copies():
         assert torch.equal(same.log_prob(theta, x), estimator.log_prob(theta, x))
 
 
+# ---- the average of the weights
+
+
+def trained(average, steps=5, **keys):
+    """An estimator after some steps in training mode, and its weights after each."""
+    estimator = build(average=average, **keys)
+    theta, x = torch.randn(64, 4), torch.randn(64, 7)
+    optimizer = torch.optim.SGD(estimator.parameters(), 1e-2)
+    weights = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        estimator.loss(theta, x).mean().backward()
+        weights.append(flat(estimator))
+        optimizer.step()
+    return estimator, [*weights, flat(estimator)]
+
+
+def flat(estimator):
+    return torch.cat([one.detach().flatten() for one in estimator.parameters()])
+
+
+def test_evaluation_uses_the_average_of_the_weights():
+    estimator, weights = trained(0.9)
+    average = weights[0]
+    for one in weights[1:]:
+        average = 0.9 * average + 0.1 * one
+    assert not torch.allclose(average, weights[-1], atol=1e-5)
+    estimator.eval()
+    assert torch.allclose(flat(estimator), average, atol=1e-6)
+    saved = copy.deepcopy(estimator.state_dict())
+    theta, x = torch.randn(5, 4), torch.randn(5, 7)
+    density = estimator.log_prob(theta, x)
+    for same in (copy.deepcopy(estimator), pickle.loads(pickle.dumps(estimator)), estimator.eval()):
+        assert torch.equal(same.log_prob(theta, x), density)
+    estimator.train()
+    assert torch.equal(flat(estimator), weights[-1])  # to go on with
+    with torch.no_grad():
+        estimator.log_prob(theta, x)  # not a step
+    estimator.load_state_dict(saved)
+    assert torch.equal(flat(estimator.eval()), flat(estimator.train()))  # loaded weights are those to train on
+    assert torch.allclose(flat(estimator), average, atol=1e-6)
+
+
+def test_no_average_unless_it_is_wanted():
+    estimator, weights = trained(0.0)
+    assert torch.equal(flat(estimator.eval()), weights[-1])
+    with pytest.raises(ValueError, match="average=1.5 must be at least 0 and below 1"):
+        flowtrain.sbi.estimator(average=1.5)
+
+
 # ---- sbi's own inference
 
 

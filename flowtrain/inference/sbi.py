@@ -42,6 +42,7 @@ def estimator(
     embedding_net: nn.Module | None = None,
     z_score_theta: Scores = "independent",
     z_score_x: Scores = "independent",
+    average: float = 0.98,
     **knobs,
 ) -> Callable[[Tensor, Tensor], FlowEstimator]:
     """A builder for the ``density_estimator`` of sbi's NPE and NLE: it makes a flow that fits the first simulations.
@@ -59,11 +60,12 @@ def estimator(
         embedding_net: maps what is conditional on, (B, *shape), z-scored, to features, (B, n); trained with the flow.
         z_score_theta, z_score_x: whether each dimension is standardized ("independent"), all by one mean and
             deviation ("structured": series and images), or none; of bounded ones, after their map to the line.
+        average: decay of the moving average of the weights, which validation and samples use; 0 for no average.
         knobs: of the model, such as ``steps=5, hidden=50``.
 
     Raises:
-        ValueError: an unknown model; ``prior`` with ``bounds`` or for a likelihood; a prior of another support, such as
-            a simplex.
+        ValueError: an unknown model; ``average`` outside [0, 1); ``prior`` with ``bounds`` or for a likelihood; a prior
+            of another support, such as a simplex.
         ImportError: sbi is not installed.
 
     >>> import flowtrain
@@ -81,6 +83,8 @@ def estimator(
         model = getattr(flows, model)
     if density not in (None, "posterior", "likelihood"):
         raise ValueError(f"density='{density}': must be 'posterior' or 'likelihood'")
+    if not 0 <= average < 1:
+        raise ValueError(f"average={average} must be at least 0 and below 1")
     if prior is not None and bounds is not None:
         raise ValueError("prior and bounds: give one of them")
     for z_score in (z_score_theta, z_score_x):
@@ -122,7 +126,7 @@ def estimator(
         )
         _fit_links(flow, rows, ends, scores[0])
         flow.initialize(rows[:MOST_ROWS], conditions[:MOST_ROWS])
-        return FlowEstimator(flow, ends)
+        return FlowEstimator(flow, ends, average)
 
     return build
 
@@ -136,14 +140,39 @@ class FlowEstimator(ConditionalDensityEstimator):
     Args:
         flow: of rows, with conditions as context.
         ends: (low, high) of each dimension of the input, None where it has no bound.
+        average: decay of a moving average of the weights. In training mode each density counts as a step of it; in
+            evaluation mode the weights are the average, and so is the state_dict. 0 for no average.
     """
 
     net: Flow
 
-    def __init__(self, flow: Flow, ends):
+    def __init__(self, flow: Flow, ends, average: float = 0.0):
         super().__init__(flow, torch.Size(flow.shape), torch.Size(flow.context_shape))
+        self.decay = average
+        self._other: list[Tensor] = []  # in training mode the average, in evaluation mode the weights to train on
+        self.register_load_state_dict_post_hook(_forget)
         for name, limit in zip(("low", "high"), limits(ends)):
             self.register_buffer(name, limit)
+
+    def train(self, mode: bool = True) -> FlowEstimator:
+        """Training or evaluation mode, with the weights of it."""
+        if mode != self.training and self._other:
+            if not mode:
+                self._update_average()
+            weights = list(self.parameters())
+            others = [one.detach().clone() for one in weights]
+            with torch.no_grad():
+                torch._foreach_copy_(weights, self._other)
+            self._other = others
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        weights = list(self.parameters())
+        if self.decay and not self._other:
+            self._other = [one.detach().clone() for one in weights]
+        elif self.decay:
+            torch._foreach_lerp_(self._other, weights, 1 - self.decay)
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -154,6 +183,8 @@ class FlowEstimator(ConditionalDensityEstimator):
         """log p(input | condition) in nats, (samples, batch); −∞ outside the bounds."""
         self._check_input_shape(input)
         self._check_condition_shape(condition)
+        if self.training and torch.is_grad_enabled():
+            self._update_average()
         input, _, batch = self._broadcast_and_align(input, condition)
         # each condition is embedded once, then repeated for all samples
         given = condition.shape[: condition.dim() - len(self.condition_shape)]
@@ -183,6 +214,11 @@ class FlowEstimator(ConditionalDensityEstimator):
         """The latents of inputs, in the broadcast batch of both."""
         self._check_condition_shape(condition)
         return self.net.encode(input, condition)
+
+
+def _forget(module: nn.Module, _) -> None:
+    """Weights that are loaded are those to train on."""
+    module._other = []
 
 
 def _prior_ends(prior: Distribution) -> list[tuple[float | None, float | None]]:
