@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from hydra._internal import utils
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.plugins.launcher import Launcher
@@ -48,6 +50,35 @@ def test_errors_are_raised_through_hydra_main(tmp_path, monkeypatch):
         run_hydra("train", ["seed=7", "hydra.run.dir=run"], fail)
     with pytest.raises(HydraException):
         run_hydra("train", ["model=nonsense", "hydra.run.dir=run"], fail)
+
+
+def test_hydra_takes_a_configuration_that_is_composed_already(tmp_path, monkeypatch):
+    """It is the one that Hydra would compose, and it is composed once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flowtrain"])
+    (tmp_path / "mine/trainer").mkdir(parents=True)
+    (tmp_path / "mine/trainer/gentle.yaml").write_text("defaults: [default, _self_]\nclip: 0.5\n")
+    words = ["experiment=digits_best", "seed=7", "trainer=gentle", "hydra.run.dir=run"]
+    received, composed = [], []
+
+    def task(cfg):
+        received.append(OmegaConf.to_container(cfg, resolve=False))
+        received.append(OmegaConf.to_container(HydraConfig.get(), resolve=False))
+
+    flags = ["--config-dir", "mine"]
+    run_hydra("train", [*flags, *words], task)
+    config = Composition(Loader("mine"), "train", words).whole()
+    compose = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *args, **keys: composed.append(1))
+    run_hydra("train", [*flags, *words], task, config)
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", compose)
+    assert not composed
+    ours, hydras, taken, hydras_of_taken = received
+    assert taken == ours and ours["seed"] == 7
+    assert hydras["overrides"]["hydra"].pop() == "hydra.mode=RUN"  # Hydra says so itself, where no one has
+    assert hydras_of_taken == hydras
+    run_hydra("train", ["seed=8", "hydra.run.dir=other"], task)
+    assert received[-2]["seed"] == 8
 
 
 def test_a_file_that_options_share_is_no_option():

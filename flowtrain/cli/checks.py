@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from hydra.core.override_parser.types import Sweep
@@ -34,9 +35,20 @@ PLACES = ("dataset.root", "dataset.path", "dataset.download")
 CHOSEN = ("model", "dataset", "target", "objective", "experiment", "optimizer", "scheduler", "logger")
 
 
-def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> bool:
-    """Compose every job of a command line; whether they are dry runs. Raises UsageError, in one line, at the first
-    mistake."""
+class Checked(NamedTuple):
+    """A command line without mistakes.
+
+    Attributes:
+        is_dry: whether its jobs are dry runs.
+        config: what Hydra would compose for its job; None for a sweep.
+    """
+
+    is_dry: bool
+    config: DictConfig | None
+
+
+def check(command: Command, config_name: str, args: Namespace, multirun: bool) -> Checked:
+    """Compose every job of a command line. Raises UsageError, in one line, at the first mistake."""
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise UsageError(f"--config-dir {args.config_dir}: no such directory")
     loader, name, dry = Loader(args.config_dir), args.config_name or config_name, set()
@@ -48,11 +60,11 @@ def check(command: Command, config_name: str, args: Namespace, multirun: bool) -
             multirun = multirun or hydra.mode == RunMode.MULTIRUN
             words = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()), *words]
     for job in split_jobs(words, multirun, search):
-        config = _Job(loader, command, name, job).check()
+        cfg, config = _Job(loader, command, name, job).check()
         dry.add(command.trains and config.dry_run)
     if len(dry) > 1:
         raise UsageError("dry_run=true,false: the jobs of a sweep are all dry runs, or none is")
-    return True in dry
+    return Checked(True in dry, None if multirun or cfg.hydra.mode == RunMode.MULTIRUN else cfg)
 
 
 def check_names(command: Command, words: list[str]) -> None:
@@ -88,8 +100,8 @@ class _Job:
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
             return None
 
-    def check(self) -> JobConfig:
-        """The configuration that the job receives."""
+    def check(self) -> tuple[DictConfig, JobConfig]:
+        """The tree that Hydra composes, and the configuration that the job receives."""
         self._check_options()
         try:
             composition = Composition(self.loader, self.config_name, self.words)
@@ -100,7 +112,7 @@ class _Job:
             raise self._missing(error) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise usage_error(error) from error  # ValueError: of ~model=0
-        return self._check_whole(cfg)
+        return cfg, self._check_whole(cfg)
 
     def _check_options(self) -> None:
         for item in self.parsed:
@@ -132,7 +144,7 @@ class _Job:
         """Each key of a file that is merged over the whole tree must exist in the tree without that file."""
         ours = ("hydra", *CHECKPOINT_KEYS)
         overlays = [file for file in composition.overlays() if file.config_path.split("/")[0] not in ours]
-        tree = composition.tree(without=overlays)
+        tree = composition.tree(without=overlays) if overlays else None
         for file in overlays:
             content = composition.content(file)
             content.pop("hydra", None)

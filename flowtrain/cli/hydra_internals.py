@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hydra
+from hydra import version
 from hydra._internal import utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.defaults_list import create_defaults_list
+from hydra._internal.hydra import Hydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString
@@ -21,6 +27,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from flowtrain.config.compose import conf_dir
+
+VERSION_BASE = "1.3"
+version.setbase(VERSION_BASE)  # for what is composed before hydra.main sets it
 
 _all_files = ConfigRepository.get_group_options
 
@@ -84,11 +93,35 @@ def flag_parser() -> argparse.ArgumentParser:
     return utils.get_args_parser()
 
 
-def run_hydra(config_name: str, argv: list[str], task) -> None:
-    """Let Hydra compose ``conf/CONFIG_NAME.yaml`` and call ``task``. Errors are raised, not printed."""
+def run_hydra(config_name: str, argv: list[str], task, config: DictConfig | None = None) -> None:
+    """Let Hydra compose ``conf/CONFIG_NAME.yaml`` and call ``task``. Errors are raised, not printed.
+
+    Args:
+        config_name, argv, task: the file, the words of the command line, and what to run.
+        config: of a run that is no sweep, what :meth:`Composition.whole` gave for these words. Hydra takes it, and does
+            not compose it twice more.
+    """
     sys.argv = ["flowtrain", *argv]
     utils.run_and_report = lambda function: function()
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    with nullcontext() if config is None else _composed(config):
+        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)()
+
+
+@contextmanager
+def _composed(config: DictConfig) -> Iterator[None]:
+    """Within it, Hydra finds that it has composed ``config``, for one job."""
+
+    def load_configuration(self, *args, **kwargs) -> DictConfig:
+        OmegaConf.set_readonly(config.hydra, False)
+        config.hydra.mode = RunMode.RUN
+        return config
+
+    before = Hydra.get_mode, ConfigLoaderImpl.load_configuration
+    Hydra.get_mode, ConfigLoaderImpl.load_configuration = lambda *args, **kwargs: RunMode.RUN, load_configuration
+    try:
+        yield
+    finally:
+        Hydra.get_mode, ConfigLoaderImpl.load_configuration = before
 
 
 def before_sweeps(begin, wrap) -> None:
@@ -124,12 +157,13 @@ def split_sweep(parsed: list) -> list[list[str]]:
 
 
 class Loader:
-    """Hydra's config loader over ``conf/`` and, before it, a folder of the user's."""
+    """Hydra's config loader over ``conf/`` and, after it, a folder of the user's."""
 
     def __init__(self, config_dir: str | None = None):
         path = utils.create_config_search_path(str(conf_dir()))
         if config_dir:
-            path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
+            place = SearchPathQuery(provider="schema")
+            path.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor=place)
         self.loader = ConfigLoaderImpl(path)
 
     def group_exists(self, group: str) -> bool:
@@ -151,10 +185,10 @@ class Composition:
 
     def __init__(self, loader: Loader, config_name: str, overrides: list[str]):
         self.loader, self.config_name, self.overrides = loader.loader, config_name, overrides
-        defaults = self.loader.compute_defaults_list(config_name, overrides, RunMode.RUN)
+        parsed, self.repository = self.loader._parse_overrides_and_create_caching_repo(config_name, overrides)
+        defaults = create_defaults_list(self.repository, config_name, parsed, prepend_hydra=True, skip_missing=False)
         self.files = defaults.defaults  # in merging order
         self.values = defaults.config_overrides  # the overrides of values, not of groups
-        _, self.repository = self.loader._parse_overrides_and_create_caching_repo(config_name, overrides)
 
     def overlays(self) -> list:
         """The files of a group that are merged over the whole tree, such as an experiment."""

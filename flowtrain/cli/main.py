@@ -139,11 +139,12 @@ def compose(name: str, words: list[str]) -> int:
     root, args.overrides = open_checkpoints(command, given, placeholder=args.hydra_help)
     code = 0
     try:
-        is_dry = False
+        is_dry, config = False, None
         if not args.hydra_help:
-            is_dry = check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+            is_dry, config = check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
         with temporary_outputs() if is_dry and not runs.dry_run else nullcontext(()) as words, concluded() as codes:
-            run_hydra(root, [*flags, *args.overrides, *words], jobs.job)
+            composed = None if words or args.cfg or args.info else config
+            run_hydra(root, [*flags, *args.overrides, *words], jobs.job, composed)
         code = max(codes, default=0)
     except SystemExit as end:
         code = end.code or 0
