@@ -87,7 +87,8 @@ def plot_pairs(
                 plot.set_xlabel(_shorten(across.name, round(11 * cell)), fontsize=FONT_SIZE)
             if column == 0 and shown > 1:
                 plot.set_ylabel(_shorten(down.name, round(11 * cell)), fontsize=FONT_SIZE)
-    figure.align_labels()
+    figure.align_xlabels(grid[-1])  # not of all plots: each would ask all others for their ticks
+    figure.align_ylabels(grid[:, 0])
     _add_title_and_legend(figure, title, {name: colours[name] for name in tables})
     if shown < width:
         figure.supxlabel(
@@ -184,19 +185,22 @@ def _draw_points(plot, across: Axis, down: Axis, which: int, colour: str) -> Non
 
 
 def _format_axes(plot, across: Axis, down: Axis, left: bool, bottom: bool, diagonal: bool) -> None:
-    """Show tick labels only along the left and the lower edge."""
+    """Ticks are at the left and the lower edge alone: to lay out those of 64 plots takes seconds."""
     for side in ("top", "right"):
         plot.spines[side].set_visible(False)
     plot.tick_params(labelsize=FONT_SIZE - 2, length=2.5, pad=2)
-    _ticks(plot.xaxis, across, shown=bottom)
-    if diagonal:
-        plot.set_yticks([])
-        plot.spines["left"].set_visible(False)
+    if bottom:
+        _ticks(plot.xaxis, across)
     else:
-        _ticks(plot.yaxis, down, shown=left)
+        plot.set_xticks([])
+    if left and not diagonal:
+        _ticks(plot.yaxis, down)
+    else:
+        plot.set_yticks([])
+    plot.spines["left"].set_visible(not diagonal)
 
 
-def _ticks(axis, column: Axis, shown: bool) -> None:
+def _ticks(axis, column: Axis) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     if column.ticks is None:
@@ -210,7 +214,6 @@ def _ticks(axis, column: Axis, shown: bool) -> None:
         axis.set_ticks(column.ticks, column.words)
         if axis.axis_name == "x" and max(map(len, column.words)) > 2:
             axis.set_tick_params(rotation=90)
-    axis.set_tick_params(labelbottom=shown, labelleft=shown)
 
 
 def _add_title_and_legend(figure, title: str | None, colours: dict[str, str]) -> None:
