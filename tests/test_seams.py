@@ -104,7 +104,10 @@ def test_an_objective_of_ones_own(folder):
     [
         (("allow=[mine]", "+logger.mine={_target_: mine.Tempered}"), r"logger\.mine: Tempered is no logger"),
         (("+logger.mine={_target_: mine.Steps}",), "_target_ mine.Steps is not allowed"),
-        (("allow=[mine]", "objective._target_=mine.Nothing"), "objective: Nothing is no objective"),
+        (
+            ("allow=[mine]", "objective._target_=mine.Nothing"),
+            "objective: Nothing is no flowtrain.engine.objectives.Objective",
+        ),
         (("allow=[mine]", "objective._target_=mine.Tempered", "+objective.power=high"), "objective: .*high"),
     ],
 )

@@ -104,7 +104,6 @@ class Trainer(Stateful):
         if weights is None:
             weights = FlatWeights if FlatWeights.fit(flow, optimizer) else Weights
         self.weights: Weights = weights(flow, optimizer, ema)
-        self.begin_step = getattr(objective, "begin_step", lambda spent: None)
         self.training_pass = training_pass or TrainingPass(flow, objective, config.seed, config.trainer.accumulate)
         if distributed.world() > 1 and not self.weights.averages_gradients:
             self.training_pass.synchronize()
@@ -188,7 +187,7 @@ class Trainer(Stateful):
             self.flow.train()
         for parameter in self.weights.parameters:
             parameter.grad = None
-        self.begin_step(self.progress())
+        self.objective.begin_step(self.progress())
         place = self.step, distributed.rank(), distributed.world()
         with TURN:
             loss, reasons = self.training_pass.backpropagate(self.batch, *place)
@@ -267,7 +266,7 @@ class Trainer(Stateful):
     def report(self, norm: float, elapsed: float) -> None:
         loss = self.loss_sum / self.loss_count if self.loss_count else math.nan
         values = {
-            f"train/{getattr(self.objective, 'train_key', self.objective.key)}": self.objective.figure(self.flow, loss),
+            f"train/{self.objective.train_key or self.objective.key}": self.objective.figure(self.flow, loss),
             **counts(self.flow),
             "train/gradient_norm": norm,
             "train/lr": self.weights.optimizer.param_groups[0]["lr"],

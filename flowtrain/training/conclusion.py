@@ -67,11 +67,10 @@ def conclude(run: SetUp, trainer: Trainer) -> tuple[dict, Score]:
 def _evaluations(run: SetUp, trainer: Trainer, flow: Flow) -> tuple[Evaluation, Score]:
     """The likelihood on the validation split, and the score by which weights were selected there."""
     objective, config = trainer.objective, run.config
-    measure = getattr(objective, "measure", None)
-    examples = None if measure is None else config.trainer.val_examples  # a solver takes long
-    result = evaluate_split(flow, run.val, config, examples, config.trainer.val_draws, measure=measure)
+    examples = None if objective.measure is None else config.trainer.val_examples  # a solver takes long
+    result = evaluate_split(flow, run.val, config, examples, config.trainer.val_draws, measure=objective.measure)
     score = objective.score(result)
-    if objective.key == getattr(objective, "train_key", None):  # a loss
+    if objective.key == objective.train_key:  # a loss
         result = evaluate_split(flow, run.val, config, examples, measure=objective.log_prob)
     return result, score
 

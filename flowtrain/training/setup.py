@@ -93,9 +93,9 @@ class SetUp:
         """A flow at the start of a run with ``config``."""
         with memory_of_weights(config, self.device):
             flow = build_flow(config, self.spec, self.device)
-        getattr(self.objective, "prepare", lambda flow: None)(flow)
+        self.objective.prepare(flow)
         if self.state is None:
-            start(flow, config, self.train, self.device, getattr(self.objective, "start_rows", 0))
+            start(flow, config, self.train, self.device, self.objective.start_rows)
         return flow
 
     def loader(self, config: TrainConfig) -> Loader:
@@ -121,8 +121,8 @@ class SetUp:
             if global_batch.has_moments(flow):
                 reestimate_moments(flow, loader, config.trainer.val_examples)
             with memory_of_validation(config, self.device):
-                measure = getattr(self.objective, "measure", None)
-                return evaluate_split(flow, self.val, config, examples, config.trainer.val_draws, measure=measure)
+                measure, draws = self.objective.measure, config.trainer.val_draws
+                return evaluate_split(flow, self.val, config, examples, draws, measure=measure)
 
         return Trainer(
             flow,
@@ -228,8 +228,8 @@ def record_of(run: SetUp, trainer: Trainer) -> RunRecord:
         run.objective.unit,
         settings=_flatten({key: value for key, value in to_dict(run.config).items() if key != "logger"}),
         examples=trainer.examples,
-        train_key=getattr(run.objective, "train_key", None),
-        train_unit=getattr(run.objective, "train_unit", None),
+        train_key=run.objective.train_key,
+        train_unit=run.objective.train_unit,
     )
 
 
@@ -259,18 +259,18 @@ def stored_config(config: TrainConfig, state: dict | None) -> dict:
 def objective_of(config: TrainConfig, spec: DataSpec) -> Objective:
     objective = build_objective(config, spec)
     if not isinstance(objective, Objective):
-        raise UsageError(f"objective: {type(objective).__name__} is no objective")
+        raise UsageError(f"objective: {type(objective).__name__} is no flowtrain.engine.objectives.Objective")
     return objective
 
 
 def check_objective(config: TrainConfig, objective: Objective, flow: Flow) -> None:
     """Raise UsageError where ``objective`` cannot train ``flow``, or not as ``config`` says."""
-    if not hasattr(objective, "prepare"):
-        return
     try:
         objective.prepare(flow)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if objective.runs_layers:
+        return
     if config.memory != "none":
         raise UsageError(f"memory={config.memory}: flow matching runs no chain of layers; it must be none")
     if config.compile is True:

@@ -15,7 +15,7 @@ from flowtrain.bijections.bijection import at_least_float32, sum_event, walk
 from flowtrain.bijections.ode import accuracy, continuous_layers, replace_solutions
 from flowtrain.engine.evaluate import Evaluation
 from flowtrain.engine.objectives.likelihood import maximum_likelihood
-from flowtrain.engine.objectives.objective import Score
+from flowtrain.engine.objectives.objective import Objective, Score
 from flowtrain.flow import Flow
 from flowtrain.runtime import global_batch
 
@@ -43,7 +43,7 @@ def flow_matching(
     return FlowMatching(grey_levels, coupling, times, select)
 
 
-class FlowMatching:
+class FlowMatching(Objective):
     """The mean squared difference between a flow's velocity and that of straight paths from data to noise (Lipman et
     al. 2023, eq. 23, with its time reversed: here data are at time 0 and noise at 1).
 
@@ -76,6 +76,7 @@ class FlowMatching:
     """
 
     train_key, train_unit = "matching_loss", "a dimension"
+    runs_layers = False
     start_rows = 10_000  # examples from which the layers are started that this does not train
 
     def __init__(

@@ -13,12 +13,12 @@ from torch import Tensor
 from flowtrain.distributions import Noise
 from flowtrain.engine.evaluate import Evaluation, plus_minus
 from flowtrain.engine.importance import effective_share
-from flowtrain.engine.objectives.objective import Score
+from flowtrain.engine.objectives.objective import Objective, Score
 from flowtrain.flow import Flow
 from flowtrain.targets.target import Target
 
 
-class FromTarget:
+class FromTarget(Objective):
     """What both objectives share: samples of the flow, and the logarithms of their importance weights.
 
     A step draws as many samples x ~ q as a batch has examples; log w = log p_β(x) − log q(x). Annealed, p_β is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowtrain.engine.evaluate import Evaluation, plus_minus
-from flowtrain.engine.objectives.objective import Score
+from flowtrain.engine.objectives.objective import Objective, Score
 from flowtrain.flow import to_bits_per_dim
 
 
@@ -12,7 +12,7 @@ def maximum_likelihood(grey_levels: int | None) -> BitsPerDim | NatsPerRow:
     return BitsPerDim() if grey_levels else NatsPerRow()
 
 
-class BitsPerDim:
+class BitsPerDim(Objective):
     """For images and other integers: −log p(x) / (D ln 2), lower is better."""
 
     key, unit = "bits_per_dim", "bits/dim"
@@ -28,7 +28,7 @@ class BitsPerDim:
         return Score(value, value, f"{plus_minus(value, evaluation.bits_per_dim_stderr)} bits/dim")
 
 
-class NatsPerRow:
+class NatsPerRow(Objective):
     """For rows of real numbers, whose density has no bits: the mean log-likelihood in nats, higher is better.
 
     The loss is its negative per dimension, so that rates and clipping suit any number of columns.
