@@ -13,10 +13,19 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 def c2sts(references: np.ndarray, samples: np.ndarray, seed: int = 1) -> list[float]:
     """C2ST of pairs (P, n, D) and (P, n, D), as :func:`flowtrain.engine.calibration.c2st` has it of one: the same
-    networks, folds, optimizer and rule to stop, with other random numbers."""
+    networks, folds, optimizer and rule to stop, with other random numbers, which depend on the pairs of a call.
+
+    Raises:
+        ValueError: numbers that are not finite, after standardizing too; or n is no multiple of five.
+    """
     mean, std = references.mean(1, keepdims=True), references.std(1, ddof=1, keepdims=True)
-    rows = torch.from_numpy((np.concatenate([references, samples], 1) - mean) / std).float()
+    with np.errstate(all="ignore"):
+        rows = torch.from_numpy((np.concatenate([references, samples], 1) - mean) / std).float()
     pairs, n, dims = rows.shape
+    if not rows.isfinite().all():
+        raise ValueError("some of the samples are not finite, or a column of a reference is constant")
+    if n % (2 * FOLDS):
+        raise ValueError(f"{n // 2} samples of each kind: must be a multiple of {FOLDS}")
     labels = torch.arange(n) >= n // 2
     generator = torch.Generator().manual_seed(seed)
     folds = torch.randperm(n, generator=generator).chunk(FOLDS)

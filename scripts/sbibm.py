@@ -10,6 +10,7 @@ timed for the three in turns, since a busy machine slows one training more than 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import statistics
@@ -116,9 +117,8 @@ class Nothing:
 
 def kept(task, simulations: int, estimator: str) -> dict:
     """What :func:`train` returns, from disk where it is there."""
-    file = KEPT / f"{task.name}-{simulations}-{estimator}.npz"
+    file = KEPT / f"{task.name}-{simulations}-{estimator}-{LEARNING_RATES[estimator]}.npz"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         found = train(task, simulations, estimator)
         temporary = file.with_suffix(".tmp.npz")
         np.savez(temporary, **found)
@@ -129,13 +129,9 @@ def kept(task, simulations: int, estimator: str) -> dict:
 
 def scores(task, samples: np.ndarray, observations: list[int]) -> dict[str, float]:
     """C2ST of the samples for each of some observations."""
-    found = {}
-    for start in range(0, len(observations), PAIRS):
-        chosen = observations[start : start + PAIRS]
-        references = [task.get_reference_posterior_samples(i)[:SAMPLES].numpy() for i in chosen]
-        values = c2sts(np.stack(references), np.stack([samples[i - 1] for i in chosen]))
-        found |= {str(i): round(value, 4) for i, value in zip(chosen, values)}
-    return found
+    references = [task.get_reference_posterior_samples(i)[:SAMPLES].numpy() for i in observations]
+    values = c2sts(np.stack(references), np.stack([samples[i - 1] for i in observations]))
+    return {str(i): round(value, 4) for i, value in zip(observations, values)}
 
 
 def tables(found: dict[str, dict], steps: dict[str, dict[str, float]]) -> str:
@@ -182,17 +178,22 @@ def read() -> dict:
 
 
 def write(part: str, name: str, value: dict) -> None:
-    """Add one value to the file, which another process may have changed meanwhile."""
-    results = read()
-    results["machine"] = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "architecture": os.uname().machine,
-    }
-    results[part][name] = value
-    temporary = RESULTS.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, RESULTS)
+    """Add one value to the file, which another process may change meanwhile; C2STs to those that it has."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with open(KEPT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read()
+        results["machine"] = {
+            "date": date.today().isoformat(),
+            "torch": torch.__version__,
+            "architecture": os.uname().machine,
+        }
+        if "c2st" in value:
+            value["c2st"] = results[part].get(name, {}).get("c2st", {}) | value["c2st"]
+        results[part][name] = value
+        temporary = RESULTS.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(temporary, RESULTS)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -213,9 +214,11 @@ def measure(options: argparse.Namespace) -> None:
         if name not in read()["step_milliseconds"]:
             write("step_milliseconds", name, step_times(task))
         found = kept(task, simulations, estimator)
-        row = {"c2st": done | scores(task, found.pop("samples"), missing)} | found
-        write("cells", cell, row)
-        print(cell, row, file=sys.stderr, flush=True)
+        samples = found.pop("samples")
+        for start in range(0, len(missing), PAIRS):
+            row = {"c2st": scores(task, samples, missing[start : start + PAIRS])} | found
+            write("cells", cell, row)
+            print(cell, row, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

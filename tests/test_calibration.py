@@ -193,6 +193,14 @@ def test_classifiers_of_many_pairs_at_once_find_what_one_finds(monkeypatch):
     assert found[0] < 0.54 < 0.57 < found[1] < 0.64 < 0.82 < found[2]
 
 
+def test_what_classifiers_cannot_tell_apart_is_refused(monkeypatch):
+    many, rows = script("c2st", monkeypatch), np.random.default_rng(0).normal(size=(1, 10, 2))
+    for other, line in ((np.full_like(rows, np.nan), "not finite"), (rows, "not finite"), (rows[:, :9], "multiple")):
+        reference = np.ones_like(rows) if other is rows else rows[:, : other.shape[1]]
+        with pytest.raises(ValueError, match=line):
+            many.c2sts(reference, other)
+
+
 def test_a_step_of_the_classifiers_is_one_of_adam(monkeypatch):
     many = script("c2st", monkeypatch)
     many.EPSILON = 1e-14  # scikit-learn adds it at another place than torch

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra._internal import utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
@@ -17,6 +18,7 @@ import flowtrain
 from flowtrain.cli import hydra_internals
 from flowtrain.cli.hydra_internals import Composition, Loader, flag_parser, run_hydra, split_sweep
 from flowtrain.cli.overrides import parse
+from flowtrain.config.compose import train_config
 
 
 def test_one_file_imports_them():
@@ -53,32 +55,47 @@ def test_errors_are_raised_through_hydra_main(tmp_path, monkeypatch):
 
 
 def test_hydra_takes_a_configuration_that_is_composed_already(tmp_path, monkeypatch):
-    """It is the one that Hydra would compose, and it is composed once."""
+    """It is the one that Hydra would compose. What the job composes is its own, and afterwards Hydra is as before."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["flowtrain"])
     (tmp_path / "mine/trainer").mkdir(parents=True)
-    (tmp_path / "mine/trainer/gentle.yaml").write_text("defaults: [default, _self_]\nclip: 0.5\n")
+    (tmp_path / "mine/trainer/gentle.yaml").write_text("defaults: [default, _self_]\naccumulate: 2\n")
     words = ["experiment=digits_best", "seed=7", "trainer=gentle", "hydra.run.dir=run"]
-    received, composed = [], []
+    flags = ["--config-dir", "mine"]
+    methods = Hydra.get_mode, ConfigLoaderImpl.load_configuration
+    received = []
 
     def task(cfg):
         received.append(OmegaConf.to_container(cfg, resolve=False))
         received.append(OmegaConf.to_container(HydraConfig.get(), resolve=False))
+        assert (Hydra.get_mode, ConfigLoaderImpl.load_configuration) == methods
+        for seed in (3, 4):
+            assert train_config(f"seed={seed}", "model=nice").seed == seed
 
-    flags = ["--config-dir", "mine"]
-    run_hydra("train", [*flags, *words], task)
+    def fail(cfg):
+        raise ZeroDivisionError
+
     config = Composition(Loader("mine"), "train", words).whole()
-    compose = ConfigLoaderImpl.load_configuration
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *args, **keys: composed.append(1))
     run_hydra("train", [*flags, *words], task, config)
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", compose)
-    assert not composed
-    ours, hydras, taken, hydras_of_taken = received
-    assert taken == ours and ours["seed"] == 7
+    run_hydra("train", [*flags, *words], task)
+    taken, hydras_of_taken, ours, hydras = received
+    assert taken == ours and ours["seed"] == 7 and ours["trainer"]["accumulate"] == 2
     assert hydras["overrides"]["hydra"].pop() == "hydra.mode=RUN"  # Hydra says so itself, where no one has
     assert hydras_of_taken == hydras
-    run_hydra("train", ["seed=8", "hydra.run.dir=other"], task)
-    assert received[-2]["seed"] == 8
+    for words in (["seed=8", "hydra.run.dir=other"], ["seed=8", "nonsense=1"]):
+        config = Composition(Loader(), "train", ["seed=8"]).whole()
+        with pytest.raises(ZeroDivisionError):
+            run_hydra("train", words, fail, config)
+        assert (Hydra.get_mode, ConfigLoaderImpl.load_configuration) == methods
+
+
+def test_a_configuration_that_is_composed_already_is_not_composed_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flowtrain"])
+    config, composed = Composition(Loader(), "train", ["hydra.run.dir=run"]).whole(), []
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *args, **keys: composed.append(1))
+    run_hydra("train", ["hydra.run.dir=run"], lambda cfg: None, config)
+    assert not composed
 
 
 def test_a_file_that_options_share_is_no_option():

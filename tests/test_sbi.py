@@ -13,6 +13,7 @@ from torch import nn
 
 import flowtrain
 from flowtrain import bijections
+from flowtrain.runtime.global_batch import RunningMoments
 
 sbi_inference = pytest.importorskip("sbi.inference")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -30,7 +31,7 @@ def build(model="nsf_autoregressive", input_shape=(4,), condition_shape=(7,), **
     if len(condition_shape) > 1:
         embedding = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(condition_shape), 5), nn.ReLU())
         keys = {"embedding_net": embedding, "z_score_x": "structured"} | keys
-    return flowtrain.sbi.estimator(model, **MODELS[model], **keys)(theta, x)
+    return flowtrain.sbi.estimator(model, **(MODELS[model] | keys))(theta, x)
 
 
 @pytest.fixture(autouse=True)
@@ -287,7 +288,7 @@ def test_an_estimator_pickles_and_copies():
 
 
 def trained(average, steps=5, **keys):
-    """An estimator after some steps in training mode, and its weights after each."""
+    """An estimator after some steps in training mode, and its weights before each and at the end."""
     estimator = build(average=average, **keys)
     theta, x = torch.randn(64, 4), torch.randn(64, 7)
     optimizer = torch.optim.SGD(estimator.parameters(), 1e-2)
@@ -295,6 +296,7 @@ def trained(average, steps=5, **keys):
     for _ in range(steps):
         optimizer.zero_grad()
         estimator.loss(theta, x).mean().backward()
+        estimator.loss(theta, x)  # again, of the same step
         weights.append(flat(estimator))
         optimizer.step()
     return estimator, [*weights, flat(estimator)]
@@ -304,26 +306,70 @@ def flat(estimator):
     return torch.cat([one.detach().flatten() for one in estimator.parameters()])
 
 
-def test_evaluation_uses_the_average_of_the_weights():
-    estimator, weights = trained(0.9)
+def average_of(weights, decay):
     average = weights[0]
     for one in weights[1:]:
-        average = 0.9 * average + 0.1 * one
+        average = decay * average + (1 - decay) * one
+    return average
+
+
+def test_evaluation_uses_the_average_of_the_weights():
+    estimator, weights = trained(0.9)
+    average = average_of(weights, 0.9)
     assert not torch.allclose(average, weights[-1], atol=1e-5)
-    estimator.eval()
-    assert torch.allclose(flat(estimator), average, atol=1e-6)
-    saved = copy.deepcopy(estimator.state_dict())
+    assert torch.allclose(flat(estimator.eval()), average, atol=1e-6)
     theta, x = torch.randn(5, 4), torch.randn(5, 7)
     density = estimator.log_prob(theta, x)
     for same in (copy.deepcopy(estimator), pickle.loads(pickle.dumps(estimator)), estimator.eval()):
         assert torch.equal(same.log_prob(theta, x), density)
-    estimator.train()
-    assert torch.equal(flat(estimator), weights[-1])  # to go on with
+    before = flat(estimator)
+    assert torch.equal(flat(estimator.train()), weights[-1])  # to go on with
     with torch.no_grad():
-        estimator.log_prob(theta, x)  # not a step
-    estimator.load_state_dict(saved)
-    assert torch.equal(flat(estimator.eval()), flat(estimator.train()))  # loaded weights are those to train on
-    assert torch.allclose(flat(estimator), average, atol=1e-6)
+        estimator.log_prob(theta, x)
+    assert torch.equal(flat(estimator.eval()), before)  # no step, no change
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loaded_weights_are_those_to_train_on(training):
+    estimator, _ = trained(0.9)
+    saved = copy.deepcopy(estimator.eval().state_dict())
+    other, _ = trained(0.9, steps=3)
+    other.train(training).load_state_dict(saved)
+    assert torch.equal(flat(other.eval()), flat(estimator)) and torch.equal(flat(other.train()), flat(estimator))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_average_moves_with_the_estimator(training):
+    estimator, weights = trained(0.9)
+    estimator.train(training).double()
+    assert flat(estimator.train()).dtype == torch.float64
+    estimator.loss(torch.randn(5, 4).double(), torch.randn(5, 7).double()).mean().backward()
+    assert torch.allclose(flat(estimator.eval()), average_of(weights, 0.9).double(), atol=1e-5)
+
+
+def test_running_moments_are_averaged_too():
+    estimator, _ = trained(0.9, steps=20, model="maf", norm=bijections.BatchNorm)
+    (mean, *_), running = moments_of(estimator.eval()), moments_of(copy.deepcopy(estimator).train())[0]
+    assert not torch.allclose(mean, running, atol=1e-4)
+
+
+def moments_of(estimator):
+    return [module.mean.clone() for module in estimator.modules() if isinstance(module, RunningMoments)]
+
+
+def test_sbi_ends_with_the_average_and_goes_on_from_it():
+    prior, theta, x = simulations(300)
+    found = []
+    for average in (0.0, 0.9):
+        torch.manual_seed(0)
+        build = flowtrain.sbi.estimator(prior=prior, steps=1, hidden=16, average=average)
+        inference = quiet(sbi_inference.NPE, build, prior).append_simulations(theta, x)
+        found.append(inference.train(max_num_epochs=3, learning_rate=1e-2))
+    without, estimator = found
+    assert not estimator.training and not torch.allclose(flat(estimator), flat(without), atol=1e-4)
+    end = flat(estimator)
+    inference.train(max_num_epochs=5, resume_training=True)
+    assert torch.equal(flat(estimator), end)  # sbi returns a copy
 
 
 def test_no_average_unless_it_is_wanted():

@@ -98,8 +98,8 @@ def run_hydra(config_name: str, argv: list[str], task, config: DictConfig | None
 
     Args:
         config_name, argv, task: the file, the words of the command line, and what to run.
-        config: of a run that is no sweep, what :meth:`Composition.whole` gave for these words. Hydra takes it, and does
-            not compose it twice more.
+        config: of a run that is no sweep, what :meth:`Composition.whole` gave for these words. Hydra uses it; without
+            it Hydra composes the same tree two times more.
     """
     sys.argv = ["flowtrain", *argv]
     utils.run_and_report = lambda function: function()
@@ -109,19 +109,23 @@ def run_hydra(config_name: str, argv: list[str], task, config: DictConfig | None
 
 @contextmanager
 def _composed(config: DictConfig) -> Iterator[None]:
-    """Within it, Hydra finds that it has composed ``config``, for one job."""
+    """Hydra composes ``config`` next, for one job; what that job composes itself is its own."""
 
     def load_configuration(self, *args, **kwargs) -> DictConfig:
+        restore()
         OmegaConf.set_readonly(config.hydra, False)
         config.hydra.mode = RunMode.RUN
         return config
+
+    def restore() -> None:
+        Hydra.get_mode, ConfigLoaderImpl.load_configuration = before
 
     before = Hydra.get_mode, ConfigLoaderImpl.load_configuration
     Hydra.get_mode, ConfigLoaderImpl.load_configuration = lambda *args, **kwargs: RunMode.RUN, load_configuration
     try:
         yield
     finally:
-        Hydra.get_mode, ConfigLoaderImpl.load_configuration = before
+        restore()
 
 
 def before_sweeps(begin, wrap) -> None:

@@ -143,7 +143,7 @@ def compose(name: str, words: list[str]) -> int:
         if not args.hydra_help:
             is_dry, config = check(command, root, args, args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
         with temporary_outputs() if is_dry and not runs.dry_run else nullcontext(()) as words, concluded() as codes:
-            composed = None if words or args.cfg or args.info else config
+            composed = None if words or args.cfg or args.info or args.config_path else config
             run_hydra(root, [*flags, *args.overrides, *words], jobs.job, composed)
         code = max(codes, default=0)
     except SystemExit as end:

@@ -17,6 +17,7 @@ from flowtrain.data.simulations.prior import broadcast_ends, each_end, limits, s
 from flowtrain.data.tables.column import Column
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import chain
+from flowtrain.runtime.global_batch import RunningMoments
 
 try:
     from sbi.inference.trainers.nle.nle_base import LikelihoodEstimatorTrainer
@@ -140,39 +141,60 @@ class FlowEstimator(ConditionalDensityEstimator):
     Args:
         flow: of rows, with conditions as context.
         ends: (low, high) of each dimension of the input, None where it has no bound.
-        average: decay of a moving average of the weights. In training mode each density counts as a step of it; in
-            evaluation mode the weights are the average, and so is the state_dict. 0 for no average.
+        average: decay of a moving average of the weights and of the moments of batch normalization; 0 for none. In
+            training mode it takes in the weights before each density that is computed with gradients, if they have
+            changed since the last one. In evaluation mode the weights are the average, and so is the state_dict; a
+            density that was computed before the mode changed has no gradients any more.
     """
 
     net: Flow
+    decay = 0.0  # of an estimator that was pickled without one
+    _set_aside: list[Tensor] = []  # in training mode the average, in evaluation mode the weights to train on
+    _counted: list[int] = []  # versions of the weights that the average has taken in last
 
     def __init__(self, flow: Flow, ends, average: float = 0.0):
         super().__init__(flow, torch.Size(flow.shape), torch.Size(flow.context_shape))
         self.decay = average
-        self._other: list[Tensor] = []  # in training mode the average, in evaluation mode the weights to train on
+        self._set_aside = []
         self.register_load_state_dict_post_hook(_forget)
         for name, limit in zip(("low", "high"), limits(ends)):
             self.register_buffer(name, limit)
 
     def train(self, mode: bool = True) -> FlowEstimator:
         """Training or evaluation mode, with the weights of it."""
-        if mode != self.training and self._other:
+        if mode != self.training and self._set_aside:
             if not mode:
                 self._update_average()
-            weights = list(self.parameters())
+            weights = self._weights()
             others = [one.detach().clone() for one in weights]
             with torch.no_grad():
-                torch._foreach_copy_(weights, self._other)
-            self._other = others
+                torch._foreach_copy_(weights, self._set_aside)
+            self._set_aside, self._counted = others, self._versions()
         return super().train(mode)
+
+    def _weights(self) -> list[Tensor]:
+        moments = [module for module in self.modules() if isinstance(module, RunningMoments)]
+        return [*self.parameters(), *(buffer for module in moments for buffer in module.buffers())]
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.parameters()]
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        weights = list(self.parameters())
-        if self.decay and not self._other:
-            self._other = [one.detach().clone() for one in weights]
-        elif self.decay:
-            torch._foreach_lerp_(self._other, weights, 1 - self.decay)
+        """Take in the weights, unless no step has been made since they were taken in last."""
+        versions = self._versions()
+        if not self.decay or versions == self._counted:
+            return
+        if self._set_aside:
+            torch._foreach_lerp_(self._set_aside, self._weights(), 1 - self.decay)
+        else:
+            self._set_aside = [one.detach().clone() for one in self._weights()]
+        self._counted = versions
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._set_aside = [fn(one) for one in self._set_aside]
+        return self
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -217,8 +239,8 @@ class FlowEstimator(ConditionalDensityEstimator):
 
 
 def _forget(module: nn.Module, _) -> None:
-    """Weights that are loaded are those to train on."""
-    module._other = []
+    """Weights that are loaded are those to train on, and a new average begins."""
+    module._set_aside, module._counted = [], []
 
 
 def _prior_ends(prior: Distribution) -> list[tuple[float | None, float | None]]:

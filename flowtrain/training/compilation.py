@@ -54,7 +54,7 @@ def choose_compilation(run, flow: Flow, config: TrainConfig, budget: Budget) -> 
     auto, before = config.compile == "auto", run.before
     never = config.compile is False or auto and (config.deterministic or config.memory == "reversible")
     never = never or run.spec.target is not None  # which needs the layers' inverses
-    never = never or hasattr(run.objective, "prepare")  # which runs the networks alone
+    never = never or not run.objective.runs_layers
     if never or auto and before.compiled is False:
         return CompileChoice(gain=before.gain)
     batch, whole = next(run.loader(config).batches()), config.memory == "none"

@@ -260,6 +260,9 @@ def objective_of(config: TrainConfig, spec: DataSpec) -> Objective:
     objective = build_objective(config, spec)
     if not isinstance(objective, Objective):
         raise UsageError(f"objective: {type(objective).__name__} is no flowtrain.engine.objectives.Objective")
+    for name in ("key", "unit"):
+        if not hasattr(objective, name):
+            raise UsageError(f"objective: {type(objective).__name__} has no {name}")
     return objective
 
 
@@ -272,7 +275,7 @@ def check_objective(config: TrainConfig, objective: Objective, flow: Flow) -> No
     if objective.runs_layers:
         return
     if config.memory != "none":
-        raise UsageError(f"memory={config.memory}: flow matching runs no chain of layers; it must be none")
+        raise UsageError(f"memory={config.memory}: {type(objective).__name__} runs no chain of layers; it must be none")
     if config.compile is True:
         raise UsageError("compile=true: the networks of equations are not compiled; use auto or false")
 
