@@ -27,6 +27,8 @@ import sections
 import torch
 from c2st import c2sts
 
+from flowtrain.runtime import files
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, KEPT = ROOT / "results" / "sbibm.json", ROOT / "docs" / "inference.md", ROOT / "data" / "sbibm"
 BUDGETS, SAMPLES = (1_000, 10_000, 100_000), 10_000
@@ -191,9 +193,7 @@ def write(part: str, name: str, value: dict) -> None:
         if "c2st" in value:
             value["c2st"] = results[part].get(name, {}).get("c2st", {}) | value["c2st"]
         results[part][name] = value
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, RESULTS)
+        files.write_json(RESULTS, results)
 
 
 def measure(options: argparse.Namespace) -> None:

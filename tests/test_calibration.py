@@ -193,7 +193,7 @@ def test_classifiers_of_many_pairs_at_once_find_what_one_finds(monkeypatch):
     assert found[0] < 0.54 < 0.57 < found[1] < 0.64 < 0.82 < found[2]
 
 
-def test_what_classifiers_cannot_tell_apart_is_refused(monkeypatch):
+def test_samples_that_no_classifier_can_learn_from_are_refused(monkeypatch):
     many, rows = script("c2st", monkeypatch), np.random.default_rng(0).normal(size=(1, 10, 2))
     for other, line in ((np.full_like(rows, np.nan), "not finite"), (rows, "not finite"), (rows[:, :9], "multiple")):
         reference = np.ones_like(rows) if other is rows else rows[:, : other.shape[1]]

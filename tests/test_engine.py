@@ -551,6 +551,7 @@ def test_what_is_reported_is_what_is_minimized():
 
 def test_integers_have_bits_and_real_numbers_nats():
     assert isinstance(maximum_likelihood(256), BitsPerDim) and isinstance(maximum_likelihood(None), NatsPerRow)
+    assert all(isinstance(one, Objective) for one in (BitsPerDim(), NatsPerRow()))
 
 
 class Reconstruction(Objective):

@@ -144,7 +144,9 @@ class _Job:
         """Each key of a file that is merged over the whole tree must exist in the tree without that file."""
         ours = ("hydra", *CHECKPOINT_KEYS)
         overlays = [file for file in composition.overlays() if file.config_path.split("/")[0] not in ours]
-        tree = composition.tree(without=overlays) if overlays else None
+        if not overlays:
+            return
+        tree = composition.tree(without=overlays)
         for file in overlays:
             content = composition.content(file)
             content.pop("hydra", None)
