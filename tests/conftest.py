@@ -108,8 +108,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def each_test_starts_alike():
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)  # commands with deterministic=true leave it on
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,6 @@ def test_only_a_gain_that_repays_compiles_and_the_choice_is_recorded(tmp_path, k
         assert "compile=auto: not compiled: " in log_of(tmp_path / str(gain))
     known(FAST)
     assert not train(tmp_path / str(SLOW), "max_steps=4", "deterministic=true", "hydra.run.dir=other")["compiled"]
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("first", [FAST, SLOW])

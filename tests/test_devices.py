@@ -43,7 +43,6 @@ def torch_as_it_was():
     with precision.tf32_as("float32"):
         torch.backends.cudnn.allow_tf32 = True  # torch's default, whatever ran before
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -385,12 +385,9 @@ def test_ema_copies_all_buffers_a_dtype_at_a_time(monkeypatch):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_fastest_algorithms_of_cudnn_are_looked_for_unless_runs_must_be_the_same(monkeypatch, deterministic):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
-    try:
-        determinism.choose(deterministic)
-        assert torch.are_deterministic_algorithms_enabled() == deterministic
-        assert torch.backends.cudnn.benchmark == (not deterministic)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    determinism.choose(deterministic)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert torch.backends.cudnn.benchmark == (not deterministic)
 
 
 def test_schedules():

@@ -28,12 +28,6 @@ FAMILIES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def reset_determinism():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def train_run(cwd, *words):
     """Train, and return the metrics without times, the weights and averages, the log-likelihood, and the images."""
     cwd.mkdir()
