@@ -362,3 +362,13 @@ def test_processes_share_the_samples(people, tmp_path):
         assert done.returncode == 0, done.stderr
         found.append(np.load(tmp_path / f"{devices}/samples.npy"))
     np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("words", [["model=realnvp", "dataset=digits"], ["model=nsf_coupling", "dataset=moons"]])
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path, words):
+    """It takes as long to import as torch."""
+    command = ["train", *words, "smoke=true", "report=false"]
+    code = f"import sys; from flowtrain.cli.main import run; run({command}); "
+    code += "sys.exit(' '.join({'torch._dynamo', 'torch._inductor'} & {*sys.modules}) or None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr

@@ -204,7 +204,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path):
 def test_every_experiment_trains_when_shrunk(experiment, tmp_path):
     channels = configuration(f"experiment={experiment}").dataset.get("channels")  # None: a table
     small = (
-        ["dataset=synthetic", "dataset.context=null", f"dataset.shape=[{channels},16,16]"]
+        ["dataset=synthetic", "dataset.context=null", "dataset.warp=0", f"dataset.shape=[{channels},16,16]"]
         if channels
         else ["dataset=moons"]
     )

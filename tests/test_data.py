@@ -16,6 +16,7 @@ from PIL import Image
 
 from flowtrain import data
 from flowtrain.config.build import build_dataset
+from flowtrain.data import augment
 from flowtrain.data.download import fetch
 from flowtrain.data.image_files import ImageFileSplit, decode
 from flowtrain.data.image_sources import find_images
@@ -110,6 +111,9 @@ def test_files_are_all_there():
         (lambda: data.CIFAR10(path="here"), ("dataset.path=here", "dataset.root")),
         (lambda: data.CIFAR10(flip="yes"), ("dataset.flip=yes", "true or false")),
         (lambda: data.CIFAR10(shift=32), ("dataset.shift=32",)),
+        (lambda: data.CIFAR10(warp=0.5), ("dataset.warp=0.5", "dataset.context=label")),
+        (lambda: data.CIFAR10(context="label", warp=1), ("dataset.warp=1", "below 1")),
+        (lambda: data.CIFAR10(context="label", warp="much"), ("dataset.warp=much", "a probability")),
         (lambda: data.CIFAR10(on_bad="ignore"), ("on_bad=ignore", "stop or skip")),
         (lambda: data.Synthetic(shape=[5], flip=True), ("dataset.flip",)),
         (lambda: data.Digits().split("valid"), ("split=valid", "train, val, test")),
@@ -255,15 +259,15 @@ def test_ordered_takes_some_evenly():
 
 def test_flip_mirrors_about_half():
     x = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(1000, 3, 4, 4)
-    out = data.Augment(flip=True)(x, seed=0, step=0)
+    out, context = data.Augment(flip=True)(x, None, seed=0, step=0)
     same, mirrored = ((out == y).flatten(1).all(1) for y in (x, x.flip(-1)))
     assert bool((same ^ mirrored).all()) and 400 < int(mirrored.sum()) < 600
-    assert not torch.equal(out, data.Augment(flip=True)(x, seed=0, step=1))
+    assert context is None and not torch.equal(out, data.Augment(flip=True)(x, None, seed=0, step=1)[0])
 
 
 def test_shift_replicates_the_border():
     x = torch.randint(0, 256, (200, 2, 5, 6), dtype=torch.uint8)
-    out = data.Augment(shift=1)(x, seed=0, step=0)
+    out, _ = data.Augment(shift=1)(x, None, seed=0, step=0)
     assert out.shape == x.shape and out.is_contiguous()
     padded = torch.nn.functional.pad(x.float(), (1, 1, 1, 1), mode="replicate").byte()
     windows = torch.stack([padded[:, :, i : i + 5, j : j + 6] for i in range(3) for j in range(3)])
@@ -271,8 +275,39 @@ def test_shift_replicates_the_border():
     assert bool(fits.any(0).all()) and bool(fits.any(1).all())  # each is one of the nine, and all nine occur
 
 
+def test_warped_images_have_half_their_label():
+    x, labels = torch.randint(0, 17, (400, 1, 8, 6), dtype=torch.uint8), torch.eye(4).repeat(100, 1)
+    out, context = data.Augment(warp=0.7)(x, labels, seed=0, step=0)
+    warped = (context.sum(1) == 0.5).tolist()
+    assert out.dtype == torch.uint8 and out.max() <= 16 and 240 < sum(warped) < 320
+    assert torch.equal(context.argmax(1), labels.argmax(1)) and {*context.unique().tolist()} == {0.0, 0.5, 1.0}
+    assert [not torch.equal(a, b) for a, b in zip(out, x, strict=True)] == warped
+    halves = [data.Augment(warp=0.7)(x[i : i + 200], labels[i : i + 200], 0, 0, i // 200, 2) for i in (0, 200)]
+    assert all(
+        torch.equal(torch.cat(both), one) for both, one in zip(zip(*halves, strict=True), (out, context), strict=True)
+    )
+
+
+def test_warping_is_a_small_affine_map(monkeypatch):
+    """A disc stays one, of nearly its size and place; without any strength nothing changes."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(64.0), indexing="ij")
+    disc = (200.0 * ((y - 15.5) ** 2 + (x - 31.5) ** 2 < 64)).expand(500, 1, 32, 64)
+    out, _ = data.Augment(warp=0.999)(disc, torch.ones(500, 1), seed=0, step=0)
+    weight = out / out.sum((2, 3), keepdim=True)
+    place = torch.stack([(weight * y).sum((1, 2, 3)), (weight * x).sum((1, 2, 3))]) - torch.tensor([[15.5], [31.5]])
+    area = out.sum((1, 2, 3)) / disc[0].sum()
+    assert torch.allclose(place.std(1), torch.tensor([augment.MOVE * 32, augment.MOVE * 64]), rtol=0.15)
+    assert 0.9 < area.median() < 1.1 and 0.15 < area.log().std() < 0.3
+    spread = (weight * (y - 15.5 - place[0].view(-1, 1, 1, 1)) ** 2).sum((1, 2, 3)) / 16  # of a disc of radius 8: 16
+    assert 0.8 < spread.median() < 1.2
+    for name in ("TURN", "SHEAR", "SCALE", "MOVE"):
+        monkeypatch.setattr(augment, name, 0.0)
+    same, _ = data.Augment(warp=0.999)(disc, torch.ones(500, 1), seed=0, step=0)
+    assert torch.allclose(same, disc, atol=1e-2)
+
+
 def test_augment_of_a_dataset():
-    assert data.CIFAR10().augment is None
+    assert data.CIFAR10().augment is None and data.CIFAR10(context="label", warp=0.5).augment.warp == 0.5
     assert data.CIFAR10(flip=True, shift=3).augment.shift == 3
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from flowtrain.data.array_context import ArrayContext
 from flowtrain.data.array_files import Rows, arrange, event_shape, find_layout, open_rows
-from flowtrain.data.augment import Augment
-from flowtrain.data.dataset import Dataset
+from flowtrain.data.augment import Augmented
 from flowtrain.data.labels import label_context, number_classes, printable, sort_classes
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import DIGEST_BYTES, ArraySplit, Split, split_indices
@@ -109,7 +108,7 @@ class ArrayFileSplit(Split):
         return digest.hexdigest()
 
 
-class Arrays(Dataset):
+class Arrays(Augmented):
     """The examples in an .npy, .npz, .h5 or .zarr, or in the .npy files of a folder.
 
     Axes are (N, height, width), (N, height, width, channels) or (N, channels, height, width) of images, (N, length) of
@@ -125,8 +124,7 @@ class Arrays(Dataset):
         labels: the name of the array of labels, (N,), whole numbers or text.
         context: "label": each example comes with its class as a one-hot vector; or the name of an array (N, …) of
             numbers, such as images: each example comes with its own, see :class:`ArrayContext`.
-        flip, shift: augmentation of the train split, see :class:`Augment`.
-        common: see :class:`Dataset`.
+        common: see :class:`Augmented`.
     """
 
     native_name = "arrays"
@@ -141,8 +139,6 @@ class Arrays(Dataset):
         bits: int | None = None,
         labels: str | None = None,
         context: str | None = None,
-        flip: bool = False,
-        shift: int = 0,
         **common,
     ):
         super().__init__(**common)
@@ -152,8 +148,6 @@ class Arrays(Dataset):
             self._check_type(name, value, str, "the name of an array in the file")
         self._check_type("grey_levels", grey_levels, int, "a whole number of at least 2")
         self._check_type("bits", bits, int, "a number from 1 to 16")
-        self._check_type("flip", flip, bool, "true or false")
-        self._check_type("shift", shift, int, "a number of pixels")
         if layout is not None and layout not in LAYOUTS:
             self._refuse("layout", layout, f"must be one of {', '.join(LAYOUTS)}")
         if grey_levels is not None and not 2 <= grey_levels <= MOST_LEVELS:
@@ -167,26 +161,19 @@ class Arrays(Dataset):
             key, value = ("context", context) if labels is None else ("labels", labels)
             self._refuse(key, value, "labels are the context: give dataset.labels=NAME and dataset.context=label")
         self.key, self.layout, self.grey_levels, self.bits = key, layout, grey_levels, bits
-        self.labels, self.context, self.flip, self.shift = labels, context, flip, shift
+        self.labels, self.context = labels, context
 
     @cached_property
     def spec(self) -> DataSpec:
         found = self.find()
         shape, names = tuple(found["shape"]), tuple(found["classes"])
-        if (self.flip or self.shift) and len(shape) != 3:
-            self._refuse("flip", self.flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
-        if self.shift < 0 or self.shift >= min(shape[-2:]):
-            self._refuse("shift", self.shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
+        self._check_augmentation(shape, self.context == "label")
         context = None
         if self.context == "label":
             context = LabelContext(len(names), names)
         elif self.context:
             context = ArrayContext.from_record(found.get("context"))
         return DataSpec(self.name, shape, found["grey_levels"], context)
-
-    @property
-    def augment(self) -> Augment | None:
-        return Augment(self.flip, self.shift) if self.flip or self.shift else None
 
     def find(self) -> dict:
         return self.found or self._findings

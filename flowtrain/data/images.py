@@ -7,22 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.augment import Augment
-from flowtrain.data.dataset import Dataset
+from flowtrain.data.augment import Augmented
 from flowtrain.data.labels import label_context
 from flowtrain.data.spec import DataSpec, LabelContext
 from flowtrain.data.split import ArraySplit, split_indices
 
 
-class Images(Dataset):
-    """Images of integers 0 … grey_levels − 1. Arguments besides those of :class:`Dataset`:
+class Images(Augmented):
+    """Images of integers 0 … grey_levels − 1. Arguments besides those of :class:`Augmented`:
 
     Args:
         image_size: side in pixels, or (height, width).
         channels: 1 (grey) or 3 (RGB).
         bits: how many of the 8 bits to keep, floor(x / 2^(8 − bits)); None keeps all.
         context: "label": each example comes with its class as a one-hot vector; None: without.
-        flip, shift: augmentation of the train split, see :class:`Augment`.
     """
 
     native_size: int | None = None  # of the files; None: any
@@ -39,26 +37,18 @@ class Images(Dataset):
         channels: int | None = None,
         bits: int | None = None,
         context: str | None = None,
-        flip: bool = False,
-        shift: int = 0,
         **common,
     ):
         super().__init__(**common)
-        self._check_type("flip", flip, bool, "true or false")
         self._check_type("image_size", image_size, (int, list, tuple), "a number of pixels, or [height,width]")
         self._check_type("channels", channels, int, "1 or 3")
         self._check_type("bits", bits, int, "a number from 1 to 8")
-        self._check_type("shift", shift, int, "a number of pixels")
         shape = self._choose_shape(image_size, channels)
         grey_levels, self._dropped_bits = self._choose_levels(bits)
-        self.flip, self.shift = flip, shift
         if context is not None and (context != "label" or not self.has_labels):
             why = "must be label, or null" if self.has_labels else f"{self.name} has no labels"
             self._refuse("context", context, why)
-        if (flip or shift) and len(shape) != 3:
-            self._refuse("flip", flip, f"only images can be mirrored and shifted, not shape {list(shape)}")
-        if shift < 0 or shift >= min(shape[-2:]):
-            self._refuse("shift", shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
+        self._check_augmentation(shape, context == "label")
         self.context, self._description = context, DataSpec(self.name, shape, grey_levels)
 
     @property
@@ -69,11 +59,6 @@ class Images(Dataset):
     def has_labels(self) -> bool:
         """Whether ``context="label"`` means something."""
         return self.classes is not None
-
-    @property
-    def augment(self) -> Augment | None:
-        """The augmentation of the train split, or None."""
-        return Augment(self.flip, self.shift) if self.flip or self.shift else None
 
     def _choose_shape(self, image_size: int | Sequence[int] | None, channels: int | None) -> tuple[int, ...]:
         size = (self.native_size or self.default_size) if image_size is None else image_size

@@ -29,7 +29,7 @@ class Loader:
 
     Args:
         batch_size: examples in a global batch.
-        augment: called as ``augment(x, seed=, step=, rank=, world=)``, or None.
+        augment: called as ``augment(x, context, seed, step, rank, world)``, returns x and context; or None.
         workers: number of processes that decode images, for a split that streams.
 
     Raises:
@@ -41,7 +41,7 @@ class Loader:
         split: Split,
         batch_size: int,
         seed: int = 0,
-        augment: Callable[..., Tensor] | None = None,
+        augment: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
         device="cpu",
         rank: int = 0,
         world: int = 1,
@@ -65,7 +65,7 @@ class Loader:
             if len(x) < self.batch_size // self.world:
                 raise FlowtrainError("too many unreadable images one after another to replace them all")
             if self.augment is not None:
-                x = self.augment(x, seed=self.seed, step=step, rank=self.rank, world=self.world)
+                x, context = self.augment(x, context, self.seed, step, self.rank, self.world)
             yield Batch(x, context, self._weights(index))
 
     def _weights(self, index: Tensor) -> Tensor | None:

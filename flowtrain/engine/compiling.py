@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -151,13 +152,15 @@ def compile_and_try(flow: Flow, step: Callable[[], object], whole: bool = True) 
 def use_cache() -> Path:
     """The directory of compiled code, one for all runs of a user: ``TORCHINDUCTOR_CACHE_DIR``, or else
     flowtrain/inductor in the user's cache directory (``XDG_CACHE_HOME``); torch's own where that cannot be written."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch sets the variable
-        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowtrain" / "inductor"
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    theirs = sys.modules.get("torch._inductor.runtime.cache_dir_utils")  # not imported here, which takes seconds
+    if given is None or theirs and given == theirs.default_cache_dir():  # which torch itself has set
         try:
+            path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowtrain" / "inductor"
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except (OSError, RuntimeError):
+            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
             path = Path(default_cache_dir())
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).absolute()

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from flowtrain.engine.ema import EMA
+from flowtrain.engine.optimizers import UNSHIELDED
 from flowtrain.engine.weights import Weights, clip_factor
 from flowtrain.flow import Flow
 from flowtrain.runtime import distributed
 
-ELEMENTWISE = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+ELEMENTWISE = *UNSHIELDED, *UNSHIELDED.values()
 MOST = 1 << 20  # numbers, beyond which functions take no time beside what they compute
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from flowtrain.nets.initial import random_normal, small_init, zero_init
 from flowtrain.nets.mlp import check_at_least_one, context_layer
@@ -125,7 +125,21 @@ def _set_attributes(module: nn.Module, attributes: dict) -> None:
 
 def normalized_conv(*size, **options) -> Any:
     """A convolution with weight normalization (Salimans & Kingma 2016)."""
-    return weight_norm(_Conv(*size, **options))
+    convolution = _Conv(*size, **options)
+    register_parametrization(convolution, "weight", _WeightNorm(), unsafe=True)  # it makes two weights of one
+    return convolution
+
+
+class _WeightNorm(nn.Module):
+    """A weight of its length and its direction, for each output channel. torch's own imports the compiler for a weight
+    on the meta device."""
+
+    def forward(self, length: Tensor, direction: Tensor) -> Tensor:
+        return torch._weight_norm(direction, length, 0)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        length = weight.new_empty(len(weight), 1, 1, 1) if weight.is_meta else torch.norm_except_dim(weight, 2, 0)
+        return length, weight
 
 
 class ResidualConvNet(nn.Module):

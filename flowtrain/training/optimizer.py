@@ -14,10 +14,10 @@ from flowtrain.config.schema import TrainConfig
 from flowtrain.data.spec import DataSpec
 from flowtrain.engine.auto import choose_learning_rate
 from flowtrain.engine.budget import Budget
+from flowtrain.engine.optimizers import UNSHIELDED
 from flowtrain.errors import UsageError
 from flowtrain.flow import Flow
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # update all parameters at once, on a GPU and a CPU
 KINDS = ("fused", "foreach", "capturable", "differentiable")  # keys that choose how an optimizer computes
 
 
@@ -37,9 +37,9 @@ def build_optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) 
     if "lr" in node:
         node = node | {"lr": choose_learning_rate(node["lr"], rows, spec)}
     make = build(node, "optimizer", allow=config.allow)
-    real = not any(parameter.is_meta for _, parameter in named)
-    if real and make.func in FUSED and make.keywords.keys().isdisjoint(KINDS):
-        make = partial(make.func, fused=True, **make.keywords)
+    if make.func in UNSHIELDED and make.keywords.keys().isdisjoint(KINDS):
+        real = not any(parameter.is_meta for _, parameter in named)
+        make = partial(UNSHIELDED[make.func], fused=real, **make.keywords)  # fused: one function for all parameters
     try:
         return make([group for group in groups if group["params"]])
     except torch.OutOfMemoryError:
