@@ -1,6 +1,7 @@
 """Train and evaluate the models of results/plan.yaml, and write results/<name>.json.
 
-Arguments are names of the plan, or name=RUN for a finished run; without any, all that have no file yet.
+Arguments are names of the plan, or name=RUN or name=RUN,RUN,… for finished runs; without any, all that have no file
+yet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import yaml
 
@@ -33,41 +35,55 @@ def flowtrain(*words: str) -> str:
     return "".join(lines)
 
 
-def measure(name: str, run_dir: str = "") -> None:
-    """Train the plan's model, or take the finished run ``run_dir``; evaluate it and write results/<name>.json."""
+def measure(name: str, runs: list[str]) -> None:
+    """Train the plan's model, or take its finished ``runs``, which differ in their seeds; evaluate them and write
+    results/<name>.json, with the means of their figures and the record of the first."""
     entry = PLAN[name]
     words = os.path.expandvars(entry["command"]).split()
-    run_dir = run_dir or re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]
-    data = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
-    report = json.loads(flowtrain("eval", f"ckpt={run_dir}", "json=true", *data, *entry.get("eval", "").split()))
-    summary = json.loads((Path(run_dir) / "summary.json").read_text())
-    environment = json.loads((Path(run_dir) / "environment.json").read_text())
+    runs = runs or [re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]]
+    reports = [evaluate(run, words, entry.get("eval", "").split()) for run in runs]
+    summary = json.loads((Path(runs[0]) / "summary.json").read_text())
+    environment = json.loads((Path(runs[0]) / "environment.json").read_text())
     cores = environment["devices"] * environment["threads"]
     minutes = summary["seconds"] / 60
-    unlabelled = {key.removeprefix("unlabelled_"): value for key, value in report.items() if "unlabelled_" in key}
-    if unlabelled:  # the density of an image alone is that of the table's other rows
-        report |= unlabelled | {"bits_per_dim_given_label": report["bits_per_dim"]}
     result = {
         "command": f"flowtrain train {entry['command']}",
         "table": entry["table"],
         "model": entry["model"],
-        **{key: report[key] for key in FIGURES if key in report},
-        "draws": report["draws"],
-        **({"trace": report["trace"]} if "trace" in report else {}),
+        **{key: mean(report[key] for report in reports) for key in FIGURES if key in reports[0]},
+        "draws": reports[0]["draws"],
+        **({"trace": reports[0]["trace"]} if "trace" in reports[0] else {}),
         "steps": summary["steps"],
         "parameters": summary["parameters"],
         "budget": f"{minutes:.0f} minute{'s' * (minutes >= 1.5)}, {summary['steps']:,} steps",
         "machine": f"{cores} core{'s' * (cores > 1)}",
         "published": entry.get("published"),
     }
+    if len(runs) > 1:
+        key = next(key for key in FIGURES if key in result)
+        result["seeds"] = {str(seed_of(run)): round(report[key], 4) for run, report in zip(runs, reports)}
+        result["budget"] += f"; mean of seeds {', '.join(result['seeds'])}"
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def evaluate(run: str, words: list[str], options: list[str]) -> dict:
+    data = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
+    report = json.loads(flowtrain("eval", f"ckpt={run}", "json=true", *data, *options))
+    unlabelled = {key.removeprefix("unlabelled_"): value for key, value in report.items() if "unlabelled_" in key}
+    if unlabelled:  # the density of an image alone is that of the table's other rows
+        report |= unlabelled | {"bits_per_dim_given_label": report["bits_per_dim"]}
+    return report
+
+
+def seed_of(run: str) -> int:
+    return yaml.safe_load((Path(run) / ".hydra/config.yaml").read_text())["seed"]
 
 
 FIGURES = ("bits_per_dim", "bits_per_dim_stderr", "bits_per_dim_given_label", "log_likelihood", "log_likelihood_stderr")
 FIGURES += ("examples",)
 
 for word in sys.argv[1:] or [name for name in PLAN if not (RESULTS / f"{name}.json").exists()]:
-    name, _, run_dir = word.partition("=")
+    name, _, runs = word.partition("=")
     if name not in PLAN:
         sys.exit(f"{name} is not in results/plan.yaml, which has {', '.join(PLAN)}")
-    measure(name, run_dir)
+    measure(name, runs.split(",") if runs else [])

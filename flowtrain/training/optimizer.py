@@ -51,9 +51,8 @@ def build_optimizer(config: TrainConfig, flow: Flow, rows: int, spec: DataSpec) 
 def check_optimizer(config: TrainConfig, spec: DataSpec, device: torch.device) -> None:
     """Raise UsageError where the configured optimizer can take no step on ``device``: options that exclude each other
     or this device, or a class that needs more than gradients."""
-    layer = torch.nn.utils.skip_init(torch.nn.Linear, 2, 2, bias=False, device=device)
-    torch.nn.init.zeros_(layer.weight)
-    layer.weight.grad = torch.zeros_like(layer.weight)
+    layer = torch.nn.ParameterDict({"weight": torch.zeros(2, 2, device=device)})
+    layer["weight"].grad = torch.zeros(2, 2, device=device)
     try:
         build_optimizer(config, layer, 0, spec).step()
     except torch.OutOfMemoryError:
