@@ -42,10 +42,11 @@ def measure(name: str, runs: list[str]) -> None:
     words = os.path.expandvars(entry["command"]).split()
     runs = runs or [re.search(r"^run: (.*)$", flowtrain("train", *words), re.M)[1]]
     reports = [evaluate(run, words, entry.get("eval", "").split()) for run in runs]
-    summary = json.loads((Path(runs[0]) / "summary.json").read_text())
+    summaries = [json.loads((Path(run) / "summary.json").read_text()) for run in runs]
+    summary = summaries[0]
     environment = json.loads((Path(runs[0]) / "environment.json").read_text())
     cores = environment["devices"] * environment["threads"]
-    minutes = summary["seconds"] / 60
+    minutes = [f"{each['seconds'] / 60:.0f}" for each in summaries]
     result = {
         "command": f"flowtrain train {entry['command']}",
         "table": entry["table"],
@@ -55,7 +56,7 @@ def measure(name: str, runs: list[str]) -> None:
         **({"trace": reports[0]["trace"]} if "trace" in reports[0] else {}),
         "steps": summary["steps"],
         "parameters": summary["parameters"],
-        "budget": f"{minutes:.0f} minute{'s' * (minutes >= 1.5)}, {summary['steps']:,} steps",
+        "budget": f"{', '.join(minutes)} minute{'s' * (minutes != ['1'])}, {summary['steps']:,} steps",
         "machine": f"{cores} core{'s' * (cores > 1)}",
         "published": entry.get("published"),
     }
@@ -69,9 +70,10 @@ def measure(name: str, runs: list[str]) -> None:
 def evaluate(run: str, words: list[str], options: list[str]) -> dict:
     data = [word for word in words if word.startswith(("dataset.root=", "dataset.path="))]
     report = json.loads(flowtrain("eval", f"ckpt={run}", "json=true", *data, *options))
-    unlabelled = {key.removeprefix("unlabelled_"): value for key, value in report.items() if "unlabelled_" in key}
-    if unlabelled:  # the density of an image alone is that of the table's other rows
-        report |= unlabelled | {"bits_per_dim_given_label": report["bits_per_dim"]}
+    if "unlabelled_bits_per_dim" in report:  # the density of an image alone is that of the table's other rows
+        alone = {key: report[f"unlabelled_{key}"] for key in ("bits_per_dim", "bits_per_dim_stderr")}
+        alone |= {"bits_per_dim_given_label": report["bits_per_dim"], "examples": report["examples"]}
+        return alone | {"draws": report["draws"]}
     return report
 
 

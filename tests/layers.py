@@ -248,6 +248,9 @@ LAYERS = {
     "continuous_image_squash": partial(
         ode, (2, 2, 2), partial(nets.ConvODENet, hidden=3, depth=1, layer="concatsquash", activation="tanh")
     ),
+    "continuous_gains": partial(
+        looser, vector, partial(nets.VelocityGains, filters=7, hidden=6, depth=1), context_shape=(3,)
+    ),
     "continuous_velocity": partial(looser, vector, partial(nets.VelocityMLP, hidden=6, depth=1), context_shape=(3,)),
     "continuous_velocity_image": partial(looser, (2, 2, 2), partial(nets.VelocityConvNet, hidden=4)),
     "residual": partial(b.Residual, vector, contracting, trace="exact", context_shape=(3,)),

@@ -247,7 +247,7 @@ def test_images_are_contexts_of_vectors(tmp_path):
             {"path": "two.npz", "key": "a", "labels": "b", "context": "label"},
             "=b: .* labels for an array",
         ),
-        ({"path": "spectra.npy", "flip": True}, "only images can be mirrored"),
+        ({"path": "spectra.npy", "flip": True}, "only images can be augmented"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, keys, says):

@@ -368,7 +368,7 @@ def test_processes_share_the_samples(people, tmp_path):
 def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path, words):
     """It takes as long to import as torch."""
     command = ["train", *words, "smoke=true", "report=false"]
-    code = f"import sys; from flowtrain.cli.main import run; run({command}); "
+    code = f"import sys; from flowtrain.cli.main import run; assert run({command}) == 0; "
     code += "sys.exit(' '.join({'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules}) or None)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -1,6 +1,7 @@
 """Data: splits, order, augmentation, and what a user is told when something is missing or damaged."""
 
 import io
+import math
 import os
 import pickle
 import tarfile
@@ -112,6 +113,7 @@ def test_files_are_all_there():
         (lambda: data.CIFAR10(flip="yes"), ("dataset.flip=yes", "true or false")),
         (lambda: data.CIFAR10(shift=32), ("dataset.shift=32",)),
         (lambda: data.CIFAR10(warp=0.5), ("dataset.warp=0.5", "dataset.context=label")),
+        (lambda: data.CIFAR10(warp=None, shift=None, flip=True, test_size=0.1), ("dataset.test_size",)),
         (lambda: data.CIFAR10(context="label", warp=1), ("dataset.warp=1", "below 1")),
         (lambda: data.CIFAR10(context="label", warp="much"), ("dataset.warp=much", "a probability")),
         (lambda: data.CIFAR10(on_bad="ignore"), ("on_bad=ignore", "stop or skip")),
@@ -288,22 +290,58 @@ def test_warped_images_have_half_their_label():
     )
 
 
-def test_warping_is_a_small_affine_map(monkeypatch):
-    """A disc stays one, of nearly its size and place; without any strength nothing changes."""
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(64.0), indexing="ij")
-    disc = (200.0 * ((y - 15.5) ** 2 + (x - 31.5) ** 2 < 64)).expand(500, 1, 32, 64)
-    out, _ = data.Augment(warp=0.999)(disc, torch.ones(500, 1), seed=0, step=0)
-    weight = out / out.sum((2, 3), keepdim=True)
-    place = torch.stack([(weight * y).sum((1, 2, 3)), (weight * x).sum((1, 2, 3))]) - torch.tensor([[15.5], [31.5]])
-    area = out.sum((1, 2, 3)) / disc[0].sum()
-    assert torch.allclose(place.std(1), torch.tensor([augment.MOVE * 32, augment.MOVE * 64]), rtol=0.15)
-    assert 0.9 < area.median() < 1.1 and 0.15 < area.log().std() < 0.3
-    spread = (weight * (y - 15.5 - place[0].view(-1, 1, 1, 1)) ** 2).sum((1, 2, 3)) / 16  # of a disc of radius 8: 16
-    assert 0.8 < spread.median() < 1.2
-    for name in ("TURN", "SHEAR", "SCALE", "MOVE"):
-        monkeypatch.setattr(augment, name, 0.0)
-    same, _ = data.Augment(warp=0.999)(disc, torch.ones(500, 1), seed=0, step=0)
-    assert torch.allclose(same, disc, atol=1e-2)
+def warped(x, uniform=0.5, **deviations):
+    """Images under maps of so many standard deviations."""
+    names = "turn", "shear", "down", "right", "scale", "stretch"
+    normal = torch.tensor([float(deviations.get(name, 0)) for name in names])[:, None].expand(-1, len(x))
+    return augment._warped(x, normal, torch.full((len(x),), uniform))
+
+
+def moments(image):
+    """The mean place of an image's mass, (down, right), and its second moments, (2, 2), in pixels."""
+    weight = image / image.sum()
+    places = torch.stack(torch.meshgrid(*(torch.arange(side) + 0.5 for side in image.shape), indexing="ij"))
+    mean = (weight * places).sum((1, 2))
+    apart = places - mean[:, None, None]
+    return mean, torch.einsum("hw,ihw,jhw->ij", weight, apart, apart)
+
+
+def test_warping_is_an_affine_map_in_pixels():
+    """Also of an image that is no square."""
+    bar = torch.zeros(1, 1, 32, 64)
+    bar[..., 14:18, 24:40] = 1.0  # 4 by 16
+    (mean, _), small = moments(bar[0, 0]), {"atol": 0.2, "rtol": 0.05}
+    torch.testing.assert_close(warped(bar), bar, atol=1e-4, rtol=0)
+    turned = warped(bar, turn=math.pi / 2 / augment.TURN)[0, 0]
+    torch.testing.assert_close(turned[8:24, 30:34], torch.ones(16, 4), atol=1e-4, rtol=0)
+    assert turned.sum().item() == pytest.approx(64, rel=1e-4)
+    moved, _ = moments(warped(bar, down=1, right=1)[0, 0])
+    torch.testing.assert_close(mean - moved, augment.MOVE * torch.tensor([32.0, 64.0]), **small)
+    wide = moments(warped(bar, scale=-2)[0, 0])[1], moments(warped(bar, stretch=-2)[0, 0])[1]
+    factor, before = math.exp(4 * augment.SCALE), moments(bar[0, 0])[1]
+    torch.testing.assert_close(
+        torch.stack(wide)[:, [0, 1], [0, 1]], before.diag() * torch.tensor([[1, factor], [factor, 1]]), **small
+    )
+    sheared = moments(warped(bar.mT.contiguous(), shear=2)[0, 0])[1]  # a high bar: x − 0.3·y of the source
+    assert (-sheared[0, 1] / sheared[0, 0]).item() == pytest.approx(2 * augment.SHEAR, rel=0.05)
+
+
+@pytest.mark.parametrize("level", [16, 255, 65535])
+def test_warping_keeps_the_range_of_grey_levels(level):
+    x = torch.full((500, 1, 6, 9), level, dtype=torch.uint8 if level < 256 else torch.int32)
+    normal = torch.randn(6, 500)
+    for uniform in (0.0, 1 - 2**-24):
+        assert torch.equal(augment._warped(x, normal, torch.full((500,), uniform)), x)
+    halves = x.clone()
+    halves[..., ::2, :] = 0
+    numbers = augment._warped(
+        halves[:1].expand(500, -1, -1, -1),
+        torch.tensor([0.0, 0, 0.3, 0, 0, 0])[:, None].expand(-1, 500),
+        torch.rand(500),
+    )
+    assert (
+        {*numbers.unique().tolist()} <= {*range(level + 1)} and len(numbers.unique()) > 2 and numbers.dtype == x.dtype
+    )
 
 
 def test_augment_of_a_dataset():

@@ -28,6 +28,7 @@ exactly = partial(b.Continuous, solver="dopri8", rtol=1e-7, atol=1e-7, adjoint=F
 TINY = {
     "cnf": partial(flows.cnf, (3,), hidden=6, depth=1, ode=exactly),
     "cnf, radial": partial(flows.cnf, (3,), hidden=6, depth=1, radial=True, ode=exactly),
+    "cnf, filters": partial(flows.cnf, (3,), hidden=6, depth=1, filters=5, ode=exactly),
     "cnf_image": partial(flows.cnf_image, (1, 2, 2), hidden=4, ode=exactly),
     "ffjord": partial(flows.ffjord, (3,), blocks=2, hidden=6, depth=1, ode=exactly),
     "ffjord_image": partial(flows.ffjord_image, (1, 4, 4), levels=2, hidden=3, depth=1, ode=exactly),
@@ -181,9 +182,9 @@ def test_what_it_cannot_train_is_refused_by_key_before_data_are_opened(words, ma
         prepare(config, build_dataset(config).spec, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("net", ["VelocityMLP", "VelocityConvNet"])
+@pytest.mark.parametrize("net", ["VelocityMLP", "VelocityGains", "VelocityConvNet"])
 def test_a_time_for_each_row_is_the_time_of_that_row(net):
-    shape = (4,) if net == "VelocityMLP" else (1, 8, 8)
+    shape = (1, 8, 8) if net == "VelocityConvNet" else (4,)
     made = randomize(getattr(nets, net)(shape, hidden=8, context_shape=(2,)))
     x, context = torch.randn(3, *shape, dtype=DOUBLE), torch.randn(3, 2, dtype=DOUBLE)
     times = torch.rand(3, *[1] * len(shape), dtype=DOUBLE)
@@ -195,6 +196,8 @@ def test_what_a_velocity_network_cannot_be_is_refused():
     for make, match in (
         (partial(nets.VelocityMLP, (1, 4, 4)), "flatten"),
         (partial(nets.VelocityMLP, (4,), depth=0), "depth=0"),
+        (partial(nets.VelocityGains, (1, 4, 4)), "flatten"),
+        (partial(nets.VelocityGains, (4,), filters=0), "filters=0"),
         (partial(nets.VelocityConvNet, (4,)), "images"),
         (partial(nets.VelocityConvNet, (1, 8, 8), levels=2), "levels=2 must be from 0 to 1"),
     ):

@@ -18,9 +18,9 @@ TURN, SHEAR, SCALE, MOVE = 0.2, 0.15, 0.15, 0.09  # standard deviations: radians
 
 class Augment:
     """Mirror each image with probability ½ (``flip``), shift it by up to ``shift`` pixels each way, and warp it with
-    probability ``warp``: turn, shear, scale and move it a little. Beyond its border an image repeats that.
+    probability ``warp``: turn, shear, scale and move it a little. Beyond the border, the pixels of the border repeat.
 
-    A warped image is blurred, as none of the data is. So the label of a warped image is halved, by which a flow tells
+    Warping blurs an image, and the data are not blurred. So a warped image has half of its label, by which a flow tells
     the two kinds apart: distribution augmentation (Jun et al. 2020, "Distribution Augmentation for Generative
     Modeling"). It needs labels as context.
 
@@ -38,7 +38,7 @@ class Augment:
 
         Args:
             x: images (b, C, H, W), whole or real numbers.
-            context: labels (b, classes), one-hot; without ``warp`` anything.
+            context: labels (b, classes), one-hot, for ``warp``; else of any shape, or None.
 
         Returns:
             Images and their context, of the same shapes and types.
@@ -56,7 +56,7 @@ class Augment:
                 column = torch.where(mirrored == 1, width - 1 - column, column)
             source = (row[:, :, None] * width + column[:, None, :]).view(len(x), 1, -1)  # flat index of each pixel
             x = x.flatten(2).gather(2, source.expand(-1, x.shape[1], -1)).view_as(x)
-        if self.warp and context is not None:
+        if self.warp:
             uniform = torch.rand(2, total, generator=numbers)[:, mine].to(x.device, non_blocking=True)
             normal = torch.randn(6, total, generator=numbers)[:, mine].to(x.device, non_blocking=True)
             chosen = uniform[0] < self.warp
@@ -77,7 +77,10 @@ def _warped(x: Tensor, normal: Tensor, uniform: Tensor) -> Tensor:
     ]
     grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
     warped = F.grid_sample(x.to(grid.dtype), grid, padding_mode="border", align_corners=False)
-    return warped if x.is_floating_point() else (warped + uniform.view(-1, 1, 1, 1)).floor().to(x.dtype)
+    if not x.is_floating_point():
+        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)  # which rounding might leave
+        warped = (warped + uniform.view(-1, 1, 1, 1)).floor().clamp(low, high)
+    return warped.to(x.dtype)
 
 
 class Augmented(Dataset):
@@ -92,7 +95,7 @@ class Augmented(Dataset):
         self._check_type("flip", flip, bool, "true or false")
         self._check_type("shift", shift, int, "a number of pixels")
         self._check_type("warp", warp, (int, float), "a probability")
-        self.flip, self.shift, self.warp = flip, shift, warp
+        self.flip, self.shift, self.warp = bool(flip), shift or 0, warp or 0.0
 
     @property
     def augment(self) -> Augment | None:

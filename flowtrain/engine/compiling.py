@@ -151,7 +151,10 @@ def compile_and_try(flow: Flow, step: Callable[[], object], whole: bool = True) 
 
 def use_cache() -> Path:
     """The directory of compiled code, one for all runs of a user: ``TORCHINDUCTOR_CACHE_DIR``, or else
-    flowtrain/inductor in the user's cache directory (``XDG_CACHE_HOME``); torch's own where that cannot be written."""
+    flowtrain/inductor in the user's cache directory (``XDG_CACHE_HOME``); torch's own where that cannot be written.
+
+    A process that torch's compiler has not been imported into takes the variable for the user's.
+    """
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     theirs = sys.modules.get("torch._inductor.runtime.cache_dir_utils")  # not imported here, which takes seconds
     if given is None or theirs and given == theirs.default_cache_dir():  # which torch itself has set

@@ -10,14 +10,17 @@ from inspect import unwrap
 
 import torch
 
-OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 SHIELDED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 def _unshielded(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A subclass of ``kind`` that does the same."""
+    """A subclass of ``kind`` that does the same, for an optimizer without ``differentiable``."""
     methods = {name: unwrap(getattr(kind, name)) for name in SHIELDED}
-    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(unwrap(kind.step))})
+    methods |= {"step": torch.no_grad()(unwrap(kind.step)), "__module__": __name__}  # where pickle finds it
+    return type(kind.__name__, (kind,), methods)
 
 
-UNSHIELDED = {kind: _unshielded(kind) for kind in OPTIMIZERS}
+Adam = _unshielded(torch.optim.Adam)
+AdamW = _unshielded(torch.optim.AdamW)
+SGD = _unshielded(torch.optim.SGD)
+UNSHIELDED = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}

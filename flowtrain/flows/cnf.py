@@ -9,7 +9,7 @@ from flowtrain.bijections import ActNorm, Flatten, LULinear, Radial
 from flowtrain.distributions import StandardNormal
 from flowtrain.flow import Flow
 from flowtrain.flows.parts import Factory, chain, check_image, training_solver
-from flowtrain.nets import VelocityConvNet, VelocityMLP
+from flowtrain.nets import VelocityConvNet, VelocityGains, VelocityMLP
 
 
 def cnf(
@@ -18,6 +18,7 @@ def cnf(
     hidden: int = 128,
     depth: int = 3,
     dropout: float = 0.0,
+    filters: int | None = None,
     whiten: bool = True,
     radial: bool = False,
     ode: Factory = training_solver,
@@ -26,11 +27,12 @@ def cnf(
     context_shape: Sequence[int] | None = None,
     embedding: Factory | None = None,
 ) -> Flow:
-    """One differential equation, whose velocity is a :class:`flowtrain.nets.VelocityMLP`.
+    """One differential equation, whose velocity is a :class:`flowtrain.nets.VelocityMLP` unless ``filters`` is given.
 
     Args:
         shape: of one example; it is flattened to D dimensions.
         hidden, depth, dropout: of the network.
+        filters: of a :class:`flowtrain.nets.VelocityGains`; None: a :class:`flowtrain.nets.VelocityMLP`.
         whiten: the first batch starts two layers before the equation, which give the data mean 0, variance 1 and no
             correlations, as the network expects.
         radial: after these, a layer that gives the data the norms of noise, and two that whiten them once more: for
@@ -43,13 +45,14 @@ def cnf(
     torch.Size([5, 2])
     """
     whitening = chain(norm=ActNorm, mixing=partial(LULinear, start="whitening")) if whiten else None
+    net: Factory = VelocityMLP if filters is None else partial(VelocityGains, filters=filters)
     layers = chain(
         preprocess=preprocess,
         flatten=Flatten,
         whitening=whitening,
         radial=Radial if radial else None,
         whitening_again=whitening if radial else None,
-        ode=partial(ode, net=partial(VelocityMLP, hidden=hidden, depth=depth, dropout=dropout)),
+        ode=partial(ode, net=partial(net, hidden=hidden, depth=depth, dropout=dropout)),
     )
     return Flow(shape, layers, base, context_shape, embedding)
 

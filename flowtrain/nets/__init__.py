@@ -18,7 +18,7 @@ from flowtrain.nets.made import MADE, CircularMADE, ResidualMADE
 from flowtrain.nets.mlp import MLP, ResidualMLP
 from flowtrain.nets.norm import ActNorm, BatchNorm, Dropout
 from flowtrain.nets.pixelcnn import PixelCNN
-from flowtrain.nets.velocity import VelocityConvNet, VelocityMLP
+from flowtrain.nets.velocity import VelocityConvNet, VelocityGains, VelocityMLP
 from flowtrain.nets.vision import VisionTransformer
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "ResidualMADE",
     "ResidualMLP",
     "VelocityConvNet",
+    "VelocityGains",
     "VelocityMLP",
     "VisionTransformer",
     "ZeroConv",

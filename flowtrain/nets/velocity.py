@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.nets.conv import channels_of
-from flowtrain.nets.initial import on_default_device, small_init, zero_init
+from flowtrain.nets.initial import on_default_device, random_normal, small_init, zero_init
 from flowtrain.nets.mlp import check_at_least_one, context_layer
 from flowtrain.nets.norm import Dropout
 
@@ -102,6 +102,72 @@ class _Block(nn.Module):
     def forward(self, h, time):
         scale, shift = self.modulate(time).chunk(2, 1)
         return h + self.other(self.dropout(F.silu(self.one(F.silu(torch.addcmul(h + shift, h, scale))))))
+
+
+class VelocityGains(nn.Module):
+    """The velocity of vectors by linear filters y = W·x + b, to each of which a network gives a gain: F = V·(g ⊙ y).
+    The gains g depend on the time and on the energies log(y² + c) of all filters.
+
+    So the scale of one filter can depend on the others. In photographs filters are large and small together (Schwartz
+    and Simoncelli 2001). With enough filters, a mixture of normal distributions of mean 0 has a velocity of this form.
+
+    Args:
+        shape: (D,).
+        filters: how many.
+        hidden: units of each hidden layer of the gains.
+        depth: number of residual blocks of the gains, of one layer.
+        dropout: probability, inside each block.
+        context_shape: (C,), or None.
+
+    Raises:
+        ValueError: ``shape`` is not a vector's, a size below 1, or ``dropout`` outside [0, 1).
+
+    >>> VelocityGains((2,), filters=16, hidden=16)(torch.rand(5, 1), torch.randn(5, 2)).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(
+        self, shape, filters: int = 128, hidden: int = 128, depth: int = 1, dropout: float = 0.0, context_shape=None
+    ):
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(f"VelocityGains takes vectors, not {list(shape)}; flatten first")
+        check_at_least_one(filters=filters, hidden=hidden, depth=depth)
+        self.time = TimeEmbedding(FEATURES, context_shape)
+        self.filters = nn.Linear(shape[0], filters)
+        self.floor = nn.Linear(FEATURES, filters)
+        self.first = nn.Linear(filters, hidden)
+        self.blocks = nn.ModuleList(_GainBlock(hidden, dropout) for _ in range(depth))
+        self.gains = zero_init(nn.Linear(hidden, filters))
+        self.last = nn.Linear(filters, shape[0], bias=False)
+        start = random_normal(filters, shape[0], std=shape[0] ** -0.5)
+        self.filters.weight, self.last.weight = (
+            nn.Parameter(start),
+            nn.Parameter(start.T.clone(memory_format=torch.contiguous_format)),
+        )
+
+    def forward(self, t, x, context=None):
+        """dx/dt at time ``t``, a scalar or (B, 1): (B, D)."""
+        time = self.time(t, context)
+        y = self.filters(x / path_scale(t))
+        h = self.first((y * y + F.softplus(self.floor(time))).log())
+        for block in self.blocks:
+            h = block(h, time)
+        return with_linear_part(self.last(self.gains(F.silu(h)) * y), t, x)
+
+
+class _GainBlock(nn.Module):
+    """h + W·silu(a·h + b), with a and b of the time."""
+
+    def __init__(self, hidden: int, dropout: float):
+        super().__init__()
+        self.modulate = zero_init(nn.Linear(FEATURES, 2 * hidden))
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(hidden, hidden)
+
+    def forward(self, h, time):
+        scale, shift = self.modulate(time).chunk(2, 1)
+        return h + self.linear(self.dropout(F.silu(torch.addcmul(h + shift, h, scale))))
 
 
 def path_scale(t: Tensor) -> Tensor:
