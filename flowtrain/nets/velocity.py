@@ -141,10 +141,8 @@ class VelocityGains(nn.Module):
         self.gains = zero_init(nn.Linear(hidden, filters))
         self.last = nn.Linear(filters, shape[0], bias=False)
         start = random_normal(filters, shape[0], std=shape[0] ** -0.5)
-        self.filters.weight, self.last.weight = (
-            nn.Parameter(start),
-            nn.Parameter(start.T.clone(memory_format=torch.contiguous_format)),
-        )
+        self.filters.weight = nn.Parameter(start)
+        self.last.weight = nn.Parameter(start.T.clone(memory_format=torch.contiguous_format))
 
     def forward(self, t, x, context=None):
         """dx/dt at time ``t``, a scalar or (B, 1): (B, D)."""
