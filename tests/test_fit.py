@@ -261,9 +261,17 @@ def _figures(flow):
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in flow.fitted.history]
 
 
-def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_the_session_as_it_was(flow):
+@pytest.fixture
+def handler():
+    """Python's own; a shell's background processes start with signals ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_the_session_as_it_was(flow, handler):
     """``flow``: so that nothing is being imported then."""
-    handler, rng = signal.getsignal(signal.SIGINT), torch.get_rng_state()
+    rng = torch.get_rng_state()
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
