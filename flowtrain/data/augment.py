@@ -46,14 +46,14 @@ class Augment:
         total, (height, width) = len(x) * world, x.shape[-2:]
         mine = shard(total, rank, world)
         numbers = generator(seed, step, _STREAM)
-        mirrored = torch.randint(0, 2, (total, 1), generator=numbers)[mine].to(x.device, non_blocking=True)
+        mirrored = torch.randint(0, 2, (total, 1), generator=numbers)[mine]
         offsets = torch.randint(-self.shift, self.shift + 1, (2, total, 1), generator=numbers)[:, mine]
         if self.flip or self.shift:
             down, right = offsets.to(x.device, non_blocking=True)
             row = (torch.arange(height, device=x.device) + down).clamp(0, height - 1)
             column = (torch.arange(width, device=x.device) + right).clamp(0, width - 1)
             if self.flip:
-                column = torch.where(mirrored == 1, width - 1 - column, column)
+                column = torch.where(mirrored.to(x.device, non_blocking=True) == 1, width - 1 - column, column)
             source = (row[:, :, None] * width + column[:, None, :]).view(len(x), 1, -1)  # flat index of each pixel
             x = x.flatten(2).gather(2, source.expand(-1, x.shape[1], -1)).view_as(x)
         if self.warp:
@@ -104,9 +104,9 @@ class Augmented(Dataset):
 
     def _check_augmentation(self, shape: Sequence[int], labelled: bool) -> None:
         """Refuse an augmentation that does not fit examples of ``shape``, or that needs labels as their context."""
-        if (self.flip or self.shift or self.warp) and len(shape) != 3:
-            key = "flip" if self.flip else "shift" if self.shift else "warp"
-            self._refuse(key, getattr(self, key), f"only images can be augmented, not shape {list(shape)}")
+        for key in ("flip", "shift", "warp"):
+            if (value := getattr(self, key)) and len(shape) != 3:
+                self._refuse(key, value, f"only images can be augmented, not shape {list(shape)}")
         if self.shift < 0 or self.shift >= min(shape[-2:]):
             self._refuse("shift", self.shift, f"must be between 0 and {min(shape[-2:]) - 1} pixels")
         if not 0 <= self.warp < 1:
